@@ -1,0 +1,1 @@
+"""Sparsity-preserving fine-tuning (SPP) for Hugging Face PEFT."""
