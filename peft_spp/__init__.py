@@ -1,1 +1,14 @@
-"""Sparsity-preserving fine-tuning (SPP) for Hugging Face PEFT."""
+# SPDX-License-Identifier: Apache-2.0
+"""SPP (sparsity-preserved parameter-efficient fine-tuning) for Hugging Face PEFT.
+
+Importing this package registers the method: afterwards [`SPPConfig`] works wherever PEFT takes a configuration.
+"""
+
+from ._version import __version__
+from .registration import register
+from .tuner import SPPConfig, SPPLayer, SPPModel
+
+
+register(SPPConfig, SPPModel)
+
+__all__ = ["SPPConfig", "SPPLayer", "SPPModel", "__version__"]

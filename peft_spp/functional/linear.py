@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with an SPP-scaled weight, as one autograd Function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .weight import Factors, _scaled_weight_composite, factor_gradients, scaled_weight
+
+
+def spp_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Sequence[Factors],
+    *,
+    fan_in_fan_out: bool = False,
+    identity: bool = True,
+) -> torch.Tensor:
+    """
+    `x @ W'.T + bias` with W' = W ⊙ (1 + Σ s · P(A) ⊙ B), SPP's equation 4.
+
+    One matmul forward and two backward: the forward pass builds W' once and keeps nothing of its size, the backward
+    pass builds it again for the gradient of `x` and reduces `(gyᵀ x) ⊙ W` to the gradients of A and B. Between the two
+    only `x` and the parameters themselves are kept. Inside autocast the matmuls run in autocast's dtype; W' is then
+    rounded once from float32 to it.
+
+    Args:
+        x (`torch.Tensor`): Input, shape `(*, n)`, of the weight's dtype unless autocast is on.
+        weight (`torch.Tensor`): W, shape `(m, n)`, or `(n, m)` with `fan_in_fan_out`.
+        bias (`torch.Tensor`, *optional*): shape `(m,)`.
+        factors (`Sequence[Factors]`): The factors of each active adapter; any floating dtype.
+        fan_in_fan_out (`bool`): Whether the weight is stored as `(n, m)`, like Transformers' `Conv1D`.
+        identity (`bool`): With `False` the 1 is left out: the result is what the adapters add to the base layer.
+
+    Returns:
+        `torch.Tensor`: shape `(*, m)`, in the dtype of the matmul.
+
+    Raises:
+        ValueError: If the shapes of the factors do not fit the weight.
+    """
+    device_type = x.device.type
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(device_type)
+    elif x.dtype != dtype:
+        # what nn.Linear says of such a call
+        raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {x.dtype} and {dtype}")
+    scalings = tuple(f.scaling for f in factors)
+    tensors = [t for f in factors for t in (f.A, f.B)]
+    with _autocast_off(device_type):
+        return _SPPLinear.apply(x, weight, bias, fan_in_fan_out, identity, dtype, scalings, *tensors)
+
+
+class _SPPLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        fan_in_fan_out: bool,
+        identity: bool,
+        dtype: torch.dtype,
+        scalings: tuple[float, ...],
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        # The parameters themselves are saved, not views or casts of them: sharded training may free and gather their
+        # storage between forward and backward. x is saved as it came, so that layers that share it share one copy.
+        ctx.save_for_backward(x, weight, bias, *tensors)
+        ctx.settings = (fan_in_fan_out, identity, dtype, scalings)
+        w = weight.t() if fan_in_fan_out else weight
+        effective = scaled_weight(w, _pack(tensors, scalings), identity=identity, dtype=dtype)
+        return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, *tensors = ctx.saved_tensors
+        fan_in_fan_out, identity, dtype, scalings = ctx.settings
+        with _autocast_off(grad_y.device.type):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable_backward(ctx, grad_y, x, weight, bias, tensors)
+            return _backward(ctx.needs_input_grad, grad_y, x, weight, bias, tensors, *ctx.settings)
+
+
+def _backward(
+    needs_grad: Sequence[bool],
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor],
+    fan_in_fan_out: bool,
+    identity: bool,
+    dtype: torch.dtype,
+    scalings: tuple[float, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    needs_x, needs_weight, needs_bias = needs_grad[:3]
+    needs_factors = needs_grad[7:]
+    factors = _pack(tensors, scalings)
+    w = weight.t() if fan_in_fan_out else weight
+    grad_y2d = grad_y.reshape(-1, w.shape[0])
+
+    grad_x = grad_weight = grad_bias = None
+    if needs_x:
+        effective = scaled_weight(w, factors, identity=identity, dtype=dtype)
+        grad_x = torch.matmul(grad_y, effective).to(x.dtype)
+        del effective  # one m×n tensor at a time: the product below is the next
+    if needs_bias and bias is not None:
+        grad_bias = grad_y2d.sum(0).to(bias.dtype)
+
+    grad_factors: list[torch.Tensor | None] = [None] * len(tensors)
+    if needs_weight or any(needs_factors):
+        x2d = x.reshape(-1, w.shape[1]).to(dtype)
+        # in the memory layout of the weight, so that the elementwise pass below walks both alike
+        product = (x2d.t() @ grad_y2d).t() if fan_in_fan_out else grad_y2d.t() @ x2d
+        for i, f in enumerate(factors):
+            if needs_factors[2 * i] or needs_factors[2 * i + 1]:
+                grad_factors[2 * i : 2 * i + 2] = factor_gradients(product, w, f)
+        if needs_weight:
+            # d/dW of W ⊙ factor is product ⊙ factor, so the same function serves with the product in W's place
+            grad_weight = scaled_weight(product, factors, identity=identity, dtype=weight.dtype)
+            grad_weight = grad_weight.t() if fan_in_fan_out else grad_weight
+    return grad_x, grad_weight, grad_bias, None, None, None, None, *grad_factors
+
+
+def _differentiable_backward(
+    ctx: Any,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients through plain operations, for `create_graph=True`."""
+    fan_in_fan_out, identity, dtype, scalings = ctx.settings
+    inputs = (x, weight, bias, None, None, None, None, *tensors)
+    w = weight.t() if fan_in_fan_out else weight
+    effective = _scaled_weight_composite(w, _pack(tensors, scalings), identity, dtype)
+    y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
+    wanted = [t for t, needs in zip(inputs, ctx.needs_input_grad, strict=True) if needs and t is not None]
+    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+    return tuple(
+        next(grads) if needs and t is not None else None
+        for t, needs in zip(inputs, ctx.needs_input_grad, strict=True)
+    )
+
+
+def _pack(tensors: Sequence[torch.Tensor], scalings: Sequence[float]) -> list[Factors]:
+    return [Factors(tensors[2 * i], tensors[2 * i + 1], s) for i, s in enumerate(scalings)]
+
+
+def _autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    # dtypes are chosen above; autocast would cast float32 products of small factors again
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the rows of a weight are split into the blocks that share a row of A."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class RowTile(NamedTuple):
+    """A run of consecutive rows that all belong to equally long (parts of) row blocks.
+
+    With it, `weight[tile.rows].view(blocks, rows_per_block, n)` broadcasts against `A[tile.blocks].unsqueeze(1)`, so
+    that P(A) never has to be written to memory.
+    """
+
+    rows: slice
+    blocks: slice
+    rows_per_block: int
+
+
+def row_block_index(rows: int, r: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """
+    The block that each output row belongs to.
+
+    The rows are split into `r` consecutive blocks as evenly as they go, as [`torch.tensor_split`] does: the first
+    `rows % r` blocks have one row more than the others. Where `r` divides `rows` every block has `rows // r` rows.
+
+    Args:
+        rows (`int`): The number of output rows m.
+        r (`int`): The number of row blocks, at most `rows`.
+        device (`torch.device`, *optional*): Where to create the index.
+
+    Returns:
+        `torch.Tensor`: int64, shape `(rows,)`, values in `[0, r)`.
+    """
+    short, long_blocks = divmod(rows, r)
+    index = torch.arange(rows, device=device)
+    if long_blocks == 0:
+        return index // short
+    long_rows = long_blocks * (short + 1)
+    return torch.where(index < long_rows, index // (short + 1), (index - long_rows) // short + long_blocks)
+
+
+def expand_row_blocks(A: torch.Tensor, rows: int) -> torch.Tensor:
+    """
+    P(A): every row of A, repeated over the output rows of its block.
+
+    Args:
+        A (`torch.Tensor`): The input factor, shape `(r, n)`.
+        rows (`int`): The number of output rows m.
+
+    Returns:
+        `torch.Tensor`: shape `(rows, n)`; equal to `A.repeat_interleave(rows // r, dim=0)` where r divides `rows`.
+
+    Raises:
+        ValueError: If A has more rows than `rows`.
+    """
+    r, n = A.shape
+    check_row_blocks(rows, r)
+    if rows % r == 0:
+        # an expanded view: a compiler fuses it away, whereas an index would be read for every element
+        return A.unsqueeze(1).expand(r, rows // r, n).reshape(rows, n)
+    return A[row_block_index(rows, r, device=A.device)]
+
+
+def row_tiles(rows: int, r: int, max_rows: int | None = None) -> Iterator[RowTile]:
+    """
+    Cover all rows with tiles inside which the row blocks are of equal length.
+
+    Args:
+        rows (`int`): The number of output rows m.
+        r (`int`): The number of row blocks, at most `rows`.
+        max_rows (`int`, *optional*): The most rows a tile may have. By default at most two tiles come out, one for the
+            longer row blocks and one for the shorter ones.
+
+    Yields:
+        `RowTile`: In the order of the rows.
+    """
+    short, long_blocks = divmod(rows, r)
+    row = 0
+    for first_block, last_block, length in ((0, long_blocks, short + 1), (long_blocks, r, short)):
+        if max_rows is None or length <= max_rows:
+            step = last_block - first_block if max_rows is None else max_rows // length
+            for block in range(first_block, last_block, max(step, 1)):
+                blocks = min(step, last_block - block)
+                yield RowTile(slice(row, row + blocks * length), slice(block, block + blocks), length)
+                row += blocks * length
+        else:
+            for block in range(first_block, last_block):
+                for offset in range(0, length, max_rows):
+                    part = min(max_rows, length - offset)
+                    yield RowTile(slice(row, row + part), slice(block, block + 1), part)
+                    row += part
+
+
+def check_row_blocks(rows: int, r: int) -> None:
+    """Raise a `ValueError` unless `rows` rows can be split into `r` non-empty blocks."""
+    if not 1 <= r <= rows:
+        raise ValueError(f"The number of row blocks r must be between 1 and the number of rows {rows}, got r={r}.")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The effective weight W' and the gradients of its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .row_blocks import check_row_blocks, expand_row_blocks, row_tiles
+
+
+# On CPU the weight is walked in tiles of this many elements, so that the fp32 intermediates of a tile stay in a core's
+# second-level cache instead of going through main memory as m×n tensors.
+CPU_TILE_ELEMENTS = 1 << 17
+
+
+class Factors(NamedTuple):
+    """The trainable part of one SPP adapter on one layer.
+
+    Args:
+        A (`torch.Tensor`): The input factor, shape `(r, n)`: one row for each block of output rows.
+        B (`torch.Tensor`): The output factor, shape `(m, 1)`.
+        scaling (`float`): s = alpha / r.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype that products of factors and weights are computed in: float64 if any input is, otherwise float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
+    """Raise a `ValueError` if the shapes of the factors do not fit the `(m, n)` weight."""
+    m, n = weight.shape
+    for A, B, _ in factors:
+        if A.ndim != 2 or A.shape[1] != n or B.shape != (m, 1):
+            raise ValueError(
+                f"Factors of shape A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of shape {(m, n)}: "
+                f"A must be (r, {n}) and B ({m}, 1)."
+            )
+        check_row_blocks(m, A.shape[0])
+
+
+def scaled_weight(
+    weight: torch.Tensor,
+    factors: Sequence[Factors],
+    *,
+    identity: bool = True,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """
+    W' = W ⊙ (1 + Σ s · P(A) ⊙ B), SPP's equation 4, or with `identity=False` only the update W ⊙ Σ s · P(A) ⊙ B.
+
+    The factor and the product are computed in float32 (float64 if any input is float64) and rounded once, to `dtype`.
+
+    Args:
+        weight (`torch.Tensor`): W, shape `(m, n)`, any strides.
+        factors (`Sequence[Factors]`): The factors of each active adapter; their updates add up.
+        identity (`bool`): Whether to include the 1.
+        dtype (`torch.dtype`, *optional*): The dtype of the result, by default that of `weight`.
+
+    Returns:
+        `torch.Tensor`: shape `(m, n)`, laid out in memory as `weight` is.
+
+    Raises:
+        ValueError: If the shapes of the factors do not fit.
+    """
+    check_factors(weight, factors)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return _scaled_weight_composite(weight, factors, identity, dtype or weight.dtype)
+    return _scaled_weight_tiled(weight, factors, identity, dtype or weight.dtype)
+
+
+def _scaled_weight_composite(
+    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """As plain differentiable operations, for compilers and for gradients of gradients."""
+    acc = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
+    terms = [expand_row_blocks(A.to(acc), weight.shape[0]) * (B.to(acc) * s) for A, B, s in factors]
+    if identity:
+        terms.append(torch.ones((), dtype=acc, device=weight.device))
+    factor = terms[0]
+    for term in terms[1:]:
+        factor = factor + term
+    return (weight.to(acc) * factor).to(dtype)
+
+
+def _scaled_weight_tiled(
+    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """Tile by tile, with no intermediate larger than a tile."""
+    m, n = weight.shape
+    out = torch.empty_like(weight, dtype=dtype)
+    for tile, factor in _tiled_factor(weight, factors, identity):
+        shape = (factor.shape[0], -1, n)
+        torch.mul(weight[tile].view(shape), factor, out=out[tile].view(shape))
+    return out
+
+
+def _tiled_factor(weight: torch.Tensor, factors: Sequence[Factors], identity: bool):
+    """Yield `(rows, factor)` with the factor of those rows shaped `(blocks, rows per block, n)`."""
+    m, n = weight.shape
+    acc = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
+    scaled = [(A.to(acc), B.to(acc) * s) for A, B, s in factors]
+    if len({A.shape[0] for A, _ in scaled}) > 1:
+        # adapters of different rank have no common tiles: give each row a block of its own
+        scaled = [(expand_row_blocks(A, m), B) for A, B in scaled]
+    for tile in row_tiles(m, scaled[0][0].shape[0], _max_tile_rows(weight)):
+        factor = None
+        for A, B in scaled:
+            a = A[tile.blocks].unsqueeze(1)
+            b = B[tile.rows].view(a.shape[0], tile.rows_per_block, 1)
+            factor = a * b if factor is None else factor.addcmul_(a, b)
+        if identity:
+            factor.add_(1.0)
+        yield tile.rows, factor
+
+
+def _max_tile_rows(weight: torch.Tensor) -> int | None:
+    if weight.device.type != "cpu":
+        return None
+    return max(1, CPU_TILE_ELEMENTS // max(weight.shape[1], 1))
+
+
+def factor_gradients(product: torch.Tensor, weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The gradients of A and B, given the gradient of W'.
+
+    With S = (gyᵀ x) ⊙ W they are `gA[k] = s · Σ_{i in block k} B[i] S[i]` and `gB[i] = s · S[i] · P(A)[i]`. S is
+    formed tile by tile and the sums are accumulated in float32 (float64 if any input is float64).
+
+    Args:
+        product (`torch.Tensor`): gyᵀ x, the gradient of the loss with respect to W', shape `(m, n)`.
+        weight (`torch.Tensor`): W, shape `(m, n)`.
+        factors (`Factors`): A `(r, n)`, B `(m, 1)` and the scaling s.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The gradients of A and B, in their shapes and dtypes.
+    """
+    A, B, s = factors
+    m, n = weight.shape
+    acc = compute_dtype(product, weight, A, B)
+    a_acc, b_acc = A.to(acc), B.to(acc)
+    if torch.compiler.is_compiling():
+        S = product.to(acc) * weight.to(acc)
+        grad_B = (S * expand_row_blocks(a_acc, m)).sum(dim=1, keepdim=True)
+        weighted = S * b_acc
+        if m % A.shape[0] == 0:
+            grad_A = weighted.view(A.shape[0], m // A.shape[0], n).sum(dim=1)
+        else:
+            grad_A = torch.cat([weighted[t.rows].view(-1, t.rows_per_block, n).sum(dim=1) for t in row_tiles(m, A.shape[0])])
+        return (grad_A * s).to(A.dtype), (grad_B * s).to(B.dtype)
+
+    grad_A = torch.zeros_like(a_acc)
+    grad_B = torch.empty_like(b_acc)
+    for rows, blocks, length in row_tiles(m, A.shape[0], _max_tile_rows(weight)):
+        shape = (blocks.stop - blocks.start, length, n)
+        S = torch.mul(product[rows].view(shape).to(acc), weight[rows].view(shape))
+        torch.matmul(S, a_acc[blocks].unsqueeze(2), out=grad_B[rows].view(*shape[:2], 1))
+        grad_A[blocks] += torch.matmul(b_acc[rows].view(shape[0], 1, length), S).squeeze(1)
+    return grad_A.mul_(s).to(A.dtype), grad_B.mul_(s).to(B.dtype)

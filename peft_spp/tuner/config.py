@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from ..model_card import add_loading_note
+
+
+@dataclass
+class SPPConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of an [`SPPModel`].
+
+    SPP (Lu et al. 2024, https://arxiv.org/abs/2405.16057) adapts a pruned linear layer as
+    `W' = W ⊙ (1 + s · P(A) ⊙ B)`, with `A` of shape `(r, in_features)`, `B` of shape `(out_features, 1)` and
+    `s = spp_alpha / r`. A zero of W stays zero in training and after merging.
+
+    Args:
+        r (`int`):
+            The number of row blocks, that is the rows of A. The output rows of a layer are split into r blocks as
+            evenly as they go, and the rows of a block share a row of A. A layer with fewer rows than r gets one block
+            a row.
+        target_modules (`Optional[Union[List[str], str]]`):
+            The names of the modules to apply the adapter to. When passing a string, a regex match will be performed.
+            When passing a list of strings, either an exact match will be performed or it is checked if the name of the
+            module ends with any of the passed strings. If this is specified as 'all-linear', then all linear/Conv1D
+            modules are chosen (if the model is a PreTrainedModel, the output layer excluded). If this is not
+            specified, every linear/Conv1D layer inside the model's transformer blocks is chosen, and no embedding,
+            head or pooler; if the model has no such blocks, an error will be raised -- in this case, you should
+            specify the target modules manually.
+        exclude_modules (`Optional[Union[List[str], str]]`):
+            The names of the modules to not apply the adapter. When passing a string, a regex match will be performed.
+            When passing a list of strings, either an exact match will be performed or it is checked if the name of the
+            module ends with any of the passed strings.
+        spp_alpha (`float`):
+            The alpha parameter for SPP scaling: the update is multiplied by `spp_alpha / r`.
+        spp_dropout (`float`):
+            The dropout probability on the input of the SPP branch. Anything above 0 costs a second matmul in training.
+        fan_in_fan_out (`bool`):
+            Set this to True if the layer to replace stores weight like (fan_in, fan_out). For example, gpt-2 uses
+            `Conv1D` which stores weights like (fan_in, fan_out) and hence this should be set to `True`.
+        bias (`str`):
+            Bias type for SPP. Can be 'none', 'all' or 'spp_only'. If 'all' or 'spp_only', the corresponding biases
+            will be updated during training. Be aware that this means that, even when disabling the adapters, the model
+            will not produce the same output as the base model would have without adaptation.
+        modules_to_save (`List[str]`):
+            List of modules apart from adapter layers to be set as trainable and saved in the final checkpoint.
+        init_weights (`bool`):
+            How to initialize the weights of the adapter layers. Passing True (default) draws A from a Kaiming-uniform
+            distribution and sets B to zero, so that the adapter is a no-op before training. Passing False draws B at
+            random too; this is intended for debugging purposes.
+        layers_to_transform (`Union[List[int], int]`):
+            The layer indices to transform. If a list of ints is passed, it will apply the adapter to the layer indices
+            that are specified in this list. If a single integer is passed, it will apply the transformations on the
+            layer at this index.
+        layers_pattern (`Optional[Union[List[str], str]]`):
+            The layer pattern name, used only if `layers_to_transform` is different from `None`. This should target the
+            `nn.ModuleList` of the model, which is often called `'layers'` or `'h'`.
+        rank_pattern (`dict`):
+            The mapping from layer names or regexp expression to ranks which are different from the default rank
+            specified by `r`. For example, `{'^model.layers.0.self_attn.k_proj': 8}`.
+        alpha_pattern (`dict`):
+            The mapping from layer names or regexp expression to alphas which are different from the default alpha
+            specified by `spp_alpha`. For example, `{'^model.layers.0.self_attn.k_proj': 16}`.
+        trainable_token_indices (`Optional[Union[List[int], dict[str, List[int]]]]`):
+            Lets you specify which token indices to selectively fine-tune without requiring to re-train the whole
+            embedding matrix, using the `peft.TrainableTokensModel` method: a list of indices for the model's input
+            embedding layer, or a dictionary from the name of an embedding module to such a list.
+
+    Raises:
+        ValueError: If a value cannot be used; the message names the field and the value.
+    """
+
+    r: int = field(default=16, metadata={"help": "The number of row blocks, that is the rows of the factor A."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "List of module names or regex expression of the module names to replace with SPP. For example, "
+            "['q_proj', 'v_proj'] or '.*decoder.*(SelfAttention|EncDecAttention).*(q|v)$'. This can also be a wildcard "
+            "'all-linear' which matches all linear/Conv1D (if the model is a PreTrainedModel, the output layer "
+            "excluded). If not specified, every linear/Conv1D layer inside the transformer blocks is adapted."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "List of module names or regex expression of the module names to exclude from SPP."},
+    )
+    spp_alpha: float = field(default=32, metadata={"help": "SPP alpha: the update is scaled by spp_alpha / r."})
+    spp_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the SPP branch."})
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={"help": "Set this to True if the layer to replace stores weight like (fan_in, fan_out)"},
+    )
+    bias: Literal["none", "all", "spp_only"] = field(
+        default="none", metadata={"help": "Bias type for SPP. Can be 'none', 'all' or 'spp_only'"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "List of modules apart from SPP layers to be set as trainable and saved in the final checkpoint. "
+            "For example, in Sequence Classification or Token Classification tasks, "
+            "the final layer `classifier/score` are randomly initialized and as such need to be trainable and saved."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to set B to zero, so that the adapter is a no-op before training. False draws it at "
+            "random, for debugging purposes."
+        },
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": "The layer indexes to transform, is this argument is specified, PEFT will transform only the "
+            "layers indexes that are specified inside this list. If a single integer is passed, PEFT will transform "
+            "only the layer at this index. This only works when target_modules is a list of str or None."
+        },
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The layer pattern name, used only if `layers_to_transform` is different to None and if the layer "
+            "pattern is not in the common layers pattern. This should target the `nn.ModuleList` of the model, which "
+            "is often called `'layers'` or `'h'`."
+        },
+    )
+    rank_pattern: dict | None = field(
+        default_factory=dict,
+        metadata={
+            "help": "The mapping from layer names or regexp expression to ranks which are different from the default "
+            "rank specified by `r`. For example, `{'^model.layers.0.self_attn.k_proj': 8}`."
+        },
+    )
+    alpha_pattern: dict | None = field(
+        default_factory=dict,
+        metadata={
+            "help": "The mapping from layer names or regexp expression to alphas which are different from the default "
+            "alpha specified by `spp_alpha`. For example, `{'^model.layers.0.self_attn.k_proj': 16}`."
+        },
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Which token indices to selectively fine-tune without requiring to re-train the whole embedding "
+            "matrix: a list for the model's input embedding layer, or a dictionary from the name of an embedding "
+            "module to a list, e.g. `{'embed_tokens': [0, 1]}`."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
+        self.target_modules = (
+            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        )
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
+        )
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+
+        # if target_modules is a regex expression, then layers_to_transform should be None
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        # if target_modules is a regex expression, then layers_pattern should be None
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        # check for layers_to_transform and layers_pattern
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+        check_rank("r", self.r)
+        for pattern, rank in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{pattern!r}]", rank)
+        if not 0.0 <= self.spp_dropout < 1.0:
+            raise ValueError(f"`spp_dropout` should be in [0, 1) but the value passed is {self.spp_dropout}")
+        if self.bias not in ("none", "all", "spp_only"):
+            raise ValueError(f"`bias` should be 'none', 'all' or 'spp_only' but the value passed is {self.bias!r}")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"`init_weights` should be True or False but the value passed is {self.init_weights!r}")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """
+        Save the configuration, and tell readers of the adapter's model card, if there is one, how to load it.
+
+        Args:
+            save_directory (`str`): The directory where the configuration will be saved.
+            kwargs (additional keyword arguments, *optional*): As [`PeftConfig.save_pretrained`] takes them.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_note(save_directory)
+
+
+def check_rank(name: str, r: Any) -> None:
+    """Raise a `ValueError` unless `r` is a positive integer."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {r}")

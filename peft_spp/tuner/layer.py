@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..functional import Factors, merged_weight, scaled_weight, spp_linear
+from .config import SPPConfig, check_rank
+
+
+class SPPFactor(nn.Module):
+    """
+    One trainable factor, A or B, of one adapter.
+
+    A module rather than a bare parameter, so that its name is `spp_A.<adapter>.weight` as in LoRA, and so that engines
+    that shard or offload module by module find it.
+
+    Args:
+        rows (`int`): The rows of the factor.
+        columns (`int`): The columns of the factor.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return ", ".join(str(size) for size in self.weight.shape)
+
+
+class SPPLayer(BaseTunerLayer):
+    """
+    What every SPP layer has: the factors of each adapter and the settings that belong to them.
+
+    Args:
+        base_layer (`nn.Module`): The layer to adapt.
+        module_name (`str`): The name of the layer in the model, for messages.
+    """
+
+    # All names of layers that may contain (trainable) adapter weights
+    adapter_layer_names: tuple[str, ...] = ("spp_A", "spp_B")
+    # All names of other parameters that may contain adapter-related parameters
+    other_param_names: tuple[str, ...] = ("r", "spp_alpha", "scaling", "spp_dropout")
+
+    def __init__(self, base_layer: nn.Module, module_name: str = "", **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.r: dict[str, int] = {}
+        self.spp_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.spp_dropout = nn.ModuleDict({})
+        self.spp_A = nn.ModuleDict({})
+        self.spp_B = nn.ModuleDict({})
+        # Mark the weight as unmerged
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: torch.Tensor | None = None
+        # flag to enable/disable casting of input to weight dtype during forward call
+        self.cast_input_dtype_enabled: bool = True
+        self.kwargs = kwargs
+
+        base_layer = self.get_base_layer()
+        if isinstance(base_layer, Conv1D):
+            # not from weight.shape, which an engine that shards parameters may have changed
+            self.in_features, self.out_features = base_layer.nx, base_layer.nf
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    def update_layer(self, adapter_name: str, r: int, spp_alpha: float, config: SPPConfig, **kwargs: Any) -> None:
+        """
+        Add the factors of an adapter.
+
+        Args:
+            adapter_name (`str`): The name of the adapter.
+            r (`int`): The number of row blocks. A layer with fewer output rows gets one block a row.
+            spp_alpha (`float`): The update is scaled by `spp_alpha` over the layer's number of blocks.
+            config (`SPPConfig`): The configuration of the adapter.
+
+        Raises:
+            ValueError: If `r` is not a positive integer.
+        """
+        check_rank("r", r)
+        r = min(r, self.out_features)
+        self.r[adapter_name] = r
+        self.spp_alpha[adapter_name] = spp_alpha
+        self.scaling[adapter_name] = spp_alpha / r
+        dropout = nn.Dropout(p=config.spp_dropout) if config.spp_dropout > 0.0 else nn.Identity()
+        self.spp_dropout[adapter_name] = dropout
+        self.spp_A[adapter_name] = SPPFactor(r, self.in_features)
+        self.spp_B[adapter_name] = SPPFactor(self.out_features, 1)
+        self.reset_spp_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_spp_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """
+        Draw the initial factors: A Kaiming-uniform with a = √5, that is U(-1/√n, 1/√n), B zero (SPP, section 3.2).
+
+        Args:
+            adapter_name (`str`): The name of the adapter.
+            init_weights (`bool`): Whether B is zero; otherwise it is drawn from U(-1, 1).
+        """
+        nn.init.kaiming_uniform_(self.spp_A[adapter_name].weight, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.spp_B[adapter_name].weight)
+        else:
+            nn.init.uniform_(self.spp_B[adapter_name].weight, -1.0, 1.0)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"Cannot delete adapter {adapter_name!r} while it is merged into {self.module_name or 'the layer'}. "
+                "Please unmerge it first."
+            )
+        super().delete_adapter(adapter_name)
+
+    def get_factors(self, adapter_names: Sequence[str]) -> list[Factors]:
+        """The factors of those of `adapter_names` that this layer has."""
+        return [
+            Factors(self.spp_A[name](), self.spp_B[name](), self.scaling[name])
+            for name in adapter_names
+            if name in self.spp_A
+        ]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # PEFT's conversion factorizes an update that is added to the weight. SPP's update is a multiple of the weight
+        # itself, place by place: it has full rank, and a low-rank stand-in would fill the pruned places.
+        return False
+
+    def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Check if the arguments are compatible with the configs and state of the model"""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            # It is unclear what would be the right thing to do if users pass adapter_names and there are merged
+            # adapters. Therefore, it is better to raise an error in this case.
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+
+class Linear(nn.Module, SPPLayer):
+    """
+    SPP on a `torch.nn.Linear` or a `transformers.pytorch_utils.Conv1D`.
+
+    Args:
+        base_layer (`nn.Module`): The layer to adapt, or a tuner layer around one.
+        adapter_name (`str`): The name of the first adapter.
+        config (`SPPConfig`): Its configuration.
+        r (`int`): The number of row blocks.
+        spp_alpha (`float`): The alpha of the scaling.
+        fan_in_fan_out (`bool`): Whether the weight is stored as (in_features, out_features).
+        is_target_conv_1d_layer (`bool`): Whether the base layer is a `Conv1D`.
+        module_name (`str`): The name of the layer in the model, for messages.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SPPConfig,
+        r: int,
+        spp_alpha: float,
+        fan_in_fan_out: bool = False,
+        is_target_conv_1d_layer: bool = False,
+        module_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        SPPLayer.__init__(self, base_layer, module_name=module_name, **kwargs)
+        self.fan_in_fan_out = fan_in_fan_out
+        self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """
+        What the adapter adds to the weight: `s · P(A) ⊙ B ⊙ W`, computed from the weight without any merged adapter.
+
+        Args:
+            adapter (`str`): The name of the adapter.
+
+        Returns:
+            `torch.Tensor`: In the shape and dtype of the base layer's weight.
+        """
+        return self._transpose(scaled_weight(self._oriented_weight(), self.get_factors([adapter]), identity=False))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapter weights into the base weights
+
+        The merged weight is computed from the weight as it was before any merge and from all merged adapters together,
+        so that one merge after another gives the same bits as one merge of all. The unmerged weight is kept, in host
+        memory, for [`unmerge`].
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                If True, the merge operation will be performed in a copy of the original weights and check for NaNs
+                before merging the weights. This is useful if you want to check if the merge operation will produce
+                NaNs. Defaults to `False`.
+            adapter_names (`list[str]`, *optional*):
+                The list of adapter names that should be merged. If None, all active adapters will be merged. Defaults
+                to `None`.
+
+        Raises:
+            ValueError: If `safe_merge` is set and the merged weight would not be finite; nothing is changed then.
+        """
+        self._merge(safe_merge, adapter_names, keep_unmerged=True)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep_unmerged: bool) -> None:
+        new_adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
+        if not new_adapters:
+            # no adapter to merge
+            return
+        merged = self._merged_weight([*self.merged_adapters, *new_adapters])
+        if safe_merge:
+            self._check_merged_weight(merged, new_adapters)
+        weight = self.get_base_layer().weight
+        if keep_unmerged and self._unmerged_weight is None:
+            self._unmerged_weight = weight.detach().to("cpu", copy=True)
+        weight.data.copy_(self._transpose(merged))
+        self.merged_adapters.extend(new_adapters)
+
+    def unmerge(self) -> None:
+        """
+        This method unmerges all merged adapter layers from the base weights, restoring them bit for bit.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight.data.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """
+        Raise the error of a safe merge without merging.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): The adapters to merge, by default the active ones.
+
+        Raises:
+            ValueError: If the merged weight would not be finite.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        new_adapters = [name for name in names if name in self.spp_A and name not in self.merged_adapters]
+        if new_adapters:
+            self._check_merged_weight(self._merged_weight([*self.merged_adapters, *new_adapters]), new_adapters)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged if asked. Without an unmerge to come, no copy of the weight is kept."""
+        if merge:
+            self._merge(safe_merge, adapter_names, keep_unmerged=False)
+        return self.get_base_layer()
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted_forward(x, self.active_adapters, *args, **kwargs)
+
+    def _adapted_forward(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        names = [name for name in adapter_names if name in self.spp_A]
+        with_dropout = [name for name in names if self._dropout_is_active(name)]
+        without_dropout = [name for name in names if name not in with_dropout]
+        if without_dropout and not args and not kwargs and self._base_forward_is_plain():
+            result = self._spp_linear(x, without_dropout, self.base_layer.bias)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+            if without_dropout:
+                result = result + self._spp_linear(x, without_dropout, None, identity=False)
+        # dropout acts on the input of the SPP branch alone, so the branch needs a matmul of its own
+        for name in with_dropout:
+            result = result + self._spp_linear(self.spp_dropout[name](x), [name], None, identity=False)
+        return result
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        # This is a special method that handles the case when users pass the argument `adapter_names`. This is an
+        # extra argument that allows mixing different adapters in the same batch at inference time.
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in sorted(set(adapter_names) & set(self.spp_A)):
+            indices = [index for index, name in enumerate(adapter_names) if name == adapter]
+            result[indices] = self._adapted_forward(x[indices], [adapter], *args, **kwargs).to(result.dtype)
+        return result
+
+    def _spp_linear(
+        self, x: torch.Tensor, adapter_names: Sequence[str], bias: torch.Tensor | None, identity: bool = True
+    ) -> torch.Tensor:
+        return spp_linear(
+            x,
+            self.get_base_layer().weight,
+            bias,
+            self.get_factors(adapter_names),
+            fan_in_fan_out=self.fan_in_fan_out,
+            identity=identity,
+        )
+
+    def _base_forward_is_plain(self) -> bool:
+        """Whether the base layer's call is exactly a linear map, so that one matmul with W' can take its place."""
+        base = self.base_layer
+        return (
+            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and "forward" not in base.__dict__  # replaced on the instance, as accelerate's hooks do
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _dropout_is_active(self, adapter_name: str) -> bool:
+        dropout = self.spp_dropout[adapter_name]
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
+
+    def _transpose(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _oriented_weight(self) -> torch.Tensor:
+        """The weight as it was before any merge, shape (out_features, in_features)."""
+        weight = self.get_base_layer().weight.detach()
+        if self._unmerged_weight is not None:
+            weight = self._unmerged_weight.to(weight.device, weight.dtype)
+        return self._transpose(weight)
+
+    def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        # sorted: a sum of three does not depend on the order of the merges either
+        return merged_weight(self._oriented_weight(), self.get_factors(sorted(adapter_names)))
+
+    def _check_merged_weight(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
+        if torch.isfinite(merged).all():
+            return
+        broken = [
+            name
+            for name in adapter_names
+            if not (torch.isfinite(self.spp_A[name].weight).all() and torch.isfinite(self.spp_B[name].weight).all())
+        ]
+        raise ValueError(
+            "NaNs detected in the merged weights. The adapter "
+            f"{','.join(broken or adapter_names)} seems to be broken (module {self.module_name!r}). Nothing was merged; "
+            "delete the adapter or load an earlier checkpoint of it."
+        )
+
+    def __repr__(self) -> str:
+        rep = super().__repr__()
+        return "spp." + rep

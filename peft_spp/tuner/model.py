@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import SPPConfig
+from .layer import Linear, SPPLayer
+from .targets import transformer_block_linear_targets
+
+
+class SPPModel(BaseTuner):
+    """
+    Creates an SPP (sparsity-preserved parameter-efficient fine-tuning) model from a pretrained, pruned model.
+
+    The method is described in detail in https://arxiv.org/abs/2405.16057.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`SPPConfig`]): The configuration of the SPP model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The SPP model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from peft_spp import SPPConfig
+
+        >>> model = AutoModelForCausalLM.from_pretrained("vuiseng9/Meta-Llama-3.1-8B-wanda-2of4")
+        >>> model = get_peft_model(model, SPPConfig(task_type="CAUSAL_LM"))
+        ```
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
+        - **peft_config** ([`SPPConfig`]): The configuration of the SPP model.
+    """
+
+    prefix: str = "spp_"
+    tuner_layer_cls = SPPLayer
+    # the default targets are read off the model itself, see _prepare_adapter_config
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:
+        if peft_config.target_modules is None:
+            targets = transformer_block_linear_targets(self.model, peft_config.layers_to_transform)
+            if not targets:
+                raise ValueError("Please specify `target_modules` in `peft_config`")
+            peft_config.target_modules = targets
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
+        # is undone, so that a failed call leaves the model as it was.
+        self._undo: list[Callable[[], None]] = []
+        self._one_block_a_row: list[str] = []
+        requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for undo in reversed(self._undo):
+                undo()
+            for parameter, value in requires_grad:
+                parameter.requires_grad_(value)
+            raise
+        if self._one_block_a_row:
+            r = self.peft_config[adapter_name].r
+            warnings.warn(
+                f"These layers have fewer output rows than row blocks (r={r}) and get one block a row: "
+                f"{', '.join(self._one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` if "
+                "this is not intended.",
+                stacklevel=2,
+            )
+        del self._undo, self._one_block_a_row
+
+    def _create_and_replace(
+        self,
+        spp_config: SPPConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+
+        # Regexp matching - Find key which matches current target_name in patterns provided
+        r_key = get_pattern_key(spp_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(spp_config.alpha_pattern.keys(), current_key)
+        r = spp_config.rank_pattern.get(r_key, spp_config.r)
+        alpha = spp_config.alpha_pattern.get(alpha_key, spp_config.spp_alpha)
+
+        if isinstance(target, Linear):
+            active_adapters = target.active_adapters
+            target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
+            self._undo.append(partial(_remove_adapter, target, adapter_name, active_adapters))
+            new_module = target
+        else:
+            new_module = self._create_new_module(
+                spp_config, adapter_name, target, r=r, spp_alpha=alpha, module_name=current_key
+            )
+            if adapter_name not in self.active_adapters:
+                # adding an additional adapter: it is not automatically trainable
+                new_module.requires_grad_(False)
+            self._undo.append(partial(setattr, parent, target_name, target))
+            self._replace_module(parent, target_name, new_module, target)
+        if r > new_module.out_features:
+            self._one_block_a_row.append(current_key)
+
+    @staticmethod
+    def _create_new_module(
+        spp_config: SPPConfig, adapter_name: str, target: nn.Module, module_name: str, **kwargs: Any
+    ) -> Linear:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"Target module {module_name!r} ({target}) is not supported. Currently, only the following modules are "
+                "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
+            )
+        _check_weight(base_layer, module_name)
+        is_conv1d = isinstance(base_layer, Conv1D)
+        fan_in_fan_out = spp_config.fan_in_fan_out
+        if fan_in_fan_out is not is_conv1d:
+            layer_type = "`Conv1D`" if is_conv1d else "`torch.nn.Linear`"
+            warnings.warn(
+                f"fan_in_fan_out is set to {fan_in_fan_out} but the target module is {layer_type}. "
+                f"Setting fan_in_fan_out to {is_conv1d}.",
+                stacklevel=2,
+            )
+            spp_config.fan_in_fan_out = is_conv1d
+        return Linear(
+            target,
+            adapter_name,
+            config=spp_config,
+            fan_in_fan_out=is_conv1d,
+            is_target_conv_1d_layer=is_conv1d,
+            module_name=module_name,
+            **kwargs,
+        )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        self._untie_adapted_weights()
+
+    def _untie_adapted_weights(self) -> None:
+        """
+        Give adapted layers that share their weight with another module a weight of their own.
+
+        A merge writes W' where W was. Other users of W, and other adapters on it, must not see that.
+        """
+        users: dict[int, int] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                users[id(parameter)] = users.get(id(parameter), 0) + 1
+        for module in self.model.modules():
+            if isinstance(module, SPPLayer) and users.get(id(weight := module.get_base_layer().weight), 0) > 1:
+                users[id(weight)] -= 1
+                own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                module.get_base_layer().weight = own
+                warnings.warn(
+                    f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
+                    "which the adapter is merged into.",
+                    stacklevel=2,
+                )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
+        for module in self.model.modules():
+            if isinstance(module, SPPLayer):
+                module.check_merge(adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # If adapter_names is passed as an argument, we inject it into the forward arguments.
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            # nothing to do
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+
+        # Check that users only passed actually existing adapters. Not every layer has every adapter, but a name that
+        # no layer knows is a typo.
+        layers = [module for module in self.modules() if isinstance(module, SPPLayer)]
+        expected_adapters = {name for layer in layers for name in layer.spp_A}
+        unexpected_adapters = set(adapter_names) - {"__base__"} - expected_adapters
+        if unexpected_adapters:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}"
+            )
+
+        num_beams = kwargs.get("num_beams")
+        per_module: dict[nn.Module, list[str]] = {}
+        hooked = (SPPLayer, AuxiliaryTrainingWrapper)
+        beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
+        if beams > 1 and not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        # With beam search each input is repeated once a beam, and so is its adapter name. The encoder of an
+        # encoder-decoder model still sees every input once.
+        encoder = _get_encoder(self.model) if beams > 1 else None
+        encoder_modules = set(encoder.modules()) if encoder is not None else set()
+        for module in self.modules():
+            if isinstance(module, hooked):
+                repeats = 1 if module in encoder_modules else beams
+                per_module[module] = [name for name in adapter_names for _ in range(repeats)]
+
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=names), with_kwargs=True)
+            for module, names in per_module.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def _get_encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model; Transformers 5 returns the model itself where there is none."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return None if encoder is model else encoder
+
+
+def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[str]) -> None:
+    layer.set_adapter(active_adapters)
+    layer.delete_adapter(adapter_name)
+
+
+def _check_weight(layer: nn.Module, module_name: str) -> None:
+    """Raise a `ValueError` if the weight is not a plain floating-point matrix of the layer's shape."""
+    weight = getattr(layer, "weight", None)
+    supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if weight is None or weight.dtype not in supported or weight.ndim != 2:
+        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}"
+        raise ValueError(
+            f"Target module {module_name!r} ({type(layer).__name__}) has {found}. SPP adapts two-dimensional weights "
+            "in float64, float32, bfloat16 or float16: load the base model in one of these, or leave the module out "
+            "of `target_modules`."
+        )
