@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-shot pruning: makes the sparse models that SPP fine-tunes."""
+
+from .magnitude import prune_magnitude
+from .mask import pruning_mask
+from .wanda import prune_wanda
+
+__all__ = ["prune_magnitude", "prune_wanda", "pruning_mask"]

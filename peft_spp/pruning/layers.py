@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the linear layers of a model to prune, and pruning one of them."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .mask import parse_pattern
+
+LinearLayer: TypeAlias = nn.Linear | Conv1D
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """
+    Find the transformer blocks of a model: the `nn.ModuleList` that holds the most weights of linear layers.
+
+    Args:
+        model (`nn.Module`): A model with one stack of blocks to prune, such as a decoder-only language model.
+
+    Returns:
+        `tuple[str, nn.ModuleList]`: The name of the list in the model, and the list.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "Encoder-decoder models have two stacks of blocks; finding the layers to prune is implemented for models "
+            "with one. Name the layers with target_modules, where the method allows it."
+        )
+    sizes = {
+        name: sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, LinearLayer))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    # Of equal lists `max` takes the first, which is the outermost.
+    name = max(sizes, key=sizes.__getitem__, default=None)
+    if name is None or sizes[name] == 0:
+        raise ValueError("The model has no transformer blocks: no nn.ModuleList in it holds linear layers.")
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    return name, blocks
+
+
+def find_target_layers(model: nn.Module, target_modules: str | Iterable[str] | None) -> dict[str, LinearLayer]:
+    """
+    Find the linear layers to prune.
+
+    Args:
+        model (`nn.Module`): The model to prune.
+        target_modules (`str` or `Iterable[str]`, *optional*):
+            Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
+            one must be the layer's name or its end. `None` means all linear layers in the transformer blocks, which
+            leaves out the embeddings and the language model head.
+
+    Returns:
+        `dict[str, LinearLayer]`: The `nn.Linear` and `Conv1D` layers by their names.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
+    if target_modules is None:
+        blocks_name, blocks = find_blocks(model)
+        _warn_about_stacked_weights(blocks)
+        prefix = blocks_name + "."
+        layers = {name: layer for name, layer in _linear_layers(model).items() if name.startswith(prefix)}
+    elif isinstance(target_modules, str):
+        layers = {name: layer for name, layer in _linear_layers(model).items() if re.fullmatch(target_modules, name)}
+    else:
+        suffixes = tuple(f".{name}" for name in target_modules)
+        layers = {name: layer for name, layer in _linear_layers(model).items() if f".{name}".endswith(suffixes)}
+    if not layers:
+        raise ValueError(f"No linear layer of the model matches {target_modules=}.")
+    return layers
+
+
+def check_prunable(layers: dict[str, LinearLayer], pattern: str | None) -> None:
+    """Raise a `ValueError` that names the first layer which cannot be pruned (to `pattern`, where one is given)."""
+    for name, layer in layers.items():
+        if not layer.weight.is_floating_point():
+            raise ValueError(f"The weight of {name} is stored as {layer.weight.dtype}: prune before quantizing.")
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"The weight of {name} has values that are not finite.")
+        in_features = weight_matrix(layer).shape[1]
+        if pattern is not None and in_features % parse_pattern(pattern)[1] != 0:
+            raise ValueError(f"The {in_features} input features of {name} are not divisible by the M of {pattern}.")
+
+
+def weight_matrix(layer: LinearLayer) -> torch.Tensor:
+    """A view of the weight as `(out_features, in_features)`: transposed for `Conv1D`, which stores (in, out)."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+@torch.no_grad()
+def apply_mask(layer: LinearLayer, mask: torch.Tensor) -> None:
+    """Set the weights of `layer` to +0.0 where `mask`, of shape `(out_features, in_features)`, is `False`."""
+    # Filled rather than multiplied: -1.0 * 0 would be -0.0.
+    weight_matrix(layer).masked_fill_(~mask, 0.0)
+
+
+def _warn_about_stacked_weights(blocks: nn.ModuleList) -> None:
+    # Transformers keeps the experts of a mixture in one parameter with three dimensions, without linear layers.
+    stacked = [name for name, parameter in blocks.named_parameters() if parameter.ndim > 2]
+    if stacked:
+        warnings.warn(
+            f"{len(stacked)} weights in the blocks, such as {stacked[0]}, are not in linear layers and stay dense.",
+            stacklevel=4,
+        )
+
+
+def _linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer)}

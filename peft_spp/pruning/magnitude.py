@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Magnitude pruning: prune the weights with the smallest absolute values."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .layers import apply_mask, check_prunable, find_target_layers, weight_matrix
+from .mask import check_pruning_request, pruning_mask
+
+
+@torch.no_grad()
+def prune_magnitude(
+    model: nn.Module,
+    *,
+    pattern: str | None = None,
+    sparsity: float | None = None,
+    target_modules: str | Iterable[str] | None = None,
+) -> None:
+    """
+    Prune the linear layers of a model by magnitude, in place.
+
+    The score of a weight is its absolute value. Scores are compared within the whole layer for `sparsity`, and within
+    groups of M consecutive weights along the input for an N:M `pattern`. All arguments are checked before the model
+    is changed.
+
+    Args:
+        model (`nn.Module`): The model to prune.
+        pattern (`str`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
+        sparsity (`float`, *optional*): Fraction of the weights of each layer to prune, in [0, 1).
+        target_modules (`str` or `Iterable[str]`, *optional*):
+            Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
+            one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+
+    Example:
+
+    ```py
+    >>> from transformers import AutoModelForCausalLM
+    >>> from peft_spp.pruning import prune_magnitude
+
+    >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
+    >>> prune_magnitude(model, pattern="2:4")
+    ```
+    """
+    check_pruning_request(pattern, sparsity)
+    layers = find_target_layers(model, target_modules)
+    check_prunable(layers, pattern)
+    for layer in layers.values():
+        scores = weight_matrix(layer).abs()
+        apply_mask(layer, pruning_mask(scores, pattern=pattern, sparsity=sparsity, comparison_group="layer"))

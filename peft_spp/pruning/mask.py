@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a matrix of importance scores to a pruning mask."""
+
+import re
+from typing import Literal
+
+import torch
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """
+    Parse an N:M pattern such as `"2:4"`: at most N of every M consecutive weights along the input are kept.
+
+    Args:
+        pattern (`str`): The pattern, with 0 < N < M.
+
+    Returns:
+        `tuple[int, int]`: N and M.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f'pattern must be "N:M" with 0 < N < M, for example "2:4", but is {pattern!r}.')
+    return int(match[1]), int(match[2])
+
+
+def check_pruning_request(pattern: str | None, sparsity: float | None) -> None:
+    """Raise a `ValueError` unless exactly one of `pattern` and `sparsity` is given, and is valid."""
+    if (pattern is None) == (sparsity is None):
+        raise ValueError(f"Give exactly one of pattern and sparsity, got {pattern=} and {sparsity=}.")
+    if pattern is not None:
+        parse_pattern(pattern)
+    # The negated form also rejects NaN.
+    if sparsity is not None and not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity must be in [0, 1), but is {sparsity}.")
+
+
+def pruning_mask(
+    scores: torch.Tensor,
+    *,
+    pattern: str | None = None,
+    sparsity: float | None = None,
+    comparison_group: Literal["row", "layer"] = "row",
+) -> torch.Tensor:
+    """
+    Compute which weights of one linear layer are kept.
+
+    In each comparison group the weights with the lowest scores are pruned. Of equal scores the one that comes first
+    (in row-major order) is pruned first, so that exactly the requested number is pruned, always the same ones.
+
+    Args:
+        scores (`torch.Tensor`): Importance of each weight, of shape `(out_features, in_features)`.
+        pattern (`str`, *optional*):
+            N:M pattern: the comparison groups are M consecutive weights along the input, of which N are kept.
+        sparsity (`float`, *optional*):
+            Fraction of the weights of each comparison group to prune, in [0, 1). The number to prune is rounded to
+            the nearest integer.
+        comparison_group (`str`, *optional*, defaults to `"row"`):
+            With `sparsity`, whether weights are compared within their row (`"row"`) or the whole layer (`"layer"`).
+
+    Returns:
+        `torch.Tensor`: Boolean mask of the shape of `scores`: `True` where the weight is kept.
+    """
+    check_pruning_request(pattern, sparsity)
+    if pattern is not None:
+        n, m = parse_pattern(pattern)
+        if scores.shape[-1] % m != 0:
+            raise ValueError(f"{scores.shape[-1]} input features are not divisible by the M of pattern {pattern}.")
+        groups = scores.reshape(-1, m)
+        num_pruned = m - n
+    else:
+        assert sparsity is not None  # checked above; tells type checkers
+        groups = scores if comparison_group == "row" else scores.reshape(1, -1)
+        num_pruned = round(sparsity * groups.shape[-1])
+
+    # A stable sort breaks ties by position; a threshold or an unstable top-k would not.
+    pruned = groups.argsort(dim=-1, stable=True)[:, :num_pruned]
+    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, pruned, False).reshape(scores.shape)
