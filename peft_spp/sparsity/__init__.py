@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model or checkpoint are zero, in which pattern, and which zeros a change has lost.
+
+[`sparsity_report`] and [`compare_sparsity`] read a model, a state dict, or a safetensors file or folder. They read one
+tensor at a time and look at its bits, so `-0.0` is told from `0.0`. Only torch, safetensors and rich are imported.
+"""
+
+from .compare import ModuleComparison, SparsityComparison, compare_sparsity
+from .pattern import NMPattern, satisfies_n_m
+from .report import ModuleSparsity, SparsityReport, sparsity_report
+
+__all__ = [
+    "ModuleComparison",
+    "ModuleSparsity",
+    "NMPattern",
+    "SparsityComparison",
+    "SparsityReport",
+    "compare_sparsity",
+    "satisfies_n_m",
+    "sparsity_report",
+]

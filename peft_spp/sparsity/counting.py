@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting over one weight, or a pair, in pieces of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .bits import CHUNK_ELEMENTS, look_at
+from .pattern import fullest_group
+
+
+@dataclass
+class Counts:
+    """What one weight holds.
+
+    Args:
+        zeros (`int`): How many values are `0.0` or `-0.0`.
+        negative_zeros (`int`): How many are `-0.0`.
+        non_finite (`int`): How many are infinite or NaN.
+        fullest (`dict[int, int]`): For each group size, the count of non-zeros in the fullest group of inputs.
+    """
+
+    zeros: int = 0
+    negative_zeros: int = 0
+    non_finite: int = 0
+    fullest: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class PairCounts:
+    """What became of the zeros between two versions of one weight.
+
+    Args:
+        zeros_before (`int`): How many values were zero.
+        zeros_after (`int`): How many are zero.
+        lost (`int`): How many were zero and are not.
+        gained (`int`): How many were not zero and are.
+        negative_zeros (`int`): How many are `-0.0`.
+        non_finite (`int`): How many are infinite or NaN.
+    """
+
+    zeros_before: int = 0
+    zeros_after: int = 0
+    lost: int = 0
+    gained: int = 0
+    negative_zeros: int = 0
+    non_finite: int = 0
+
+
+def _matrices(weight: Tensor) -> Iterator[Tensor]:
+    """The 2-D weights that a 2-D or 3-D (one per expert) weight consists of."""
+    weight = weight.detach()
+    if weight.dim() == 2:
+        yield weight
+    else:
+        yield from weight.unbind(0)
+
+
+def _pieces(matrix: Tensor, along: int) -> Iterator[Tensor]:
+    """Cut a matrix along one dimension into pieces of at most `CHUNK_ELEMENTS` (and at least one row or column)."""
+    step = max(1, CHUNK_ELEMENTS // max(1, matrix.shape[1 - along]))
+    for start in range(0, matrix.shape[along], step):
+        yield matrix.narrow(along, start, min(step, matrix.shape[along] - start))
+
+
+def count(weight: Tensor, *, transposed: bool, group_sizes: Iterable[int]) -> Counts:
+    """Count zeros and the fullest groups of one weight.
+
+    Args:
+        weight (`torch.Tensor`):
+            Floating, shape `(out, in)`, or `(in, out)` with `transposed`; 3-D with the experts of a mixture first.
+        transposed (`bool`): Whether the input dimension comes before the output dimension.
+        group_sizes (`Iterable[int]`): The group sizes to look for.
+
+    Returns:
+        `Counts`: The counts.
+    """
+    counts = Counts(fullest=dict.fromkeys(group_sizes, 0))
+    for matrix in _matrices(weight):
+        for piece in _pieces(matrix, along=1 if transposed else 0):
+            look = look_at(piece)
+            counts.zeros += piece.numel() - int(torch.count_nonzero(look.nonzero))
+            counts.negative_zeros += look.negative_zeros
+            counts.non_finite += look.non_finite
+            rows = (look.nonzero.T if transposed else look.nonzero).contiguous()
+            for size, so_far in counts.fullest.items():
+                counts.fullest[size] = max(so_far, fullest_group(rows, size))
+    return counts
+
+
+def count_pair(before: Tensor, after: Tensor) -> PairCounts:
+    """Count what became of the zeros of one weight.
+
+    Args:
+        before (`torch.Tensor`): Floating, 2-D or 3-D.
+        after (`torch.Tensor`): The same shape; dtype and device may differ.
+
+    Returns:
+        `PairCounts`: The counts.
+    """
+    counts = PairCounts()
+    for old_matrix, new_matrix in zip(_matrices(before), _matrices(after), strict=True):
+        for old_piece, new_piece in zip(_pieces(old_matrix, 0), _pieces(new_matrix, 0), strict=True):
+            old = look_at(old_piece).nonzero
+            look = look_at(new_piece)
+            new = look.nonzero.to(old.device)
+            counts.zeros_before += old.numel() - int(torch.count_nonzero(old))
+            counts.zeros_after += new.numel() - int(torch.count_nonzero(new))
+            counts.lost += int(torch.count_nonzero(new & ~old))
+            counts.gained += int(torch.count_nonzero(old & ~new))
+            counts.negative_zeros += look.negative_zeros
+            counts.non_finite += look.non_finite
+    return counts

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the name of a weight tells: the module's plain name, and whether it is a linear layer that counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+# Parts of a name that wrappers add: PEFT, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {
+    "base_layer",
+    "original_module",
+    "token_adapter",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
+_PEFT_PREFIX = re.compile(r"^(module\.)?base_model\.model\.")
+_ADAPTER_PART = re.compile(
+    r"(^|\.)(((spp|lora|ia3|hada|lokr|oft|boft|vera|randlora|adamss)_\w+)|modules_to_save)(\.|$)"
+)
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls\.predictions)(\.|$)")
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_\w+|\w*_?(embed|embedding|embeddings)|wte|wpe|shared|relative_attention_bias)$")
+_NORM = re.compile(r"(^|\.)(\w*_?(norm|layernorm)\d*|ln_\w+)$")
+# What quantized experts store beside their weights.
+_QUANTIZATION = re.compile(r"(bias|scales?|scale_inv|zeros|zero_point|blocks)$")
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what PEFT, `torch.compile` and FSDP wrap around it.
+
+    Args:
+        name (`str`): A name as in `named_modules()` or a state dict.
+
+    Returns:
+        `str`: The name in the model without wrappers.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return _PEFT_PREFIX.sub("", ".".join(parts))
+
+
+def wrapped_by_adapters(names: Iterable[str]) -> frozenset[str]:
+    """The modules that hold a `base_layer`, so that whatever else they hold belongs to an adapter.
+
+    Args:
+        names (`Iterable[str]`): The names of all weights.
+
+    Returns:
+        `frozenset[str]`: The names of the wrapping modules.
+    """
+    wrapped: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        wrapped.update(".".join(parts[:at]) for at, part in enumerate(parts) if part == "base_layer")
+    return frozenset(wrapped)
+
+
+def is_adapter(name: str, wrapped: frozenset[str]) -> bool:
+    """Whether a weight belongs to an adapter and not to the model underneath.
+
+    Args:
+        name (`str`): The name of the weight, as stored.
+        wrapped (`frozenset[str]`): What [`wrapped_by_adapters`] found.
+
+    Returns:
+        `bool`: Whether it is an adapter's.
+    """
+    if _ADAPTER_PART.search(name):
+        return True
+    parts = name.split(".")
+    return any(".".join(parts[:at]) in wrapped and parts[at] != "base_layer" for at in range(len(parts)))
+
+
+def special_role(name: str) -> str | None:
+    """The role of a module that a pruning run leaves alone, if its name says so.
+
+    Args:
+        name (`str`): The plain name of the module.
+
+    Returns:
+        `str` or `None`: `"head"`, `"router"`, `"embedding"`, `"norm"`, or `None` for an ordinary linear layer.
+    """
+    for role, expression in (("head", _HEAD), ("router", _ROUTER), ("embedding", _EMBEDDING), ("norm", _NORM)):
+        if expression.search(name):
+            return role
+    return None
+
+
+def is_fused_experts(name: str) -> bool:
+    """Whether a 3-D weight of this name holds the linear layers of all experts of a mixture.
+
+    Args:
+        name (`str`): The plain name of the weight without `.weight`.
+
+    Returns:
+        `bool`: `True` below a module named `experts`, and for `input_linear` and `output_linear` (Granite, JetMoe).
+    """
+    parts = name.split(".")
+    if _QUANTIZATION.search(parts[-1]):
+        return False
+    return "experts" in parts[:-1] or parts[-1] in ("input_linear", "output_linear")
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """Whether a name is asked for, by the rule of PEFT's `target_modules`.
+
+    Args:
+        name (`str`): The plain name of a module.
+        wanted (`str` or `Sequence[str]`): A regular expression for the whole name, or a list of names or their ends.
+
+    Returns:
+        `bool`: Whether the name matches.
+    """
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in wanted)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import re
+import struct
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sparsity_tiny_models import keep_n_m
+
+from peft_spp.sparsity import compare_sparsity, safetensors_files, sparsity_report
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A sharded folder of eight weights in two files, and its index."""
+    weight_map = {}
+    for shard in range(2):
+        state = {f"layers.{shard * 4 + n}.fc.weight": keep_n_m(torch.randn(8, 8), 2, 4) for n in range(4)}
+        name = f"model-{shard + 1:05}-of-00002.safetensors"
+        save_file(state, tmp_path / name)
+        weight_map |= dict.fromkeys(state, name)
+    write_index(tmp_path, weight_map)
+    return tmp_path, weight_map
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def naming(culprit: object):
+    return pytest.raises(ValueError, match=re.escape(str(culprit)))
+
+
+def test_layers_come_in_the_order_of_their_numbers(tmp_path):
+    save_file({f"layers.{n}.fc.weight": torch.ones(2, 2) for n in (10, 9, 1)}, tmp_path / "model.safetensors")
+    assert list(sparsity_report(tmp_path).modules) == ["layers.1.fc", "layers.9.fc", "layers.10.fc"]
+
+
+def test_a_path_may_be_a_string(shards):
+    assert sparsity_report(str(shards[0])).all_satisfy("2:4")
+
+
+def test_links_out_of_the_folder_are_followed(shards, tmp_path_factory):
+    """The download cache of the Hub keeps its files elsewhere."""
+    folder, _ = shards
+    snapshot = tmp_path_factory.mktemp("snapshot")
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    assert len(sparsity_report(snapshot)) == 8
+
+
+@pytest.mark.parametrize(
+    "where", ["../elsewhere.safetensors", "a/../../b.safetensors", "/etc/passwd", "C:\\w", "..\\w"]
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(shards, where):
+    folder, weight_map = shards
+    save_file({"layers.0.fc.weight": torch.ones(2, 2)}, folder.parent / "elsewhere.safetensors")
+    write_index(folder, weight_map | {"layers.0.fc.weight": where})
+    with naming(repr(where)):
+        sparsity_report(folder)
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(shards):
+    folder, weight_map = shards
+    shard = weight_map["layers.0.fc.weight"]
+    write_index(folder, weight_map | {"layers.99.fc.weight": shard})
+    with naming("layers.99.fc.weight"):
+        sparsity_report(folder)
+    write_index(folder, weight_map)
+    (folder / shard).unlink()
+    with naming(shard):
+        sparsity_report(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": []}', "\x00"])
+def test_a_damaged_index_is_refused_by_name(shards, text):
+    index = shards[0] / "model.safetensors.index.json"
+    index.write_text(text)
+    with naming(index):
+        sparsity_report(shards[0])
+
+
+def test_a_damaged_config_is_refused_by_name(shards):
+    (shards[0] / "config.json").write_bytes(b"\xff\xfe{")
+    with naming("config.json"):
+        sparsity_report(shards[0])
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_file_cut_short_is_refused_by_name(shards, keep):
+    folder, weight_map = shards
+    file = folder / weight_map["layers.7.fc.weight"]
+    content = file.read_bytes()
+    file.write_bytes(content[:keep])
+    for source in (folder, file):
+        with naming(file):
+            sparsity_report(source)
+    with naming(file):
+        compare_sparsity(folder, folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff" * 64, struct.pack("<Q", 8) + b"not json", struct.pack("<Q", 2**40) + b"{}", b"PK\x03\x04" * 9]
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, content):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with naming(file):
+        sparsity_report(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused_by_name(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / name)
+    with naming("fc.weight"):
+        sparsity_report(tmp_path)
+
+
+def test_only_safetensors_is_read(tmp_path):
+    with naming(tmp_path):
+        sparsity_report(tmp_path)
+    pickled = tmp_path / "pytorch_model.bin"
+    torch.save({"fc.weight": torch.ones(2, 2)}, pickled)
+    for source in (tmp_path, pickled):
+        with naming(tmp_path) as error:
+            sparsity_report(source)
+        assert "safetensors" in str(error.value) and "pytorch_model.bin" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no-such-folder"):
+        sparsity_report(tmp_path / "no-such-folder")
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The number of earlier tensors still alive, and the resident memory, at each read of a tensor."""
+    alive, resident, seen = [], [], []
+    load = safetensors_files._load
+
+    def watching(file, name):
+        alive.append(sum(one() is not None for one in seen))
+        if os.path.exists("/proc/self/statm"):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+        tensor = load(file, name)
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(safetensors_files, "_load", watching)
+    return alive, resident
+
+
+def test_a_report_holds_one_tensor_at_a_time(shards, watched):
+    sparsity_report(shards[0])
+    assert watched[0] == [0] * 8
+
+
+def test_a_comparison_holds_one_tensor_of_each(shards, watched):
+    compare_sparsity(shards[0], shards[0])
+    assert watched[0] == [0, 1] * 8
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path, watched):
+    size, count = 8 * 2**20, 20
+    weight = torch.ones(2048, size // 2048 // 2, dtype=torch.bfloat16)
+    for shard in range(2):
+        state = {f"layers.{shard}.{n}.fc.weight": weight.clone() for n in range(count // 2)}
+        save_file(state, tmp_path / f"model-{shard}.safetensors")
+        del state
+    report = sparsity_report(tmp_path)
+    assert report.numel * 2 == size * count
+    resident = watched[1]
+    if not resident:
+        pytest.skip("resident memory is told on Linux only")
+    assert max(resident) - resident[0] < 64 * 2**20 < size * count // 2
