@@ -23,7 +23,7 @@ class SPPConfig(PeftConfig):
         r (`int`):
             The number of row blocks, that is the rows of A. The output rows of a layer are split into r blocks as
             evenly as they go, and the rows of a block share a row of A. A layer with fewer rows than r gets one block
-            a row.
+            a row, at the same scaling.
         target_modules (`Optional[Union[List[str], str]]`):
             The names of the modules to apply the adapter to. When passing a string, a regex match will be performed.
             When passing a list of strings, either an exact match will be performed or it is checked if the name of the

@@ -15,29 +15,6 @@ from ..functional import Factors, merged_weight, scaled_weight, spp_linear
 from .config import SPPConfig, check_rank
 
 
-class SPPFactor(nn.Module):
-    """
-    One trainable factor, A or B, of one adapter.
-
-    A module rather than a bare parameter, so that its name is `spp_A.<adapter>.weight` as in LoRA, and so that engines
-    that shard or offload module by module find it.
-
-    Args:
-        rows (`int`): The rows of the factor.
-        columns (`int`): The columns of the factor.
-    """
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
-
-    def forward(self) -> torch.Tensor:
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return ", ".join(str(size) for size in self.weight.shape)
-
-
 class SPPLayer(BaseTunerLayer):
     """
     What every SPP layer has: the factors of each adapter and the settings that belong to them.
@@ -82,22 +59,24 @@ class SPPLayer(BaseTunerLayer):
 
         Args:
             adapter_name (`str`): The name of the adapter.
-            r (`int`): The number of row blocks. A layer with fewer output rows gets one block a row.
-            spp_alpha (`float`): The update is scaled by `spp_alpha` over the layer's number of blocks.
+            r (`int`): The number of row blocks. A layer with fewer output rows gets one block a row; its scaling is
+                still that of the other layers.
+            spp_alpha (`float`): The update is scaled by `spp_alpha / r`.
             config (`SPPConfig`): The configuration of the adapter.
 
         Raises:
             ValueError: If `r` is not a positive integer.
         """
         check_rank("r", r)
-        r = min(r, self.out_features)
         self.r[adapter_name] = r
         self.spp_alpha[adapter_name] = spp_alpha
         self.scaling[adapter_name] = spp_alpha / r
         dropout = nn.Dropout(p=config.spp_dropout) if config.spp_dropout > 0.0 else nn.Identity()
         self.spp_dropout[adapter_name] = dropout
-        self.spp_A[adapter_name] = SPPFactor(r, self.in_features)
-        self.spp_B[adapter_name] = SPPFactor(self.out_features, 1)
+        # Linear modules for their weights alone: like LoRA's factors they are named `spp_A.<adapter>.weight`, and engines
+        # that shard or offload module by module find them
+        self.spp_A[adapter_name] = nn.Linear(self.in_features, min(r, self.out_features), bias=False)
+        self.spp_B[adapter_name] = nn.Linear(1, self.out_features, bias=False)
         self.reset_spp_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -127,7 +106,7 @@ class SPPLayer(BaseTunerLayer):
     def get_factors(self, adapter_names: Sequence[str]) -> list[Factors]:
         """The factors of those of `adapter_names` that this layer has."""
         return [
-            Factors(self.spp_A[name](), self.spp_B[name](), self.scaling[name])
+            Factors(self.spp_A[name].weight, self.spp_B[name].weight, self.scaling[name])
             for name in adapter_names
             if name in self.spp_A
         ]
