@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .mask import parse_pattern
+from ..sparsity import NMPattern
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 
@@ -75,7 +75,7 @@ def find_target_layers(model: nn.Module, target_modules: str | Iterable[str] | N
     return layers
 
 
-def check_prunable(layers: dict[str, LinearLayer], pattern: str | None) -> None:
+def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
     """Raise a `ValueError` that names the first layer which cannot be pruned (to `pattern`, where one is given)."""
     for name, layer in layers.items():
         if not layer.weight.is_floating_point():
@@ -83,7 +83,7 @@ def check_prunable(layers: dict[str, LinearLayer], pattern: str | None) -> None:
         if not layer.weight.isfinite().all():
             raise ValueError(f"The weight of {name} has values that are not finite.")
         in_features = weight_matrix(layer).shape[1]
-        if pattern is not None and in_features % parse_pattern(pattern)[1] != 0:
+        if pattern is not None and in_features % NMPattern.parse(pattern).m != 0:
             raise ValueError(f"The {in_features} input features of {name} are not divisible by the M of {pattern}.")
 
 

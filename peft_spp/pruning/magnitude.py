@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..sparsity import NMPattern
 from .layers import apply_mask, check_prunable, find_target_layers, weight_matrix
 from .mask import check_pruning_request, pruning_mask
 
@@ -14,7 +15,7 @@ from .mask import check_pruning_request, pruning_mask
 def prune_magnitude(
     model: nn.Module,
     *,
-    pattern: str | None = None,
+    pattern: str | NMPattern | None = None,
     sparsity: float | None = None,
     target_modules: str | Iterable[str] | None = None,
 ) -> None:
@@ -27,7 +28,7 @@ def prune_magnitude(
 
     Args:
         model (`nn.Module`): The model to prune.
-        pattern (`str`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
+        pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
         sparsity (`float`, *optional*): Fraction of the weights of each layer to prune, in [0, 1).
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which

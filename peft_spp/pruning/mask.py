@@ -1,34 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a matrix of importance scores to a pruning mask."""
 
-import re
 from typing import Literal
 
 import torch
 
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """
-    Parse an N:M pattern such as `"2:4"`: at most N of every M consecutive weights along the input are kept.
-
-    Args:
-        pattern (`str`): The pattern, with 0 < N < M.
-
-    Returns:
-        `tuple[int, int]`: N and M.
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    if match is None or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f'pattern must be "N:M" with 0 < N < M, for example "2:4", but is {pattern!r}.')
-    return int(match[1]), int(match[2])
+from ..sparsity import NMPattern
 
 
-def check_pruning_request(pattern: str | None, sparsity: float | None) -> None:
+def check_pruning_request(pattern: str | NMPattern | None, sparsity: float | None) -> None:
     """Raise a `ValueError` unless exactly one of `pattern` and `sparsity` is given, and is valid."""
     if (pattern is None) == (sparsity is None):
         raise ValueError(f"Give exactly one of pattern and sparsity, got {pattern=} and {sparsity=}.")
     if pattern is not None:
-        parse_pattern(pattern)
+        NMPattern.parse(pattern)
     # The negated form also rejects NaN.
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity must be in [0, 1), but is {sparsity}.")
@@ -37,7 +22,7 @@ def check_pruning_request(pattern: str | None, sparsity: float | None) -> None:
 def pruning_mask(
     scores: torch.Tensor,
     *,
-    pattern: str | None = None,
+    pattern: str | NMPattern | None = None,
     sparsity: float | None = None,
     comparison_group: Literal["row", "layer"] = "row",
 ) -> torch.Tensor:
@@ -49,7 +34,7 @@ def pruning_mask(
 
     Args:
         scores (`torch.Tensor`): Importance of each weight, of shape `(out_features, in_features)`.
-        pattern (`str`, *optional*):
+        pattern (`str` or `NMPattern`, *optional*):
             N:M pattern: the comparison groups are M consecutive weights along the input, of which N are kept.
         sparsity (`float`, *optional*):
             Fraction of the weights of each comparison group to prune, in [0, 1). The number to prune is rounded to
@@ -62,11 +47,11 @@ def pruning_mask(
     """
     check_pruning_request(pattern, sparsity)
     if pattern is not None:
-        n, m = parse_pattern(pattern)
-        if scores.shape[-1] % m != 0:
+        n_m = NMPattern.parse(pattern)
+        if scores.shape[-1] % n_m.m != 0:
             raise ValueError(f"{scores.shape[-1]} input features are not divisible by the M of pattern {pattern}.")
-        groups = scores.reshape(-1, m)
-        num_pruned = m - n
+        groups = scores.reshape(-1, n_m.m)
+        num_pruned = n_m.m - n_m.n
     else:
         assert sparsity is not None  # checked above; tells type checkers
         groups = scores if comparison_group == "row" else scores.reshape(1, -1)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from ..sparsity import NMPattern
 from .calibration import CalibrationBatch, InputNorms, calibration_mode, run_calibration
 from .layers import LinearLayer, apply_mask, check_prunable, find_blocks, find_target_layers, weight_matrix
 from .mask import check_pruning_request, pruning_mask
@@ -16,7 +17,7 @@ def prune_wanda(
     model: nn.Module,
     calibration_batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
     *,
-    pattern: str | None = None,
+    pattern: str | NMPattern | None = None,
     sparsity: float | None = None,
     target_modules: str | Iterable[str] | None = None,
 ) -> None:
@@ -41,7 +42,7 @@ def prune_wanda(
         calibration_batches (`Iterable`):
             The calibration data: batches of token ids, or of keyword arguments of the model's forward. Tokens that
             an `attention_mask` marks as padding do not count.
-        pattern (`str`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
+        pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
         sparsity (`float`, *optional*): Fraction of the weights of each output to prune, in [0, 1).
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_spp.pruning.mask import check_pruning_request, parse_pattern, pruning_mask
+from peft_spp.pruning.mask import check_pruning_request, pruning_mask
 
 
 @st.composite
@@ -53,10 +53,10 @@ def test_sparsity_that_floating_point_cannot_represent() -> None:
     assert int((~pruning_mask(torch.rand(3, 100), sparsity=0.29)).sum()) == 3 * 29
 
 
-@pytest.mark.parametrize("pattern", ["2:2", "4:2", "0:4", "2-4", "2:4:8", "", "a:b", " 2:4", "-1:4"])
+@pytest.mark.parametrize("pattern", ["4:2", "0:4", "2-4", "2:4:8", "", "a:b", "-1:4"])
 def test_bad_patterns(pattern: str) -> None:
-    with pytest.raises(ValueError, match="pattern must be"):
-        parse_pattern(pattern)
+    with pytest.raises(ValueError, match="N:M pattern"):
+        check_pruning_request(pattern, None)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

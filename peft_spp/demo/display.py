@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo shows on the console."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from .checks import SavedModelCheck, recovered_share
+from .output import OutputFolder
+
+
+def make_progress(console: Console) -> Progress:
+    """A display of bars, each with a note behind it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def show_step(progress: Progress, description: str) -> Iterator[None]:
+    """Show a step that has no steps of its own."""
+    task = progress.add_task(description, total=1, note="")
+    yield
+    progress.update(task, completed=1)
+
+
+def show_results(console: Console, output: OutputFolder, checks: dict[str, SavedModelCheck], seconds: float) -> None:
+    """Print the table of all models, and where the files are."""
+    titles = {
+        "dense": "Dense",
+        "pruned": "Pruned to 2:4 (Wanda)",
+        "lora_merged": "LoRA, merged",
+        "spp_merged": "SPP, merged",
+    }
+    table = Table("Model", title="Held-out text, measured on the saved models")
+    for heading in ("Perplexity", "Sparsity", "2:4 groups", "Still 2:4"):
+        table.add_column(heading, justify="right")
+    for name, check in checks.items():
+        table.add_row(
+            titles[name],
+            f"{check.perplexity:.2f}",
+            f"{check.sparsity:.1%}",
+            f"{check.groups_2_4:.1%}",
+            "yes" if check.is_2_4 else "no",
+        )
+    console.print(table)
+    if checks["pruned"].perplexity > checks["dense"].perplexity:
+        for name, method in (("spp_merged", "SPP"), ("lora_merged", "LoRA")):
+            share = recovered_share(checks, name)
+            console.print(f"{method} won back {share:.0%} of the log-perplexity that pruning cost.")
+    console.print(f"SPP adapter:  {output.spp_adapter}", soft_wrap=True)
+    console.print(f"Merged model: {output.spp_merged} (plain Transformers loads it)", soft_wrap=True)
+    console.print(f"Took {seconds:.0f} s.")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """While active, other libraries do not print progress bars and notes between the demo's own output."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            for library in ("transformers", "trl", "peft", "accelerate", "datasets"):
+                warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}(\.|$)")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+        datasets.enable_progress_bars()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from peft_spp import __version__
+from peft_spp.cli import app
+from peft_spp.demo.output import OutputFolder
+
+runner = CliRunner()
+
+
+def test_version() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"peft-spp {__version__}\n"
+
+
+def test_help_lists_the_commands() -> None:
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.output
+    assert "--output" in runner.invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+
+
+@pytest.mark.parametrize("package", ["trl", "datasets"])
+def test_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in list(sys.modules):
+        if module.startswith("peft_spp.demo"):
+            monkeypatch.delitem(sys.modules, module)
+    result = runner.invoke(app, ["demo", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f'{package} is not installed. Install it with: pip install "peft-spp[train]"' in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "mine.txt").write_text("mine")
+    result = runner.invoke(app, ["demo", "--output", str(tmp_path)], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert "has files that are not the demo's" in result.output
+    assert [path.name for path in tmp_path.rglob("*")] == ["dense", "mine.txt"]
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not a folder"):
+        OutputFolder(tmp_path / "out").prepare()
+
+
+def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path / "out")
+    output.prepare()
+    output.dense.mkdir()
+    (output.dense / "model.safetensors").touch()
+    output.results.touch()
+    (output.root / "notes.txt").write_text("added by the user")
+    output.prepare()
+    assert not output.dense.exists() and not output.results.exists()
+    assert (output.root / "notes.txt").exists()
