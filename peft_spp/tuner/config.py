@@ -23,7 +23,7 @@ class SPPConfig(PeftConfig):
         r (`int`):
             The number of row blocks, that is the rows of A. The output rows of a layer are split into r blocks as
             evenly as they go, and the rows of a block share a row of A. A layer with fewer rows than r gets one block
-            a row, at the same scaling.
+            a row, as if `rank_pattern` had said so.
         target_modules (`Optional[Union[List[str], str]]`):
             The names of the modules to apply the adapter to. When passing a string, a regex match will be performed.
             When passing a list of strings, either an exact match will be performed or it is checked if the name of the
@@ -181,7 +181,7 @@ class SPPConfig(PeftConfig):
             raise ValueError(f"`spp_dropout` should be in [0, 1) but the value passed is {self.spp_dropout}")
         if self.bias not in ("none", "all", "spp_only"):
             raise ValueError(f"`bias` should be 'none', 'all' or 'spp_only' but the value passed is {self.bias!r}")
-        if not isinstance(self.init_weights, bool):
+        if self.init_weights not in (True, False):
             raise ValueError(f"`init_weights` should be True or False but the value passed is {self.init_weights!r}")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

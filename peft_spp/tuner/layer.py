@@ -59,15 +59,16 @@ class SPPLayer(BaseTunerLayer):
 
         Args:
             adapter_name (`str`): The name of the adapter.
-            r (`int`): The number of row blocks. A layer with fewer output rows gets one block a row; its scaling is
-                still that of the other layers.
-            spp_alpha (`float`): The update is scaled by `spp_alpha / r`.
+            r (`int`): The number of row blocks. A layer with fewer output rows gets one block a row, as if that were
+                the rank asked for it.
+            spp_alpha (`float`): The update is scaled by `spp_alpha` over the layer's number of row blocks.
             config (`SPPConfig`): The configuration of the adapter.
 
         Raises:
             ValueError: If `r` is not a positive integer.
         """
         check_rank("r", r)
+        r = min(r, self.out_features)
         self.r[adapter_name] = r
         self.spp_alpha[adapter_name] = spp_alpha
         self.scaling[adapter_name] = spp_alpha / r
@@ -75,7 +76,7 @@ class SPPLayer(BaseTunerLayer):
         self.spp_dropout[adapter_name] = dropout
         # Linear modules for their weights alone: like LoRA's factors they are named `spp_A.<adapter>.weight`, and engines
         # that shard or offload module by module find them
-        self.spp_A[adapter_name] = nn.Linear(self.in_features, min(r, self.out_features), bias=False)
+        self.spp_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.spp_B[adapter_name] = nn.Linear(1, self.out_features, bias=False)
         self.reset_spp_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
