@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import datasets  # type: ignore[import-untyped]
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +16,7 @@ from .output import OutputFolder
 
 
 def make_progress(console: Console) -> Progress:
-    """A display of bars, each with a note behind it."""
+    """A display of bars, each with a note behind it; only of their names where the console is no terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -24,13 +24,20 @@ def make_progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def add_bar(progress: Progress, description: str, total: int | None) -> TaskID:
+    """Add a bar to the display, of unknown length if `total` is `None`."""
+    if progress.disable:
+        progress.console.print(f"{description} ...")
+    return progress.add_task(description, total=total, note="")
 
 
 @contextmanager
 def show_step(progress: Progress, description: str) -> Iterator[None]:
     """Show a step that has no steps of its own."""
-    task = progress.add_task(description, total=1, note="")
+    task = add_bar(progress, description, total=1)
     yield
     progress.update(task, completed=1)
 
@@ -59,8 +66,12 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
         for name, method in (("spp_merged", "SPP"), ("lora_merged", "LoRA")):
             share = recovered_share(checks, name)
             console.print(f"{method} won back {share:.0%} of the log-perplexity that pruning cost.")
-    console.print(f"SPP adapter:  {output.spp_adapter}", soft_wrap=True)
-    console.print(f"Merged model: {output.spp_merged} (plain Transformers loads it)", soft_wrap=True)
+    # A path may hold what Rich takes for markup.
+    for line in (
+        f"SPP adapter:  {output.spp_adapter}",
+        f"Merged model: {output.spp_merged} (plain Transformers loads it)",
+    ):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"Took {seconds:.0f} s.")
 
 

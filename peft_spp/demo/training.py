@@ -23,6 +23,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from .config import DemoConfig
+from .display import add_bar
 
 
 class ProgressCallback(TrainerCallback):
@@ -36,7 +37,7 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, progress: Progress, description: str) -> None:
         self._progress = progress
-        self._task = progress.add_task(description, total=None, note="")
+        self._task = add_bar(progress, description, total=None)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,5 +21,5 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(socket.socket, "connect", refuse)
-        checks = run_demo(output, SMOKE_CONFIG, Console(file=shown, width=120))
+        checks = run_demo(output, SMOKE_CONFIG, Console(file=shown, width=120, force_terminal=True))
     return SmokeRun(output, SMOKE_CONFIG, checks, shown.getvalue())

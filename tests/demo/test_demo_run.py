@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
 import math
 import runpy
@@ -11,10 +12,12 @@ import pytest
 import torch
 from demo_smoke import SmokeRun
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_spp.demo.checks import CHECK_SCRIPT, SavedModelCheck, check_saved_models, recovered_share
+from peft_spp.demo.display import make_progress, show_step
 from peft_spp.demo.output import OutputFolder
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
@@ -129,3 +132,12 @@ def test_full_demo_meets_the_expectation(tmp_path: Path) -> None:
     assert checks["pruned"].is_2_4 and checks["spp_merged"].is_2_4
     assert checks["spp_merged"].sparsity == 0.5
     assert not checks["lora_merged"].is_2_4
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_each_step_is_named_when_it_starts(is_terminal: bool) -> None:
+    shown = io.StringIO()
+    with make_progress(Console(file=shown, force_terminal=is_terminal)) as progress:
+        with show_step(progress, "Some step"):
+            progress.refresh()
+            assert "Some step" in shown.getvalue()
