@@ -8,15 +8,13 @@ own registration.
 
 from __future__ import annotations
 
-import enum
-from typing import Any
-
 import peft
 from packaging.version import Version
 from peft import mapping
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from ._version import __version__
+from .enum_extension import extend_str_enum
 
 
 METHOD = "spp"
@@ -60,43 +58,3 @@ def check_peft_version(version: str) -> None:
             f"peft_spp {__version__} supports PEFT >={MIN_PEFT},<{BELOW_PEFT}, but PEFT {version} is installed. "
             f"Run `pip install 'peft>={MIN_PEFT},<{BELOW_PEFT}'` or update peft_spp."
         )
-
-
-def extend_str_enum(cls: type[enum.Enum], name: str) -> enum.Enum:
-    """
-    Add a member whose value is its name to a `str` enum, so that it cannot be told from one of the class body.
-
-    Args:
-        cls (`type[enum.Enum]`): An enum class that also derives from `str`.
-        name (`str`): The name and value of the new member.
-
-    Returns:
-        `enum.Enum`: The new member.
-
-    Raises:
-        ImportError: If this Python's enum does not know the member afterwards; the class is then as it was before.
-    """
-    member: Any = str.__new__(cls, name)
-    member._name_ = name
-    member._value_ = name
-    member.__objclass__ = cls
-    member._sort_order_ = len(cls._member_names_)
-    cls._member_names_.append(name)
-    cls._member_map_[name] = member
-    cls._value2member_map_[name] = member
-    # Python 3.13 answers `value in cls` from this list
-    hashable_values: list[Any] | None = getattr(cls, "_hashable_values_", None)
-    if hashable_values is not None:
-        hashable_values.append(name)
-    # Up to Python 3.11 attribute access falls back to the member map; later versions keep members as class attributes.
-    # EnumType.__setattr__ refuses names of members, type.__setattr__ does not.
-    type.__setattr__(cls, name, member)
-
-    if not (cls(name) is cls[name] is getattr(cls, name) is member and list(cls)[-1] is member):
-        type.__delattr__(cls, name)
-        cls._member_names_.remove(name)
-        del cls._member_map_[name], cls._value2member_map_[name]
-        if hashable_values is not None:
-            hashable_values.remove(name)
-        raise ImportError(f"peft_spp {__version__} cannot add {name} to {cls.__name__} on this Python version.")
-    return member

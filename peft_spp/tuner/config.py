@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..model_card import add_loading_note
+from .adapter_file import check_adapter_file
 
 
 @dataclass
@@ -194,6 +196,25 @@ class SPPConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         add_loading_note(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> SPPConfig:
+        """
+        Load the configuration of an adapter, and check the weights beside it if they are in a local folder.
+
+        Args:
+            pretrained_model_name_or_path (`str`): The directory or the Hub repository id where the adapter is saved.
+            subfolder (`str`, *optional*): An optional subfolder under `pretrained_model_name_or_path`.
+            kwargs (additional keyword arguments, *optional*): As [`PeftConfig.from_pretrained`] takes them.
+
+        Raises:
+            ValueError: If a value of the configuration cannot be used, or the adapter's weights are damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        # not a field: it is neither saved nor compared. SPPModel takes the adapter back if its weights do not fit.
+        config.is_from_pretrained = True
+        return config
 
 
 def check_rank(name: str, r: Any) -> None:

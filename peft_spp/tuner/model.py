@@ -18,6 +18,36 @@ from .layer import Linear, SPPLayer
 from .targets import transformer_block_linear_targets
 
 
+class _Injection:
+    """
+    What adding one adapter did to a model, and how to undo it.
+
+    Args:
+        model (`nn.Module`): The model, before the adapter is added.
+        adapter_name (`str`): The name of the adapter.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.steps: list[Callable[[], None]] = []
+        self.one_block_a_row: list[str] = []
+
+    def on_undo(self, step: Callable[[], None]) -> None:
+        self.steps.append(step)
+
+    def undo(self) -> None:
+        for step in reversed(self.steps):
+            step()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and set(module._adapters) == {self.adapter_name}:
+                parent_name, _, child_name = name.rpartition(".")
+                setattr(self.model.get_submodule(parent_name), child_name, module.original_module)
+        for parameter, requires_grad in self.requires_grad:
+            parameter.requires_grad_(requires_grad)
+
+
 class SPPModel(BaseTuner):
     """
     Creates an SPP (sparsity-preserved parameter-efficient fine-tuning) model from a pretrained, pruned model.
@@ -54,6 +84,9 @@ class SPPModel(BaseTuner):
     tuner_layer_cls = SPPLayer
     # the default targets are read off the model itself, see _prepare_adapter_config
     target_module_mapping: dict[str, list[str]] = {}
+    # the injection in progress, and those of saved adapters whose weights have not been loaded yet
+    _injection: _Injection | None = None
+    _injections_to_load: dict[str, _Injection] = {}
 
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:
         if peft_config.target_modules is None:
@@ -66,26 +99,57 @@ class SPPModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
-        self._undo: list[Callable[[], None]] = []
-        self._one_block_a_row: list[str] = []
-        requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        injection = self._injection = _Injection(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for undo in reversed(self._undo):
-                undo()
-            for parameter, value in requires_grad:
-                parameter.requires_grad_(value)
+            injection.undo()
             raise
-        if self._one_block_a_row:
+        finally:
+            self._injection = None
+        if getattr(self.peft_config[adapter_name], "is_from_pretrained", False):
+            # its weights are still to come, and may turn out not to fit
+            self._injections_to_load = {**self._injections_to_load, adapter_name: injection}
+        if injection.one_block_a_row:
             r = self.peft_config[adapter_name].r
             warnings.warn(
                 f"These layers have fewer output rows than row blocks (r={r}) and get one block a row: "
-                f"{', '.join(self._one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` if "
+                f"{', '.join(injection.one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` if "
                 "this is not intended.",
                 stacklevel=2,
             )
-        del self._undo, self._one_block_a_row
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = {
+            f"{prefix}{name}": parameter
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if f".{self.prefix}" in name
+        }
+        misfits = [key for key, p in own.items() if key in state_dict and state_dict[key].shape != p.shape]
+        if misfits:
+            for adapter_name in list(self._injections_to_load):
+                if any(key.endswith(f".{adapter_name}.weight") for key in misfits):
+                    self._take_back(adapter_name)
+            shown = "; ".join(
+                f"{key} is {tuple(state_dict[key].shape)} in the adapter, {tuple(own[key].shape)} in the model"
+                for key in misfits[:3]
+            )
+            raise RuntimeError(
+                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a base "
+                "model of other shapes, or with another `r`. Nothing was loaded."
+            )
+        for adapter_name in list(self._injections_to_load):
+            if any(key.endswith(f".{adapter_name}.weight") and key in state_dict for key in own):
+                del self._injections_to_load[adapter_name]
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Undo the injection of an adapter whose weights cannot be loaded."""
+        self._injections_to_load.pop(adapter_name).undo()
+        self.peft_config.pop(adapter_name, None)
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
 
     def _create_and_replace(
         self,
@@ -109,7 +173,7 @@ class SPPModel(BaseTuner):
         if isinstance(target, Linear):
             active_adapters = target.active_adapters
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
-            self._undo.append(partial(_remove_adapter, target, adapter_name, active_adapters))
+            self._injection.on_undo(partial(_remove_adapter, target, adapter_name, active_adapters))
             new_module = target
         else:
             new_module = self._create_new_module(
@@ -118,10 +182,10 @@ class SPPModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
-            self._undo.append(partial(setattr, parent, target_name, target))
+            self._injection.on_undo(partial(setattr, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:
-            self._one_block_a_row.append(current_key)
+            self._injection.one_block_a_row.append(current_key)
 
     @staticmethod
     def _create_new_module(
