@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import reference
+import torch
+
+from peft_spp.functional import Factors, spp_linear
+from peft_spp.functional import weight as weight_module
+
+
+# (rows m, columns n, r): r divides m, does not, r = 1, r = m, one row, one column
+SHAPES = [(16, 12, 4), (17, 9, 5), (7, 6, 1), (6, 5, 6), (1, 4, 1), (5, 1, 2)]
+INPUTS = [(None,), (3, None), (2, 3, None)]
+
+
+def make(m, n, ranks, dtype=torch.double, factor_dtype=None, fan_in_fan_out=False, bias=True, seed=0):
+    torch.manual_seed(seed)
+    W = torch.randn(m, n, dtype=torch.double)
+    W[torch.rand(m, n) < 0.5] = 0.0
+    W = (W.T.contiguous() if fan_in_fan_out else W).to(dtype).requires_grad_()
+    factors = [
+        Factors(
+            torch.randn(r, n).to(factor_dtype or dtype).requires_grad_(),
+            torch.randn(m, 1).to(factor_dtype or dtype).requires_grad_(),
+            0.5 + i,
+        )
+        for i, r in enumerate(ranks)
+    ]
+    return W, torch.randn(m).to(dtype).requires_grad_() if bias else None, factors
+
+
+def relative_error(actual, expected):
+    expected = expected.double()
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("x_shape", INPUTS)
+@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
+def test_forward_and_gradients_are_the_formula(m, n, r, x_shape, fan_in_fan_out):
+    W, bias, factors = make(m, n, [r], fan_in_fan_out=fan_in_fan_out)
+    x = torch.randn(*x_shape[:-1], n, dtype=torch.double, requires_grad=True)
+    y = spp_linear(x, W, bias, factors, fan_in_fan_out=fan_in_fan_out)
+    oriented = W.T if fan_in_fan_out else W
+    torch.testing.assert_close(y, reference.linear(x, oriented, bias, factors))
+
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
+    expected = reference.gradients(x, oriented, factors, grad_y)
+    torch.testing.assert_close(x.grad, expected["x"])
+    torch.testing.assert_close(factors[0].A.grad, expected["A"][0])
+    torch.testing.assert_close(factors[0].B.grad, expected["B"][0])
+    torch.testing.assert_close(bias.grad, grad_y.reshape(-1, m).sum(0))
+
+
+@pytest.mark.parametrize("ranks", [[4, 4], [4, 1], [3, 16, 5]])
+def test_several_adapters_add_up(ranks):
+    W, bias, factors = make(16, 12, ranks)
+    x = torch.randn(3, 12, dtype=torch.double, requires_grad=True)
+    y = spp_linear(x, W, bias, factors)
+    torch.testing.assert_close(y, reference.linear(x, W, bias, factors))
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
+    expected = reference.gradients(x, W, factors, grad_y)
+    torch.testing.assert_close(x.grad, expected["x"])
+    for f, A, B in zip(factors, expected["A"], expected["B"], strict=True):
+        torch.testing.assert_close(f.A.grad, A)
+        torch.testing.assert_close(f.B.grad, B)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
+def test_gradcheck(m, n, r, fan_in_fan_out, identity):
+    W, bias, factors = make(m, n, [r, 1], fan_in_fan_out=fan_in_fan_out)
+    x = torch.randn(2, n, dtype=torch.double, requires_grad=True)
+
+    def f(x, W, bias, *ab):
+        packed = [Factors(ab[0], ab[1], 0.5), Factors(ab[2], ab[3], 1.5)]
+        return spp_linear(x, W, bias, packed, fan_in_fan_out=fan_in_fan_out, identity=identity)
+
+    inputs = (x, W, bias, *(t for g in factors for t in g[:2]))
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+# Bounds on ‖error‖/‖value‖ from the rounding model: one rounding of W' and of the matmul's operands and result, each of
+# relative size eps, adding up at random over the sums; for the factors' gradients one more, of gyᵀx.
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
+)
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+def test_every_dtype_is_within_its_rounding(dtype, bound, factor_dtype):
+    W, bias, factors = make(96, 80, [7], dtype, factor_dtype)
+    if factor_dtype is not None and dtype == torch.float64:
+        factor_dtype = torch.float64
+        W, bias, factors = make(96, 80, [7], dtype, torch.float32)
+    x = torch.randn(40, 80).to(dtype).requires_grad_()
+    y = spp_linear(x, W, bias, factors)
+    assert y.dtype == dtype
+    assert relative_error(y, reference.linear(x, W, bias, factors)) < bound
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
+    expected = reference.gradients(x, W, factors, grad_y)
+    factor_bound = max(bound, 1e-6) if factors[0].A.dtype == torch.float32 else bound
+    assert relative_error(x.grad, expected["x"]) < bound
+    assert relative_error(factors[0].A.grad, expected["A"][0]) < factor_bound
+    assert relative_error(factors[0].B.grad, expected["B"][0]) < factor_bound
+    for tensor in (x, W, bias, factors[0].A, factors[0].B):
+        assert tensor.grad.dtype == tensor.dtype
+
+
+def test_small_tiles_change_nothing(monkeypatch):
+    W, bias, factors = make(23, 10, [4])
+    x = torch.randn(5, 10, dtype=torch.double, requires_grad=True)
+
+    def run():
+        y = spp_linear(x, W, bias, factors)
+        return y, *torch.autograd.grad(y.square().sum(), (x, factors[0].A, factors[0].B))
+
+    whole = run()
+    monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", 30)
+    for a, b in zip(whole, run(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_non_contiguous_tensors():
+    W, bias, factors = make(12, 8, [5])
+    x = torch.randn(8, 3, 2, dtype=torch.double).permute(1, 2, 0).requires_grad_()
+    strided = torch.randn(24, 16, dtype=torch.double)[::2, ::2]
+    y = spp_linear(x, strided, bias, factors)
+    torch.testing.assert_close(y, reference.linear(x, strided, bias, factors))
+    grad_y = torch.randn(2, 3, 12, dtype=torch.double).transpose(0, 1)
+    y.backward(grad_y)
+    expected = reference.gradients(x, strided, factors, grad_y)
+    torch.testing.assert_close(x.grad, expected["x"])
+    torch.testing.assert_close(factors[0].A.grad, expected["A"][0])
+
+
+def test_no_tokens():
+    W, bias, factors = make(6, 4, [2])
+    x = torch.randn(0, 4, dtype=torch.double, requires_grad=True)
+    spp_linear(x, W, bias, factors).sum().backward()
+    assert x.grad.shape == (0, 4)
+    assert not factors[0].A.grad.any() and not factors[0].B.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_from_full_precision_weights(dtype):
+    W, bias, factors = make(32, 24, [4], torch.float32)
+    x = torch.randn(10, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = spp_linear(x, W, bias, factors)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert relative_error(y, reference.linear(x, W, bias, factors)) < 1e-2
+    for tensor in (x, W, bias, factors[0].A, factors[0].B):
+        assert tensor.grad.dtype == torch.float32
+
+
+def test_autocast_in_backward_changes_nothing():
+    W, bias, factors = make(8, 6, [2], torch.float32)
+    x = torch.randn(5, 6, requires_grad=True)
+    plain = torch.autograd.grad(spp_linear(x, W, bias, factors).sum(), (x, factors[0].A))
+    y = spp_linear(x, W, bias, factors).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y, (x, factors[0].A))
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_of_the_weights_size_is_kept_for_backward():
+    W, bias, factors = make(64, 48, [4], torch.float32)
+    x = torch.randn(5, 48, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        spp_linear(x, W, bias, factors)
+    given = {t.data_ptr() for t in (x, W, bias, factors[0].A, factors[0].B)}
+    assert {t.data_ptr() for t in saved} <= given
+    # the parameter itself: sharded training frees and gathers its storage in between
+    assert any(t is W for t in saved)
+
+
+def test_a_weight_that_moves_between_forward_and_backward_is_noticed():
+    W, bias, factors = make(8, 6, [2], torch.float32)
+    x = torch.randn(5, 6, requires_grad=True)
+    y = spp_linear(x, W, bias, factors)
+    with torch.no_grad():
+        W.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_inputs_are_left_alone():
+    W, bias, factors = make(8, 6, [2, 3], torch.float32)
+    x = torch.randn(5, 6, requires_grad=True)
+    tensors = [x, W, bias, *(t for f in factors for t in f[:2])]
+    before = copy.deepcopy([t.detach() for t in tensors])
+    spp_linear(x, W, bias, factors).sum().backward()
+    for a, b in zip(before, tensors, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("A_shape", "B_shape"), [((2, 5), (8, 1)), ((2, 6), (7, 1)), ((9, 6), (8, 1)), ((2, 6), (8,))])
+def test_factors_that_do_not_fit_are_refused(A_shape, B_shape):
+    W, bias, _ = make(8, 6, [2])
+    factors = [Factors(torch.zeros(A_shape), torch.zeros(B_shape), 1.0)]
+    with pytest.raises(ValueError, match="8"):
+        spp_linear(torch.zeros(3, 6, dtype=torch.double), W, bias, factors)
+
+
+def test_a_dtype_mismatch_is_refused_as_by_nn_linear():
+    W, bias, factors = make(8, 6, [2], torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        spp_linear(torch.zeros(3, 6), W, bias, factors)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import block_sizes
+
+from peft_spp.functional import expand_row_blocks, row_block_index
+from peft_spp.functional.row_blocks import row_tiles
+
+
+rows_and_r = st.integers(1, 60).flatmap(lambda m: st.tuples(st.just(m), st.integers(1, m)))
+
+
+@given(rows_and_r)
+def test_blocks_are_as_even_as_they_go(rows_r):
+    rows, r = rows_r
+    sizes = torch.bincount(row_block_index(rows, r), minlength=r)
+    assert sizes.tolist() == block_sizes(rows, r)
+    assert sizes.max() - sizes.min() <= 1
+    assert (row_block_index(rows, r).diff() >= 0).all()
+
+
+@given(rows_and_r)
+def test_blocks_are_those_of_tensor_split(rows_r):
+    rows, r = rows_r
+    assert [len(part) for part in torch.arange(rows).tensor_split(r)] == block_sizes(rows, r)
+
+
+@pytest.mark.parametrize(("rows", "r"), [(12, 4), (16, 16), (5, 1)])
+def test_expansion_is_repeat_interleave_where_r_divides(rows, r):
+    A = torch.randn(r, 3)
+    assert torch.equal(expand_row_blocks(A, rows), A.repeat_interleave(rows // r, dim=0))
+
+
+@given(rows_and_r)
+def test_expansion_repeats_each_row_over_its_block(rows_r):
+    rows, r = rows_r
+    A = torch.arange(r * 2.0).view(r, 2)
+    assert torch.equal(expand_row_blocks(A, rows), A[row_block_index(rows, r)])
+
+
+@given(rows_and_r, st.one_of(st.none(), st.integers(1, 70)))
+def test_tiles_cover_every_row_once_and_know_its_block(rows_r, max_rows):
+    rows, r = rows_r
+    index = row_block_index(rows, r)
+    covered = []
+    for tile in row_tiles(rows, r, max_rows):
+        tile_rows = list(range(tile.rows.start, tile.rows.stop))
+        covered += tile_rows
+        blocks = torch.arange(tile.blocks.start, tile.blocks.stop).repeat_interleave(tile.rows_per_block)
+        assert torch.equal(index[tile_rows], blocks)
+        if max_rows is not None:
+            assert len(tile_rows) <= max_rows
+    assert covered == list(range(rows))
+
+
+@pytest.mark.parametrize("r", [0, 8])
+def test_impossible_splits_are_refused(r):
+    with pytest.raises(ValueError, match=str(r)):
+        expand_row_blocks(torch.zeros(r, 3), 7)

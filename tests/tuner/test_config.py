@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from peft import PeftConfig, PeftType, get_peft_model
+from tiny import MLP
+
+from peft_spp import SPPConfig
+
+
+def test_defaults_are_those_the_authors_ran():
+    config = SPPConfig()
+    assert (config.r, config.spp_alpha, config.spp_dropout, config.bias) == (16, 32, 0.0, "none")
+    assert config.peft_type is PeftType.SPP
+    assert config.target_modules is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "culprit"),
+    [
+        ({"r": 0}, "0"),
+        ({"r": -3}, "-3"),
+        ({"r": 2.5}, "2.5"),
+        ({"r": True}, "True"),
+        ({"rank_pattern": {"q_proj": 0}}, "q_proj"),
+        ({"spp_dropout": 1.0}, "1.0"),
+        ({"spp_dropout": -0.1}, "-0.1"),
+        ({"bias": "lora_only"}, "lora_only"),
+        ({"init_weights": "gaussian"}, "gaussian"),
+        ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"target_modules": "q.*", "layers_pattern": "layers"}, "layers_pattern"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"task_type": "NOPE"}, "NOPE"),
+    ],
+)
+def test_values_that_cannot_be_used_are_named(settings, culprit):
+    with pytest.raises(ValueError, match=culprit.replace(".", r"\.")):
+        SPPConfig(**settings)
+
+
+def test_unknown_arguments_are_named():
+    with pytest.raises(TypeError, match="lora_alpha"):
+        SPPConfig(lora_alpha=8)
+
+
+def test_layers_to_transform_zero_is_a_layer():
+    assert SPPConfig(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
+
+
+def test_saved_and_loaded_config_is_equal(tmp_path):
+    config = SPPConfig(
+        r=8,
+        spp_alpha=4.5,
+        spp_dropout=0.05,
+        target_modules=["q_proj", "v_proj"],
+        exclude_modules=["lm_head"],
+        rank_pattern={"q_proj": 4},
+        alpha_pattern={"v_proj": 2},
+        bias="spp_only",
+        modules_to_save=["score"],
+        layers_to_transform=[0, 2],
+        layers_pattern=["layers"],
+        trainable_token_indices=[1, 2],
+    )
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SPP"
+    for cls in (SPPConfig, PeftConfig):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is SPPConfig
+        assert loaded.to_dict() == config.to_dict()
+
+
+def test_unknown_keys_of_a_saved_config_are_named_and_ignored_as_by_peft(tmp_path):
+    SPPConfig(r=8).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert SPPConfig.from_pretrained(tmp_path).r == 8
+
+
+def test_a_bad_value_in_a_saved_config_is_refused(tmp_path):
+    SPPConfig(r=8).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 0}))
+    with pytest.raises(ValueError, match="`r`"):
+        SPPConfig.from_pretrained(tmp_path)
+
+
+def test_no_default_targets_without_transformer_blocks():
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(MLP(), SPPConfig())

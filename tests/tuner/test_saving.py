@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on disk, whole and broken, through each of the ways to load one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from tiny import MLP, randomize, tiny_llama
+from torch import nn
+
+from peft_spp import SPPConfig
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder with a random adapter of a tiny Llama, and the logits that it gives."""
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, SPPConfig(r=4, task_type="CAUSAL_LM")).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model(input_ids=torch.arange(10).view(1, 10)).logits
+
+
+def assert_unchanged(model, before):
+    structure, parameters = before
+    assert {name: id(module) for name, module in model.named_modules()} == structure
+    for name, p in model.named_parameters():
+        value, requires_grad = parameters[name]
+        assert torch.equal(p, value) and p.requires_grad == requires_grad
+    assert not hasattr(model, "peft_config")
+
+
+def snapshot(model):
+    return (
+        {name: id(module) for name, module in model.named_modules()},
+        {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()},
+    )
+
+
+def test_every_way_to_load_gives_the_same_logits(adapter):
+    folder, expected = adapter
+    ids = torch.arange(10).view(1, 10)
+    auto = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(auto.eval()(input_ids=ids).logits, expected)
+
+    plain = tiny_llama()
+    plain.load_adapter(str(folder))
+    assert torch.equal(plain(input_ids=ids).logits, expected)
+
+    injected = inject_adapter_in_model(SPPConfig.from_pretrained(folder), tiny_llama())
+    set_peft_model_state_dict(injected, load_file(folder / "adapter_model.safetensors"))
+    assert torch.equal(injected.eval()(input_ids=ids).logits, expected)
+
+    both = PeftModel.from_pretrained(tiny_llama(), folder, adapter_name="first").eval()
+    both.load_adapter(folder, "second")
+    both.set_adapter("second")
+    assert torch.equal(both(input_ids=ids).logits, expected)
+
+
+def test_transformers_add_adapter_trains_and_saves(tmp_path):
+    model = tiny_llama()
+    model.add_adapter(SPPConfig(r=4))
+    ids = torch.arange(10).view(1, 10)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".spp_" in n)
+    randomize(model)
+    model.eval()
+    expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    model.disable_adapters()
+    assert torch.equal(model(input_ids=ids).logits, tiny_llama()(input_ids=ids).logits)
+
+
+def test_a_file_cut_short_is_named_and_the_model_left_alone(adapter):
+    folder, _ = adapter
+    path = folder / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        base = tiny_llama()
+        before = snapshot(base)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+            PeftModel.from_pretrained(base, folder)
+        assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named_and_the_model_left_alone(adapter, value):
+    folder, _ = adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[1] = value
+    save_file(tensors, folder / "adapter_model.safetensors")
+    base = tiny_llama()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        PeftModel.from_pretrained(base, folder)
+    assert_unchanged(base, before)
+
+
+def test_a_base_of_other_shape_is_named_and_left_alone(adapter):
+    folder, _ = adapter
+    base = tiny_llama(intermediate_size=64)
+    before = snapshot(base)
+    with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*down_proj\.spp_A.*48.*64"):
+        PeftModel.from_pretrained(base, folder)
+    assert_unchanged(base, before)
+
+
+def test_a_second_adapter_that_does_not_fit_leaves_the_first(adapter, tmp_path):
+    folder, expected = adapter
+    other = get_peft_model(tiny_llama(intermediate_size=64), SPPConfig(r=4))
+    other.save_pretrained(tmp_path / "other")
+    model = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_adapter(tmp_path / "other", "second")
+    assert list(model.peft_config) == ["default"]
+    assert not any(".second." in name for name, _ in model.named_parameters())
+    assert torch.equal(model(input_ids=torch.arange(10).view(1, 10)).logits, expected)
+
+
+def test_wrong_shapes_in_a_state_dict_change_nothing(adapter):
+    folder, expected = adapter
+    model = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    tensors = {k: torch.zeros_like(v) for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    last = sorted(tensors)[-1]
+    tensors[last] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(model, tensors)
+    assert torch.equal(model(input_ids=torch.arange(10).view(1, 10)).logits, expected)
+
+
+def test_modules_to_save_come_back_when_the_adapter_does_not_fit(tmp_path):
+    config = SPPConfig(r=3, target_modules=["lin0"], modules_to_save=["lin1"])
+    get_peft_model(MLP(n=12), config).save_pretrained(tmp_path)
+    base = MLP(n=10)
+    before = snapshot(base)
+    with pytest.raises(RuntimeError, match="lin0"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_unchanged(base, before)
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.emb = nn.Embedding(6, 6)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+
+@pytest.mark.parametrize("unsupported", ["emb", "conv"])
+def test_an_unsupported_target_is_named_and_the_model_left_alone(unsupported):
+    base = Mixture()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=unsupported):
+        get_peft_model(base, SPPConfig(r=2, target_modules=["first", unsupported]))
+    assert_unchanged(base, before)
+
+
+def test_an_integer_weight_is_named_and_the_model_left_alone():
+    base = Mixture()
+    base.second = nn.Linear(6, 6)
+    base.second.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"second.*int8"):
+        get_peft_model(base, SPPConfig(r=2, target_modules=["first", "second"]))
+    assert_unchanged(base, before)
+
+
+def test_a_failing_second_adapter_leaves_the_first():
+    model = get_peft_model(Mixture(), SPPConfig(r=2, target_modules=["first"], init_weights=False))
+    expected = model.base_model.model.first(torch.ones(1, 6))
+    with pytest.raises(ValueError, match="emb"):
+        model.add_adapter("second", SPPConfig(r=2, target_modules=["first", "emb"]))
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+    assert torch.equal(model.base_model.model.first(torch.ones(1, 6)), expected)
+    assert not any(".second." in name for name, _ in model.named_parameters())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2
+
+
+def test_no_target_found_is_named_and_the_model_left_alone():
+    base = MLP()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="nope"):
+        get_peft_model(base, SPPConfig(r=2, target_modules=["nope"]))
+    assert [m for m in base.modules() if isinstance(m, BaseTunerLayer)] == []
+    assert {n: id(m) for n, m in base.named_modules()} == before[0]
+
+
+def test_adapters_can_be_resharded_names_and_all(tmp_path):
+    model = get_peft_model(MLP(), SPPConfig(r=3, target_modules=["lin0"], init_weights=False), adapter_name="mine")
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "mine" / "adapter_model.safetensors")) == {
+        "base_model.model.lin0.spp_A.weight",
+        "base_model.model.lin0.spp_B.weight",
+    }
+
+
+def test_the_model_card_says_how_to_load(tmp_path):
+    for name in ("default", "other"):
+        model = get_peft_model(MLP(), SPPConfig(r=3, target_modules=["lin0"]), adapter_name=name)
+        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert card.count("import peft_spp") == 1
+        assert "- spp" in card
+
+
+def test_a_foreign_readme_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine\n")
+    SPPConfig(r=3).save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "README.md").read_text() == "mine\n"
+
+
+def test_the_merged_model_needs_no_peft_spp(adapter, tmp_path):
+    folder, expected = adapter
+    merged = PeftModel.from_pretrained(tiny_llama(), folder).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    code = (
+        "import sys, torch, json; from transformers import AutoModelForCausalLM;"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'merged')!r}).eval();"
+        "print(json.dumps(m(input_ids=torch.arange(10).view(1, 10)).logits.tolist()));"
+        "assert 'peft_spp' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    torch.testing.assert_close(torch.tensor(json.loads(out)), expected)

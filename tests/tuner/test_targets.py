@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny import LLAMA, tiny, tiny_llama
+
+from peft_spp import SPPConfig
+from peft_spp.tuner.targets import transformer_block_linear_targets
+
+
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+VIT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def adapted(model) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "expected"),
+    [
+        (
+            "LlamaForCausalLM",
+            LLAMA,
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
+        ("GPT2LMHeadModel", GPT2, {"c_attn", "c_proj", "c_fc"}),
+        ("T5ForConditionalGeneration", T5, {"q", "k", "v", "o", "wi", "wo"}),
+        (
+            "OPTForCausalLM",
+            {**ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32},
+            {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+        ),
+        # "dense" alone would also be the pooler's and the classification head's
+        ("BertModel", ENCODER, {"query", "key", "value", "output.dense", "intermediate.dense"}),
+        ("RobertaForSequenceClassification", ENCODER, {"query", "key", "value", "output.dense", "intermediate.dense"}),
+    ],
+)
+def test_default_targets(class_name, settings, expected):
+    assert transformer_block_linear_targets(tiny(class_name, **settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "block_list"),
+    [
+        ("LlamaForSequenceClassification", {**LLAMA, "pad_token_id": 0}, "model.layers."),
+        ("BertForSequenceClassification", ENCODER, "bert.encoder.layer."),
+        ("ViTForImageClassification", VIT, "layer"),
+        ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}, "model.layers."),
+    ],
+)
+def test_only_linear_layers_inside_the_blocks_are_adapted(class_name, settings, block_list):
+    model = get_peft_model(tiny(class_name, **settings), SPPConfig(r=4))
+    names = adapted(model)
+    assert names
+    assert all(block_list in name for name in names)
+
+
+def test_layers_to_transform_works_with_the_default_targets():
+    for layers in (0, [0, 2], []):
+        model = get_peft_model(tiny_llama(), SPPConfig(layers_to_transform=layers))
+        indices = {int(name.split(".")[2]) for name in adapted(model)}
+        assert indices == ({0, 1, 2} if layers == [] else {0} if layers == 0 else set(layers))
+
+
+def test_a_head_that_peft_saves_whole_is_not_adapted():
+    model = get_peft_model(tiny("RobertaForSequenceClassification", **ENCODER), SPPConfig(task_type="SEQ_CLS"))
+    assert not any("classifier" in name for name in adapted(model))
+    assert any("classifier.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_second_adapter_finds_the_same_targets():
+    model = get_peft_model(tiny_llama(), SPPConfig())
+    before = adapted(model)
+    model.add_adapter("second", SPPConfig(r=4))
+    assert adapted(model) == before
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
+
+
+def test_a_second_all_linear_adapter_finds_the_same_targets():
+    model = get_peft_model(tiny_llama(), SPPConfig(target_modules="all-linear"))
+    model.add_adapter("second", SPPConfig(r=4, target_modules="all-linear"))
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
+
+
+def test_exclude_modules():
+    model = get_peft_model(tiny_llama(), SPPConfig(exclude_modules=["down_proj"]))
+    assert adapted(model) and not any("down_proj" in name for name in adapted(model))
+
+
+def test_a_layer_that_shares_its_inner_name_with_one_outside_is_named_in_full():
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block(), Block()])
+            self.proj = nn.Linear(4, 4)
+
+    assert transformer_block_linear_targets(Model()) == {"layers.0.proj", "layers.1.proj"}
+    assert transformer_block_linear_targets(Model(), layers_to_transform=1) == {"layers.1.proj"}
+    assert adapted(get_peft_model(Model(), SPPConfig(r=2, layers_to_transform=1))) == {"layers.1.proj"}
