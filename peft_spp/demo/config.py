@@ -18,12 +18,13 @@ class DemoConfig:
         num_layers (`int`): Number of its transformer blocks.
         block_size (`int`): Tokens in a sequence, in training and evaluation.
         batch_size (`int`): Sequences in a batch.
-        dense_steps (`int`): Optimizer steps of the dense model's training, which about reaches its best.
+        dense_steps (`int`): Optimizer steps of the dense model's training.
         dense_learning_rate (`float`): Learning rate of the dense model's training.
         calibration_batches (`int`): Batches of the training text that Wanda is calibrated with.
         tuning_steps (`int`): Optimizer steps of fine-tuning, for SPP and LoRA alike.
         spp_learning_rate (`float`):
-            Learning rate of SPP. This and the next one are the better ones of a few that were tried.
+            Learning rate of SPP. Neither this nor LoRA's is tuned finely: with either method, twice the rate gains one
+            or two percent more in perplexity.
         lora_learning_rate (`float`): Learning rate of LoRA.
     """
 
