@@ -54,6 +54,9 @@ def spp_linear(
     scalings = tuple(f.scaling for f in factors)
     tensors = [t for f in factors for t in (f.A, f.B)]
     with _autocast_off(device_type):
+        if not torch.is_grad_enabled():
+            # nothing to save, and a Function that saves is a graph break where gradients are off
+            return _forward(x, weight, bias, factors, fan_in_fan_out, identity, dtype)
         return _SPPLinear.apply(x, weight, bias, fan_in_fan_out, identity, dtype, scalings, *tensors)
 
 
@@ -74,9 +77,7 @@ class _SPPLinear(torch.autograd.Function):
         # storage between forward and backward. x is saved as it came, so that layers that share it share one copy.
         ctx.save_for_backward(x, weight, bias, *tensors)
         ctx.settings = (fan_in_fan_out, identity, dtype, scalings)
-        w = weight.t() if fan_in_fan_out else weight
-        effective = scaled_weight(w, _pack(tensors, scalings), identity=identity, dtype=dtype)
-        return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
+        return _forward(x, weight, bias, _pack(tensors, scalings), fan_in_fan_out, identity, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -86,6 +87,20 @@ class _SPPLinear(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _differentiable_backward(ctx, grad_y, x, weight, bias, tensors)
             return _backward(ctx.needs_input_grad, grad_y, x, weight, bias, tensors, *ctx.settings)
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    factors: Sequence[Factors],
+    fan_in_fan_out: bool,
+    identity: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    w = weight.t() if fan_in_fan_out else weight
+    effective = scaled_weight(w, factors, identity=identity, dtype=dtype)
+    return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
 
 
 def _backward(

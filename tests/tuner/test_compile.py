@@ -43,6 +43,16 @@ def test_compiled_dropout_has_no_graph_break():
     torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(5, 12)).sum().backward()
 
 
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_without_gradients_is_one_graph(grad_mode):
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4, init_weights=False)).eval()
+    ids = torch.randint(0, 64, (2, 8))
+    with grad_mode():
+        expected = model(input_ids=ids).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids).logits
+    torch.testing.assert_close(compiled, expected)
+
+
 def test_no_more_recompilation_than_lora():
     def compilations(config):
         torch._dynamo.reset()
@@ -66,5 +76,5 @@ def test_compiled_llama_gives_the_same_loss():
     randomize(model)
     ids = torch.arange(10).view(1, 10)
     eager = model(input_ids=ids, labels=ids).loss
-    compiled = torch.compile(model, backend="aot_eager")(input_ids=ids, labels=ids).loss
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(eager, compiled)
