@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 

@@ -21,7 +21,7 @@ def extend_str_enum(cls: type[enum.Enum], name: str) -> enum.Enum:
     Raises:
         ImportError: If this Python's enum does not know the member afterwards; the class is then as it was before.
     """
-    member: Any = str.__new__(cls, name)
+    member: Any = str.__new__(cls, name)  # type: ignore[type-var]
     member._name_ = name
     member._value_ = name
     member.__objclass__ = cls

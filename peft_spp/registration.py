@@ -35,11 +35,12 @@ def register(config_cls: type, model_cls: type) -> None:
         ImportError: If the installed PEFT is not supported, or has a method of this name itself. PEFT is left as it
             was.
     """
-    owner = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(MEMBER)
+    owner = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(MEMBER)  # type: ignore[call-overload]
     if owner is not None and owner.__module__.partition(".")[0] == config_cls.__module__.partition(".")[0]:
         # imported once more under the same process-wide enum (importlib.reload, a purged sys.modules)
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MEMBER] = config_cls
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[MEMBER] = model_cls
+        member = PeftType(MEMBER)
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = model_cls
         return
     if owner is not None or MEMBER in PeftType.__members__ or PREFIX in mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values():
         raise ImportError(

@@ -3,4 +3,5 @@
 
 from .config import DemoConfig
 
+
 __all__ = ["DemoConfig"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from .config import DemoConfig
 from .output import OutputFolder
 
+
 CHECK_SCRIPT = Path(__file__).with_name("check_saved_models.py")
 
 

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 

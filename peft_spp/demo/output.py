@@ -4,6 +4,7 @@
 import shutil
 from pathlib import Path
 
+
 # Tells a folder that an earlier demo has written from any other.
 MARKER = ".peft-spp-demo"
 

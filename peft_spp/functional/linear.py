@@ -82,7 +82,6 @@ class _SPPLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, *tensors = ctx.saved_tensors
-        fan_in_fan_out, identity, dtype, scalings = ctx.settings
         with _autocast_off(grad_y.device.type):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _differentiable_backward(ctx, grad_y, x, weight, bias, tensors)
@@ -161,8 +160,7 @@ def _differentiable_backward(
     wanted = [t for t, needs in zip(inputs, ctx.needs_input_grad, strict=True) if needs and t is not None]
     grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
     return tuple(
-        next(grads) if needs and t is not None else None
-        for t, needs in zip(inputs, ctx.needs_input_grad, strict=True)
+        next(grads) if needs and t is not None else None for t, needs in zip(inputs, ctx.needs_input_grad, strict=True)
     )
 
 

@@ -95,7 +95,7 @@ def _scaled_weight_tiled(
     weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """Tile by tile, with no intermediate larger than a tile."""
-    m, n = weight.shape
+    n = weight.shape[1]
     out = torch.empty_like(weight, dtype=dtype)
     for tile, factor in _tiled_factor(weight, factors, identity):
         shape = (factor.shape[0], -1, n)
@@ -105,18 +105,17 @@ def _scaled_weight_tiled(
 
 def _tiled_factor(weight: torch.Tensor, factors: Sequence[Factors], identity: bool):
     """Yield `(rows, factor)` with the factor of those rows shaped `(blocks, rows per block, n)`."""
-    m, n = weight.shape
+    m = weight.shape[0]
     acc = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
     scaled = [(A.to(acc), B.to(acc) * s) for A, B, s in factors]
     if len({A.shape[0] for A, _ in scaled}) > 1:
         # adapters of different rank have no common tiles: give each row a block of its own
         scaled = [(expand_row_blocks(A, m), B) for A, B in scaled]
     for tile in row_tiles(m, scaled[0][0].shape[0], _max_tile_rows(weight)):
-        factor = None
-        for A, B in scaled:
-            a = A[tile.blocks].unsqueeze(1)
-            b = B[tile.rows].view(a.shape[0], tile.rows_per_block, 1)
-            factor = a * b if factor is None else factor.addcmul_(a, b)
+        terms = [(A[tile.blocks].unsqueeze(1), B[tile.rows].view(-1, tile.rows_per_block, 1)) for A, B in scaled]
+        factor = torch.mul(*terms[0])
+        for term in terms[1:]:
+            factor.addcmul_(*term)
         if identity:
             factor.add_(1.0)
         yield tile.rows, factor
@@ -128,7 +127,9 @@ def _max_tile_rows(weight: torch.Tensor) -> int | None:
     return max(1, CPU_TILE_ELEMENTS // max(weight.shape[1], 1))
 
 
-def factor_gradients(product: torch.Tensor, weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+def factor_gradients(
+    product: torch.Tensor, weight: torch.Tensor, factors: Factors
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The gradients of A and B, given the gradient of W'.
 
@@ -154,7 +155,9 @@ def factor_gradients(product: torch.Tensor, weight: torch.Tensor, factors: Facto
         if m % A.shape[0] == 0:
             grad_A = weighted.view(A.shape[0], m // A.shape[0], n).sum(dim=1)
         else:
-            grad_A = torch.cat([weighted[t.rows].view(-1, t.rows_per_block, n).sum(dim=1) for t in row_tiles(m, A.shape[0])])
+            grad_A = torch.cat(
+                [weighted[t.rows].view(-1, t.rows_per_block, n).sum(dim=1) for t in row_tiles(m, A.shape[0])]
+            )
         return (grad_A * s).to(A.dtype), (grad_B * s).to(B.dtype)
 
     grad_A = torch.zeros_like(a_acc)

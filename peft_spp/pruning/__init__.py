@@ -5,4 +5,5 @@ from .magnitude import prune_magnitude
 from .mask import pruning_mask
 from .wanda import prune_wanda
 
+
 __all__ = ["prune_magnitude", "prune_wanda", "pruning_mask"]

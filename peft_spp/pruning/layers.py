@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..sparsity import NMPattern
 
+
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 
 

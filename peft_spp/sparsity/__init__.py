@@ -9,6 +9,7 @@ from .compare import ModuleComparison, SparsityComparison, compare_sparsity
 from .pattern import NMPattern, satisfies_n_m
 from .report import ModuleSparsity, SparsityReport, sparsity_report
 
+
 __all__ = [
     "ModuleComparison",
     "ModuleSparsity",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
 CHUNK_ELEMENTS = 1 << 20
 """How many weights are looked at together: temporaries stay well below 64 MB, even for float64."""
 

@@ -14,6 +14,7 @@ from .sources import Source, open_weights
 from .table import percent, plain_table, some
 from .weights import Weight, called
 
+
 WORST = 10
 """How many modules the table names."""
 

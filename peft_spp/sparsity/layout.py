@@ -8,6 +8,7 @@ from typing import Any
 
 from .names import matches
 
+
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 """The `model_type`s of transformers that use `Conv1D`. (GPTBigCode and GPT-Neo reuse its names with `nn.Linear`.)"""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+
 # Parts of a name that wrappers add: PEFT, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {
     "base_layer",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bits import CHUNK_ELEMENTS, look_at
 
+
 # Group sizes whose booleans fit one integer: that integer, and the factor that adds up its bytes in the top one.
 _PACKED_GROUPS = {
     2: (torch.int16, 0x0101),

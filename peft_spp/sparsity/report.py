@@ -16,6 +16,7 @@ from .sources import Source, open_weights
 from .table import MAX_ROWS, kind_of, percent, plain_table, some
 from .weights import Weight, called
 
+
 DENSE_BELOW = 0.01
 """A weight with a smaller share of zeros counts as dense: chance and underflow make a few, pruning makes more."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .weights import Stored
 
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

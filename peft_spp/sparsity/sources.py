@@ -14,6 +14,7 @@ from .selection import select
 from .tensors import stored_in_mapping, stored_in_module
 from .weights import Weights
 
+
 Source = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """What can be read: a model, a state dict, or a path to a safetensors file or folder."""
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+
 MAX_ROWS = 40
 """A table of more modules than this shows them by kind."""
 

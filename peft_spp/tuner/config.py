@@ -78,16 +78,16 @@ class SPPConfig(PeftConfig):
     """
 
     r: int = field(default=16, metadata={"help": "The number of row blocks, that is the rows of the factor A."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "List of module names or regex expression of the module names to replace with SPP. For example, "
-            "['q_proj', 'v_proj'] or '.*decoder.*(SelfAttention|EncDecAttention).*(q|v)$'. This can also be a wildcard "
-            "'all-linear' which matches all linear/Conv1D (if the model is a PreTrainedModel, the output layer "
-            "excluded). If not specified, every linear/Conv1D layer inside the transformer blocks is adapted."
+            "['q_proj', 'v_proj'] or '.*decoder.*(SelfAttention|EncDecAttention).*(q|v)$'. This can also be a "
+            "wildcard 'all-linear' which matches all linear/Conv1D (if the model is a PreTrainedModel, the output "
+            "layer excluded). If not specified, every linear/Conv1D layer inside the transformer blocks is adapted."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "List of module names or regex expression of the module names to exclude from SPP."},
     )
@@ -131,14 +131,14 @@ class SPPConfig(PeftConfig):
             "is often called `'layers'` or `'h'`."
         },
     )
-    rank_pattern: dict | None = field(
+    rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
             "help": "The mapping from layer names or regexp expression to ranks which are different from the default "
             "rank specified by `r`. For example, `{'^model.layers.0.self_attn.k_proj': 8}`."
         },
     )
-    alpha_pattern: dict | None = field(
+    alpha_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata={
             "help": "The mapping from layer names or regexp expression to alphas which are different from the default "
@@ -198,7 +198,9 @@ class SPPConfig(PeftConfig):
         add_loading_note(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> SPPConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SPPConfig:
         """
         Load the configuration of an adapter, and check the weights beside it if they are in a local folder.
 

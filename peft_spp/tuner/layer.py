@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -74,8 +74,8 @@ class SPPLayer(BaseTunerLayer):
         self.scaling[adapter_name] = spp_alpha / r
         dropout = nn.Dropout(p=config.spp_dropout) if config.spp_dropout > 0.0 else nn.Identity()
         self.spp_dropout[adapter_name] = dropout
-        # Linear modules for their weights alone: like LoRA's factors they are named `spp_A.<adapter>.weight`, and engines
-        # that shard or offload module by module find them
+        # Linear modules for their weights alone: they are named `spp_A.<adapter>.weight` as LoRA's factors are, and
+        # engines that shard or offload module by module find them
         self.spp_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.spp_B[adapter_name] = nn.Linear(1, self.out_features, bias=False)
         self.reset_spp_parameters(adapter_name, config.init_weights)
@@ -90,11 +90,12 @@ class SPPLayer(BaseTunerLayer):
             adapter_name (`str`): The name of the adapter.
             init_weights (`bool`): Whether B is zero; otherwise it is drawn from U(-1, 1).
         """
-        nn.init.kaiming_uniform_(self.spp_A[adapter_name].weight, a=math.sqrt(5))
+        A, B = self._factors(adapter_name)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if init_weights:
-            nn.init.zeros_(self.spp_B[adapter_name].weight)
+            nn.init.zeros_(B)
         else:
-            nn.init.uniform_(self.spp_B[adapter_name].weight, -1.0, 1.0)
+            nn.init.uniform_(B, -1.0, 1.0)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
@@ -106,11 +107,10 @@ class SPPLayer(BaseTunerLayer):
 
     def get_factors(self, adapter_names: Sequence[str]) -> list[Factors]:
         """The factors of those of `adapter_names` that this layer has."""
-        return [
-            Factors(self.spp_A[name].weight, self.spp_B[name].weight, self.scaling[name])
-            for name in adapter_names
-            if name in self.spp_A
-        ]
+        return [Factors(*self._factors(name), self.scaling[name]) for name in adapter_names if name in self.spp_A]
+
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return cast(nn.Linear, self.spp_A[adapter_name]).weight, cast(nn.Linear, self.spp_B[adapter_name]).weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT's conversion factorizes an update that is added to the weight. SPP's update is a multiple of the weight
@@ -211,7 +211,7 @@ class Linear(nn.Module, SPPLayer):
         merged = self._merged_weight([*self.merged_adapters, *new_adapters])
         if safe_merge:
             self._check_merged_weight(merged, new_adapters)
-        weight = self.get_base_layer().weight
+        weight = self._base_weight()
         if keep_unmerged and self._unmerged_weight is None:
             self._unmerged_weight = weight.detach().to("cpu", copy=True)
         weight.data.copy_(self._transpose(merged))
@@ -221,10 +221,10 @@ class Linear(nn.Module, SPPLayer):
         """
         This method unmerges all merged adapter layers from the base weights, restoring them bit for bit.
         """
-        if not self.merged:
+        if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.data.copy_(self._unmerged_weight)
+        self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -264,12 +264,14 @@ class Linear(nn.Module, SPPLayer):
             return self.base_layer(x, *args, **kwargs)
         return self._adapted_forward(x, self.active_adapters, *args, **kwargs)
 
-    def _adapted_forward(self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _adapted_forward(
+        self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         names = [name for name in adapter_names if name in self.spp_A]
         with_dropout = [name for name in names if self._dropout_is_active(name)]
         without_dropout = [name for name in names if name not in with_dropout]
         if without_dropout and not args and not kwargs and self._base_forward_is_plain():
-            result = self._spp_linear(x, without_dropout, self.base_layer.bias)
+            result = self._spp_linear(x, without_dropout, cast(nn.Linear, self.base_layer).bias)
         else:
             result = self.base_layer(x, *args, **kwargs)
             if without_dropout:
@@ -295,7 +297,7 @@ class Linear(nn.Module, SPPLayer):
     ) -> torch.Tensor:
         return spp_linear(
             x,
-            self.get_base_layer().weight,
+            self._base_weight(),
             bias,
             self.get_factors(adapter_names),
             fan_in_fan_out=self.fan_in_fan_out,
@@ -308,7 +310,9 @@ class Linear(nn.Module, SPPLayer):
         return (
             type(base).forward in (nn.Linear.forward, Conv1D.forward)
             and "forward" not in base.__dict__  # replaced on the instance, as accelerate's hooks do
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not (
+                base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+            )
         )
 
     def _dropout_is_active(self, adapter_name: str) -> bool:
@@ -318,9 +322,12 @@ class Linear(nn.Module, SPPLayer):
     def _transpose(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.t() if self.fan_in_fan_out else weight
 
+    def _base_weight(self) -> torch.Tensor:
+        return cast(nn.Linear, self.get_base_layer()).weight
+
     def _oriented_weight(self) -> torch.Tensor:
         """The weight as it was before any merge, shape (out_features, in_features)."""
-        weight = self.get_base_layer().weight.detach()
+        weight = self._base_weight().detach()
         if self._unmerged_weight is not None:
             weight = self._unmerged_weight.to(weight.device, weight.dtype)
         return self._transpose(weight)
@@ -333,14 +340,12 @@ class Linear(nn.Module, SPPLayer):
         if torch.isfinite(merged).all():
             return
         broken = [
-            name
-            for name in adapter_names
-            if not (torch.isfinite(self.spp_A[name].weight).all() and torch.isfinite(self.spp_B[name].weight).all())
+            name for name in adapter_names if not all(torch.isfinite(factor).all() for factor in self._factors(name))
         ]
         raise ValueError(
             "NaNs detected in the merged weights. The adapter "
-            f"{','.join(broken or adapter_names)} seems to be broken (module {self.module_name!r}). Nothing was merged; "
-            "delete the adapter or load an earlier checkpoint of it."
+            f"{','.join(broken or adapter_names)} seems to be broken (module {self.module_name!r}). Nothing was "
+            "merged; delete the adapter or load an earlier checkpoint of it."
         )
 
     def __repr__(self) -> str:

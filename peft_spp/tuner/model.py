@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -83,12 +83,12 @@ class SPPModel(BaseTuner):
     prefix: str = "spp_"
     tuner_layer_cls = SPPLayer
     # the default targets are read off the model itself, see _prepare_adapter_config
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as in PEFT)
     # the injection in progress, and those of saved adapters whose weights have not been loaded yet
     _injection: _Injection | None = None
-    _injections_to_load: dict[str, _Injection] = {}
+    _injections_to_load: dict[str, _Injection] = {}  # noqa: RUF012  (replaced, never changed in place)
 
-    def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:
+    def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
             targets = transformer_block_linear_targets(self.model, peft_config.layers_to_transform)
             if not targets:
@@ -111,11 +111,11 @@ class SPPModel(BaseTuner):
             # its weights are still to come, and may turn out not to fit
             self._injections_to_load = {**self._injections_to_load, adapter_name: injection}
         if injection.one_block_a_row:
-            r = self.peft_config[adapter_name].r
+            r = cast(SPPConfig, self.peft_config[adapter_name]).r
             warnings.warn(
                 f"These layers have fewer output rows than row blocks (r={r}) and get one block a row: "
-                f"{', '.join(injection.one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` if "
-                "this is not intended.",
+                f"{', '.join(injection.one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` "
+                "if this is not intended.",
                 stacklevel=2,
             )
 
@@ -151,7 +151,7 @@ class SPPModel(BaseTuner):
         if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         spp_config: SPPConfig,
         adapter_name: str,
@@ -165,15 +165,16 @@ class SPPModel(BaseTuner):
             raise ValueError("Current Key shouldn't be `None`")
 
         # Regexp matching - Find key which matches current target_name in patterns provided
-        r_key = get_pattern_key(spp_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(spp_config.alpha_pattern.keys(), current_key)
+        r_key = get_pattern_key(list(spp_config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(spp_config.alpha_pattern), current_key)
         r = spp_config.rank_pattern.get(r_key, spp_config.r)
         alpha = spp_config.alpha_pattern.get(alpha_key, spp_config.spp_alpha)
 
+        injection = cast(_Injection, self._injection)
         if isinstance(target, Linear):
             active_adapters = target.active_adapters
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
-            self._injection.on_undo(partial(_remove_adapter, target, adapter_name, active_adapters))
+            injection.on_undo(partial(_remove_adapter, target, adapter_name, active_adapters))
             new_module = target
         else:
             new_module = self._create_new_module(
@@ -182,10 +183,10 @@ class SPPModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
-            self._injection.on_undo(partial(setattr, parent, target_name, target))
+            injection.on_undo(partial(setattr, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:
-            self._injection.one_block_a_row.append(current_key)
+            injection.one_block_a_row.append(current_key)
 
     @staticmethod
     def _create_new_module(
@@ -194,8 +195,8 @@ class SPPModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             raise ValueError(
-                f"Target module {module_name!r} ({target}) is not supported. Currently, only the following modules are "
-                "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
+                f"Target module {module_name!r} ({target}) is not supported. Currently, only the following modules "
+                "are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
             )
         _check_weight(base_layer, module_name)
         is_conv1d = isinstance(base_layer, Conv1D)
@@ -233,10 +234,12 @@ class SPPModel(BaseTuner):
             for parameter in module.parameters(recurse=False):
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
         for module in self.model.modules():
-            if isinstance(module, SPPLayer) and users.get(id(weight := module.get_base_layer().weight), 0) > 1:
+            if not isinstance(module, SPPLayer):
+                continue
+            base_layer = cast(nn.Linear, module.get_base_layer())
+            if users.get(id(weight := base_layer.weight), 0) > 1:
                 users[id(weight)] -= 1
-                own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-                module.get_base_layer().weight = own
+                base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
                 warnings.warn(
                     f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
                     "which the adapter is merged into.",
@@ -248,7 +251,7 @@ class SPPModel(BaseTuner):
             self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -257,14 +260,14 @@ class SPPModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_merge(adapter_names)
-        return super()._unload_and_optionally_merge(
+        return super()._unload_and_optionally_merge(  # type: ignore[return-value]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         for module in self.model.modules():
-            if isinstance(module, SPPLayer):
+            if isinstance(module, Linear):
                 module.check_merge(adapter_names)
 
     @contextmanager
@@ -284,9 +287,7 @@ class SPPModel(BaseTuner):
         expected_adapters = {name for layer in layers for name in layer.spp_A}
         unexpected_adapters = set(adapter_names) - {"__base__"} - expected_adapters
         if unexpected_adapters:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}"
-            )
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 
         num_beams = kwargs.get("num_beams")
         per_module: dict[nn.Module, list[str]] = {}
@@ -321,7 +322,8 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
 
 def _get_encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder model; Transformers 5 returns the model itself where there is none."""
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    get_encoder: Callable[[], nn.Module] | None = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if get_encoder is not None else None
     return None if encoder is model else encoder
 
 

@@ -10,9 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-def transformer_block_linear_targets(
-    model: nn.Module, layers_to_transform: list[int] | int | None = None
-) -> set[str]:
+def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
     """
     Names for `target_modules` that select every linear layer inside the model's transformer blocks, and nothing else.
 

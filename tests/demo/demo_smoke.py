@@ -7,6 +7,7 @@ from peft_spp.demo import DemoConfig
 from peft_spp.demo.checks import SavedModelCheck
 from peft_spp.demo.output import OutputFolder
 
+
 SMOKE_CONFIG = DemoConfig(
     vocab_size=300,
     hidden_size=32,

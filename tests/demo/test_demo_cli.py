@@ -9,6 +9,7 @@ from peft_spp import __version__
 from peft_spp.cli import app
 from peft_spp.demo.output import OutputFolder
 
+
 runner = CliRunner()
 
 

@@ -2,11 +2,12 @@
 import copy
 
 import pytest
-import reference
 import torch
 
 from peft_spp.functional import Factors, spp_linear
 from peft_spp.functional import weight as weight_module
+
+import reference
 
 
 # (rows m, columns n, r): r divides m, does not, r = 1, r = m, one row, one column
@@ -85,8 +86,8 @@ def test_gradcheck(m, n, r, fan_in_fan_out, identity):
     assert torch.autograd.gradgradcheck(f, inputs)
 
 
-# Bounds on ‖error‖/‖value‖ from the rounding model: one rounding of W' and of the matmul's operands and result, each of
-# relative size eps, adding up at random over the sums; for the factors' gradients one more, of gyᵀx.
+# Bounds on ‖error‖/‖value‖ from the rounding model: one rounding of W' and of the matmul's operands and result, each
+# of relative size eps, adding up at random over the sums; for the factors' gradients one more, of gyᵀx.
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
 )
@@ -126,7 +127,7 @@ def test_small_tiles_change_nothing(monkeypatch):
 
 
 def test_non_contiguous_tensors():
-    W, bias, factors = make(12, 8, [5])
+    _, bias, factors = make(12, 8, [5])
     x = torch.randn(8, 3, 2, dtype=torch.double).permute(1, 2, 0).requires_grad_()
     strided = torch.randn(24, 16, dtype=torch.double)[::2, ::2]
     y = spp_linear(x, strided, bias, factors)
@@ -202,7 +203,9 @@ def test_inputs_are_left_alone():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("A_shape", "B_shape"), [((2, 5), (8, 1)), ((2, 6), (7, 1)), ((9, 6), (8, 1)), ((2, 6), (8,))])
+@pytest.mark.parametrize(
+    ("A_shape", "B_shape"), [((2, 5), (8, 1)), ((2, 6), (7, 1)), ((9, 6), (8, 1)), ((2, 6), (8,))]
+)
 def test_factors_that_do_not_fit_are_refused(A_shape, B_shape):
     W, bias, _ = make(8, 6, [2])
     factors = [Factors(torch.zeros(A_shape), torch.zeros(B_shape), 1.0)]

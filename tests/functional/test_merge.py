@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_spp.functional import Factors, merged_weight, scaled_weight
+
+import reference
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

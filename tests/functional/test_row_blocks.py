@@ -3,10 +3,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import block_sizes
 
 from peft_spp.functional import expand_row_blocks, row_block_index
 from peft_spp.functional.row_blocks import row_tiles
+
+from reference import block_sizes
 
 
 rows_and_r = st.integers(1, 60).flatmap(lambda m: st.tuples(st.just(m), st.integers(1, m)))

@@ -3,7 +3,7 @@
 
     python tests/peft_suite/run.py [--peft-tests FOLDER] [--modules NAME ...] [-- PYTEST ARGUMENTS]
 
-The tests come from the source distribution of the installed PEFT version, which pip downloads unless a folder is given.
+The tests come from the source distribution of the installed PEFT version; pip downloads it unless a folder is given.
 Nothing is loaded from the Hub: the models are tiny ones written from configurations.
 """
 
@@ -67,7 +67,9 @@ def main() -> int:
 
         write_tiny_models(folder)
         command = [sys.executable, "-m", "pytest", "-p", "plugin", "-c", str(folder / "pytest.ini"), *args.pytest_args]
-        (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    single_gpu_tests\n    multi_gpu_tests\n    regression\n")
+        (folder / "pytest.ini").write_text(
+            "[pytest]\nmarkers =\n    single_gpu_tests\n    multi_gpu_tests\n    regression\n"
+        )
         paths = [str(HERE), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
         modules = [str(folder / "peft_tests" / f"{module}.py") for module in args.modules]
@@ -77,7 +79,18 @@ def main() -> int:
 def download_peft_tests(folder: Path) -> Path:
     """Unpack the source distribution of the installed PEFT and return its folder of tests."""
     requirement = f"peft=={peft.__version__}"
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft", "--dest", str(folder)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-binary",
+        "peft",
+        "--dest",
+        str(folder),
+    ]
     subprocess.run([*pip, requirement], check=True)
     (archive,) = folder.glob("peft-*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -104,7 +117,9 @@ def copy_tests(source: Path, destination: Path, modules: list[str]) -> None:
             # SPPConfig and the like are not names of PEFT
             text = re.sub(r"(?m)^    SPPConfig,\n", "", text)
             text = re.sub(r"(?m)^from peft(\.\S+)? import (SPP\w+(, )?)+$\n", "", text)
-            text = re.sub(r"(from peft\.tuners\.lora(?:\.\w+)? import )(SPPLayer|SPPModel)\b", r"from peft_spp import \2", text)
+            text = re.sub(
+                r"(from peft\.tuners\.lora(?:\.\w+)? import )(SPPLayer|SPPModel)\b", r"from peft_spp import \2", text
+            )
             first_import = re.search(r"(?m)^(from|import) (?!__future__)", text)
             text = text[: first_import.start()] + _IMPORTS + text[first_import.start() :]
         (destination / f"{module}.py").write_text(text)

@@ -42,7 +42,15 @@ _OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-_T5 = {"decoder_start_token_id": 0, "vocab_size": 1000, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 3, "num_heads": 4}
+_T5 = {
+    "decoder_start_token_id": 0,
+    "vocab_size": 1000,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 37,
+    "num_layers": 3,
+    "num_heads": 4,
+}
 _BART = {
     "vocab_size": 1024,
     "d_model": 16,

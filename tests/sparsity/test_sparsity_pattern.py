@@ -8,6 +8,7 @@ from peft_spp.sparsity import NMPattern, satisfies_n_m
 from peft_spp.sparsity.bits import FORMATS, look_at
 from peft_spp.sparsity.counting import count
 
+
 GROUP_SIZES = (1, 2, 3, 4, 5, 8, 16)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_spp.sparsity import NMPattern, SparsityReport, sparsity_report
 
+
 LLAMA_KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LLAMA_PATTERNS = dict.fromkeys(LLAMA_KINDS, "2:4") | {
     "mlp.gate_proj": "2:8",

@@ -2,10 +2,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import MLP, randomize, tiny_llama
 from torch._dynamo.testing import CompileCounter
 
 from peft_spp import SPPConfig
+
+from tiny import MLP, randomize, tiny_llama
 
 
 @pytest.fixture(autouse=True)

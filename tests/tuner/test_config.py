@@ -3,9 +3,10 @@ import json
 
 import pytest
 from peft import PeftConfig, PeftType, get_peft_model
-from tiny import MLP
 
 from peft_spp import SPPConfig
+
+from tiny import MLP
 
 
 def test_defaults_are_those_the_authors_ran():
@@ -44,7 +45,9 @@ def test_unknown_arguments_are_named():
 
 
 def test_layers_to_transform_zero_is_a_layer():
-    assert SPPConfig(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
+    assert (
+        SPPConfig(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
+    )
 
 
 def test_saved_and_loaded_config_is_equal(tmp_path):

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-import reference
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
-from tiny import MLP, randomize, tiny, tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_spp import SPPConfig, SPPLayer
 from peft_spp.functional import Factors
+
+import reference
+from tiny import MLP, randomize, tiny, tiny_llama
 
 
 def factors_of(layer, *names):

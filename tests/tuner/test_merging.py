@@ -6,11 +6,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import MLP, block_linears, is_positive_zero, prune_, randomize, tiny_llama
 from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.sparsity import compare_sparsity, sparsity_report
+
+from tiny import MLP, block_linears, is_positive_zero, prune_, randomize, tiny_llama
 
 
 PATTERNS = ["0.5", "0.75", "0.9", "2:4", "4:8", "2:8"]
@@ -142,7 +143,9 @@ def test_merge_and_unload_of_chosen_adapters():
     reference = copy.deepcopy(model)
     reference.merge_adapter(["b"])
     expected = weights(reference)
-    assert all(same_bits(expected[name], w) for name, w in weights(model.merge_and_unload(adapter_names=["b"])).items())
+    assert all(
+        same_bits(expected[name], w) for name, w in weights(model.merge_and_unload(adapter_names=["b"])).items()
+    )
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])

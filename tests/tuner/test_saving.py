@@ -16,10 +16,11 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from tiny import MLP, randomize, tiny_llama
 from torch import nn
 
 from peft_spp import SPPConfig
+
+from tiny import MLP, randomize, tiny_llama
 
 
 @pytest.fixture

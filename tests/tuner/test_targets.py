@@ -2,10 +2,11 @@
 import pytest
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import LLAMA, tiny, tiny_llama
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.targets import transformer_block_linear_targets
+
+from tiny import LLAMA, tiny, tiny_llama
 
 
 ENCODER = {
@@ -29,7 +30,9 @@ VIT = {
 
 
 def adapted(model) -> set[str]:
-    return {name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {
+        name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
 
 
 @pytest.mark.parametrize(
