@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .config import DemoConfig
 from .output import OutputFolder
 
@@ -46,7 +48,7 @@ def check_saved_models(output: OutputFolder, config: DemoConfig) -> dict[str, Sa
     }
     completed = subprocess.run(
         [sys.executable, CHECK_SCRIPT, output.held_out_text, str(config.block_size), *folders.values()],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
     )
