@@ -10,7 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .weight import Factors, _scaled_weight_composite, factor_gradients, scaled_weight
+from .weight import (
+    FactorGradients,
+    Factors,
+    _scaled_weight_composite,
+    check_factors,
+    compute_dtype,
+    factor_gradients,
+    is_chunked,
+    scaled_weight,
+    scaled_weight_chunks,
+)
 
 
 def spp_linear(
@@ -98,8 +108,24 @@ def _forward(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     w = weight.t() if fan_in_fan_out else weight
-    effective = scaled_weight(w, factors, identity=identity, dtype=dtype)
-    return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if is_chunked(w, factors):
+        return _forward_chunked(x, w, bias, factors, identity)
+    return F.linear(x, scaled_weight(w, factors, identity=identity, dtype=dtype), bias)
+
+
+def _forward_chunked(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, factors: Sequence[Factors], identity: bool
+) -> torch.Tensor:
+    check_factors(w, factors)
+    x2d = x.reshape(-1, w.shape[1])
+    y = torch.empty(x2d.shape[0], w.shape[0], dtype=x.dtype)
+    for rows, chunk in scaled_weight_chunks(w, factors, identity, x.dtype):
+        if bias is None:
+            torch.mm(x2d, chunk.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x2d, chunk.t(), out=y[:, rows])
+    return y.view(*x.shape[:-1], w.shape[0])
 
 
 def _backward(
@@ -119,6 +145,10 @@ def _backward(
     factors = _pack(tensors, scalings)
     w = weight.t() if fan_in_fan_out else weight
     grad_y2d = grad_y.reshape(-1, w.shape[0])
+    if is_chunked(w, factors) and not needs_weight:
+        grad_x, grad_factors = _backward_chunked(needs_x, needs_factors, grad_y2d, x, w, factors, identity, dtype)
+        grad_bias = grad_y2d.sum(0).to(bias.dtype) if needs_bias and bias is not None else None
+        return grad_x, None, grad_bias, None, None, None, None, *grad_factors
 
     grad_x = grad_weight = grad_bias = None
     if needs_x:
@@ -128,7 +158,7 @@ def _backward(
     if needs_bias and bias is not None:
         grad_bias = grad_y2d.sum(0).to(bias.dtype)
 
-    grad_factors: list[torch.Tensor | None] = [None] * len(tensors)
+    grad_factors = [None] * len(tensors)
     if needs_weight or any(needs_factors):
         x2d = x.reshape(-1, w.shape[1]).to(dtype)
         # in the memory layout of the weight, so that the elementwise pass below walks both alike
@@ -141,6 +171,42 @@ def _backward(
             grad_weight = scaled_weight(product, factors, identity=identity, dtype=weight.dtype)
             grad_weight = grad_weight.t() if fan_in_fan_out else grad_weight
     return grad_x, grad_weight, grad_bias, None, None, None, None, *grad_factors
+
+
+def _backward_chunked(
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+    grad_y2d: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    factors: Sequence[Factors],
+    identity: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """The gradients of x and of the factors, chunk by chunk of rows: neither W' nor gyᵀ x exists as a whole."""
+    x2d = x.reshape(-1, w.shape[1]).to(dtype)
+    totals = [
+        FactorGradients(f, w, compute_dtype(w, f.A, f.B)) if needs_factors[2 * i] or needs_factors[2 * i + 1] else None
+        for i, f in enumerate(factors)
+    ]
+    # the parts of the sum over rows are added up in float32, so that a long sum is not rounded once a chunk
+    grad_x = torch.zeros(x2d.shape, dtype=compute_dtype(x2d)) if needs_x else None
+    for rows, chunk in scaled_weight_chunks(w, factors, identity, dtype):
+        grad_rows = grad_y2d[:, rows]
+        if grad_x is not None:
+            if grad_x.dtype == dtype:
+                grad_x.addmm_(grad_rows, chunk)
+            else:
+                grad_x.add_(grad_rows @ chunk)
+        if any(total is not None for total in totals):
+            product = grad_rows.t() @ x2d
+            for total in totals:
+                if total is not None:
+                    total.add(rows, product)
+    grads: list[torch.Tensor | None] = []
+    for total in totals:
+        grads.extend(total.result() if total is not None else (None, None))
+    return None if grad_x is None else grad_x.view(x.shape).to(x.dtype), grads
 
 
 def _differentiable_backward(

@@ -126,6 +126,47 @@ def test_small_tiles_change_nothing(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "ranks"), [(23, 10, [4]), (24, 10, [4, 4]), (7, 40, [7]), (9, 5, [1]), (23, 10, [4, 3])]
+)
+def test_chunks_of_rows_change_nothing(monkeypatch, m, n, ranks, identity, fan_in_fan_out):
+    W, bias, factors = make(m, n, ranks, fan_in_fan_out=fan_in_fan_out)
+    W = W.detach()  # a weight that is trained takes the other path
+    x = torch.randn(2, 5, n, dtype=torch.double, requires_grad=True)
+    inputs = (x, bias, *(t for f in factors for t in f[:2]))
+
+    def run(bias):
+        y = spp_linear(x, W, bias, factors, identity=identity, fan_in_fan_out=fan_in_fan_out)
+        grads = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+        return y, *(g for g in grads if g is not None)
+
+    whole = [run(bias), run(None)]
+    for tile, chunk in [(30, 70), (1, 1), (20, 200)]:
+        monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", tile)
+        monkeypatch.setattr(weight_module, "CPU_CHUNK_ELEMENTS", chunk)
+        for expected, actual in zip(whole, [run(bias), run(None)], strict=True):
+            for a, b in zip(expected, actual, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_chunks_of_rows_keep_the_rounding_bounds(monkeypatch, dtype, bound):
+    monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", 200)
+    monkeypatch.setattr(weight_module, "CPU_CHUNK_ELEMENTS", 400)
+    W, bias, factors = make(96, 80, [7], dtype, torch.float32)
+    x = torch.randn(40, 80).to(dtype).requires_grad_()
+    y = spp_linear(x, W.detach(), bias, factors)
+    assert relative_error(y, reference.linear(x, W, bias, factors)) < bound
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
+    expected = reference.gradients(x, W, factors, grad_y)
+    assert relative_error(x.grad, expected["x"]) < bound
+    assert relative_error(factors[0].A.grad, expected["A"][0]) < bound
+    assert relative_error(factors[0].B.grad, expected["B"][0]) < bound
+
+
 def test_non_contiguous_tensors():
     _, bias, factors = make(12, 8, [5])
     x = torch.randn(8, 3, 2, dtype=torch.double).permute(1, 2, 0).requires_grad_()
