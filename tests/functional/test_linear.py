@@ -143,6 +143,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch, m, n, ranks, identity, fan_i
         return y, *(g for g in grads if g is not None)
 
     whole = [run(bias), run(None)]
+    monkeypatch.setattr(weight_module, "CPU_CHUNKED_ABOVE_ELEMENTS", 0)
     for tile, chunk in [(30, 70), (1, 1), (20, 200)]:
         monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", tile)
         monkeypatch.setattr(weight_module, "CPU_CHUNK_ELEMENTS", chunk)
@@ -155,6 +156,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch, m, n, ranks, identity, fan_i
 def test_chunks_of_rows_keep_the_rounding_bounds(monkeypatch, dtype, bound):
     monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", 200)
     monkeypatch.setattr(weight_module, "CPU_CHUNK_ELEMENTS", 400)
+    monkeypatch.setattr(weight_module, "CPU_CHUNKED_ABOVE_ELEMENTS", 0)
     W, bias, factors = make(96, 80, [7], dtype, torch.float32)
     x = torch.randn(40, 80).to(dtype).requires_grad_()
     y = spp_linear(x, W.detach(), bias, factors)
