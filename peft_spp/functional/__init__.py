@@ -4,16 +4,16 @@
 `W' = W ⊙ (1 + Σ s · P(A) ⊙ B)` (SPP, Lu et al. 2024, https://arxiv.org/abs/2405.16057, equation 4).
 """
 
+from .factors import Factors
 from .linear import spp_linear
 from .merge import merged_weight
 from .row_blocks import expand_row_blocks, row_block_index
-from .weight import Factors, factor_gradients, scaled_weight
+from .weight import scaled_weight
 
 
 __all__ = [
     "Factors",
     "expand_row_blocks",
-    "factor_gradients",
     "merged_weight",
     "row_block_index",
     "scaled_weight",

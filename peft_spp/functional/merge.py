@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .weight import Factors, scaled_weight
+from .factors import Factors
+from .weight import scaled_weight
 
 
 # Rows are cleaned in pieces of this many elements: the mask of a piece stays small beside the merged weight itself.

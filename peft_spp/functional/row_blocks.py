@@ -66,34 +66,40 @@ def expand_row_blocks(A: torch.Tensor, rows: int) -> torch.Tensor:
     return A[row_block_index(rows, r, device=A.device)]
 
 
-def row_tiles(rows: int, r: int, max_rows: int | None = None) -> Iterator[RowTile]:
+def row_tiles(rows: int, r: int, within: slice | None = None, max_rows: int | None = None) -> Iterator[RowTile]:
     """
-    Cover all rows with tiles inside which the row blocks are of equal length.
+    Cover rows with tiles inside which the (parts of) row blocks are of equal length.
 
     Args:
         rows (`int`): The number of output rows m.
         r (`int`): The number of row blocks, at most `rows`.
-        max_rows (`int`, *optional*): The most rows a tile may have. By default at most two tiles come out, one for the
-            longer row blocks and one for the shorter ones.
+        within (`slice`, *optional*): The rows to cover, by default all of them.
+        max_rows (`int`, *optional*): The most rows a tile may have. By default whole blocks of equal length come
+            together, so that all rows are covered by at most two tiles: the longer row blocks and the shorter ones.
 
     Yields:
         `RowTile`: In the order of the rows.
     """
     short, long_blocks = divmod(rows, r)
-    row = 0
-    for first_block, last_block, length in ((0, long_blocks, short + 1), (long_blocks, r, short)):
-        if max_rows is None or length <= max_rows:
-            step = last_block - first_block if max_rows is None else max_rows // length
-            for block in range(first_block, last_block, max(step, 1)):
-                blocks = min(step, last_block - block)
-                yield RowTile(slice(row, row + blocks * length), slice(block, block + blocks), length)
-                row += blocks * length
-        else:
-            for block in range(first_block, last_block):
-                for offset in range(0, length, max_rows):
-                    part = min(max_rows, length - offset)
-                    yield RowTile(slice(row, row + part), slice(block, block + 1), part)
-                    row += part
+    long_rows = long_blocks * (short + 1)
+    start, stop = (0, rows) if within is None else (within.start, within.stop)
+    for first_row, last_row, first_block, length in (
+        (0, long_rows, 0, short + 1),
+        (long_rows, rows, long_blocks, short),
+    ):
+        row, end = max(start, first_row), min(stop, last_row)
+        # a block too long for one tile is cut into parts of about equal length
+        part = length if max_rows is None else -(-length // -(-length // max_rows))
+        while row < end:
+            block, offset = divmod(row - first_row, length)
+            most = end - row if max_rows is None else min(end - row, max_rows)
+            if offset or most < length:
+                blocks, per_block = 1, min(length - offset, end - row, part)
+            else:
+                blocks, per_block = most // length, length
+            first = first_block + block
+            yield RowTile(slice(row, row + blocks * per_block), slice(first, first + blocks), per_block)
+            row += blocks * per_block
 
 
 def check_row_blocks(rows: int, r: int) -> None:

@@ -5,35 +5,14 @@ import pytest
 import torch
 
 from peft_spp.functional import Factors, spp_linear
-from peft_spp.functional import weight as weight_module
 
 import reference
+from factored import make, relative_error
 
 
 # (rows m, columns n, r): r divides m, does not, r = 1, r = m, one row, one column
 SHAPES = [(16, 12, 4), (17, 9, 5), (7, 6, 1), (6, 5, 6), (1, 4, 1), (5, 1, 2)]
 INPUTS = [(None,), (3, None), (2, 3, None)]
-
-
-def make(m, n, ranks, dtype=torch.double, factor_dtype=None, fan_in_fan_out=False, bias=True, seed=0):
-    torch.manual_seed(seed)
-    W = torch.randn(m, n, dtype=torch.double)
-    W[torch.rand(m, n) < 0.5] = 0.0
-    W = (W.T.contiguous() if fan_in_fan_out else W).to(dtype).requires_grad_()
-    factors = [
-        Factors(
-            torch.randn(r, n).to(factor_dtype or dtype).requires_grad_(),
-            torch.randn(m, 1).to(factor_dtype or dtype).requires_grad_(),
-            0.5 + i,
-        )
-        for i, r in enumerate(ranks)
-    ]
-    return W, torch.randn(m).to(dtype).requires_grad_() if bias else None, factors
-
-
-def relative_error(actual, expected):
-    expected = expected.double()
-    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
@@ -110,63 +89,6 @@ def test_every_dtype_is_within_its_rounding(dtype, bound, factor_dtype):
     assert relative_error(factors[0].B.grad, expected["B"][0]) < factor_bound
     for tensor in (x, W, bias, factors[0].A, factors[0].B):
         assert tensor.grad.dtype == tensor.dtype
-
-
-def test_small_tiles_change_nothing(monkeypatch):
-    W, bias, factors = make(23, 10, [4])
-    x = torch.randn(5, 10, dtype=torch.double, requires_grad=True)
-
-    def run():
-        y = spp_linear(x, W, bias, factors)
-        return y, *torch.autograd.grad(y.square().sum(), (x, factors[0].A, factors[0].B))
-
-    whole = run()
-    monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", 30)
-    for a, b in zip(whole, run(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("fan_in_fan_out", [False, True])
-@pytest.mark.parametrize("identity", [True, False])
-@pytest.mark.parametrize(
-    ("m", "n", "ranks"), [(23, 10, [4]), (24, 10, [4, 4]), (7, 40, [7]), (9, 5, [1]), (23, 10, [4, 3])]
-)
-def test_chunks_of_rows_change_nothing(monkeypatch, m, n, ranks, identity, fan_in_fan_out):
-    W, bias, factors = make(m, n, ranks, fan_in_fan_out=fan_in_fan_out)
-    W = W.detach()  # a weight that is trained takes the other path
-    x = torch.randn(2, 5, n, dtype=torch.double, requires_grad=True)
-    inputs = (x, bias, *(t for f in factors for t in f[:2]))
-
-    def run(bias):
-        y = spp_linear(x, W, bias, factors, identity=identity, fan_in_fan_out=fan_in_fan_out)
-        grads = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
-        return y, *(g for g in grads if g is not None)
-
-    whole = [run(bias), run(None)]
-    monkeypatch.setattr(weight_module, "CPU_CHUNKED_ABOVE_ELEMENTS", 0)
-    for tile, chunk in [(30, 70), (1, 1), (20, 200)]:
-        monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", tile)
-        monkeypatch.setattr(weight_module, "CPU_CHUNK_ELEMENTS", chunk)
-        for expected, actual in zip(whole, [run(bias), run(None)], strict=True):
-            for a, b in zip(expected, actual, strict=True):
-                torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
-def test_chunks_of_rows_keep_the_rounding_bounds(monkeypatch, dtype, bound):
-    monkeypatch.setattr(weight_module, "CPU_TILE_ELEMENTS", 200)
-    monkeypatch.setattr(weight_module, "CPU_CHUNK_ELEMENTS", 400)
-    monkeypatch.setattr(weight_module, "CPU_CHUNKED_ABOVE_ELEMENTS", 0)
-    W, bias, factors = make(96, 80, [7], dtype, torch.float32)
-    x = torch.randn(40, 80).to(dtype).requires_grad_()
-    y = spp_linear(x, W.detach(), bias, factors)
-    assert relative_error(y, reference.linear(x, W, bias, factors)) < bound
-    grad_y = torch.randn_like(y)
-    y.backward(grad_y)
-    expected = reference.gradients(x, W, factors, grad_y)
-    assert relative_error(x.grad, expected["x"]) < bound
-    assert relative_error(factors[0].A.grad, expected["A"][0]) < bound
-    assert relative_error(factors[0].B.grad, expected["B"][0]) < bound
 
 
 def test_non_contiguous_tensors():

@@ -41,19 +41,26 @@ def test_expansion_repeats_each_row_over_its_block(rows_r):
     assert torch.equal(expand_row_blocks(A, rows), A[row_block_index(rows, r)])
 
 
-@given(rows_and_r, st.one_of(st.none(), st.integers(1, 70)))
-def test_tiles_cover_every_row_once_and_know_its_block(rows_r, max_rows):
+@given(rows_and_r, st.one_of(st.none(), st.integers(1, 70)), st.data())
+def test_tiles_cover_the_rows_once_in_order_and_know_their_blocks(rows_r, max_rows, data):
     rows, r = rows_r
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
     index = row_block_index(rows, r)
     covered = []
-    for tile in row_tiles(rows, r, max_rows):
+    for tile in row_tiles(rows, r, slice(start, stop), max_rows):
         tile_rows = list(range(tile.rows.start, tile.rows.stop))
         covered += tile_rows
         blocks = torch.arange(tile.blocks.start, tile.blocks.stop).repeat_interleave(tile.rows_per_block)
         assert torch.equal(index[tile_rows], blocks)
         if max_rows is not None:
             assert len(tile_rows) <= max_rows
-    assert covered == list(range(rows))
+    assert covered == list(range(start, stop))
+
+
+@given(rows_and_r)
+def test_all_rows_are_at_most_two_tiles(rows_r):
+    assert len(list(row_tiles(*rows_r))) <= 2
 
 
 @pytest.mark.parametrize("r", [0, 8])

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainable part of an SPP adapter on one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .row_blocks import check_row_blocks
+
+
+class Factors(NamedTuple):
+    """The trainable part of one SPP adapter on one layer.
+
+    Args:
+        A (`torch.Tensor`): The input factor, shape `(r, n)`: one row for each block of output rows.
+        B (`torch.Tensor`): The output factor, shape `(m, 1)`.
+        scaling (`float`): s = alpha / r.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype that products of factors and weights are computed in: float64 if any input is, otherwise float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
+    """Raise a `ValueError` if the shapes of the factors do not fit the `(m, n)` weight."""
+    m, n = weight.shape
+    for A, B, _ in factors:
+        if A.ndim != 2 or A.shape[1] != n or B.shape != (m, 1):
+            raise ValueError(
+                f"Factors of shape A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of shape {(m, n)}: "
+                f"A must be (r, {n}) and B ({m}, 1)."
+            )
+        check_row_blocks(m, A.shape[0])

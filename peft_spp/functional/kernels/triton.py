@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The Triton backend, for CUDA, ROCm and XPU devices: one pass over the weight for any number of adapters.
+
+Both passes are bound by memory, and a program does one tile and ends, so what counts is how many bytes its loads keep
+in flight. Tiles are sized by that, as compiled for an H100 (Triton 3.7, all loads 16 bytes wide along the contiguous
+dimension of the weight):
+
+- `scaled_weight`: 8 KiB of W, 256 elements along memory, by 4 warps. bfloat16 W, float32 factors of one adapter: 64
+  registers a thread, 8 programs a multiprocessor, 64 KiB in flight. float32 W: 48 registers, 80 KiB.
+- `factor_gradients`: 64×64 elements of W and of the product, by 4 warps (8 in float64). bfloat16: 128 registers, 4
+  programs, 64 KiB in flight. float32: 128 KiB.
+
+The gradients are sums over rows and over columns of the same tiles. Each tile writes its part of both to a workspace,
+and a second launch sums the parts in a fixed order: no atomics, the same bits every time. A tile of 64×64 writes 64
+numbers for B and 64 for A (for each row block in it, mostly one), which is 4·(64 + 64) / 64² = 1/8 byte an element,
+beside the 4 bytes of a bfloat16 W and product that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..factors import Factors, compute_dtype
+
+
+# tuples as arguments of kernels
+_MIN_VERSION = (3, 3)
+
+_SCALED_TILE_BYTES = 8192
+_SCALED_TILE_LENGTH = 256
+_GRADIENT_TILE = 64
+# the second launch of the gradients sums this many tiles at a time, for this many elements of a gradient
+_SUM_TILES = 16
+_SUM_COLUMNS = 128
+
+
+@cache
+def is_available() -> bool:
+    """Whether Triton can be imported and is recent enough (3.3, the version that PyTorch 2.7 comes with)."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _MIN_VERSION
+
+
+def scaled_weight(
+    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """
+    W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`].
+
+    Computed as `w · (1 + Σ s·b · a)`, except that a zero weight gives zero even where the factor overflows.
+
+    Args:
+        weight (`torch.Tensor`): W, shape `(m, n)`, any strides.
+        factors (`Sequence[Factors]`): The factors of each adapter.
+        identity (`bool`): Whether to include the 1.
+        dtype (`torch.dtype`): The dtype of the result.
+
+    Returns:
+        `torch.Tensor`: shape `(m, n)`.
+    """
+    from . import triton_kernels
+
+    m, n = weight.shape
+    acc = _compute_dtype(weight, factors=factors)
+    if acc == torch.float64:
+        # Triton passes a Python float as float32
+        factors = [Factors(A, B.double() * s, 1.0) for A, B, s in factors]
+    out = torch.empty_like(weight, dtype=dtype)
+    along, across = _SCALED_TILE_LENGTH, _SCALED_TILE_BYTES // (_SCALED_TILE_LENGTH * weight.element_size())
+    rows_first = _rows_first(weight)
+    tile_rows, tile_columns = (along, across) if rows_first else (across, along)
+    with _on_device_of(weight):
+        triton_kernels.scaled_weight_kernel[(_tiles(m, tile_rows) * _tiles(n, tile_columns),)](
+            weight,
+            out,
+            *_tensors(factors),
+            tuple(float(f.scaling) for f in factors),
+            *_row_blocks(m, factors),
+            m,
+            n,
+            *weight.stride(),
+            *out.stride(),
+            IDENTITY=identity,
+            DTYPE=_triton_dtype(acc),
+            TILE_ROWS=tile_rows,
+            TILE_COLUMNS=tile_columns,
+            ROWS_FIRST=rows_first,
+            num_warps=4,
+        )
+    return out
+
+
+def factor_gradients(
+    product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The gradients of A and B of each adapter, given gyᵀ x, the gradient of W'. Each of them is the same bits every time.
+
+    With S = (gyᵀ x) ⊙ W they are `gA[k] = s · Σ_{i in block k} B[i] S[i]` and `gB[i] = s · S[i] · P(A)[i]`, summed in
+    float32 (float64 if any input is float64).
+
+    Args:
+        product (`torch.Tensor`): gyᵀ x, shape `(m, n)`, best in the memory layout of the weight.
+        weight (`torch.Tensor`): W, shape `(m, n)`, any strides.
+        factors (`Sequence[Factors]`): The factors of each adapter.
+
+    Returns:
+        `list[tuple[torch.Tensor, torch.Tensor]]`: The gradients of A and B, in their shapes and dtypes.
+    """
+    from . import triton_kernels
+
+    m, n = weight.shape
+    acc = _compute_dtype(product, weight, factors=factors)
+    grads = [(A.new_empty(A.shape), B.new_empty(B.shape)) for A, B, _ in factors]
+    if acc == torch.float64:
+        # Triton passes a Python float as float32; gA is linear in B, and gB in A
+        factors = [Factors(A.double() * s, B.double() * s, 1.0) for A, B, s in factors]
+
+    row_tiles, column_tiles = _tiles(m, _GRADIENT_TILE), _tiles(n, _GRADIENT_TILE)
+    row_blocks = _row_blocks(m, factors)
+    ranks = tuple(f.A.shape[0] for f in factors)
+    slots = tuple(_blocks_per_tile(m, r) for r in ranks)
+    partial_As = tuple(weight.new_empty(row_tiles * s, n, dtype=acc) for s in slots)
+    partial_Bs = tuple(weight.new_empty(column_tiles, m, dtype=acc) for _ in factors)
+    with _on_device_of(weight):
+        triton_kernels.partial_gradients_kernel[(row_tiles * column_tiles,)](
+            product,
+            weight,
+            *_tensors(factors),
+            partial_As,
+            partial_Bs,
+            *row_blocks,
+            slots,
+            m,
+            n,
+            *product.stride(),
+            *weight.stride(),
+            DTYPE=_triton_dtype(acc),
+            TILE_ROWS=_GRADIENT_TILE,
+            TILE_COLUMNS=_GRADIENT_TILE,
+            ROWS_FIRST=_rows_first(weight),
+            num_warps=8 if acc == torch.float64 else 4,
+        )
+        programs = max(max(ranks) * _tiles(n, _SUM_COLUMNS), _tiles(m, _SUM_COLUMNS))
+        triton_kernels.sum_partial_gradients_kernel[(programs, 2 * len(factors))](
+            partial_As,
+            partial_Bs,
+            *(tuple(pair) for pair in zip(*grads, strict=True)),
+            tuple(float(f.scaling) for f in factors),
+            ranks,
+            *row_blocks,
+            slots,
+            m,
+            n,
+            column_tiles,
+            TILE_ROWS=_GRADIENT_TILE,
+            TILES=_SUM_TILES,
+            COLUMNS=_SUM_COLUMNS,
+            num_warps=4,
+        )
+    return grads
+
+
+def _tensors(factors: Sequence[Factors]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """All A and all B. Parameters are contiguous: nothing is copied."""
+    return tuple(f.A.contiguous() for f in factors), tuple(f.B.contiguous() for f in factors)
+
+
+def _row_blocks(rows: int, factors: Sequence[Factors]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each adapter, the rows of a row block and the number of blocks with one row more."""
+    ranks = [f.A.shape[0] for f in factors]
+    return tuple(rows // r for r in ranks), tuple(rows % r for r in ranks)
+
+
+def _blocks_per_tile(rows: int, r: int) -> int:
+    """How many row blocks at most a tile of the gradients has rows of."""
+    if rows % (r * _GRADIENT_TILE) == 0:
+        return 1
+    # the most that fit with a row of the block before and one of the block behind
+    return min(r, (_GRADIENT_TILE - 2) // (rows // r) + 2)
+
+
+def _rows_first(weight: torch.Tensor) -> bool:
+    """Whether the rows are the dimension that memory runs along, as those of a transposed view are."""
+    return weight.stride(0) < weight.stride(1)
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def _compute_dtype(*tensors: torch.Tensor, factors: Sequence[Factors]) -> torch.dtype:
+    return compute_dtype(*tensors, *(t for A, B, _ in factors for t in (A, B)))
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be that of this layer
+    if tensor.device.type == "cpu":
+        return nullcontext()  # Triton's interpreter
+    module: Any = torch.get_device_module(tensor.device)
+    guard: AbstractContextManager[Any] = module.device(tensor.device)
+    return guard

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from peft_spp.functional.kernels import by_weight, composite, cpu
+
+import reference
+from factored import make, relative_error
+
+
+def split(factors):
+    return [f.A for f in factors], [f.B for f in factors], [float(f.scaling) for f in factors]
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("ranks", [[4], [5, 3]])
+def test_operators_are_what_their_schema_says(ranks, fan_in_fan_out):
+    # a wrong shape, stride, dtype or alias in a schema or fake is a wrong result or a crash under torch.compile
+    W, bias, factors = make(16, 12, ranks, torch.float32, fan_in_fan_out=fan_in_fan_out)
+    W, bias = W.detach(), bias.detach()
+    A, B, s = split([f._replace(A=f.A.detach(), B=f.B.detach()) for f in factors])
+    x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
+    tests = ("test_schema", "test_faketensor")
+    oriented = W.t() if fan_in_fan_out else W
+    torch.library.opcheck(
+        torch.ops.peft_spp.scaled_weight.default, (oriented, A, B, s, True, torch.bfloat16), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.peft_spp.linear.default,
+        (x, W, bias, A, B, s, fan_in_fan_out, True, torch.float32),
+        test_utils=tests,
+    )
+    for needs in [(True, True, True), (True, False, True), (False, False, True), (True, False, False)]:
+        torch.library.opcheck(
+            torch.ops.peft_spp.linear_backward.default,
+            (grad_y, x, W, A, B, s, fan_in_fan_out, True, torch.float32, *needs),
+            test_utils=tests,
+        )
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("m", "n", "ranks"), [(96, 80, [16]), (97, 33, [7, 4]), (5, 70, [5])])
+def test_the_fallback_backend_is_the_formula(m, n, ranks, transposed, dtype, bound):
+    W, bias, factors = make(m, n, ranks, dtype, torch.promote_types(dtype, torch.float32), fan_in_fan_out=transposed)
+    w = W.detach().T if transposed else W.detach()
+    x, grad_y = torch.randn(2, 40, n).to(dtype), torch.randn(2, 40, m).to(dtype)
+    with torch.no_grad():
+        y = by_weight.linear(composite, x, w, bias, factors, True, dtype)
+        grad_x, *grads = by_weight.linear_backward(composite, grad_y, x, w, factors, True, dtype, True, True)
+    assert relative_error(y, reference.linear(x, w, bias, factors)) < bound
+    expected = reference.gradients(x, w, factors, grad_y)
+    assert relative_error(grad_x, expected["x"]) < bound
+    for i, f in enumerate(factors):
+        assert relative_error(grads[2 * i], expected["A"][i]) < bound
+        assert relative_error(grads[2 * i + 1], expected["B"][i]) < bound
+        assert (grads[2 * i].dtype, grads[2 * i + 1].dtype) == (f.A.dtype, f.B.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_make_the_same_weight(dtype):
+    W, _, factors = make(97, 33, [7, 4], dtype, torch.float32)
+    with torch.no_grad():
+        a = cpu.scaled_weight(W, factors, True, dtype)
+        b = composite.scaled_weight(W, factors, True, dtype)
+    # at most the last bit: the one may fuse a multiplication and an addition where the other rounds in between
+    torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(a == 0, b == 0)
+
+
+@pytest.mark.parametrize("name", ["scaled_weight", "linear", "linear_backward"])
+def test_a_device_without_a_backend_of_its_own_has_the_fallback(name):
+    for key in ("CompositeExplicitAutograd", "CPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_spp::{name}", key)
