@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every benchmark runs at tiny size, and its picture can be drawn again from its JSON."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import decode, layer, memory, training_step
+from benchmarks.competitors import COMPETITORS
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MODULES = {module.NAME: module for module in (layer, training_step, memory, decode)}
+FEW = ["--competitor", "base", "--competitor", "lora", "--competitor", "spp"]
+
+
+def run(module, *arguments):
+    return CliRunner().invoke(module.app, list(arguments))
+
+
+def quick(module, folder, *arguments):
+    outcome = run(module, "--quick", "--machine", "box", "--output-dir", str(folder), *arguments)
+    assert outcome.exit_code == 0, outcome.output
+    path = folder / "box" / f"{module.NAME}-quick.json"
+    return json.loads(path.read_text()), path, outcome.output
+
+
+def test_layer(tmp_path):
+    result, path, output = quick(layer, tmp_path, "--precision", "fp32", "--precision", "bf16-autocast")
+    assert [case["parameters"]["precision"] for case in result["cases"]] == ["fp32", "bf16-autocast"]
+    for case in result["cases"]:
+        assert set(case["samples"]) == {"matmuls", *layer.MAIN_COMPETITORS}
+        assert all(len(samples) == 2 and min(samples) > 0 for samples in case["samples"].values())
+        assert case["ratios"]["lora"]["median"] == 1.0
+        floor, own = case["samples"]["matmuls"], case["samples"]["spp"]
+        shares = [1 - f / o for f, o in zip(floor, own, strict=True)]
+        assert case["values"]["spp"]["share_beyond_matmuls"] == pytest.approx(sum(shares) / 2)
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+    assert "| LoRA, r=16" in output
+
+
+def test_training_step(tmp_path):
+    result, path, _ = quick(training_step, tmp_path, "--precision", "bf16")
+    assert [case["parameters"]["checkpointing"] for case in result["cases"]] == [False, True]
+    assert all(set(case["samples"]) == set(COMPETITORS) for case in result["cases"])
+    assert result["settings"]["size"]["parameters"] > 0
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_memory(tmp_path):
+    competitors = ["base", "lora", "hira", "masked_full", "spp_authors_repeat", "spp"]
+    chosen = [argument for name in competitors for argument in ("--competitor", name)]
+    result, path, _ = quick(memory, tmp_path, "--precision", "fp32", *chosen)
+    off, on = result["cases"]
+    assert (off["parameters"]["checkpointing"], on["parameters"]["checkpointing"]) == (False, True)
+    # what is kept besides: the loss; with checkpointing also a random number generator's state of 5 kB for each block
+    for case, besides in ((off, 256), (on, 12_000)):
+        assert list(case["values"]) == competitors
+        for values in case["values"].values():
+            assert values["saved_bytes"] < values["kept_bytes"] < values["saved_bytes"] + besides
+            assert values["peak_bytes"] > values["static_bytes"] + values["kept_bytes"]
+    for name, values in off["values"].items():
+        assert on["values"][name]["saved_bytes"] < values["saved_bytes"]
+        assert on["values"][name]["static_bytes"] == values["static_bytes"]
+    # SPP keeps nothing beside the inputs of the layers; HiRA keeps two tensors of the weight's size
+    assert (
+        off["values"]["spp"]["saved_bytes"]
+        <= off["values"]["lora"]["saved_bytes"]
+        < off["values"]["hira"]["saved_bytes"]
+    )
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_memory_is_the_same_in_every_run(tmp_path):
+    arguments = ["--precision", "bf16", "--checkpointing", "off", *FEW]
+    first, second = (quick(memory, tmp_path / name, *arguments)[0]["cases"] for name in ("first", "second"))
+    assert first == second
+
+
+def test_decode(tmp_path):
+    result, path, _ = quick(decode, tmp_path)
+    assert result["reference"] == "base"
+    assert [case["parameters"]["tokens"] for case in result["cases"]] == [1, 2, 1, 2]
+    for case in result["cases"]:
+        m, n = case["parameters"]["shape"]
+        size = 4 if case["parameters"]["precision"] == "fp32" else 2
+        assert case["parameters"]["distinct_weights"] * m * n * size >= result["settings"]["working_set_bytes"]
+        assert set(case["samples"]) == set(decode.MAIN_COMPETITORS)
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_picture_is_drawn_again_from_the_json_alone(name, tmp_path):
+    module = MODULES[name]
+    few = FEW + (["--checkpointing", "off"] if name in ("memory", "training_step") else [])
+    _, path, _ = quick(module, tmp_path, "--precision", "fp32", *few)
+    before = path.read_text()
+    path.with_suffix(".png").unlink()
+    assert run(module, "--plot-only", str(path)).exit_code == 0
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+    assert path.read_text() == before
+
+
+def test_what_ran_out_of_memory_is_left_out_of_table_and_picture(tmp_path, capsys):
+    for module in (memory, training_step):
+        _, path, _ = quick(module, tmp_path, "--precision", "fp32", "--checkpointing", "off", *FEW)
+        content = json.loads(path.read_text())
+        content["cases"][0]["values"]["spp"] = {"out_of_memory": 1.0}
+        content["cases"][0]["samples"].pop("spp", None)
+        path.write_text(json.dumps(content))
+        result = module.BenchmarkResult.load(path, module.NAME)
+        module.report(result)
+        assert "out of memory" in capsys.readouterr().out
+        module.draw(result, path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_wrong_choices_end_before_anything_is_measured(name, tmp_path):
+    module = MODULES[name]
+    wrong = [("--competitor", "dora"), ("--competitor", "spp"), ("--precision", "int8"), ("--machine", "a/b")]
+    for option, value in wrong:
+        outcome = run(module, "--quick", "--output-dir", str(tmp_path / "out"), option, value)
+        assert outcome.exit_code == 2, (option, value)
+        assert option in outcome.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_result_of_another_benchmark_cannot_be_drawn(tmp_path):
+    _, path, _ = quick(layer, tmp_path, "--precision", "fp32", *FEW)
+    outcome = run(decode, "--plot-only", str(path))
+    assert outcome.exit_code == 2
+    assert "layer" in outcome.output
