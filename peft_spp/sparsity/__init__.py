@@ -6,17 +6,21 @@ tensor at a time and look at its bits, so `-0.0` is told from `0.0`. Only torch,
 """
 
 from .compare import ModuleComparison, SparsityComparison, compare_sparsity
+from .mask_record import MaskRecord, MaskRelation, record_mask
 from .pattern import NMPattern, satisfies_n_m
 from .report import ModuleSparsity, SparsityReport, sparsity_report
 
 
 __all__ = [
+    "MaskRecord",
+    "MaskRelation",
     "ModuleComparison",
     "ModuleSparsity",
     "NMPattern",
     "SparsityComparison",
     "SparsityReport",
     "compare_sparsity",
+    "record_mask",
     "satisfies_n_m",
     "sparsity_report",
 ]

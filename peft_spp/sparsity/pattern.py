@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,30 @@ def parse_patterns(patterns: str | NMPattern | Iterable[str | NMPattern]) -> tup
     """
     several = [patterns] if isinstance(patterns, (str, NMPattern)) else list(patterns)
     return tuple(sorted({NMPattern.parse(one) for one in several}, key=lambda pattern: (pattern.density, pattern.m)))
+
+
+DENSE_BELOW = 0.01
+"""A weight with a smaller share of zeros counts as dense: chance and underflow make a few, pruning makes more."""
+
+
+def pattern_name(wanted: Iterable[NMPattern], zeros: int, numel: int, inputs: int, fullest: Mapping[int, int]) -> str:
+    """What to call a weight's pattern: `"dense"`, the first of the wanted ones that it holds, or `"unstructured"`.
+
+    Args:
+        wanted (`Iterable[NMPattern]`): The patterns to look for, the tightest first.
+        zeros (`int`): How many weights are zero.
+        numel (`int`): How many there are.
+        inputs (`int`): How many inputs there are.
+        fullest (`Mapping[int, int]`): For each group size, the number of non-zeros in the fullest group of inputs.
+
+    Returns:
+        `str`: The name.
+    """
+    if zeros == 0 or zeros < DENSE_BELOW * numel:
+        return "dense"
+    # A pattern that forces no zero (4:4, or groups longer than a row) is not found but always there.
+    held = (pattern for pattern in wanted if pattern.n < pattern.m <= inputs and fullest[pattern.m] <= pattern.n)
+    return str(next(held, "unstructured"))
 
 
 def fullest_group(nonzero: Tensor, group_size: int) -> int:

@@ -11,14 +11,10 @@ from typing import Any
 import torch
 
 from .counting import count
-from .pattern import NMPattern, parse_patterns
+from .pattern import NMPattern, parse_patterns, pattern_name
 from .sources import Source, open_weights
 from .table import MAX_ROWS, kind_of, percent, plain_table, some
 from .weights import Weight, called
-
-
-DENSE_BELOW = 0.01
-"""A weight with a smaller share of zeros counts as dense: chance and underflow make a few, pruning makes more."""
 
 
 @dataclass(frozen=True)
@@ -238,18 +234,12 @@ def _cells(group: list[ModuleSparsity]) -> list[str]:
     ]
 
 
-def _look(weight: Weight, patterns: tuple[NMPattern, ...]) -> ModuleSparsity:
+def _look(weight: Weight, wanted: tuple[NMPattern, ...]) -> ModuleSparsity:
     with torch.no_grad():
         tensor = weight.load()
-        counts = count(tensor, transposed=weight.transposed, group_sizes=sorted({pattern.m for pattern in patterns}))
+        counts = count(tensor, transposed=weight.transposed, group_sizes=sorted({pattern.m for pattern in wanted}))
     numel = tensor.numel()
     inputs = weight.shape[-2 if weight.transposed else -1]
-    if counts.zeros == 0 or counts.zeros < DENSE_BELOW * numel:
-        found = "dense"
-    else:
-        # A pattern that forces no zero (4:4, or groups longer than a row) is not found but always there.
-        held = (p for p in patterns if p.n < p.m <= inputs and counts.fullest[p.m] <= p.n)
-        found = str(next(held, "unstructured"))
     return ModuleSparsity(
         name=weight.name,
         shape=weight.shape,
@@ -260,7 +250,7 @@ def _look(weight: Weight, patterns: tuple[NMPattern, ...]) -> ModuleSparsity:
         negative_zeros=counts.negative_zeros,
         non_finite=counts.non_finite,
         fullest_group=counts.fullest,
-        pattern=found,
+        pattern=pattern_name(wanted, counts.zeros, numel, inputs, counts.fullest),
     )
 
 

@@ -12,6 +12,10 @@ from ..model_card import add_loading_note
 from .adapter_file import check_adapter_file
 
 
+FORMAT_VERSION = 1
+"""The version of the format that adapters are saved in."""
+
+
 @dataclass
 class SPPConfig(PeftConfig):
     """
@@ -72,6 +76,16 @@ class SPPConfig(PeftConfig):
             Lets you specify which token indices to selectively fine-tune without requiring to re-train the whole
             embedding matrix, using the `peft.TrainableTokensModel` method: a list of indices for the model's input
             embedding layer, or a dictionary from the name of an embedding module to such a list.
+        check_base (`str`):
+            What to do if a saved adapter is loaded onto a base model that is pruned in other places than the one it
+            was trained on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
+            places and more, as after rounding to NF4, is taken without a word.
+        base_record (`dict`):
+            What the adapter was trained on: the mask of each adapted weight (its sparsity, pattern and fingerprint)
+            and how the base model was quantised. It is filled in when the adapter is added to a model and saved with
+            the adapter.
+        format_version (`int`):
+            The version of the adapter's format. It is not to be set.
 
     Raises:
         ValueError: If a value cannot be used; the message names the field and the value.
@@ -154,6 +168,23 @@ class SPPConfig(PeftConfig):
         },
     )
 
+    check_base: Literal["warn", "error", "off"] = field(
+        default="warn",
+        metadata={
+            "help": "What to do if a saved adapter is loaded onto a base model that is pruned in other places than "
+            "the one it was trained on. Can be 'warn', 'error' or 'off'"
+        },
+    )
+    base_record: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "What the adapter was trained on: mask fingerprints and quantisation. Filled in by peft_spp."
+        },
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "The version of the adapter's format. Not to be set."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
@@ -181,10 +212,14 @@ class SPPConfig(PeftConfig):
             check_rank(f"rank_pattern[{pattern!r}]", rank)
         if not 0.0 <= self.spp_dropout < 1.0:
             raise ValueError(f"`spp_dropout` should be in [0, 1) but the value passed is {self.spp_dropout}")
-        if self.bias not in ("none", "all", "spp_only"):
-            raise ValueError(f"`bias` should be 'none', 'all' or 'spp_only' but the value passed is {self.bias!r}")
-        if self.init_weights not in (True, False):
-            raise ValueError(f"`init_weights` should be True or False but the value passed is {self.init_weights!r}")
+        check_choice("bias", self.bias, ("none", "all", "spp_only"))
+        check_choice("check_base", self.check_base, ("warn", "error", "off"))
+        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"The adapter has format version {self.format_version!r}; this version of peft_spp reads 1 to "
+                f"{FORMAT_VERSION}. Upgrade peft-spp to load it."
+            )
+        check_choice("init_weights", self.init_weights, (True, False))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
@@ -214,9 +249,20 @@ class SPPConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if "check_base" in kwargs:
+            # PEFT lets what is saved win; what to do about a base model is for the one who loads to say
+            config.check_base = kwargs["check_base"]
+            check_choice("check_base", config.check_base, ("warn", "error", "off"))
         # not a field: it is neither saved nor compared. SPPModel takes the adapter back if its weights do not fit.
         config.is_from_pretrained = True
         return config
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` unless the value is one of the choices."""
+    if value not in choices:
+        listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ValueError(f"`{name}` should be {listed} but the value passed is {value!r}")
 
 
 def check_rank(name: str, r: Any) -> None:

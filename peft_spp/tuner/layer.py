@@ -179,7 +179,7 @@ class Linear(nn.Module, SPPLayer):
         Returns:
             `torch.Tensor`: In the shape and dtype of the base layer's weight.
         """
-        return self._transpose(scaled_weight(self._oriented_weight(), self.get_factors([adapter]), identity=False))
+        return self._transpose(scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -325,8 +325,8 @@ class Linear(nn.Module, SPPLayer):
     def _base_weight(self) -> torch.Tensor:
         return cast(nn.Linear, self.get_base_layer()).weight
 
-    def _oriented_weight(self) -> torch.Tensor:
-        """The weight as it was before any merge, shape (out_features, in_features)."""
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base layer's weight as it was before any merge, shape (out_features, in_features)."""
         weight = self._base_weight().detach()
         if self._unmerged_weight is not None:
             weight = self._unmerged_weight.to(weight.device, weight.dtype)
@@ -334,7 +334,7 @@ class Linear(nn.Module, SPPLayer):
 
     def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         # sorted: a sum of three does not depend on the order of the merges either
-        return merged_weight(self._oriented_weight(), self.get_factors(sorted(adapter_names)))
+        return merged_weight(self.unmerged_weight(), self.get_factors(sorted(adapter_names)))
 
     def _check_merged_weight(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():

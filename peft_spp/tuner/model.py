@@ -13,6 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..sparsity.mask_record import MaskRelation
+from .base_record import check_base, record_base, relate_base
 from .config import SPPConfig
 from .layer import Linear, SPPLayer
 from .targets import transformer_block_linear_targets
@@ -107,6 +109,11 @@ class SPPModel(BaseTuner):
             raise
         finally:
             self._injection = None
+        try:
+            self._record_or_check_base(model, adapter_name)
+        except BaseException:
+            injection.undo()
+            raise
         if getattr(self.peft_config[adapter_name], "is_from_pretrained", False):
             # its weights are still to come, and may turn out not to fit
             self._injections_to_load = {**self._injections_to_load, adapter_name: injection}
@@ -118,6 +125,32 @@ class SPPModel(BaseTuner):
                 "if this is not intended.",
                 stacklevel=2,
             )
+
+    def _record_or_check_base(self, model: nn.Module, adapter_name: str) -> None:
+        """Record the base model for a new adapter; compare it with the record that a saved adapter brings."""
+        config = cast(SPPConfig, self.peft_config[adapter_name])
+        # a configuration that was used for another model before still describes a new adapter
+        is_ours = config.base_record is None or getattr(config, "is_base_record_ours", False)
+        if is_ours and not getattr(config, "is_from_pretrained", False):
+            config.base_record = record_base(model, adapter_name)
+            config.is_base_record_ours = True  # type: ignore[attr-defined]  # not a field: it is not saved
+        elif not is_ours:
+            check_base(config, model, adapter_name)
+
+    def relate_base(self, adapter_name: str = "default") -> dict[str, MaskRelation]:
+        """
+        How the masks of this base model relate to those that an adapter was trained on.
+
+        Args:
+            adapter_name (`str`): The name of the adapter.
+
+        Returns:
+            `dict[str, str]`: For each adapted module: `"same"`; `"refined"` if the same places are zero and more are;
+            or `"different"`. A module that the adapter has no record of, or whose weight is not in memory, is left
+            out.
+        """
+        config = cast(SPPConfig, self.peft_config[adapter_name])
+        return relate_base(config.base_record or {"masks": {}}, self.model, adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.

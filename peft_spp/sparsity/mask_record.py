@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter remembers of the mask it was trained on, and how another mask relates to it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .pattern import parse_patterns, pattern_name
+
+
+MaskRelation = Literal["same", "refined", "different"]
+
+SAMPLES = 1024
+"""How many places of a mask are remembered one by one."""
+
+_PATTERNS = parse_patterns(("2:4", "4:8", "2:8"))
+# On CPU the booleans of a piece stay in the cache; on an accelerator few large kernels beat many small ones.
+_PIECE_ELEMENTS = {"cpu": 1 << 20}
+_PIECE_ELEMENTS_DEFAULT = 1 << 26
+# Multiplying eight bytes of 0 or 1 by this brings them together, a bit each, in the top byte.
+_GATHER_BITS = 0x0102040810204080
+# 2^64 / golden ratio: multiples of it fall evenly into [0, 2^64)
+_GOLDEN = 0x9E3779B97F4A7C15
+_SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # hexadecimal digits of pi
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """
+    What is kept of one weight's mask: enough to tell it from any other, and small.
+
+    Args:
+        shape (`tuple[int, int]`): The number of outputs and of inputs.
+        zeros (`int`): How many weights are zero.
+        pattern (`str`): 2:8, 2:4 or 4:8, else `"unstructured"` or `"dense"`, as [`sparsity_report`] calls it.
+        fingerprint (`str`):
+            128 bits in hexadecimal: two sums, modulo 2^64, of the mask in words of 64 bits, each word times a
+            pseudo-random number of its row and one of its column. That another mask has the same one by chance is
+            not to be feared; it is not made to withstand forgery.
+        sample (`str`):
+            The mask at `SAMPLES` evenly spread places (or all, if there are no more), in base64, a bit each.
+    """
+
+    shape: tuple[int, int]
+    zeros: int
+    pattern: str
+    fingerprint: str
+    sample: str
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that are zero, between 0 and 1."""
+        return self.zeros / max(self.shape[0] * self.shape[1], 1)
+
+    def relation_of(self, other: MaskRecord) -> MaskRelation:
+        """
+        How another mask relates to this one.
+
+        Args:
+            other (`MaskRecord`): The record of the other mask.
+
+        Returns:
+            `str`: `"same"`; `"refined"` if every place that is zero here is zero there, and more are, as after
+            rounding to NF4; `"different"` otherwise, also if the other weight is dense or of another shape. That every
+            zero is kept is told from the sampled places: if a share f of the zeros were lost, this would be noticed
+            with probability `1 - (1 - f)^k`, with k the number of zeros among the samples (about 512 at 50 %).
+        """
+        if other.shape != self.shape:
+            return "different"
+        if other.fingerprint == self.fingerprint:
+            return "same"
+        zeros_here, zeros_there = self._sampled_zeros(), other._sampled_zeros()
+        refined = other.zeros > self.zeros and zeros_here & ~zeros_there == 0
+        return "refined" if refined else "different"
+
+    def _sampled_zeros(self) -> int:
+        return int.from_bytes(base64.b64decode(self.sample), "little")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings and lists only.
+        """
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MaskRecord:
+        """Read what [`to_dict`] gave.
+
+        Args:
+            data (`Mapping[str, Any]`): The data.
+
+        Returns:
+            `MaskRecord`: The record.
+
+        Raises:
+            ValueError: If a part is missing or of another kind; the message names it.
+        """
+        shape = data.get("shape")
+        if (
+            not isinstance(shape, (list, tuple))
+            or len(shape) != 2
+            or not all(isinstance(size, int) and size >= 0 for size in shape)
+        ):
+            raise ValueError(f"the mask record has no shape of two sizes but {shape!r}")
+        for name, kind in (("zeros", int), ("pattern", str), ("fingerprint", str), ("sample", str)):
+            if not isinstance(data.get(name), kind):
+                raise ValueError(f"the mask record's {name!r} is not {kind.__name__} but {data.get(name)!r}")
+        try:
+            base64.b64decode(data["sample"], validate=True)
+        except ValueError as error:
+            raise ValueError(f"the mask record's 'sample' is not base64: {error}") from error
+        return cls((shape[0], shape[1]), data["zeros"], data["pattern"], data["fingerprint"], data["sample"])
+
+
+@torch.no_grad()
+def record_mask(weight: Tensor) -> MaskRecord:
+    """
+    Record the mask of a weight, in one pass, on the device where the weight lives.
+
+    Args:
+        weight (`torch.Tensor`): Floating, shape `(out, in)`, any strides; `-0.0` counts as zero and NaN does not.
+
+    Returns:
+        `MaskRecord`: The same for the same mask, whatever the dtype, the device and the strides of the weight.
+
+    Raises:
+        ValueError: If the weight is not 2-D, or on the meta device.
+    """
+    if weight.dim() != 2 or weight.is_meta:
+        where = "on the meta device" if weight.is_meta else f"of shape {tuple(weight.shape)}"
+        raise ValueError(f"a mask is recorded of a weight of shape (out, in) that is in memory, not one {where}")
+    weight = weight.detach()
+    outputs, inputs = weight.shape
+    words_a_row = max(1, -(-inputs // 64))
+    histogram = torch.zeros(256, dtype=torch.int64, device=weight.device)
+    row_sums = torch.empty(len(_SEEDS), outputs, dtype=torch.int64, device=weight.device)
+    word_factors = [_pseudo_random(words_a_row, seed, weight.device) for seed in _SEEDS]
+    most = _PIECE_ELEMENTS.get(weight.device.type, _PIECE_ELEMENTS_DEFAULT)
+    step = max(1, most // (words_a_row * 64))
+    # zero beyond the inputs, so that a row starts at a word of its own
+    nonzero = torch.zeros(min(step, outputs), words_a_row * 64, dtype=torch.bool, device=weight.device)
+    for start in range(0, outputs, step):
+        rows = weight[start : start + step]
+        # A copy to bool is the fastest test for zero: 0.5 s for 7B weights in bfloat16 on 2 cores of an EPYC 9004,
+        # where `!= 0` took 3.8 s.
+        nonzero[: len(rows), :inputs].copy_(rows)
+        bits = ((nonzero[: len(rows)].view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
+        histogram += torch.bincount(bits.flatten(), minlength=256)
+        words = bits.view(torch.int64)
+        for sums, factors in zip(row_sums, word_factors, strict=True):
+            torch.sum(words * factors, dim=1, out=sums[start : start + step])
+    row_factors = torch.stack([_pseudo_random(outputs, ~seed, weight.device) for seed in _SEEDS])
+    return _finish(weight, histogram.tolist(), (row_sums * row_factors).sum(dim=1).tolist())
+
+
+def _finish(weight: Tensor, histogram: list[int], sums: list[int]) -> MaskRecord:
+    outputs, inputs = weight.shape
+    counts = {byte: count for byte, count in enumerate(histogram) if count}
+    nonzeros = sum(count * byte.bit_count() for byte, count in counts.items())
+    halves = [max((byte & 15).bit_count(), (byte >> 4).bit_count()) for byte in counts]
+    fullest = {4: max(halves, default=0), 8: max((byte.bit_count() for byte in counts), default=0)}
+    zeros = outputs * inputs - nonzeros
+    return MaskRecord(
+        shape=(outputs, inputs),
+        zeros=zeros,
+        pattern=pattern_name(_PATTERNS, zeros, outputs * inputs, inputs, fullest),
+        fingerprint="".join(f"{value % 2**64:016x}" for value in sums),
+        sample=_sample(weight),
+    )
+
+
+def _sample(weight: Tensor) -> str:
+    """Which of the sampled places are zero, a bit each."""
+    numel = weight.numel()
+    places = (
+        list(range(numel))
+        if numel <= SAMPLES
+        else [((index * _GOLDEN) % 2**64 * numel) >> 64 for index in range(SAMPLES)]
+    )
+    index = torch.tensor(places, dtype=torch.int64, device=weight.device)
+    zero = (weight[index // weight.shape[1], index % weight.shape[1]] == 0) if numel else index.bool()
+    bits = sum(1 << position for position, is_zero in enumerate(zero.tolist()) if is_zero)
+    return base64.b64encode(bits.to_bytes(-(-len(places) // 8), "little")).decode()
+
+
+def _pseudo_random(count: int, seed: int, device: torch.device) -> Tensor:
+    """The same 64-bit numbers everywhere (the mixing steps of splitmix64, on signed integers)."""
+    z = (torch.arange(1, count + 1, dtype=torch.int64, device=device) + _signed(seed % 2**64)) * _signed(_GOLDEN)
+    z = (z ^ (z >> 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27)) * _signed(0x94D049BB133111EB)
+    return z ^ (z >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter remembers of the base model it was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..sparsity.mask_record import MaskRecord, MaskRelation, record_mask
+from .config import SPPConfig
+from .layer import Linear
+
+
+# how many modules a message names
+_SHOWN = 3
+
+
+def record_base(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """
+    Record the masks of the weights that an adapter adapts, and how the base model is quantised.
+
+    Args:
+        model (`nn.Module`): The base model, with the adapter in it.
+        adapter_name (`str`): The name of the adapter.
+
+    Returns:
+        `dict[str, Any]`: Plain data for JSON: `"quantization"`, the method's name or `None`, and `"masks"`, a
+        [`~peft_spp.sparsity.MaskRecord`] as a dict for each adapted module whose weight is in memory.
+    """
+    masks = {name: record.to_dict() for name, record in _masks(model, adapter_name).items()}
+    return {"quantization": _quantization(model), "masks": masks}
+
+
+def relate_base(record: Mapping[str, Any], model: nn.Module, adapter_name: str) -> dict[str, MaskRelation]:
+    """
+    How the masks of a base model relate to those that an adapter was trained on.
+
+    Args:
+        record (`Mapping[str, Any]`): What [`record_base`] gave.
+        model (`nn.Module`): The base model, with the adapter in it.
+        adapter_name (`str`): The name of the adapter.
+
+    Returns:
+        `dict[str, str]`: `"same"`, `"refined"` or `"different"` for each module that is recorded and in memory.
+
+    Raises:
+        ValueError: If the record is malformed; the message names the module.
+    """
+    recorded = read_masks(record)
+    here = _masks(model, adapter_name)
+    return {name: recorded[name].relation_of(mask) for name, mask in here.items() if name in recorded}
+
+
+def read_masks(record: Mapping[str, Any]) -> dict[str, MaskRecord]:
+    """
+    Read the masks out of a record.
+
+    Args:
+        record (`Mapping[str, Any]`): What [`record_base`] gave, perhaps by way of a file.
+
+    Returns:
+        `dict[str, MaskRecord]`: The mask of each module.
+
+    Raises:
+        ValueError: If the record is malformed; the message names the module.
+    """
+    masks = record.get("masks") if isinstance(record, Mapping) else None
+    if not isinstance(masks, Mapping):
+        raise ValueError("`base_record` should have a dictionary 'masks'. Remove it from the adapter's configuration.")
+    read = {}
+    for name, data in masks.items():
+        try:
+            read[name] = MaskRecord.from_dict(data if isinstance(data, Mapping) else {})
+        except ValueError as error:
+            raise ValueError(
+                f"`base_record` is broken at module {name!r}: {error}. Remove it from the adapter's configuration."
+            ) from error
+    return read
+
+
+def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
+    """
+    Warn or raise, as the configuration says, if the base model is not pruned where that of the training was.
+
+    Args:
+        config (`SPPConfig`): The configuration of the adapter, with a `base_record`.
+        model (`nn.Module`): The base model, with the adapter in it.
+        adapter_name (`str`): The name of the adapter.
+
+    Raises:
+        ValueError: If a mask is different and `check_base` is `"error"`, or the record is malformed.
+    """
+    if config.check_base == "off" or config.base_record is None:
+        return
+    recorded = read_masks(config.base_record)
+    here = _masks(model, adapter_name)
+    different = [
+        name for name, mask in here.items() if name in recorded and recorded[name].relation_of(mask) == "different"
+    ]
+    if not different:
+        return
+    shown = "; ".join(
+        f"{name}: {_describe(recorded[name])} then, {_describe(here[name])} now" for name in different[:_SHOWN]
+    )
+    more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    message = (
+        f"Adapter {adapter_name!r} was trained on a base model that is pruned in other places, in {len(different)} of "
+        f"{len(here)} modules: {shown}{more}. Load the base model that it was trained on "
+        f"({config.base_model_name_or_path}); merged into this one, it keeps the zeros of this one. Set "
+        "`check_base='off'` if that is what you want."
+    )
+    if config.check_base == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _describe(mask: MaskRecord) -> str:
+    return f"{mask.pattern}, {mask.sparsity:.1%} zeros, {mask.shape[0]}x{mask.shape[1]}"
+
+
+def _masks(model: nn.Module, adapter_name: str) -> dict[str, MaskRecord]:
+    masks = {}
+    for module in model.modules():
+        if isinstance(module, Linear) and adapter_name in module.spp_A:
+            weight = module.unmerged_weight()
+            # a weight that is on the meta device, or that an engine has partitioned, cannot be looked at
+            if not weight.is_meta and weight.shape == (module.out_features, module.in_features):
+                masks[module.module_name] = record_mask(weight)
+    return masks
+
+
+def _quantization(model: nn.Module) -> str | None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+import base64
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparsity_tiny_models import keep_n_m
+
+from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
+from peft_spp.sparsity import mask_record as module
+
+
+def pruned(rows, inputs, sparsity=0.5, seed=0):
+    torch.manual_seed(seed)
+    weight = torch.randn(rows, inputs)
+    weight[torch.rand(rows, inputs) < sparsity] = 0.0
+    return weight
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.integers(0, 100))
+@settings(deadline=None, max_examples=60)
+def test_a_record_says_what_the_report_says(rows, inputs, sparsity, seed):
+    weight = pruned(rows, inputs, sparsity, seed)
+    record = record_mask(weight)
+    report = sparsity_report({"layer.weight": weight}, modules=["layer"])["layer"]
+    assert (record.shape, record.zeros, record.pattern) == (report.shape, report.zeros, report.pattern)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (2, 8)])
+def test_patterns(n, m):
+    assert record_mask(keep_n_m(torch.randn(6, 32), n, m)).pattern == f"{n}:{m}"
+
+
+def test_the_mask_alone_counts(monkeypatch):
+    weight = pruned(70, 130)
+    record = record_mask(weight)
+    others = [
+        weight * -3.0,  # also turns zeros into -0.0
+        weight.double(),
+        weight.to(torch.bfloat16),
+        weight.T.contiguous().T,
+        torch.stack([weight, weight], 2)[..., 0],
+    ]
+    for other in others:
+        assert record_mask(other) == record
+    monkeypatch.setattr(module, "_PIECE_ELEMENTS", {"cpu": 300})
+    assert record_mask(weight) == record
+
+
+@given(st.integers(1, 30), st.integers(1, 150), st.integers(0, 1000), st.data())
+@settings(deadline=None, max_examples=80)
+def test_any_other_mask_has_another_fingerprint(rows, inputs, seed, data):
+    weight = pruned(rows, inputs, seed=seed)
+    other = weight.clone()
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, inputs - 1))
+        other[place] = 1.0 if other[place] == 0 else 0.0
+    same = torch.equal(weight == 0, other == 0)
+    assert (record_mask(weight).fingerprint == record_mask(other).fingerprint) is same
+
+
+def test_moved_rows_and_columns_are_noticed():
+    weight = pruned(64, 256)
+    record = record_mask(weight)
+    for other in (weight.flip(0), weight.roll(64, 1), weight.roll(1, 1), weight[torch.randperm(64)]):
+        assert record.relation_of(record_mask(other)) == "different"
+
+
+def test_relations():
+    weight = pruned(64, 64)
+    record = record_mask(weight)
+    more = weight.clone()
+    more[torch.rand(64, 64) < 0.1] = 0.0
+    elsewhere = pruned(64, 64, seed=1)
+    assert record.relation_of(record_mask(weight * 2)) == "same"
+    assert record.relation_of(record_mask(more)) == "refined"
+    assert record_mask(more).relation_of(record) == "different"  # places that were zero are not
+    assert record.relation_of(record_mask(elsewhere)) == "different"
+    assert record.relation_of(record_mask(torch.randn(64, 64))) == "different"
+    assert record.relation_of(record_mask(pruned(64, 65))) == "different"
+    dense = record_mask(torch.randn(64, 64))
+    assert dense.relation_of(record) == "refined"
+
+
+def test_a_small_weight_is_sampled_whole():
+    weight = pruned(16, 64)  # as many places as samples
+    record = record_mask(weight)
+    for row, column in ((weight == 0).nonzero()[::40]).tolist():
+        other = weight.clone()
+        other[row, column] = 1.0
+        other[(other != 0).nonzero(as_tuple=True)[0][0]] = 0.0  # and more zeros elsewhere
+        other[row, column] = 1.0
+        assert record.relation_of(record_mask(other)) == "different"
+
+
+def test_samples_are_spread_over_the_whole_weight():
+    weight = torch.ones(128, 512)
+    numel = weight.numel()
+    for part in range(8):  # an eighth of the places is an eighth of the samples
+        weight.fill_(1.0).view(-1)[part * numel // 8 : (part + 1) * numel // 8] = 0.0
+        bits = int.from_bytes(base64.b64decode(record_mask(weight).sample), "little").bit_count()
+        assert abs(bits - module.SAMPLES / 8) <= 2
+
+
+def test_the_format_is_kept():
+    # adapters on disk hold these: the same mask must have the same record for ever
+    weight = (torch.arange(12 * 100).view(12, 100) % 3 != 0).float()
+    record = record_mask(weight)
+    assert record == MaskRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+    assert (record.zeros, record.pattern) == (400, "unstructured")
+    assert record.fingerprint == "65b40c7ca9fdf2994182dc74a658fb09"
+    assert record.sample.startswith("Y4QYIcaIMWKMGCPGiDFCjBBjxBgxRowRY8QYIUaIMWKM")
+
+
+def test_empty_weights():
+    for shape in ((0, 5), (5, 0)):
+        assert record_mask(torch.zeros(shape)).zeros == 0
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 2, device="meta")])
+def test_what_cannot_be_recorded_is_refused(weight):
+    with pytest.raises(ValueError, match="mask"):
+        record_mask(weight)
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [1]}, {"shape": [1, -1]}, {"zeros": "1"}, {"fingerprint": None}, {"sample": "%"}]
+)
+def test_a_malformed_record_is_refused(change):
+    data = record_mask(pruned(4, 8)).to_dict()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        MaskRecord.from_dict({**data, **change})

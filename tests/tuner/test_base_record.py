@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_spp import SPPConfig
+from peft_spp.sparsity import record_mask
+
+from tiny import randomize, tiny_llama
+
+
+def pruned_llama(seed=0, dtype=torch.float32):
+    model = tiny_llama().to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "layers" in name and weight.dim() == 2:
+            weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0.0
+    return model
+
+
+def save_adapter(tmp_path, base, **settings):
+    model = get_peft_model(base, SPPConfig(r=4, task_type="CAUSAL_LM", **settings))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@contextmanager
+def no_warning_of_the_base():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pruned in other places")
+        yield
+
+
+def saved_config(tmp_path):
+    return json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_an_adapter_records_the_masks_it_was_trained_on(tmp_path):
+    base = pruned_llama()
+    expected = {
+        name.removesuffix(".weight"): record_mask(weight).to_dict()
+        for name, weight in base.named_parameters()
+        if "layers" in name and weight.dim() == 2
+    }
+    save_adapter(tmp_path, base)
+    config = saved_config(tmp_path)
+    assert config["base_record"] == {"quantization": None, "masks": expected}
+    assert config["format_version"] == 1
+    assert not any(name.startswith("is_") for name in config)
+
+
+def test_the_same_base_loads_silently(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    with no_warning_of_the_base():
+        model = PeftModel.from_pretrained(pruned_llama(), tmp_path)
+    assert set(model.base_model.relate_base().values()) == {"same"}
+
+
+def test_a_base_with_more_zeros_loads_silently(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    base = pruned_llama()
+    for name, weight in base.named_parameters():
+        if "q_proj" in name:
+            weight.data[0] = 0.0
+    with no_warning_of_the_base():
+        model = PeftModel.from_pretrained(base, tmp_path)
+    relations = model.base_model.relate_base()
+    assert {relation for name, relation in relations.items() if "q_proj" in name} == {"refined"}
+    assert {relation for name, relation in relations.items() if "q_proj" not in name} == {"same"}
+
+
+@pytest.mark.parametrize("base", [lambda: pruned_llama(seed=1), tiny_llama])
+def test_another_mask_or_a_dense_base_warns_and_names_modules(tmp_path, base):
+    save_adapter(tmp_path, pruned_llama())
+    with pytest.warns(UserWarning, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        model = PeftModel.from_pretrained(base(), tmp_path)
+    assert set(model.base_model.relate_base().values()) == {"different"}
+
+
+def test_error_leaves_the_model_as_it_was(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    base = tiny_llama()
+    names = [name for name, _ in base.named_modules()]
+    trainable = [p.requires_grad for p in base.parameters()]
+    config = SPPConfig.from_pretrained(tmp_path)
+    config.check_base = "error"
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj"):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert [name for name, _ in base.named_modules()] == names
+    assert [p.requires_grad for p in base.parameters()] == trainable
+
+
+def test_error_for_a_second_adapter_leaves_the_first(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
+    config = SPPConfig.from_pretrained(tmp_path)
+    config.check_base = "error"
+    with pytest.raises(ValueError, match="'second'"):
+        model.add_adapter("second", config)
+    assert set(model.peft_config) == {"default"}
+    assert not any("second" in name for name, _ in model.named_modules())
+
+
+def test_check_base_can_be_given_where_the_adapter_is_loaded(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    with pytest.raises(ValueError, match="check_base"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, check_base="error")
+    with no_warning_of_the_base():
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, check_base="off")
+
+
+def test_check_base_is_checked():
+    with pytest.raises(ValueError, match="check_base"):
+        SPPConfig(check_base="maybe")
+
+
+def test_a_record_survives_saving_again_onto_another_base(tmp_path):
+    save_adapter(tmp_path / "first", pruned_llama())
+    before = saved_config(tmp_path / "first")["base_record"]
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "first", check_base="off")
+    model.save_pretrained(tmp_path / "second")
+    assert saved_config(tmp_path / "second")["base_record"] == before
+
+
+def test_a_configuration_used_twice_describes_each_base(tmp_path):
+    config = SPPConfig(r=4, task_type="CAUSAL_LM")
+    get_peft_model(pruned_llama(), config)
+    with no_warning_of_the_base():
+        get_peft_model(pruned_llama(seed=1), config).save_pretrained(tmp_path)
+        copied = copy.deepcopy(config)
+        get_peft_model(pruned_llama(seed=2), copied)
+    with no_warning_of_the_base():
+        PeftModel.from_pretrained(pruned_llama(seed=1), tmp_path)
+
+
+def test_a_second_adapter_is_recorded_while_the_first_is_merged(tmp_path):
+    model = get_peft_model(pruned_llama(), SPPConfig(r=4, task_type="CAUSAL_LM", init_weights=False))
+    for module in model.modules():
+        if hasattr(module, "spp_A"):  # a factor that makes every weight of the first row zero
+            module.spp_A["default"].weight.data.fill_(1.0)
+            module.spp_B["default"].weight.data.zero_()
+            module.spp_B["default"].weight.data[0] = -1.0 / module.scaling["default"]
+    model.merge_adapter()
+    model.add_adapter("second", SPPConfig(r=4, task_type="CAUSAL_LM"))
+    first, second = (model.peft_config[name].base_record for name in ("default", "second"))
+    assert first == second
+
+
+def test_after_a_merge_the_record_shows_that_nothing_was_lost(tmp_path):
+    from peft_spp.sparsity import MaskRecord
+
+    model = save_adapter(tmp_path, pruned_llama(dtype=torch.bfloat16))
+    merged = model.merge_and_unload()
+    for name, data in saved_config(tmp_path)["base_record"]["masks"].items():
+        weight = merged.get_parameter(f"{name}.weight")
+        assert MaskRecord.from_dict(data).relation_of(record_mask(weight)) in ("same", "refined")
+
+
+def test_a_base_on_the_meta_device_is_not_recorded():
+    with torch.device("meta"):
+        model = tiny_llama()
+    model = get_peft_model(model, SPPConfig(r=4, task_type="CAUSAL_LM"))
+    assert model.peft_config["default"].base_record == {"quantization": None, "masks": {}}
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    config = saved_config(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": 2}))
+    with pytest.raises(ValueError, match="2"):
+        PeftModel.from_pretrained(pruned_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("record", [{}, {"masks": 3}, {"masks": {"model.layers.0.self_attn.q_proj": {"zeros": 1}}}])
+def test_a_broken_record_is_refused_and_the_model_left_alone(tmp_path, record):
+    save_adapter(tmp_path, pruned_llama())
+    config = saved_config(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_record": record}))
+    base = pruned_llama()
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match="base_record"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == names
+
+
+def test_an_adapter_without_a_record_loads(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    config = saved_config(tmp_path)
+    del config["base_record"], config["format_version"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert model.peft_config["default"].base_record is None
+    assert model.base_model.relate_base() == {}
