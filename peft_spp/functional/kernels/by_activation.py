@@ -15,12 +15,12 @@ from ..factors import Factors, compute_dtype
 from ..row_blocks import row_tiles
 
 
-# How many tokens' worth of multiply-adds a matmul does in the time that scaling the weight takes, an element each:
-# seconds to scale an element times multiply-adds a second. Both were measured on 2 cores of an EPYC 9004 (AVX-512):
-# 0.29 ns · 85 G/s in float32, 0.33 ns · 200 G/s in bfloat16. For GPUs the figures are a H100's memory bandwidth and
-# matmul rate by its data sheet, not measured: 4 bytes / 3.35 TB/s · 400 T/s.
-_BALANCE = {("cpu", torch.bfloat16): 66.0, ("cpu", torch.float16): 66.0, ("cuda", torch.float32): 60.0}
-_BALANCE_DEFAULT = {"cpu": 25.0, "cuda": 480.0}
+# How many multiply-adds a matmul does in the time that scaling one element of the weight takes: seconds an element
+# times multiply-adds a second. Both were measured on 2 cores of an EPYC 9004 (AVX-512): 0.5 ns · 90 G/s in float32,
+# 0.48 ns · 200 G/s in bfloat16. For GPUs the figures are an H100's memory bandwidth and matmul rate by its data sheet,
+# not measured: 4 bytes / 3.35 TB/s · 400 T/s.
+_BALANCE = {("cpu", torch.bfloat16): 95.0, ("cpu", torch.float16): 95.0, ("cuda", torch.float32): 60.0}
+_BALANCE_DEFAULT = {"cpu": 45.0, "cuda": 480.0}
 # A product of a few columns is bound by reading the weight, and below this many MKL's are several times slower.
 _LEAST_COLUMNS = 4
 # Below this many elements the calls cost more than the arithmetic, and one product has fewer of them.
@@ -32,8 +32,8 @@ def is_cheaper(tokens: int, weight: torch.Tensor, factors: Sequence[Factors], dt
     Whether this way costs less than the one by weight, for the forward pass.
 
     By weight, every element of W is scaled. By activation, each token costs a second column in the matmul (m·n
-    multiply-adds, of which the matmul does `balance` while one element is scaled) and two rows of length n for every
-    row block. So, in units of the time to scale one element, `tokens · (m·n / balance + 2·r·n) < m·n`.
+    multiply-adds, of which the matmul does `balance` while one element is scaled) and a scaled row of length n for
+    every row block. So, in units of the time to scale one element, `tokens · (m·n / balance + r·n) < m·n`.
 
     Args:
         tokens (`int`): The number of rows of x.
@@ -50,7 +50,7 @@ def is_cheaper(tokens: int, weight: torch.Tensor, factors: Sequence[Factors], dt
     device_type = weight.device.type
     balance = _BALANCE.get((device_type, dtype), _BALANCE_DEFAULT.get(device_type, _BALANCE_DEFAULT["cuda"]))
     blocks = sum(A.shape[0] for A, _, _ in factors)
-    return tokens * (m * n * len(factors) / balance + 2 * blocks * n) < m * n
+    return tokens * (m * n * len(factors) / balance + blocks * n) < m * n
 
 
 def linear(

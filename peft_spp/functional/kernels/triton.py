@@ -2,14 +2,15 @@
 """
 The Triton backend, for CUDA, ROCm and XPU devices: one pass over the weight for any number of adapters.
 
-Both passes are bound by memory, and a program does one tile and ends, so what counts is how many bytes its loads keep
-in flight. Tiles are sized by that, as compiled for an H100 (Triton 3.7, all loads 16 bytes wide along the contiguous
-dimension of the weight):
+Both passes are bound by memory, and a program does one tile and ends, so what counts is how many bytes the loads of
+the programs on a multiprocessor keep in flight. Tiles are sized by that, as the registers come out for an H100 with
+Triton 3.7, float32 factors and one adapter. All loads of the weight are 16 bytes wide along its contiguous dimension
+(where sizes and strides are multiples of 16 elements). `benchmarks/kernels_gpu.py` measures the speed.
 
-- `scaled_weight`: 8 KiB of W, 256 elements along memory, by 4 warps. bfloat16 W, float32 factors of one adapter: 64
-  registers a thread, 8 programs a multiprocessor, 64 KiB in flight. float32 W: 48 registers, 80 KiB.
-- `factor_gradients`: 64×64 elements of W and of the product, by 4 warps (8 in float64). bfloat16: 128 registers, 4
-  programs, 64 KiB in flight. float32: 128 KiB.
+- `scaled_weight`: 8 KiB of W, 256 elements along memory, by 4 warps. bfloat16 W: 64 registers a thread, 8 programs at
+  a time, 64 KiB in flight. float32 W: 48 registers, 10 programs, 80 KiB.
+- `factor_gradients`: 64×64 elements of W and of the product, by 4 warps (8 in float64). 128 registers, 4 programs at a
+  time: 64 KiB in flight in bfloat16, 128 KiB in float32.
 
 The gradients are sums over rows and over columns of the same tiles. Each tile writes its part of both to a workspace,
 and a second launch sums the parts in a fixed order: no atomics, the same bits every time. A tile of 64×64 writes 64
@@ -103,7 +104,7 @@ def factor_gradients(
     product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    The gradients of A and B of each adapter, given gyᵀ x, the gradient of W'. Each of them is the same bits every time.
+    The gradients of A and B of each adapter, given gyᵀ x, the gradient of W': the same bits every time.
 
     With S = (gyᵀ x) ⊙ W they are `gA[k] = s · Σ_{i in block k} B[i] S[i]` and `gB[i] = s · S[i] · P(A)[i]`, summed in
     float32 (float64 if any input is float64).

@@ -20,7 +20,7 @@ def block_start(block, length, longer):
 
 @triton.jit
 def block_of(row, length, longer):
-    """The row block of a row. One division, of the operands that its part of the rows calls for: divisions are slow."""
+    """The row block of a row. Divisions are slow, so there is one, of operands that depend on the part of the rows."""
     past = row - longer * (length + 1)
     is_longer = past < 0
     return tl.where(is_longer, row, past) // tl.where(is_longer, length + 1, length) + tl.where(is_longer, 0, longer)
@@ -46,7 +46,16 @@ def tile_of_program(m, n, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, R
         return program // tiles, program % tiles
 
 
-@triton.jit(do_not_specialize=["lengths", "longer"])
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """Round as PyTorch does: from float64 to bfloat16 by way of float32."""
+    if DTYPE == tl.bfloat16:
+        return x.to(tl.float32).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def scaled_weight_kernel(
     weight,
     out,
@@ -97,11 +106,11 @@ def scaled_weight_kernel(
             factor += b[:, None] * a
 
     # a zero stays a zero also where the factor overflows
-    scaled = tl.where(w == 0.0, 0.0, w.to(DTYPE) * factor)
-    tl.store(out + rows64 * out_row_stride + columns64 * out_column_stride, scaled.to(out.dtype.element_ty), mask=mask)
+    scaled = round_to(tl.where(w == 0.0, 0.0, w.to(DTYPE) * factor), out.dtype.element_ty)
+    tl.store(out + rows64 * out_row_stride + columns64 * out_column_stride, scaled, mask=mask)
 
 
-@triton.jit(do_not_specialize=["lengths", "longer", "slots"])
+@triton.jit
 def partial_gradients_kernel(
     product,
     weight,
@@ -171,7 +180,7 @@ def sum_of_tiles(
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["ranks", "lengths", "longer", "slots", "column_tiles"])
+@triton.jit(do_not_specialize=["column_tiles"])
 def sum_partial_gradients_kernel(
     partial_As,
     partial_Bs,
@@ -201,9 +210,10 @@ def sum_partial_gradients_kernel(
             grad_a = sum_of_tiles(
                 partial_As[i], first_tile, last_tile, first_slot, slots[i], columns, n, TILES, COLUMNS
             )
-            grad_a = (grad_a * scalings[i]).to(grad_As[i].dtype.element_ty)
+            grad_a = round_to(grad_a * scalings[i], grad_As[i].dtype.element_ty)
             tl.store(grad_As[i] + block.to(tl.int64) * n + columns, grad_a, mask=columns < n)
-        if which == 2 * i + 1:
+        if (which == 2 * i + 1) & (program * COLUMNS < m):
             rows = program * COLUMNS + tl.arange(0, COLUMNS)
             grad_b = sum_of_tiles(partial_Bs[i], 0, column_tiles - 1, 0, 1, rows, m, TILES, COLUMNS)
-            tl.store(grad_Bs[i] + rows, (grad_b * scalings[i]).to(grad_Bs[i].dtype.element_ty), mask=rows < m)
+            grad_b = round_to(grad_b * scalings[i], grad_Bs[i].dtype.element_ty)
+            tl.store(grad_Bs[i] + rows, grad_b, mask=rows < m)
