@@ -276,6 +276,31 @@ def test_float16_input_to_a_float32_layer_is_an_error_as_without_adapter():
         model(torch.randn(2, 12, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_share_an_input_keep_it_once_and_nothing_else(dtype):
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(48, size) for size in (48, 16, 16))
+
+        def forward(self, x):
+            return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+    model = get_peft_model(Projections().to(dtype), SPPConfig(r=4, target_modules=["q", "k", "v"]))
+    x = torch.randn(2, 40, 48, dtype=dtype, requires_grad=True)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = set()
+
+    def keep(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model(x)
+    assert kept - own == {x.untyped_storage().data_ptr()}
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     def gradients(checkpointing):

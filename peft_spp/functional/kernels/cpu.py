@@ -12,13 +12,12 @@ of columns for the same reason: it needs no sum over chunks. Either keeps the ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..factors import Factors, check_factors, compute_dtype
-from ..row_blocks import RowTile, row_tiles
+from ..row_blocks import RowTile, row_block_index, row_tiles
 
 
 CHUNK_ELEMENTS = 1 << 23
@@ -125,20 +124,19 @@ class _WeightWalk:
         end. A pruned `+0.0` stays `+0.0` for any finite factors: `+0.0 + -0.0` is `+0.0`.
         """
         for tile in self._tiles(rows, columns):
-            stored = self.weight[tile.rows, columns]
-            target = out[tile.rows.start - rows.start : tile.rows.stop - rows.start]
+            stored = self._by_block(self.weight[tile.rows, columns], tile)
+            target = self._by_block(out[tile.rows.start - rows.start : tile.rows.stop - rows.start], tile)
             w = self._in_compute_dtype("weight", stored)
-            total = target if target.dtype == self.dtype else self._tile("total", *stored.shape)
-            product = self._tile("product", *stored.shape)
+            total = target if target.dtype == self.dtype else self._tile("total", stored)
+            product = self._tile("product", stored)
             before = w if identity else None
             for A, B in self.scaled_factors:
-                for piece, view in self._blocks(tile, A):
-                    a, b = A[piece.blocks, columns].unsqueeze(1), B[piece.rows].view(-1, piece.rows_per_block, 1)
-                    torch.mul(view(w), a, out=view(product))
-                    if before is None:
-                        torch.mul(view(product), b, out=view(total))
-                    else:
-                        torch.addcmul(view(before), view(product), b, out=view(total))
+                torch.mul(w, self._rows_of(A, tile, columns), out=product)
+                b = B[tile.rows].view(-1, tile.rows_per_block, 1)
+                if before is None:
+                    torch.mul(product, b, out=total)
+                else:
+                    torch.addcmul(before, product, b, out=total)
                 before = total
             if total is not target:
                 target.copy_(total)
@@ -168,18 +166,21 @@ class _WeightWalk:
         self, product: torch.Tensor, rows: slice, columns: slice, grads: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
         for tile in self._tiles(rows, columns):
-            stored = self.weight[tile.rows, columns]
-            part = product[tile.rows.start - rows.start : tile.rows.stop - rows.start]
-            S = self._tile("product", *stored.shape)
+            stored = self._by_block(self.weight[tile.rows, columns], tile)
+            part = self._by_block(product[tile.rows.start - rows.start : tile.rows.stop - rows.start], tile)
+            S = self._tile("product", stored)
             torch.mul(self._in_compute_dtype("total", part), self._in_compute_dtype("weight", stored), out=S)
             for (A, B), (grad_A, grad_B) in zip(self.scaled_factors, grads, strict=True):
-                for piece, view in self._blocks(tile, A):
-                    a, b = A[piece.blocks, columns].unsqueeze(1), B[piece.rows].view(-1, 1, piece.rows_per_block)
-                    # A batched product and a sum: as fast as memory. The two matrix-vector products with one column
-                    # that they stand for were three to ten times slower here.
-                    grad_A[piece.blocks, columns] += torch.bmm(b, view(S)).squeeze(1)
-                    weighted = torch.mul(view(S), a, out=view(self._tile("total", *stored.shape)))
-                    grad_B[piece.rows] += weighted.sum(dim=2).view(-1, 1)
+                scratch = self._tile("total", stored)
+                # A batched product and a sum: as fast as memory. The two matrix-vector products with one column that
+                # they stand for were three to ten times slower here.
+                if self._shares_tiles(A):
+                    grad_A[tile.blocks, columns] += torch.bmm(B[tile.rows].view(-1, 1, tile.rows_per_block), S)[:, 0]
+                else:
+                    torch.mul(S, B[tile.rows].view(-1, tile.rows_per_block, 1), out=scratch)
+                    grad_A[:, columns].index_add_(0, self._block_index(A)[tile.rows], scratch.flatten(0, 1))
+                torch.mul(S, self._rows_of(A, tile, columns), out=scratch)
+                grad_B[tile.rows] += scratch.sum(dim=2).view(-1, 1)
 
     def _region(self, chunk: slice, by_rows: bool) -> tuple[slice, slice]:
         m, n = self.weight.shape
@@ -189,20 +190,30 @@ class _WeightWalk:
         most = max(1, TILE_ELEMENTS // max(columns.stop - columns.start, 1))
         return row_tiles(self.weight.shape[0], self.scaled_factors[0][0].shape[0], rows, most)
 
-    def _blocks(
-        self, tile: RowTile, A: torch.Tensor
-    ) -> Iterator[tuple[RowTile, Callable[[torch.Tensor], torch.Tensor]]]:
-        """Yield the parts of a tile in which this adapter's row blocks are of equal length, and how to view them."""
-        for piece in row_tiles(self.weight.shape[0], A.shape[0], tile.rows):
-            yield piece, partial(_by_block, piece=piece, first_row=tile.rows.start)
+    def _shares_tiles(self, A: torch.Tensor) -> bool:
+        """Whether the rows of a tile, which are cut for the first adapter, are whole row blocks of this one."""
+        return A.shape[0] == self.scaled_factors[0][0].shape[0]
+
+    def _rows_of(self, A: torch.Tensor, tile: RowTile, columns: slice) -> torch.Tensor:
+        """P(A)[tile.rows, columns], to be broadcast against the tile."""
+        if self._shares_tiles(A):
+            return A[tile.blocks, columns].unsqueeze(1)
+        return self._by_block(A[:, columns][self._block_index(A)[tile.rows]], tile)
+
+    def _block_index(self, A: torch.Tensor) -> torch.Tensor:
+        return row_block_index(self.weight.shape[0], A.shape[0])
+
+    @staticmethod
+    def _by_block(matrix: torch.Tensor, tile: RowTile) -> torch.Tensor:
+        return matrix.view(-1, tile.rows_per_block, matrix.shape[1])
 
     def _in_compute_dtype(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        if stored.dtype == self.dtype:
-            return stored
-        return self._tile(name, *stored.shape).copy_(stored)
+        return stored if stored.dtype == self.dtype else self._tile(name, stored).copy_(stored)
 
-    def _tile(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        return self._buffer(name, rows, columns, self.dtype)
+    def _tile(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A scratch tile of the shape of another one."""
+        blocks, rows_per_block, columns = like.shape
+        return self._buffer(name, blocks * rows_per_block, columns, self.dtype).view(like.shape)
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer that is there already if it was asked for before, laid out in memory as the weight is."""
@@ -211,9 +222,3 @@ class _WeightWalk:
             buffer = self._scratch[name] = torch.empty(rows * columns, dtype=dtype)
         flat = buffer[: rows * columns]
         return flat.view(columns, rows).t() if self.transposed else flat.view(rows, columns)
-
-
-def _by_block(matrix: torch.Tensor, piece: RowTile, first_row: int) -> torch.Tensor:
-    """The rows of a piece, out of a matrix that starts at `first_row`, as `(blocks, rows per block, columns)`."""
-    rows = matrix[piece.rows.start - first_row : piece.rows.stop - first_row]
-    return rows.unflatten(0, (-1, piece.rows_per_block))
