@@ -7,12 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .factors import Factors
+from .factors import Factors, compute_dtype
 from .weight import scaled_weight
-
-
-# Rows are cleaned in pieces of this many elements: the mask of a piece stays small beside the merged weight itself.
-_CLEAN_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
@@ -37,10 +33,15 @@ def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Ten
     Raises:
         ValueError: If the shapes of the factors do not fit.
     """
-    merged = scaled_weight(weight, factors)
-    rows = max(1, _CLEAN_ELEMENTS // max(weight.shape[1], 1))
-    for start in range(0, weight.shape[0], rows):
-        piece = merged[start : start + rows]
-        # `== 0` also holds for -0.0, of the base weight and of a product that underflowed
-        piece.masked_fill_((weight[start : start + rows] == 0) | (piece == 0), 0.0)
+    # -0.0 + 0.0 is +0.0: this is for negative zeros of the base weight and of products that underflowed
+    merged = scaled_weight(weight, factors).add_(0.0)
+    if not _are_finite(weight, factors):
+        merged.masked_fill_(weight == 0, 0.0)
     return merged
+
+
+def _are_finite(weight: torch.Tensor, factors: Sequence[Factors]) -> bool:
+    """Whether zero times the factors is zero. It is not if one is infinite or NaN, also only once it is scaled."""
+    dtype = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
+    scaled = (t for A, B, s in factors for t in (A.to(dtype), B.to(dtype) * s))
+    return all(bool(torch.isfinite(t).all()) for t in scaled)
