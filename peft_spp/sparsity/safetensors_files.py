@@ -52,14 +52,14 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
     """
     path = Path(path)
     if path.is_dir():
-        folder, listing = path, _list_folder(path)
+        folder, listing = path, list_folder(path)
     elif path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"only safetensors is read, and {path} is not a .safetensors file; {_FIX}")
         folder, listing = path.parent, {path: None}
     else:
         raise FileNotFoundError(f"there is no file or folder {path} (models are not downloaded: give a local path)")
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return str(path), iter(sorted(_walk(listing), key=_by_number)), config
 
 
@@ -71,8 +71,18 @@ def _by_number(one: Stored) -> list[tuple[int, str]]:
 _FIX = "load the model and write it again with save_pretrained(folder), which writes safetensors"
 
 
-def _list_folder(folder: Path) -> dict[Path, list[str] | None]:
-    """The files to read, each with the names to read from it (`None` for all)."""
+def list_folder(folder: Path) -> dict[Path, list[str] | None]:
+    """List the safetensors files of a checkpoint; see [`stored_in_files`].
+
+    Args:
+        folder (`Path`): The folder of the checkpoint.
+
+    Returns:
+        `dict[Path, list[str] | None]`: The files to read, each with the names to read from it (`None` for all).
+
+    Raises:
+        ValueError: If there is none, or the index is damaged, or names a file that is missing or outside the folder.
+    """
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
     if (folder / INDEX).is_file():
@@ -87,7 +97,7 @@ def _list_folder(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _list_index(index: Path) -> dict[Path, list[str] | None]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names")
     names: dict[Path, list[str] | None] = {}
@@ -102,7 +112,18 @@ def _list_index(index: Path) -> dict[Path, list[str] | None]:
     return names
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        file (`Path`): The file.
+
+    Returns:
+        `dict[str, Any]`: Its content.
+
+    Raises:
+        ValueError: If it is not valid JSON, or not an object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -115,14 +136,26 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _walk(listing: Mapping[Path, list[str] | None]) -> Iterator[Stored]:
     seen: dict[str, Path] = {}
     for file, wanted in listing.items():
-        for one in _read_header(file, wanted):
+        for one in read_header(file, wanted):
             if one.key in seen:
                 raise ValueError(f"tensor {one.key!r} is in both {seen[one.key]} and {file}")
             seen[one.key] = file
             yield one
 
 
-def _read_header(file: Path, wanted: list[str] | None) -> list[Stored]:
+def read_header(file: Path, wanted: list[str] | None = None) -> list[Stored]:
+    """List the tensors of one safetensors file.
+
+    Args:
+        file (`Path`): The file.
+        wanted (`list[str]`, *optional*): The names to list; by default all, sorted.
+
+    Returns:
+        `list[Stored]`: The tensors, not yet read.
+
+    Raises:
+        ValueError: If the file is damaged or does not hold a wanted tensor.
+    """
     listed = []
     try:
         with safe_open(file, framework="pt") as tensors:

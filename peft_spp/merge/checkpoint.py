@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint in a local folder: its weight files, and the files that belong to the model beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..sparsity.layout import Layout
+from ..sparsity.safetensors_files import INDEX, SINGLE, list_folder, read_json
+from .tensor_file import StoredTensor, TensorFile, open_tensor_file
+
+
+OTHER_WEIGHTS = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.onnx.data",
+    "*.h5",
+    "*.msgpack",
+    "*.tflite",
+    "*.ot",
+    "*.bin.index.json",
+    "*.h5.index.json",
+    "*.msgpack.index.json",
+)
+"""Weights in formats that are not merged: beside merged weights they would be a second, unmerged model."""
+
+# an adapter in the folder of a model is applied by Transformers when it loads the model
+_NOT_CARRIED = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of safetensors files.
+
+    Args:
+        folder (`Path`): Its folder.
+        config (`Mapping[str, Any]`): The content of its `config.json`, empty if there is none.
+        files (`tuple[TensorFile, ...]`): Its weight files.
+        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name.
+        carried (`tuple[Path, ...]`): The other files of the model, relative to the folder.
+        left_out (`tuple[Path, ...]`): Weights in the folder that are not part of the checkpoint, relative to it.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[TensorFile, ...]
+    tensors: Mapping[str, StoredTensor]
+    carried: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """Tells which weights are stored `(in, out)`."""
+        return Layout({name: one.shape for name, one in self.tensors.items()}, self.config, conv1d=None)
+
+    @property
+    def size(self) -> int:
+        """The bytes of a copy."""
+        return sum(file.size for file in self.files) + sum((self.folder / one).stat().st_size for one in self.carried)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """List what a folder holds; only headers are read.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Returns:
+        `Checkpoint`: What it holds.
+
+    Raises:
+        ValueError: If it has no safetensors weights as Transformers names them, or a file is damaged or missing.
+    """
+    listing = list_folder(folder)
+    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    if not single and not index:
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, so Transformers would not load it either")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    files = tuple(open_tensor_file(path, wanted) for path, wanted in listing.items())
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in file.tensors.items():
+            if name in tensors:
+                raise ValueError(f"tensor {name!r} is in both {tensors[name].file} and {file.path}")
+            tensors[name] = tensor
+    carried, left_out = _other_files(folder, {file.path for file in files})
+    if not single:
+        carried = [*carried, Path(INDEX)]
+        left_out = [one for one in left_out if one != Path(INDEX)]
+    return Checkpoint(folder, config, files, tensors, tuple(carried), tuple(left_out))
+
+
+def _other_files(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Path]]:
+    carried: list[Path] = []
+    left_out: list[Path] = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        for name in sorted(names):
+            path = Path(where, name)
+            # links of a download cache lead to files; what is neither (a socket, a broken link) is not the model's
+            if name.startswith(".") or path in weights or not path.is_file():
+                continue
+            is_left_out = any(path.match(pattern) for pattern in _NOT_CARRIED)
+            (left_out if is_left_out else carried).append(path.relative_to(folder))
+    return carried, left_out

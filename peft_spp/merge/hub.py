@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models and adapters by the name of a local folder or of a repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+
+def local_folder(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    allow: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> Path:
+    """Find a folder, or download it from the Hub.
+
+    Args:
+        source (`str` or `os.PathLike`): A local folder, or the id of a repository on the Hub.
+        revision (`str`, *optional*): The revision to download.
+        allow (`Sequence[str]`, *optional*): Patterns of the files to download, by default all.
+        ignore (`Sequence[str]`, *optional*): Patterns of the files not to download.
+
+    Returns:
+        `Path`: The local folder.
+
+    Raises:
+        FileNotFoundError: If it is no folder, and cannot be downloaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"{path} is not a folder")
+    try:
+        return Path(
+            snapshot_download(
+                os.fspath(source),
+                revision=revision,
+                allow_patterns=None if allow is None else list(allow),
+                ignore_patterns=None if ignore is None else list(ignore),
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{os.fspath(source)!r} is no local folder, and could not be downloaded from the Hub: {error}"
+        ) from error

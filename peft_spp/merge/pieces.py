@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of a merged weight file, piece by piece in the order of the file.
+
+Threads read and compute pieces ahead while the caller writes those that are ready. A piece is small, so that it stays
+in the caches between reading, merging, counting and writing, and memory does not grow with the weights.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..functional import Factors, merged_weight
+from ..functional.row_blocks import row_tiles
+from .counting import ZeroCounts, count_non_finite, count_zeros
+from .plan import Merge, Plan
+from .tensor_file import TensorFile, read_bytes
+
+
+PIECE_BYTES = 1 << 23
+"""How many bytes of a weight are merged together."""
+
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of bytes to write.
+
+    Args:
+        file (`Path`): The file to read them from.
+        start (`int`): The first byte to read.
+        stop (`int`): The byte after the last.
+        merge (`Merge`, *optional*): The weight that they are a part of, if an adapter is merged into it.
+        factors (`Factors`, *optional*): The factors that belong to this part of the weight.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    merge: Merge | None = None
+    factors: Factors | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A piece, ready to write.
+
+    Args:
+        piece (`Piece`): The piece.
+        data (`torch.Tensor`): uint8, its bytes.
+        counts (`ZeroCounts`): What became of its zeros, if it is a part of a merged weight.
+    """
+
+    piece: Piece
+    data: Tensor
+    counts: ZeroCounts = field(default_factory=ZeroCounts)
+
+
+@contextmanager
+def piece_workers() -> Iterator[ThreadPoolExecutor]:
+    """The threads that read and merge pieces: as many as the caller's operations would use, up to a few.
+
+    Yields:
+        `ThreadPoolExecutor`: The threads, which are gone afterwards.
+    """
+    # A thread that merges a piece by itself waits for no other, as the threads of one split operation do. Their number
+    # is a setting of each thread, and new threads inherit what was set last: so it is set again for the caller.
+    caller_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(_threads(), "peft-spp-merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(caller_threads)
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), _MAX_THREADS)
+
+
+def merged_pieces(workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Written]:
+    """Read a weight file and merge what the plan says, without holding more than a few pieces.
+
+    Args:
+        workers (`ThreadPoolExecutor`): The threads to use, from [`piece_workers`].
+        file (`TensorFile`): The weight file.
+        plan (`Plan`): What changes.
+
+    Yields:
+        `Written`: The bytes of the merged file, in order and without gaps.
+
+    Raises:
+        ValueError: If a merged value is not finite or a zero would be lost; the message names the module.
+    """
+    # one more for each thread to take while the caller writes
+    ahead = 2 * _threads()
+    waiting: deque[Future[Written]] = deque()
+    for piece in _cut(file, plan):
+        waiting.append(workers.submit(_make, piece))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _cut(file: TensorFile, plan: Plan) -> Iterator[Piece]:
+    """Cover the whole file, its header included: what lies between changed tensors is copied as it is."""
+    copied_to = 0
+    for name, tensor in file.tensors.items():
+        merge, trained = plan.merges.get(name), plan.replaced.get(name)
+        if merge is None and trained is None:
+            continue
+        yield from _cut_range(file.path, copied_to, tensor.start)
+        copied_to = tensor.stop
+        if merge is not None:
+            yield from _cut_columns(merge) if merge.transposed else _cut_rows(merge)
+        elif trained is not None:
+            yield from _cut_range(trained.file, trained.start, trained.stop)
+    yield from _cut_range(file.path, copied_to, file.size)
+
+
+def _cut_range(path: Path, start: int, stop: int) -> Iterator[Piece]:
+    for at in range(start, stop, PIECE_BYTES):
+        yield Piece(path, at, min(at + PIECE_BYTES, stop))
+
+
+def _cut_rows(merge: Merge) -> Iterator[Piece]:
+    """Parts of a weight stored `(out, in)`: rows of equally long (parts of) row blocks, with their rows of A and B."""
+    weight = merge.weight
+    factors = _load_factors(merge)
+    row_bytes = (weight.stop - weight.start) // weight.shape[0]
+    max_rows = max(1, PIECE_BYTES // max(row_bytes, 1))
+    for tile in row_tiles(weight.shape[0], merge.module.r, max_rows=max_rows):
+        part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
+        start, stop = (weight.start + row * row_bytes for row in (tile.rows.start, tile.rows.stop))
+        yield Piece(weight.file, start, stop, merge, part)
+
+
+def _cut_columns(merge: Merge) -> Iterator[Piece]:
+    """Parts of a weight stored `(in, out)`: some inputs of all outputs, with their columns of A."""
+    weight = merge.weight
+    factors = _load_factors(merge)
+    row_bytes = (weight.stop - weight.start) // weight.shape[0]
+    step = max(1, PIECE_BYTES // max(row_bytes, 1))
+    for first in range(0, weight.shape[0], step):
+        last = min(first + step, weight.shape[0])
+        part = Factors(factors.A[:, first:last], factors.B, factors.scaling)
+        yield Piece(weight.file, weight.start + first * row_bytes, weight.start + last * row_bytes, merge, part)
+
+
+def _load_factors(merge: Merge) -> Factors:
+    assert isinstance(merge.weight.dtype, torch.dtype)  # the plan has no other weights
+    return merge.module.load(merge.weight.dtype)
+
+
+def _make(piece: Piece) -> Written:
+    data = read_bytes(piece.file, piece.start, piece.stop)
+    if piece.merge is None or piece.factors is None:
+        return Written(piece, data)
+    merge = piece.merge
+    assert isinstance(merge.weight.dtype, torch.dtype)
+    stored = data.view(merge.weight.dtype).view(-1, merge.weight.shape[1])
+    merged = merged_weight(stored.t() if merge.transposed else stored, [piece.factors])
+    merged = merged.t() if merge.transposed else merged
+    counts = count_zeros(stored, merged)
+    _check(merge, stored, counts)
+    return Written(piece, merged.reshape(-1).view(torch.uint8), counts)
+
+
+def _check(merge: Merge, stored: Tensor, counts: ZeroCounts) -> None:
+    if counts.non_finite and count_non_finite(stored):
+        raise ValueError(
+            f"tensor {merge.weight.name!r} of {merge.weight.file} has values that are NaN or infinite before anything "
+            "is merged into it: the base model is broken. Nothing was merged."
+        )
+    if counts.non_finite:
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter in {merge.module.A.file.parent} seems to be broken "
+            f"(module {merge.module.name!r}). Nothing was merged; use an earlier checkpoint of the adapter."
+        )
+    if counts.lost:
+        raise ValueError(
+            f"merging into {merge.weight.name!r} lost {counts.lost} zeros: this is an error in peft_spp, please "
+            "report it. Nothing was merged."
+        )

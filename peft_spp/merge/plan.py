@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge writes where: the tensors of an adapter, matched with those of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..functional.row_blocks import check_row_blocks
+from .adapter import INSTEAD, AdaptedModule, Adapter
+from .checkpoint import Checkpoint
+from .tensor_file import StoredTensor
+from .ties import TiedNames
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A weight to merge an adapter into.
+
+    Args:
+        weight (`StoredTensor`): The weight.
+        module (`AdaptedModule`): What the adapter holds for it.
+        transposed (`bool`): Whether the weight is stored `(in, out)`, as `Conv1D` does.
+    """
+
+    weight: StoredTensor
+    module: AdaptedModule
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What changes in a checkpoint, by the names of its tensors.
+
+    Args:
+        merges (`Mapping[str, Merge]`): The weights to merge into.
+        replaced (`Mapping[str, StoredTensor]`): The tensors that trained ones take the place of.
+    """
+
+    merges: Mapping[str, Merge]
+    replaced: Mapping[str, StoredTensor]
+
+
+def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
+    """Match an adapter with a checkpoint, and check that it fits.
+
+    Args:
+        checkpoint (`Checkpoint`): The checkpoint.
+        adapter (`Adapter`): The adapter.
+
+    Returns:
+        `Plan`: What to write.
+
+    Raises:
+        ValueError: If a tensor is not found, or is of another shape or dtype, or serves two modules.
+    """
+    wanted = [*(f"{name}.weight" for name in adapter.modules), *adapter.trained]
+    found = _match(wanted, checkpoint, adapter)
+    tied = TiedNames(checkpoint.config)
+    for name, stored in found.items():
+        if name in tied or stored in tied:
+            raise ValueError(
+                f"{adapter.folder} changes {name!r}, which the model ties to another module: in {checkpoint.folder} "
+                f"one tensor serves both. {INSTEAD}"
+            )
+    layout = checkpoint.layout
+    merges = {}
+    for name, module in adapter.modules.items():
+        weight = checkpoint.tensors[found[f"{name}.weight"]]
+        square_is_transposed = layout.is_transposed(weight.name.removesuffix(".weight"), len(weight.shape))
+        transposed = _is_transposed(weight, module, square_is_transposed, adapter)
+        merges[weight.name] = Merge(weight, module, transposed)
+    replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
+    for name, tensor in replaced.items():
+        _check_same_kind(checkpoint.tensors[name], tensor)
+    return Plan(merges, replaced)
+
+
+def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
+    """Find each wanted tensor by its name, or all of them by one prefix more or less.
+
+    The body of a model (`LlamaModel`) is saved without the prefix that its tensors have in the whole model
+    (`LlamaForCausalLM`), and Transformers loads either from either.
+    """
+    stored = checkpoint.tensors
+    missing = [name for name in wanted if name not in stored]
+    if not missing:
+        return {name: name for name in wanted}
+    first = missing[0]
+    added = {name.removesuffix(first) for name in stored if name.endswith(f".{first}")}
+    removed = {first.removesuffix(name) for name in stored if first.endswith(f".{name}")}
+    matches = [{name: prefix + name for name in wanted} for prefix in added]
+    matches += [{name: name.removeprefix(prefix) for name in wanted if name.startswith(prefix)} for prefix in removed]
+    matches = [
+        match for match in matches if len(match) == len(wanted) and all(name in stored for name in match.values())
+    ]
+    if len(matches) > 1:
+        raise ValueError(
+            f"{adapter.folder} changes {first!r}, and in {checkpoint.folder} it could be any of "
+            f"{', '.join(sorted(repr(match[first]) for match in matches))}. {INSTEAD}"
+        )
+    if not matches:
+        raise ValueError(
+            f"{adapter.folder} changes {first!r}, which {checkpoint.folder} does not hold. Either the adapter belongs "
+            "to another base model, or Transformers makes this tensor of others when it loads the model (tied "
+            f"weights, fused experts, renamed modules). {INSTEAD}"
+        )
+    return matches[0]
+
+
+def _is_transposed(weight: StoredTensor, module: AdaptedModule, square_is_transposed: bool, adapter: Adapter) -> bool:
+    where = f"tensor {weight.name!r} of {weight.file}"
+    if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "
+            f"float32, bfloat16 or float16; a quantized model cannot be merged into."
+        )
+    shape = (module.B.shape[0], module.A.shape[1])
+    if weight.shape not in (shape, shape[::-1]):
+        raise ValueError(
+            f"{where} has shape {weight.shape}, and the adapter in {adapter.folder} is for one of shape {shape} "
+            f"(out, in): it belongs to another base model"
+        )
+    check_row_blocks(shape[0], module.r)
+    if shape[0] != shape[1]:
+        return weight.shape != shape
+    # PEFT's flag tells the layout of the layer that was adapted last. Layers of the other kind may have come before.
+    if adapter.config.fan_in_fan_out and not square_is_transposed:
+        raise ValueError(f"cannot tell whether {where} is stored (in, out) or (out, in). {INSTEAD}")
+    return square_is_transposed
+
+
+def _check_same_kind(stored: StoredTensor, trained: StoredTensor) -> None:
+    if (stored.dtype, stored.shape) != (trained.dtype, trained.shape):
+        raise ValueError(
+            f"the adapter has {trained.name!r} as {trained.describe()}, and {stored.file} has {stored.name!r} as "
+            f"{stored.describe()}: it cannot take its place as it is. {INSTEAD}"
+        )

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging an adapter into a checkpoint, from disk to disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from ..sparsity.safetensors_files import read_header
+from .adapter import read_adapter, read_config
+from .checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
+from .counting import ZeroCounts
+from .hub import local_folder
+from .output import OutputFolder, sync_file, write_file
+from .pieces import merged_pieces, piece_workers
+from .plan import Merge, Plan, plan_merge
+from .report import MergedModule, MergeReport
+from .tensor_file import TensorFile
+
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes done and the bytes there are."""
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str] | None,
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    adapter_subfolder: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """
+    Merge an SPP adapter into a checkpoint, from disk to disk, without building the model.
+
+    Every tensor of the output is bit for bit what `PeftModel.from_pretrained(...).merge_and_unload()` and
+    `save_pretrained` give of a model that is loaded in the dtypes of its checkpoint. A weight file is read and written
+    once, in pieces, so the merge needs a few hundred megabytes, however large the model is. The header of each file
+    stays as it is, and so do all tensors that the adapter does not change.
+
+    Of the base model's folder everything is copied but hidden files and folders, weights in other formats (pickled,
+    GGUF, ONNX, ...) and safetensors that are not part of the checkpoint: they would be unmerged.
+
+    The output folder is changed in one step at the end: if anything goes wrong before, it is as it was, and if the
+    process is killed, a hidden folder beside it is all that is left.
+
+    Args:
+        base (`str`, `os.PathLike` or `None`):
+            The base model, as a local folder or the id of a repository on the Hub, in `model.safetensors` or in shards
+            with their index. With `None`, the base model that the adapter names, in the revision that it names.
+        adapter (`str` or `os.PathLike`): The adapter, as a local folder or the id of a repository on the Hub.
+        output (`str` or `os.PathLike`): The folder to write the merged model to.
+        adapter_subfolder (`str`, *optional*): The folder inside of `adapter` that holds the adapter.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to merge, check and count, but write nothing.
+        progress (`Callable[[int, int], object]`, *optional*):
+            Called with the number of bytes done and of all bytes of the weight files, again and again.
+
+    Returns:
+        `MergeReport`: What was merged, and what became of the zeros.
+
+    Raises:
+        FileNotFoundError: If the base model or the adapter is not there.
+        FileExistsError: If `output` must not be replaced, or somebody else has written to it meanwhile.
+        ValueError: If a file is damaged, the adapter does not fit the checkpoint, holds what cannot be merged here, or
+            is broken, so that a merged value would not be finite. The message names the file and the tensor.
+        OSError: If there is no space for the output.
+    """
+    adapter_folder = _adapter_folder(adapter, adapter_subfolder)
+    config = read_config(adapter_folder)
+    revision = None
+    if base is None:
+        base, revision = config.base_model_name_or_path, config.revision
+    if not base:
+        raise ValueError(f"{adapter_folder / CONFIG_NAME} does not name the base model: say which one it is")
+    base_folder = local_folder(base, revision=revision, ignore=OTHER_WEIGHTS)
+    folder = OutputFolder(Path(output), overwrite)
+    folder.check_apart_from(base_folder, "base model")
+    folder.check_apart_from(adapter_folder, "adapter")
+    checkpoint = read_checkpoint(base_folder)
+    plan = plan_merge(checkpoint, read_adapter(adapter_folder, config))
+
+    counted = _Counted(sum(file.size for file in checkpoint.files), progress)
+    if dry_run:
+        with piece_workers() as workers:
+            for file in checkpoint.files:
+                for _ in counted.pieces(workers, file, plan):
+                    pass
+    else:
+        folder.check_space(checkpoint.size)
+        with folder, piece_workers() as workers:
+            _write(folder, checkpoint, plan, counted, workers)
+    return _report(checkpoint, adapter_folder, folder.path, dry_run, plan, counted)
+
+
+def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> Path:
+    inside = f"{subfolder}/" if subfolder else ""
+    files = [f"{inside}{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    return local_folder(adapter, allow=files) / (subfolder or "")
+
+
+@dataclass
+class _Counted:
+    """Passes pieces on, adds up their counts and tells how far the merge is.
+
+    Args:
+        total (`int`): How many bytes there will be.
+        progress (`Callable[[int, int], object]`, *optional*): Called after each piece.
+        done (`int`): How many bytes there were.
+        zeros (`dict[str, ZeroCounts]`): The counts of each merged weight, by the name of its tensor.
+    """
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+    zeros: dict[str, ZeroCounts] = field(default_factory=dict)
+
+    def pieces(self, workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Tensor]:
+        for written in merged_pieces(workers, file, plan):
+            if written.piece.merge is not None:
+                self.zeros.setdefault(written.piece.merge.weight.name, ZeroCounts()).add(written.counts)
+            self.done += written.data.numel()
+            yield written.data
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+
+def _write(
+    folder: OutputFolder, checkpoint: Checkpoint, plan: Plan, counted: _Counted, workers: ThreadPoolExecutor
+) -> None:
+    syncs = []
+    # one file goes to the disk while the next one is merged
+    with ThreadPoolExecutor(1, "peft-spp-sync") as syncing:
+        for file in checkpoint.files:
+            path = folder.new_file(file.path.relative_to(checkpoint.folder))
+            write_file(path, counted.pieces(workers, file, plan))
+            _check_written(file, path)
+            syncs.append(syncing.submit(sync_file, path))
+        for one in checkpoint.carried:
+            path = folder.new_file(one)
+            shutil.copyfile(checkpoint.folder / one, path)
+            syncs.append(syncing.submit(sync_file, path))
+    for sync in syncs:
+        sync.result()
+    folder.publish()
+
+
+def _check_written(file: TensorFile, path: Path) -> None:
+    """Read the header back from disk with `safetensors` and compare it with that of the base."""
+    written = {one.key: (one.dtype, one.shape) for one in read_header(path)}
+    if written != {name: (one.dtype, one.shape) for name, one in file.tensors.items()}:
+        raise ValueError(f"{path.name} does not hold the tensors that were written to it. Nothing was merged.")
+
+
+def _report(
+    checkpoint: Checkpoint, adapter: Path, output: Path, dry_run: bool, plan: Plan, counted: _Counted
+) -> MergeReport:
+    modules = [_merged_module(checkpoint, merge, counted.zeros[name]) for name, merge in plan.merges.items()]
+    stored = sum(len(file.tensors) for file in checkpoint.files)
+    return MergeReport(
+        base=str(checkpoint.folder),
+        adapter=str(adapter),
+        output=str(output),
+        dry_run=dry_run,
+        modules={module.name: module for module in modules},
+        replaced=tuple(plan.replaced),
+        copied=stored - len(plan.merges) - len(plan.replaced),
+        files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
+        carried=tuple(one.as_posix() for one in checkpoint.carried),
+        left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        size=checkpoint.size,
+    )
+
+
+def _merged_module(checkpoint: Checkpoint, merge: Merge, zeros: ZeroCounts) -> MergedModule:
+    weight, module = merge.weight, merge.module
+    return MergedModule(
+        name=module.name,
+        tensor=weight.name,
+        file=weight.file.relative_to(checkpoint.folder).as_posix(),
+        shape=weight.shape,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        transposed=merge.transposed,
+        r=module.r,
+        scaling=module.scaling,
+        zeros_before=zeros.before,
+        zeros_after=zeros.after,
+        lost=zeros.lost,
+        gained=zeros.gained,
+        non_finite=zeros.non_finite,
+    )

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tensors of a safetensors file lie in it, and reading them without mapping the file into memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..sparsity.safetensors_files import read_header
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file.
+
+    Args:
+        file (`Path`): The file.
+        name (`str`): Its name in the file.
+        dtype (`torch.dtype` or `str`): Its dtype, or the file's name of one that is not floating.
+        shape (`tuple[int, ...]`): Its shape.
+        start (`int`): Where its bytes start in the file.
+        stop (`int`): Where they end.
+    """
+
+    file: Path
+    name: str
+    dtype: torch.dtype | str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def load(self) -> Tensor:
+        """Read the tensor.
+
+        Returns:
+            `torch.Tensor`: A tensor of its own, not a view of the file.
+        """
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"tensor {self.name!r} of {self.file} has dtype {self.dtype}, which is not floating")
+        return read_bytes(self.file, self.start, self.stop).view(self.dtype).view(self.shape)
+
+    def describe(self) -> str:
+        """The dtype and the shape, for messages."""
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file that `safetensors` itself has accepted.
+
+    Args:
+        path (`Path`): The file.
+        size (`int`): Its size in bytes.
+        tensors (`dict[str, StoredTensor]`): What it holds, in the order of the bytes.
+    """
+
+    path: Path
+    size: int
+    tensors: dict[str, StoredTensor]
+
+
+def open_tensor_file(path: Path, wanted: list[str] | None = None) -> TensorFile:
+    """Read the header of a safetensors file.
+
+    Args:
+        path (`Path`): The file.
+        wanted (`list[str]`, *optional*): Names that it must hold.
+
+    Returns:
+        `TensorFile`: All its tensors.
+
+    Raises:
+        ValueError: If the file is damaged or does not hold a wanted tensor.
+    """
+    if wanted is not None:
+        read_header(path, wanted)
+    # `safetensors` checks the header; what is parsed again below are the offsets, which it does not tell
+    listed = {one.key: one for one in read_header(path)}
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(data_start - 8))
+    found = []
+    for name, one in listed.items():
+        start, stop = (data_start + offset for offset in header[name]["data_offsets"])
+        itemsize = one.dtype.itemsize if isinstance(one.dtype, torch.dtype) else None
+        if not data_start <= start <= stop <= size or itemsize not in (None, _itemsize(stop - start, one.shape)):
+            raise ValueError(f"{path} is not a readable safetensors file: tensor {name!r} does not fit into it")
+        found.append(StoredTensor(path, name, one.dtype, one.shape, start, stop))
+    return TensorFile(path, size, {one.name: one for one in sorted(found, key=lambda one: (one.start, one.stop))})
+
+
+def _itemsize(size: int, shape: tuple[int, ...]) -> int | None:
+    numel = math.prod(shape)
+    return size // numel if numel and size % numel == 0 else None
+
+
+def read_bytes(path: Path, start: int, stop: int) -> Tensor:
+    """Read a range of a file.
+
+    Args:
+        path (`Path`): The file.
+        start (`int`): The first byte.
+        stop (`int`): The byte after the last.
+
+    Returns:
+        `torch.Tensor`: uint8, shape `(stop - start,)`.
+
+    Raises:
+        ValueError: If the file ends before that.
+    """
+    buffer = torch.empty(stop - start, dtype=torch.uint8)
+    view = buffer.numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{path} has become shorter while it was read")
+            done += count
+    return buffer

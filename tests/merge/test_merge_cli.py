@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from merge_cases import assert_same_bits, contents, edit_json, llama_case, merged_by_peft, stored
+from typer.testing import CliRunner
+
+from peft_spp.cli import app
+
+
+@pytest.fixture
+def case(tmp_path):
+    return llama_case(tmp_path)
+
+
+def merge(*arguments):
+    return CliRunner().invoke(app, ["merge", *map(str, arguments)])
+
+
+def test_merge_writes_the_model_and_prints_a_table(tmp_path, case):
+    result = merge(case.adapter, tmp_path / "out")
+    assert result.exit_code == 0 and "down_proj" in result.stdout and result.stderr == ""
+    assert_same_bits(stored(tmp_path / "out"), stored(merged_by_peft(case, tmp_path / "peft")))
+
+
+def test_merge_prints_json(tmp_path, case):
+    result = merge(case.adapter, tmp_path / "out", "--json", "--dry-run", "--base", case.base)
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["dry_run"] and report["lost"] == 0 and len(report["modules"]) == 21
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_overwrites_if_asked(tmp_path, case):
+    assert merge(case.adapter, tmp_path / "out").exit_code == 0
+    assert merge(case.adapter, tmp_path / "out").exit_code == 1
+    assert merge(case.adapter, tmp_path / "out", "--overwrite").exit_code == 0
+    assert contents(tmp_path / "out").keys() == contents(case.base).keys()
+
+
+def test_a_refused_merge_says_why_in_one_line(tmp_path, case):
+    edit_json(case.adapter / "adapter_config.json", peft_type="LORA")
+    result = merge(case.adapter, tmp_path / "out")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("Error: ") and "LORA" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_is_told_from_a_failed_merge(tmp_path):
+    assert merge(tmp_path).exit_code == 2
+    assert merge(tmp_path, tmp_path, "--nonsense").exit_code == 2
