@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The tables of `docs/performance.md`, from results: `python -m benchmarks.docs benchmarks/results/<machine>`.
+
+Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in the page stands the table of the benchmark NAME.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .competitors import COMPETITORS
+from .harness import BenchmarkResult, Case, format_bytes
+
+
+PAGE = Path("docs/performance.md")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    results: Annotated[
+        Path, typer.Argument(help="The folder of one machine's results.", exists=True, file_okay=False)
+    ],
+    page: Annotated[Path, typer.Option(help="The page to write the tables into.", exists=True)] = PAGE,
+) -> None:
+    """Write the tables of results into the page on performance."""
+    text = page.read_text()
+    for name, make in TABLES.items():
+        path = results / f"{name}.json"
+        if path.is_file():
+            text = put(text, name, make(BenchmarkResult.load(path, name)))
+            typer.echo(f"{name}: from {path}")
+    page.write_text(text)
+
+
+def put(text: str, name: str, table: str) -> str:
+    """Replace what stands between the marks of a name."""
+    marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not marked.search(text):
+        raise typer.BadParameter(
+            f"The page has no marks for {name!r}: add <!-- {name}:begin --> and <!-- {name}:end -->."
+        )
+    return marked.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+
+
+def layer_table(result: BenchmarkResult) -> str:
+    names = [name for name in ("matmuls", *result.settings["competitors"]) if name != result.reference]
+    rows = []
+    for case in result.cases:
+        (m, n), tokens = case.parameters["shape"], case.parameters["tokens"]
+        share = case.values["spp"]["share_beyond_matmuls"]
+        rows.append(
+            [f"{m}×{n}", tokens, case.parameters["precision"], *_ratios(case, names, result), f"{max(share, 0):.0%}"]
+        )
+    return _table(["W", "tokens", "", *map(_label, names), "SPP beyond the matmuls"], rows, result)
+
+
+def training_step_table(result: BenchmarkResult) -> str:
+    names = [name for name in result.settings["competitors"] if name != result.reference]
+    rows = [
+        [
+            case.parameters["precision"],
+            _on_off(case),
+            f"{case.summary('lora').median:.2f} s",
+            *_ratios(case, names, result),
+        ]
+        for case in result.cases
+    ]
+    return _table(["", "checkpointing", "LoRA", *map(_label, names)], rows, result)
+
+
+def memory_table(result: BenchmarkResult) -> str:
+    rows = []
+    for case in result.cases:
+        reference = case.values[result.reference]
+        for name in result.settings["competitors"]:
+            values = case.values[name]
+            rows.append(
+                [
+                    case.parameters["precision"],
+                    _on_off(case),
+                    _label(name),
+                    *(
+                        f"{format_bytes(values[key])} ({values[key] / reference[key]:.2f}×)"
+                        for key in ("saved_bytes", "peak_bytes")
+                    ),
+                ]
+            )
+    return _table(["", "checkpointing", "", "kept for backward (÷ LoRA)", "peak (÷ LoRA)"], rows, result)
+
+
+def decode_table(result: BenchmarkResult) -> str:
+    tokens = list(dict.fromkeys(case.parameters["tokens"] for case in result.cases))
+    names = [name for name in result.settings["competitors"] if name != result.reference]
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for name in names:
+        for case in result.cases:
+            m, n = case.parameters["shape"]
+            key = (f"{m}×{n}", case.parameters["precision"], _label(name))
+            rows.setdefault(key, []).extend(_ratios(case, [name], result))
+    return _table(["W", "", "", *(f"{count} tokens" for count in tokens)], [[*k, *v] for k, v in rows.items()], result)
+
+
+def merge_table(result: BenchmarkResult) -> str:
+    case, settings = result.cases[0], result.settings
+    rows = []
+    for name in case.samples:
+        summary, peak = case.summary(name), case.values[name]["peak_bytes"]
+        speed = settings["size_bytes"] / summary.median / 1e9
+        seconds = f"{summary.median:.1f} s ({summary.minimum:.1f}–{summary.maximum:.1f})"
+        rows.append([name, seconds, f"{speed:.2f} GB/s", format_bytes(peak)])
+    size = f"{settings['size_bytes'] / 1e9:.1f} GB in {settings['shards']} shards"
+    largest = f"largest tensor {format_bytes(settings['largest_tensor_bytes'])}"
+    return _table([f"{size}, {largest}", "median (min–max)", "", "peak memory"], rows, result)
+
+
+TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
+    "layer": layer_table,
+    "training_step": training_step_table,
+    "memory": memory_table,
+    "decode": decode_table,
+    "merge": merge_table,
+}
+
+
+def _ratios(case: Case, names: list[str], result: BenchmarkResult) -> list[str]:
+    """Medians, with the quartiles where they are ours."""
+    cells = []
+    for name in names:
+        if name not in case.samples:
+            cells.append("out of memory")
+            continue
+        ratio = case.ratio(name, result.reference)
+        spread = f" ({ratio.lower_quartile:.2f}–{ratio.upper_quartile:.2f})" if name == "spp" else ""
+        cells.append(f"{'**' if spread else ''}{ratio.median:.2f}{'**' if spread else ''}{spread}")
+    return cells
+
+
+def _label(name: str) -> str:
+    return "3 matmuls" if name == "matmuls" else COMPETITORS[name].style.label
+
+
+def _on_off(case: Case) -> str:
+    return "on" if case.parameters["checkpointing"] else "off"
+
+
+def _table(headings: list[str], rows: list[list[object]] | list[list[str]], result: BenchmarkResult) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    environment = result.environment
+    note = f"Measured with `{environment['command']}`, commit {environment['git']['commit'][:9]}."
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + f"\n\n{note}"
+
+
+if __name__ == "__main__":
+    app()
