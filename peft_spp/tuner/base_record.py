@@ -49,9 +49,7 @@ def relate_base(record: Mapping[str, Any], model: nn.Module, adapter_name: str) 
     Raises:
         ValueError: If the record is malformed; the message names the module.
     """
-    recorded = read_masks(record)
-    here = _masks(model, adapter_name)
-    return {name: recorded[name].relation_of(mask) for name, mask in here.items() if name in recorded}
+    return {name: then.relation_of(now) for name, (then, now) in _then_and_now(record, model, adapter_name).items()}
 
 
 def read_masks(record: Mapping[str, Any]) -> dict[str, MaskRecord]:
@@ -95,26 +93,31 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
     """
     if config.check_base == "off" or config.base_record is None:
         return
-    recorded = read_masks(config.base_record)
-    here = _masks(model, adapter_name)
-    different = [
-        name for name, mask in here.items() if name in recorded and recorded[name].relation_of(mask) == "different"
-    ]
+    masks = _then_and_now(config.base_record, model, adapter_name)
+    different = [name for name, (then, now) in masks.items() if then.relation_of(now) == "different"]
     if not different:
         return
     shown = "; ".join(
-        f"{name}: {_describe(recorded[name])} then, {_describe(here[name])} now" for name in different[:_SHOWN]
+        f"{name}: {_describe(masks[name][0])} then, {_describe(masks[name][1])} now" for name in different[:_SHOWN]
     )
     more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
     message = (
         f"Adapter {adapter_name!r} was trained on a base model that is pruned in other places, in {len(different)} of "
-        f"{len(here)} modules: {shown}{more}. Load the base model that it was trained on "
+        f"{len(masks)} modules: {shown}{more}. Load the base model that it was trained on "
         f"({config.base_model_name_or_path}); merged into this one, it keeps the zeros of this one. Set "
         "`check_base='off'` if that is what you want."
     )
     if config.check_base == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=2)
+
+
+def _then_and_now(
+    record: Mapping[str, Any], model: nn.Module, adapter_name: str
+) -> dict[str, tuple[MaskRecord, MaskRecord]]:
+    """The recorded mask and that of this model, for each module that is recorded and in memory."""
+    recorded = read_masks(record)
+    return {name: (recorded[name], mask) for name, mask in _masks(model, adapter_name).items() if name in recorded}
 
 
 def _describe(mask: MaskRecord) -> str:

@@ -3,8 +3,7 @@
 
 A fresh m×n tensor costs more in page faults than the arithmetic on it (11008×4096 in float32: 87 ms to fill a new one,
 17 ms to fill one that is there), and one that leaves the caches is read back from main memory. So the weight is
-walked in chunks that stay in the last-level cache between the elementwise work and the matmul, and a chunk in tiles
-that stay in a core's own cache between one elementwise operation and the next.
+walked in chunks, each used by a matmul right after it is made, and a chunk in tiles, whose intermediates are small.
 
 The forward pass walks chunks of rows, since a row of W' makes a column of the output. The gradient of x walks chunks
 of columns for the same reason: it needs no sum over chunks. Either keeps the matmuls at the speed of whole ones.
@@ -16,11 +15,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..factors import Factors, check_factors, compute_dtype
+from ..factors import Factors, compute_dtype
 from ..row_blocks import RowTile, row_block_index, row_tiles
 
 
 CHUNK_ELEMENTS = 1 << 23
+# Smaller tiles would fit a core's own cache, but lose more to the calls: making W' by rows took 17 ms with these and
+# 24 ms with a quarter of them (11008×4096, bfloat16, 2 cores of an EPYC 9004).
 TILE_ELEMENTS = 1 << 20
 
 
@@ -28,7 +29,6 @@ def scaled_weight(
     weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
-    check_factors(weight, factors)
     out = torch.empty_like(weight, dtype=dtype)
     _WeightWalk(weight, factors).write_scaled(out, slice(0, weight.shape[0]), slice(0, weight.shape[1]), identity)
     return out
@@ -102,6 +102,10 @@ class _WeightWalk:
         self.factors = factors
         self.dtype = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
         self.scaled_factors = [(A.to(self.dtype), B.to(self.dtype) * s) for A, B, s in factors]
+        # tiles are cut for the row blocks of the first adapter; the rows of another rank's P(A) are looked up
+        ranks = [A.shape[0] for A, _ in self.scaled_factors]
+        self._tile_rank = ranks[0]
+        self._block_index = {r: row_block_index(weight.shape[0], r) for r in set(ranks) - {self._tile_rank}}
         # a Conv1D weight comes as a transposed view: everything beside it is laid out alike, to be walked alike
         self.transposed = weight.stride(0) < weight.stride(1)
         self._scratch: dict[str, torch.Tensor] = {}
@@ -172,13 +176,13 @@ class _WeightWalk:
             torch.mul(self._in_compute_dtype("total", part), self._in_compute_dtype("weight", stored), out=S)
             for (A, B), (grad_A, grad_B) in zip(self.scaled_factors, grads, strict=True):
                 scratch = self._tile("total", stored)
-                # A batched product and a sum: as fast as memory. The two matrix-vector products with one column that
-                # they stand for were three to ten times slower here.
-                if self._shares_tiles(A):
+                index = self._block_index.get(A.shape[0])
+                if index is None:
                     grad_A[tile.blocks, columns] += torch.bmm(B[tile.rows].view(-1, 1, tile.rows_per_block), S)[:, 0]
                 else:
                     torch.mul(S, B[tile.rows].view(-1, tile.rows_per_block, 1), out=scratch)
-                    grad_A[:, columns].index_add_(0, self._block_index(A)[tile.rows], scratch.flatten(0, 1))
+                    grad_A[:, columns].index_add_(0, index[tile.rows], scratch.flatten(0, 1))
+                # a batched product with one column, in place of this product and sum, was six times slower
                 torch.mul(S, self._rows_of(A, tile, columns), out=scratch)
                 grad_B[tile.rows] += scratch.sum(dim=2).view(-1, 1)
 
@@ -188,20 +192,14 @@ class _WeightWalk:
 
     def _tiles(self, rows: slice, columns: slice) -> Iterator[RowTile]:
         most = max(1, TILE_ELEMENTS // max(columns.stop - columns.start, 1))
-        return row_tiles(self.weight.shape[0], self.scaled_factors[0][0].shape[0], rows, most)
-
-    def _shares_tiles(self, A: torch.Tensor) -> bool:
-        """Whether the rows of a tile, which are cut for the first adapter, are whole row blocks of this one."""
-        return A.shape[0] == self.scaled_factors[0][0].shape[0]
+        return row_tiles(self.weight.shape[0], self._tile_rank, rows, most)
 
     def _rows_of(self, A: torch.Tensor, tile: RowTile, columns: slice) -> torch.Tensor:
         """P(A)[tile.rows, columns], to be broadcast against the tile."""
-        if self._shares_tiles(A):
+        index = self._block_index.get(A.shape[0])
+        if index is None:
             return A[tile.blocks, columns].unsqueeze(1)
-        return self._by_block(A[:, columns][self._block_index(A)[tile.rows]], tile)
-
-    def _block_index(self, A: torch.Tensor) -> torch.Tensor:
-        return row_block_index(self.weight.shape[0], A.shape[0])
+        return self._by_block(A[:, columns][index[tile.rows]], tile)
 
     @staticmethod
     def _by_block(matrix: torch.Tensor, tile: RowTile) -> torch.Tensor:
