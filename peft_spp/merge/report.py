@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..sparsity.by_module import ByModule
 from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
 
 
@@ -60,7 +61,7 @@ class MergedModule:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(ByModule[MergedModule]):
     """What a merge did. `str()` gives a table, iteration the merged modules, `report[name]` one of them.
 
     Args:
@@ -88,18 +89,6 @@ class MergeReport:
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
     size: int
-
-    def __getitem__(self, name: str) -> MergedModule:
-        return self.modules[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
-
-    def __iter__(self) -> Iterator[MergedModule]:
-        return iter(self.modules.values())
-
-    def __len__(self) -> int:
-        return len(self.modules)
 
     @property
     def numel(self) -> int:

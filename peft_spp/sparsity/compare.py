@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .by_module import ByModule
 from .counting import count_pair
 from .sources import Source, open_weights
 from .table import percent, plain_table, some
@@ -70,7 +71,7 @@ class ModuleComparison:
 
 
 @dataclass(frozen=True)
-class SparsityComparison:
+class SparsityComparison(ByModule[ModuleComparison]):
     """What became of the zeros. `str()` gives a table, iteration the modules, `comparison[name]` one of them.
 
     Args:
@@ -90,18 +91,6 @@ class SparsityComparison:
     missing_after: tuple[str, ...] = ()
     reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> ModuleComparison:
-        return self.modules[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
-
-    def __iter__(self) -> Iterator[ModuleComparison]:
-        return iter(self.modules.values())
-
-    def __len__(self) -> int:
-        return len(self.modules)
 
     @property
     def zeros_before(self) -> int:

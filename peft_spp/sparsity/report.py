@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .by_module import ByModule
 from .counting import count
 from .pattern import NMPattern, parse_patterns, pattern_name
 from .sources import Source, open_weights
@@ -101,7 +102,7 @@ class ModuleSparsity:
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(ByModule[ModuleSparsity]):
     """How sparse a model or checkpoint is. `str()` gives a table, iteration the modules, `report[name]` one of them.
 
     Args:
@@ -117,18 +118,6 @@ class SparsityReport:
     patterns: tuple[NMPattern, ...]
     modules: Mapping[str, ModuleSparsity]
     skipped: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> ModuleSparsity:
-        return self.modules[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
-
-    def __iter__(self) -> Iterator[ModuleSparsity]:
-        return iter(self.modules.values())
-
-    def __len__(self) -> int:
-        return len(self.modules)
 
     @property
     def numel(self) -> int:
