@@ -4,6 +4,7 @@ import torch
 
 from peft_spp.functional import scaled_weight, spp_linear
 from peft_spp.functional.kernels import cpu
+from peft_spp.functional.kernels.cpu import tiled
 
 import reference
 from factored import make, relative_error
@@ -27,7 +28,7 @@ def test_small_chunks_and_tiles_change_nothing(monkeypatch, m, n, ranks, identit
         return y, *(g for g in grads if g is not None)
 
     whole = [run(bias), run(None)]
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", tile)
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
     for expected, actual in zip(whole, [run(bias), run(None)], strict=True):
         for a, b in zip(expected, actual, strict=True):
@@ -37,7 +38,7 @@ def test_small_chunks_and_tiles_change_nothing(monkeypatch, m, n, ranks, identit
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("ranks", [[7], [7, 4, 96]])
 def test_chunks_keep_the_rounding_bounds(monkeypatch, dtype, bound, ranks):
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 200)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 200)
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 400)
     W, bias, factors = make(96, 80, ranks, dtype, torch.float32)
     x = torch.randn(40, 80).to(dtype).requires_grad_()
@@ -58,14 +59,14 @@ def test_the_weight_does_not_depend_on_how_it_is_cut(monkeypatch, dtype, identit
     W, _, factors = make(61, 33, [5, 3], dtype, torch.float32)
     with torch.no_grad():
         whole = scaled_weight(W, factors, identity=identity)
-        monkeypatch.setattr(cpu, "TILE_ELEMENTS", 100)
+        monkeypatch.setattr(tiled, "TILE_ELEMENTS", 100)
         cut = scaled_weight(W, factors, identity=identity)
     assert torch.equal(whole, cut)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_of_the_size_of_the_weight_or_a_converted_input_is_made(monkeypatch, dtype):
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 1 << 10)
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 1 << 12)
     W, bias, factors = make(256, 512, [8], dtype, torch.float32)
     x = torch.randn(100, 512, dtype=dtype, requires_grad=True)

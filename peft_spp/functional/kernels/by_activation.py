@@ -16,10 +16,11 @@ from ..row_blocks import row_tiles
 
 
 # How many multiply-adds a matmul does in the time that scaling one element of the weight takes: seconds an element
-# times multiply-adds a second. Both were measured on 2 cores of an EPYC 9004 (AVX-512): 0.5 ns · 90 G/s in float32,
-# 0.48 ns · 200 G/s in bfloat16. For GPUs the figures are an H100's memory bandwidth and matmul rate by its data sheet,
-# not measured: 4 bytes / 3.35 TB/s · 400 T/s.
-_BALANCE = {("cpu", torch.bfloat16): 95.0, ("cpu", torch.float16): 95.0, ("cuda", torch.float32): 60.0}
+# times multiply-adds a second. On CPU it was read off the number of tokens where both ways take as long, for weights
+# of 768×2048 to 11008×4096 on 2 cores of an EPYC 9004 (AVX-512); float16 is not among the compiled kernels' dtypes.
+# For GPUs the figures are an H100's memory bandwidth and matmul rate by its data sheet, not measured:
+# 4 bytes / 3.35 TB/s · 400 T/s.
+_BALANCE = {("cpu", torch.bfloat16): 30.0, ("cpu", torch.float16): 95.0, ("cuda", torch.float32): 60.0}
 _BALANCE_DEFAULT = {"cpu": 45.0, "cuda": 480.0}
 # A product of a few columns is bound by reading the weight, and below this many MKL's are several times slower.
 _LEAST_COLUMNS = 4

@@ -3,8 +3,9 @@
 The operators `torch.ops.peft_spp.*`: one schema, and a backend for each kind of device.
 
 `torch.compile` takes each of them as one node, so a compiled model runs the same kernels, with the same results, as an
-eager one. Another device's backend is a module like `triton`, with `scaled_weight` and `factor_gradients`, and a line
-in `_BACKENDS`. Where there is none, `composite` serves.
+eager one. Another device's backend is a module like `triton`, with `scaled_weight` and `factor_gradients`, or one like
+`cpu`, with `linear` and `linear_backward` of its own, and a line in `_BACKENDS`. Where there is none, `composite`
+serves.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def _linear(
     tokens = x.numel() // max(w.shape[1], 1)
     if by_activation.is_cheaper(tokens, w, factors, dtype):
         return by_activation.linear(x, w, bias, factors, identity, dtype)
-    if backend is cpu:
-        return cpu.linear(x, w, bias, factors, identity, dtype)
-    return by_weight.linear(backend, x, w, bias, factors, identity, dtype)
+    by_its_weight = getattr(backend, "linear", None) or partial(by_weight.linear, backend)
+    result: torch.Tensor = by_its_weight(x, w, bias, factors, identity, dtype)
+    return result
 
 
 def _linear_backward(
@@ -93,8 +94,8 @@ def _linear_backward(
 ) -> list[torch.Tensor]:
     w = weight.t() if fan_in_fan_out else weight
     factors = pack(A, B, scaling)
-    backward = cpu.linear_backward if backend is cpu else partial(by_weight.linear_backward, backend)
-    grads = backward(grad_y, x, w, factors, identity, dtype, needs_x, needs_factors)
+    backward = getattr(backend, "linear_backward", None) or partial(by_weight.linear_backward, backend)
+    grads: list[torch.Tensor] = backward(grad_y, x, w, factors, identity, dtype, needs_x, needs_factors)
     if needs_weight:
         # d/dW of W ⊙ factor is gyᵀx ⊙ factor, so the same function serves with the product in W's place
         product = grad_y.reshape(-1, w.shape[0]).t() @ x.reshape(-1, w.shape[1]).to(dtype)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled elementwise work: the same bits of W' as PyTorch's operations, gradients within float32's rounding."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peft_spp.functional.factors import Factors
+from peft_spp.functional.kernels.cpu import library
+from peft_spp.functional.kernels.cpu.native import NativeElementwise
+from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
+
+
+pytestmark = pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
+
+SHAPES = [(64, 48, [16]), (61, 33, [5]), (700, 1300, [16, 7]), (130, 515, [130]), (1, 9, [1]), (300, 1, [1, 300, 4])]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def elements(m, n, ranks, dtype, transposed, factor_dtype=torch.float32):
+    weight = torch.randn(m, n).masked_fill(torch.rand(m, n) < 0.5, 0.0).to(dtype)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    return weight, [
+        Factors(torch.randn(r, n).to(factor_dtype), torch.randn(m, 1).to(factor_dtype), 2.0 / (i + 1))
+        for i, r in enumerate(ranks)
+    ]
+
+
+def regions(m, n):
+    yield slice(0, m), slice(0, n)
+    yield slice(m // 3, max(m // 3 + 1, m - m // 4)), slice(n // 5, max(n // 5 + 1, n - n // 3))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("other_dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "ranks"), SHAPES)
+def test_both_ways_agree(m, n, ranks, weight_dtype, other_dtype, transposed):
+    weight, factors = elements(m, n, ranks, weight_dtype, transposed)
+    assert NativeElementwise.supports(weight, factors, other_dtype)
+    native, tiled = NativeElementwise(weight, factors), TiledElementwise(weight, factors)
+    magnitudes = TiledElementwise(weight.abs(), [Factors(A.abs(), B.abs(), s) for A, B, s in factors])
+    for rows, columns in regions(m, n):
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        for identity in (True, False):
+            outs = [work.buffer("out", *shape, other_dtype).fill_(float("nan")) for work in (native, tiled)]
+            native.write_scaled(outs[0], rows, columns, identity)
+            tiled.write_scaled(outs[1], rows, columns, identity)
+            assert torch.equal(outs[0], outs[1])
+            assert not torch.signbit(outs[0][weight[rows, columns] == 0]).any() or not identity
+        product = native.buffer("product", *shape, other_dtype).copy_(torch.randn(shape))
+        native.add_factor_gradients(product, rows, columns)
+        tiled.add_factor_gradients(product, rows, columns)
+        magnitudes.add_factor_gradients(product.abs(), rows, columns)
+    gradients = (work.factor_gradients() for work in (native, tiled, magnitudes))
+    for a, b, magnitude in zip(*gradients, strict=True):
+        assert ((a - b).abs() <= 1e-6 * magnitude).all()
+
+
+def test_factors_of_any_layout_and_of_lower_precision_are_taken():
+    weight, (factors,) = elements(96, 80, [8], torch.float32, False, torch.bfloat16)
+    strided = Factors(factors.A.t().contiguous().t(), factors.B.repeat(1, 2)[:, :1], 2.0)
+    whole = slice(0, 96), slice(0, 80)
+    outs = [torch.empty(96, 80), torch.empty(96, 80)]
+    NativeElementwise(weight, [strided]).write_scaled(outs[0], *whole, True)
+    TiledElementwise(weight, [factors]).write_scaled(outs[1], *whole, True)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_come_out_as_in_pytorch(dtype):
+    weight, factors = elements(8, 6, [4], dtype, False)
+    weight[0, 0], weight[1, 1] = float("inf"), float("nan")
+    factors[0].A[2, 3], factors[0].B[5, 0] = float("nan"), float("-inf")
+    outs = [torch.empty_like(weight) for _ in range(2)]
+    for work, out in zip((NativeElementwise(weight, factors), TiledElementwise(weight, factors)), outs, strict=True):
+        work.write_scaled(out, slice(0, 8), slice(0, 6), True)
+    assert torch.equal(outs[0].nan_to_num(7.0), outs[1].nan_to_num(7.0))
+    assert torch.equal(outs[0].isnan(), outs[1].isnan())
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor_dtype", "dtype"),
+    [
+        (torch.randn(8, 6).double(), torch.float32, torch.float64),
+        (torch.randn(8, 6), torch.float64, torch.float32),
+        (torch.randn(8, 6).half(), torch.float32, torch.float16),
+        (torch.randn(8, 6), torch.float32, torch.float16),
+        (torch.randn(8, 12)[:, ::2], torch.float32, torch.float32),
+        (torch.randn(8, 1).expand(8, 6), torch.float32, torch.float32),
+    ],
+)
+def test_what_it_cannot_walk_is_left_to_pytorch(weight, factor_dtype, dtype):
+    factors = [Factors(torch.randn(2, 6, dtype=factor_dtype), torch.randn(8, 1, dtype=factor_dtype), 1.0)]
+    assert not NativeElementwise.supports(weight, factors, dtype)
+
+
+SCRIPT = """
+import logging, torch
+logging.basicConfig()
+from peft_spp.functional import scaled_weight
+from peft_spp.functional.factors import Factors
+from peft_spp.functional.kernels.cpu.library import load_library
+W, A, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 1)
+with torch.no_grad():
+    assert torch.equal(scaled_weight(W, [Factors(A, B, 2.0)]), 3 * W)
+print("native" if load_library() else "tiled")
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind", "warns"),
+    [
+        ({}, "native", False),
+        ({"PEFT_SPP_NATIVE": "0"}, "tiled", False),
+        ({"CXX": "no-such-compiler"}, "tiled", False),
+        ({"CXX": "false"}, "tiled", True),
+        ({"XDG_CACHE_HOME": "/dev/null"}, "tiled", True),
+    ],
+)
+def test_without_a_compiler_everything_still_works(tmp_path, environment, kind, warns):
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == [kind]
+    assert ("WARNING:peft_spp" in result.stderr) is warns
+    kept = sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file())
+    assert kept == ([".so"] if kind == "native" else [])
