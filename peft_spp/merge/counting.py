@@ -18,7 +18,7 @@ from ..sparsity.bits import FORMATS
 
 
 # temporaries that stay in a core's own cache
-_CHUNK_ELEMENTS = 1 << 18
+_CHUNK_ELEMENTS = 1 << 17
 
 
 @dataclass

@@ -143,7 +143,8 @@ def test_a_file_size_limit_leaves_nothing(tmp_path, case):
     before = contents(tmp_path)
     command = [sys.executable, "-c", code, "merge", str(case.adapter), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 1 and "space" in done.stderr and len(done.stderr.splitlines()) == 1
+    # other packages may log lines of their own when they are imported
+    assert done.returncode == 1 and "space" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert contents(tmp_path) == before and not (tmp_path / "out").exists() and hidden(tmp_path) == []
 
 
