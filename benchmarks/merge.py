@@ -40,7 +40,9 @@ from .harness import (
     print_table,
     result_path,
 )
+from .harness import options as opt
 from .harness.environment import machine_slug
+from .harness.plots import BLUE, GREY, machine_note, panels, save_figure
 
 
 NAME = "merge"
@@ -73,8 +75,12 @@ def main(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The file of the result; by default in benchmarks/results.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and factors.")] = 0,
+    plot_only: opt.PlotOnlyOption = None,
 ) -> None:
     """Time a merge from disk to disk beside a copy of the same files, and measure its memory."""
+    if plot_only is not None:
+        draw(opt.load_result(plot_only, NAME), plot_only.with_suffix(".png"))
+        return
     device = torch.device("cpu")
     path = out or result_path(Path("benchmarks/results"), machine_slug(device), NAME)
     place = folder or Path(tempfile.gettempdir())
@@ -91,6 +97,7 @@ def main(
         result = BenchmarkResult(NAME, REFERENCE, settings, describe_environment(device))
         result.cases.append(measure(base, adapter, Path(made, "out"), rounds))
     result.save(path)
+    draw(result, path.with_suffix(".png"))
     report(result)
     console.print(f"Written: {path}")
 
@@ -254,6 +261,32 @@ def report(result: BenchmarkResult) -> None:
     print_table(console, headings, rows, numbers_from=1)
     largest = format_bytes(result.settings["largest_tensor_bytes"])
     console.print(f"{size / 1e9:.2f} GB in {result.settings['shards']} files; the largest tensor takes {largest}")
+
+
+def draw(result: BenchmarkResult, path: Path) -> None:
+    """Draw the seconds and the peak memory of both, beside what we want of them."""
+    case, settings = result.cases[0], result.settings
+    size = f"{settings['size_bytes'] / 1e9:.1f} GB in {settings['shards']} files"
+    note = f"Left of the dashed lines is what we want of the merge. {machine_note(result.environment)}"
+    figure, ((time_axes, memory_axes),) = panels(1, 2, f"Merging {size} from disk to disk", note, panel_height=1.5)
+    labels, colours = list(LABELS.values()), [GREY, BLUE]
+    summaries = [case.summary(name) for name in LABELS]
+    medians = [summary.median for summary in summaries]
+    extremes = [[s.median - s.minimum for s in summaries], [s.maximum - s.median for s in summaries]]
+    time_axes.barh(labels, medians, xerr=extremes, color=colours, height=0.6)
+    time_axes.set_xlabel("seconds, median and extremes")
+    memory = [case.values[name]["peak_bytes"] / 2**20 for name in LABELS]
+    memory_axes.barh(labels, memory, color=colours, height=0.6)
+    memory_axes.set_xlabel("peak memory beyond the imports, MiB")
+    limits = (2 * medians[0], (settings["largest_tensor_bytes"] + 500e6) / 2**20)
+    for axes, limit in zip((time_axes, memory_axes), limits, strict=True):
+        axes.axvline(limit, color="black", linewidth=1.0, linestyle=(0, (4, 2)))
+        axes.set_xlim(left=0)
+        axes.invert_yaxis()
+        axes.grid(visible=True, axis="x")
+        axes.grid(visible=False, axis="y")
+    memory_axes.set_yticklabels([])
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":
