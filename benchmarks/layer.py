@@ -37,14 +37,17 @@ from .models import PRECISIONS, LinearStack, Precision, build_linear_stack, copy
 
 
 NAME = "layer"
+LONG_NAME = "layer_long"
 REFERENCE = "lora"
 MATMULS = "matmuls"
 MATMULS_STYLE = Style("Three matmuls only", "#bbbbbb", "_")
 SHAPES = ["2048x2048", "11008x4096", "4096x11008"]
-# with 8192 tokens a round takes minutes on a few cores
+# with 8192 tokens a round of all competitors takes minutes on a few cores
 TOKENS = {opt.Device.cpu: [512, 2048], opt.Device.cuda: [512, 2048, 8192]}
+LONG_TOKENS = 8192
 MAIN_PRECISIONS = ["fp32", "bf16"]
-MAIN_COMPETITORS = ["base", "lora", "hira", "spp_authors_repeat", "spp_authors_loop", "spp"]
+MAIN_COMPETITORS = ["base", "ia3", "lora", "hira", "masked_lora", "spp_authors_repeat", "spp_authors_loop", "spp"]
+LONG_COMPETITORS = ["base", "lora", "spp"]
 
 app = typer.Typer(add_completion=False)
 
@@ -57,7 +60,13 @@ def main(
         typer.Option(min=1, help="Rows of x. May be repeated; by default 512 and 2048, on CUDA also 8192."),
     ] = None,
     precision: opt.PrecisionOption = MAIN_PRECISIONS,
-    competitor: opt.CompetitorOption = MAIN_COMPETITORS,
+    competitor: Annotated[
+        list[str] | None,
+        typer.Option(help="What to compare, by the names in benchmarks/competitors. May be repeated."),
+    ] = None,
+    long: Annotated[
+        bool, typer.Option("--long", help="Only 8192 tokens and few competitors, into a result of its own.")
+    ] = False,
     device: opt.DeviceOption = opt.Device.cpu,
     rounds: opt.RoundsOption = None,
     seconds: opt.SecondsOption = 40.0,
@@ -70,17 +79,18 @@ def main(
     plot_only: opt.PlotOnlyOption = None,
 ) -> None:
     """Time forward and backward pass of one adapted linear layer."""
+    name, all_competitors = (LONG_NAME, LONG_COMPETITORS) if long else (NAME, MAIN_COMPETITORS)
     if plot_only is not None:
-        draw(opt.load_result(plot_only, NAME), plot_only.with_suffix(".png"))
+        draw(opt.load_result(plot_only, name), plot_only.with_suffix(".png"))
         return
-    competitors = opt.choose("--competitor", competitor, COMPETITORS, required=REFERENCE)
+    competitors = opt.choose("--competitor", competitor or all_competitors, COMPETITORS, required=REFERENCE)
     precisions = opt.choose("--precision", precision, PRECISIONS)
     shapes = opt.parse_shapes(shape)
-    token_counts = list(dict.fromkeys(tokens or TOKENS[device]))
+    token_counts = list(dict.fromkeys(tokens or ([LONG_TOKENS] if long else TOKENS[device])))
     if quick:
         shapes, token_counts = [(32, 16)], [8]
     schedule = opt.make_rounds(device, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=3)
-    run = opt.start_run(NAME, device, machine, output_dir, threads, quick)
+    run = opt.start_run(name, device, machine, output_dir, threads, quick)
 
     console = make_console()
     result = run.new_result(
