@@ -18,6 +18,7 @@ from .base_record import check_base, record_base, relate_base
 from .config import SPPConfig
 from .layer import Linear, SPPLayer
 from .targets import transformer_block_linear_targets
+from .whole_parameters import is_tensor_parallel
 
 
 class _Injection:
@@ -367,10 +368,18 @@ def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[st
 
 def _check_weight(layer: nn.Module, module_name: str) -> None:
     """Raise a `ValueError` if the weight is not a plain floating-point matrix of the layer's shape."""
+    if is_tensor_parallel(layer):
+        raise ValueError(
+            f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does not "
+            "support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it is too "
+            "large; or leave the module out of `target_modules`."
+        )
     weight = getattr(layer, "weight", None)
+    # ZeRO-3 leaves an empty weight in the place of a partitioned one
+    shape = getattr(weight, "ds_shape", None) or getattr(weight, "shape", ())
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or weight.ndim != 2:
-        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}"
+    if weight is None or weight.dtype not in supported or len(shape) != 2:
+        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {tuple(shape)}"
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__name__}) has {found}. SPP adapts two-dimensional weights "
             "in float64, float32, bfloat16 or float16: load the base model in one of these, or leave the module out "
