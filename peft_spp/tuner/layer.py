@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..functional import Factors, merged_weight, scaled_weight, spp_linear
 from .config import SPPConfig, check_rank
 from .inside_calls import call_inside, is_hooked, own_forward
-from .whole_parameters import whole_parameters
+from .whole_parameters import is_dtensor, whole_parameters
 
 
 class SPPLayer(BaseTunerLayer):
@@ -212,6 +212,12 @@ class Linear(nn.Module, SPPLayer):
         if not new_adapters:
             # no adapter to merge
             return
+        if keep_unmerged and is_dtensor(self._base_weight()):
+            # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is sharded with FSDP2. Merge it with `merge_and_unload`, or "
+                "save the adapter and merge it in a single process, for example with `peft-spp merge`."
+            )
         with whole_parameters(self, write=True):
             merged = self._merged_weight([*self.merged_adapters, *new_adapters])
             if safe_merge:
@@ -229,6 +235,11 @@ class Linear(nn.Module, SPPLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if not isinstance(self._base_weight(), nn.Parameter):
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is gathered by FSDP1 for a forward pass. Call "
+                "`unmerge_adapter` before it, inside `FullyShardedDataParallel.summon_full_params(model)`."
+            )
         with whole_parameters(self, write=True):
             self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
