@@ -66,6 +66,11 @@ def call_inside(
     return result
 
 
+def without_fsdp_wrappers(name: str) -> str:
+    """The name of a module or parameter as it is without FSDP1's modules around modules."""
+    return name.replace(f"{_FSDP_WRAPPED}.", "")
+
+
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     module, slot = _forward_slot(module)

@@ -215,8 +215,8 @@ class Linear(nn.Module, SPPLayer):
         if keep_unmerged and is_dtensor(self._base_weight()):
             # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
             raise RuntimeError(
-                f"The weight of module {self.module_name!r} is sharded with FSDP2. Merge it with `merge_and_unload`, or "
-                "save the adapter and merge it in a single process, for example with `peft-spp merge`."
+                f"The weight of module {self.module_name!r} is sharded with FSDP2. Merge it with `merge_and_unload`, "
+                "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
             )
         with whole_parameters(self, write=True):
             merged = self._merged_weight([*self.merged_adapters, *new_adapters])
@@ -300,7 +300,12 @@ class Linear(nn.Module, SPPLayer):
         return call_inside(hooked, partial(self._adapted_linear, forward, names), x, *args, **kwargs)
 
     def _adapted_linear(
-        self, base_forward: Callable[..., torch.Tensor], names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        base_forward: Callable[..., torch.Tensor],
+        names: Sequence[str],
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         with_dropout = [name for name in names if self._dropout_is_active(name)]
         without_dropout = [name for name in names if name not in with_dropout]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -66,12 +66,12 @@ def _is_offloaded(module: nn.Module) -> bool:
 def _onloaded(layer: nn.Module) -> Iterator[None]:
     offloaded = [module for module in layer.modules() if _is_offloaded(module)]
     for module in offloaded:
-        module._hf_hook.pre_forward(module)
+        cast(Any, module)._hf_hook.pre_forward(module)
     try:
         yield
     finally:
         for module in offloaded:
-            module._hf_hook.post_forward(module, torch.tensor([]))
+            cast(Any, module)._hf_hook.post_forward(module, torch.tensor([]))
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _gathered(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]
 def _replaced_by_whole(module: nn.Module, name: str, parameter: DTensor, write: bool) -> Iterator[None]:
     from torch.distributed.tensor import distribute_tensor
 
-    whole = nn.Parameter(parameter.detach().full_tensor(), requires_grad=parameter.requires_grad)
+    whole = nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
     module._parameters[name] = whole
     try:
         yield

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
+from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 from tiny import prune_, tiny_llama
 
 
@@ -61,9 +61,7 @@ def one_process(base) -> tuple[list[float], PeftModel]:
     return losses, model
 
 
-def launch(config: str, base: Path, output: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--main_process_port", "0", str(HERE / "train.py"), str(base), str(output)]
+def launch(*command: str) -> None:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -71,12 +69,15 @@ def launch(config: str, base: Path, output: Path) -> None:
         "ACCELERATE_TORCH_DEVICE": "cpu",
         "DS_ACCELERATOR": "cpu",
     }
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
 
 
 def check(config: str, base: Path, output: Path, one_process: tuple[list[float], PeftModel]) -> None:
-    launch(config, base, output)
+    accelerate = ("accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0")
+    launch(*accelerate, str(HERE / "train.py"), str(base), str(output))
     losses, reference = one_process
     torch.testing.assert_close(json.loads((output / "losses.json").read_text()), losses, **LOSSES)
     assert losses[-1] < 0.9 * losses[0]
@@ -117,7 +118,11 @@ def test_deepspeed_zero2(base, tmp_path, one_process):
     check("deepspeed_zero2.yaml", base, tmp_path, one_process)
 
 
-@pytest.mark.slow
 @needs_deepspeed
 def test_deepspeed_zero3(base, tmp_path, one_process):
     check("deepspeed_zero3.yaml", base, tmp_path, one_process)
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_model_is_refused(base):
+    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "tensor_parallel.py"), str(base))

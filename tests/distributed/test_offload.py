@@ -18,7 +18,9 @@ from tiny import prune_, randomize, tiny_llama
 
 IDS = torch.arange(10).view(1, 10)
 CPU = torch.device("cpu")
-DEVICE_MAP = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")}
+DEVICE_MAP = {
+    name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+}
 DEVICE_MAP |= {f"model.layers.{i}": "disk" for i in (1, 2)}
 
 

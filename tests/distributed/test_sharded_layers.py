@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import reference
 from peft_spp import SPPConfig
 from peft_spp.tuner import Linear
 
+import reference
 from tiny import MLP, tiny_llama
 
 

@@ -13,11 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_spp.tuner.whole_parameters import whole_parameters
+
+from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 
 
 IS_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
