@@ -129,7 +129,7 @@ def _masks(model: nn.Module, adapter_name: str) -> dict[str, MaskRecord]:
     masks = {}
     for module in model.modules():
         if isinstance(module, Linear) and adapter_name in module.spp_A:
-            with whole_parameters(module.get_base_layer()):
+            with whole_parameters(module):
                 weight = module.unmerged_weight()
                 # a weight that is on the meta device, or that FSDP1 has sharded, cannot be looked at
                 if not weight.is_meta and weight.shape == (module.out_features, module.in_features):

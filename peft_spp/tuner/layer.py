@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..functional import Factors, merged_weight, scaled_weight, spp_linear
 from .config import SPPConfig, check_rank
 from .inside_calls import call_inside, is_hooked, own_forward
-from .whole_parameters import is_dtensor, whole_parameters
+from .whole_parameters import is_sharded, whole_parameters
 
 
 class SPPLayer(BaseTunerLayer):
@@ -212,10 +212,10 @@ class Linear(nn.Module, SPPLayer):
         if not new_adapters:
             # no adapter to merge
             return
-        if keep_unmerged and is_dtensor(self._base_weight()):
+        if keep_unmerged and is_sharded(self._base_weight()):
             # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
             raise RuntimeError(
-                f"The weight of module {self.module_name!r} is sharded with FSDP2. Merge it with `merge_and_unload`, "
+                f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`, "
                 "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
             )
         with whole_parameters(self, write=True):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
 
@@ -23,12 +24,15 @@ def whole_parameters(layer: nn.Module, write: bool = False) -> Iterator[None]:
     process has to enter the block.
 
     Args:
-        layer (`nn.Module`): The layer; nothing is done for what it has in memory.
-        write (`bool`): Whether what is written to sharded parameters inside the block is to stay.
+        layer (`nn.Module`): The tuner layer; nothing is done for what it has in memory.
+        write (`bool`): Whether what is written to the parameters inside the block is to stay.
     """
     with ExitStack() as stack:
-        stack.enter_context(_onloaded(layer))
-        partitioned = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_id")]
+        offloaded = [module for module in layer.modules() if _is_offloaded(module)]
+        if offloaded:
+            # PEFT's also puts back what was written, but reads more than this layer from disk
+            stack.enter_context(onload_layer(layer) if write else _onloaded(offloaded))
+        partitioned = [parameter for parameter in layer.parameters() if _is_partitioned(parameter)]
         if partitioned:
             stack.enter_context(_gathered(partitioned, write))
         for module in layer.modules():
@@ -47,6 +51,11 @@ def is_dtensor(tensor: torch.Tensor | None) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of the tensor, that DeepSpeed ZeRO-3 or FSDP2 has left to it."""
+    return _is_partitioned(tensor) or is_dtensor(tensor)
+
+
 def is_tensor_parallel(layer: nn.Module) -> bool:
     """Whether the layer computes with a part of its weight, as Transformers' tensor parallel plans have it."""
     if getattr(layer, "_hf_tp_plan", None) is not None:
@@ -57,20 +66,24 @@ def is_tensor_parallel(layer: nn.Module) -> bool:
     return is_dtensor(weight) and not set(weight.device_mesh.mesh_dim_names or ()) <= {"fsdp"}
 
 
+def _is_partitioned(tensor: torch.Tensor) -> bool:
+    # what DeepSpeed sets on a parameter of ZeRO-3
+    return hasattr(tensor, "ds_id")
+
+
 def _is_offloaded(module: nn.Module) -> bool:
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "offload", False) and any(p.is_meta for p in module.parameters(recurse=False))
 
 
 @contextmanager
-def _onloaded(layer: nn.Module) -> Iterator[None]:
-    offloaded = [module for module in layer.modules() if _is_offloaded(module)]
-    for module in offloaded:
+def _onloaded(modules: Sequence[nn.Module]) -> Iterator[None]:
+    for module in modules:
         cast(Any, module)._hf_hook.pre_forward(module)
     try:
         yield
     finally:
-        for module in offloaded:
+        for module in modules:
             cast(Any, module)._hf_hook.post_forward(module, torch.tensor([]))
 
 

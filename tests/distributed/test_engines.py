@@ -75,9 +75,9 @@ def launch(*command: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
 
 
-def check(config: str, base: Path, output: Path, one_process: tuple[list[float], PeftModel]) -> None:
+def check(config: str, base: Path, output: Path, one_process: tuple[list[float], PeftModel], **settings: bool) -> None:
     accelerate = ("accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0")
-    launch(*accelerate, str(HERE / "train.py"), str(base), str(output))
+    launch(*accelerate, str(HERE / "train.py"), str(base), str(output), json.dumps(settings))
     losses, reference = one_process
     torch.testing.assert_close(json.loads((output / "losses.json").read_text()), losses, **LOSSES)
     assert losses[-1] < 0.9 * losses[0]
@@ -121,6 +121,12 @@ def test_deepspeed_zero2(base, tmp_path, one_process):
 @needs_deepspeed
 def test_deepspeed_zero3(base, tmp_path, one_process):
     check("deepspeed_zero3.yaml", base, tmp_path, one_process)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_zero3_with_gradient_checkpointing(base, tmp_path, one_process):
+    check("deepspeed_zero3.yaml", base, tmp_path, one_process, gradient_checkpointing=True)
 
 
 @pytest.mark.slow

@@ -114,6 +114,15 @@ def test_merge_and_unmerge_with_weights_on_the_host(model):
     assert torch.equal(logits(offloaded), unmerged)
 
 
+def test_disabling_a_merged_adapter_restores_weights_on_the_host(model):
+    with model.disable_adapter():
+        expected = logits(model)
+    offloaded = cpu_offload(model, CPU)
+    offloaded.merge_adapter()
+    with offloaded.disable_adapter():
+        assert torch.equal(logits(offloaded), expected)
+
+
 def test_a_broken_adapter_is_not_merged_into_offloaded_weights(model):
     model.base_model.model.model.layers[2].mlp.down_proj.spp_B["default"].weight.data[3] = float("nan")
     offloaded = cpu_offload(model, CPU)

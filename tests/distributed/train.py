@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_spp.tuner.whole_parameters import whole_parameters
+from peft_spp.tuner.whole_parameters import is_sharded, whole_parameters
 
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 
@@ -39,7 +40,7 @@ def use_cpu() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def arguments(output: Path) -> TrainingArguments:
+def arguments(output: Path, **settings: Any) -> TrainingArguments:
     args = TrainingArguments(
         output_dir=str(output / "trainer"),
         per_device_train_batch_size=GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
@@ -54,6 +55,7 @@ def arguments(output: Path) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not IS_DEEPSPEED,
         accelerator_config={"use_configured_state": True},
+        **settings,
     )
     if IS_DEEPSPEED:
         # partition also what is small
@@ -76,11 +78,15 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
 def merge(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The weights after merging the adapter where the model is trained."""
     model: PeftModel = trainer.model
-    if isinstance(trainer.model_wrapped, FullyShardedDataParallel):
+    is_fsdp1 = isinstance(trainer.model_wrapped, FullyShardedDataParallel)
+    if is_fsdp1 or any(is_sharded(parameter) for parameter in model.parameters()):
         try:
             model.merge_adapter()
         except RuntimeError as error:
-            assert "summon_full_params" in str(error) and "q_proj" in str(error)
+            assert "q_proj" in str(error) and ("summon_full_params" if is_fsdp1 else "merge_and_unload") in str(error)
+        else:
+            raise AssertionError("a sharded weight was merged, with an unmerge to come")
+    if is_fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped):
             return weights(model.merge_and_unload(safe_merge=True))
     return weights(model.merge_and_unload(safe_merge=True))
@@ -95,10 +101,10 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(base: str, output: Path) -> None:
+def main(base: str, output: Path, **settings: Any) -> None:
     use_cpu()
     # the arguments come first: they say how the model is to be partitioned while it is loaded
-    args = arguments(output)
+    args = arguments(output, **settings)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
     model.load_state_dict(factors(model), strict=False)
     data = [{"input_ids": row, "labels": row} for row in token_ids(GLOBAL_BATCH)]
@@ -116,4 +122,4 @@ def main(base: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), **json.loads(sys.argv[3]))
