@@ -183,10 +183,13 @@ class SPPModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        # PEFT selects by the names of the model's modules. Where FSDP1 has wrapped some, those names have parts that
-        # the keys of the state dict do not have.
-        keys = {without_fsdp_wrappers(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
-        state_dict = {keys.get(key, key): tensor for key, tensor in state_dict.items()}
+        # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, these have parts
+        # that the keys of the state dict do not have.
+        names = {}
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            layer, base_layer, inside = name.partition(".base_layer.")
+            names[without_fsdp_wrappers(name)] = layer + base_layer + without_fsdp_wrappers(inside)
+        state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
         return {without_fsdp_wrappers(key): tensor for key, tensor in selected.items()}
 

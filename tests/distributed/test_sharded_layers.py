@@ -7,10 +7,11 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from peft_spp import SPPConfig
@@ -43,6 +44,14 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
+def wrapped(model: nn.Module) -> FullyShardedDataParallel:
+    """A copy with FSDP1 around every linear module, and around the whole."""
+    policy = ModuleWrapPolicy({nn.Linear})
+    return FullyShardedDataParallel(
+        copy.deepcopy(model), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
 def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(1)
     y = model(x)
@@ -51,15 +60,26 @@ def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), x.grad] + [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
 
 
+@pytest.mark.parametrize("shard", [sharded, wrapped])
 @pytest.mark.parametrize("spp_dropout", [0.0, 0.3])
-def test_modules_sharded_one_by_one_train_the_same(group, spp_dropout):
+def test_modules_sharded_one_by_one_train_the_same(group, spp_dropout, shard):
     model = adapted(spp_dropout=spp_dropout)
     x = torch.randn(5, 12)
     expected = step(model, x.clone().requires_grad_())
-    found = step(sharded(model), x.clone().requires_grad_())
+    found = step(shard(model), x.clone().requires_grad_())
     assert len(found) == 6
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bias", ["none", "spp_only", "all"])
+def test_an_adapter_saved_from_modules_that_fsdp1_wraps_is_whole(group, bias):
+    model = adapted(bias=bias)
+    expected = get_peft_model_state_dict(model)
+    wrapper = wrapped(model)
+    saved = get_peft_model_state_dict(wrapper.module, state_dict=wrapper.state_dict())
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
 
 
 def test_sharded_weights_are_merged_for_good(group):
