@@ -183,8 +183,8 @@ class SPPModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, these have parts
-        # that the keys of the state dict do not have.
+        # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, the names have
+        # parts that the keys of the state dict do not have.
         names = {}
         for name, _ in model.named_parameters(remove_duplicate=False):
             layer, base_layer, inside = name.partition(".base_layer.")
