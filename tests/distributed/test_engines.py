@@ -95,7 +95,8 @@ def check(config: str, base: Path, output: Path, one_process: tuple[list[float],
 
     merged = load_file(output / "merged.safetensors")
     expected = loaded.merge_and_unload().state_dict()
-    assert merged and all(torch.equal(weight, expected[name]) for name, weight in merged.items())
+    assert merged.keys() == {f"{name}.weight" for name in record["masks"]}
+    assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
 
 
 @pytest.mark.slow
