@@ -12,6 +12,7 @@ from torch import nn
 from ..sparsity.mask_record import MaskRecord, MaskRelation, record_mask
 from .config import SPPConfig
 from .layer import Linear
+from .whole_parameters import whole_parameters
 
 
 # how many modules a message names
@@ -128,10 +129,11 @@ def _masks(model: nn.Module, adapter_name: str) -> dict[str, MaskRecord]:
     masks = {}
     for module in model.modules():
         if isinstance(module, Linear) and adapter_name in module.spp_A:
-            weight = module.unmerged_weight()
-            # a weight that is on the meta device, or that an engine has partitioned, cannot be looked at
-            if not weight.is_meta and weight.shape == (module.out_features, module.in_features):
-                masks[module.module_name] = record_mask(weight)
+            with whole_parameters(module):
+                weight = module.unmerged_weight()
+                # a weight that is on the meta device, or that FSDP1 has sharded, cannot be looked at
+                if not weight.is_meta and weight.shape == (module.out_features, module.in_features):
+                    masks[module.module_name] = record_mask(weight)
     return masks
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..functional import Factors, merged_weight, scaled_weight, spp_linear
 from .config import SPPConfig, check_rank
+from .inside_calls import call_inside, is_hooked, own_forward
+from .whole_parameters import is_sharded, whole_parameters
 
 
 class SPPLayer(BaseTunerLayer):
@@ -179,7 +182,8 @@ class Linear(nn.Module, SPPLayer):
         Returns:
             `torch.Tensor`: In the shape and dtype of the base layer's weight.
         """
-        return self._transpose(scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False))
+        with whole_parameters(self):
+            return self._transpose(scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -208,13 +212,20 @@ class Linear(nn.Module, SPPLayer):
         if not new_adapters:
             # no adapter to merge
             return
-        merged = self._merged_weight([*self.merged_adapters, *new_adapters])
-        if safe_merge:
-            self._check_merged_weight(merged, new_adapters)
-        weight = self._base_weight()
-        if keep_unmerged and self._unmerged_weight is None:
-            self._unmerged_weight = weight.detach().to("cpu", copy=True)
-        weight.data.copy_(self._transpose(merged))
+        if keep_unmerged and is_sharded(self._base_weight()):
+            # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`, "
+                "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
+            )
+        with whole_parameters(self, write=True):
+            merged = self._merged_weight([*self.merged_adapters, *new_adapters])
+            if safe_merge:
+                self._check_merged_weight(merged, new_adapters)
+            weight = self._base_weight()
+            if keep_unmerged and self._unmerged_weight is None:
+                self._unmerged_weight = weight.detach().to("cpu", copy=True)
+            weight.data.copy_(self._transpose(merged))
         self.merged_adapters.extend(new_adapters)
 
     def unmerge(self) -> None:
@@ -224,7 +235,13 @@ class Linear(nn.Module, SPPLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._base_weight().data.copy_(self._unmerged_weight)
+        if not isinstance(self._base_weight(), nn.Parameter):
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is gathered by FSDP1 for a forward pass. Call "
+                "`unmerge_adapter` before it, inside `FullyShardedDataParallel.summon_full_params(model)`."
+            )
+        with whole_parameters(self, write=True):
+            self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -241,7 +258,8 @@ class Linear(nn.Module, SPPLayer):
         names = self.active_adapters if adapter_names is None else adapter_names
         new_adapters = [name for name in names if name in self.spp_A and name not in self.merged_adapters]
         if new_adapters:
-            self._check_merged_weight(self._merged_weight([*self.merged_adapters, *new_adapters]), new_adapters)
+            with whole_parameters(self):
+                self._check_merged_weight(self._merged_weight([*self.merged_adapters, *new_adapters]), new_adapters)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -268,12 +286,33 @@ class Linear(nn.Module, SPPLayer):
         self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         names = [name for name in adapter_names if name in self.spp_A]
+        base = self.get_base_layer()
+        factors = [module for name in names for module in (self.spp_A[name], self.spp_B[name])]
+        hooked = [module for module in (*factors, base) if is_hooked(module)]
+        if not hooked:
+            return self._adapted_linear(self.base_layer, names, x, *args, **kwargs)
+        if base is self.base_layer:
+            forward = own_forward(base)
+        else:
+            # a tuner layer in between calls the base layer itself, on other inputs perhaps
+            base_result = self.base_layer(x, *args, **kwargs)
+            forward = lambda *_, **__: base_result  # noqa: E731
+        return call_inside(hooked, partial(self._adapted_linear, forward, names), x, *args, **kwargs)
+
+    def _adapted_linear(
+        self,
+        base_forward: Callable[..., torch.Tensor],
+        names: Sequence[str],
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         with_dropout = [name for name in names if self._dropout_is_active(name)]
         without_dropout = [name for name in names if name not in with_dropout]
-        if without_dropout and not args and not kwargs and self._base_forward_is_plain():
+        if without_dropout and not args and not kwargs and _is_linear_map(base_forward):
             result = self._spp_linear(x, without_dropout, cast(nn.Linear, self.base_layer).bias)
         else:
-            result = self.base_layer(x, *args, **kwargs)
+            result = base_forward(x, *args, **kwargs)
             if without_dropout:
                 result = result + self._spp_linear(x, without_dropout, None, identity=False)
         # dropout acts on the input of the SPP branch alone, so the branch needs a matmul of its own
@@ -304,17 +343,6 @@ class Linear(nn.Module, SPPLayer):
             identity=identity,
         )
 
-    def _base_forward_is_plain(self) -> bool:
-        """Whether the base layer's call is exactly a linear map, so that one matmul with W' can take its place."""
-        base = self.base_layer
-        return (
-            type(base).forward in (nn.Linear.forward, Conv1D.forward)
-            and "forward" not in base.__dict__  # replaced on the instance, as accelerate's hooks do
-            and not (
-                base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-            )
-        )
-
     def _dropout_is_active(self, adapter_name: str) -> bool:
         dropout = self.spp_dropout[adapter_name]
         return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
@@ -333,8 +361,16 @@ class Linear(nn.Module, SPPLayer):
         return self._transpose(weight)
 
     def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        weight = self.unmerged_weight()
+        if weight.shape != (self.out_features, self.in_features):
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is not in memory as a whole: its shape is "
+                f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "
+                "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
+                "process, for example with `peft-spp merge`."
+            )
         # sorted: a sum of three does not depend on the order of the merges either
-        return merged_weight(self.unmerged_weight(), self.get_factors(sorted(adapter_names)))
+        return merged_weight(weight, self.get_factors(sorted(adapter_names)))
 
     def _check_merged_weight(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():
@@ -351,3 +387,9 @@ class Linear(nn.Module, SPPLayer):
     def __repr__(self) -> str:
         rep = super().__repr__()
         return "spp." + rep
+
+
+def _is_linear_map(forward: Callable[..., torch.Tensor]) -> bool:
+    """Whether the forward pass is exactly a linear map, so that one matmul with W' can take its place."""
+    function = type(forward).forward if isinstance(forward, nn.Module) else getattr(forward, "__func__", None)
+    return function in (nn.Linear.forward, Conv1D.forward)

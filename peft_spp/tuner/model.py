@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from ..sparsity.mask_record import MaskRelation
 from .base_record import check_base, record_base, relate_base
 from .config import SPPConfig
+from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
 from .targets import transformer_block_linear_targets
+from .whole_parameters import is_tensor_parallel
 
 
 class _Injection:
@@ -176,6 +178,20 @@ class SPPModel(BaseTuner):
         for adapter_name in list(self._injections_to_load):
             if any(key.endswith(f".{adapter_name}.weight") and key in state_dict for key in own):
                 del self._injections_to_load[adapter_name]
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, the names have
+        # parts that the keys of the state dict do not have.
+        names = {}
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            layer, base_layer, inside = name.partition(".base_layer.")
+            names[without_fsdp_wrappers(name)] = layer + base_layer + without_fsdp_wrappers(inside)
+        state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        return {without_fsdp_wrappers(key): tensor for key, tensor in selected.items()}
 
     def _take_back(self, adapter_name: str) -> None:
         """Undo the injection of an adapter whose weights cannot be loaded."""
@@ -367,10 +383,18 @@ def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[st
 
 def _check_weight(layer: nn.Module, module_name: str) -> None:
     """Raise a `ValueError` if the weight is not a plain floating-point matrix of the layer's shape."""
+    if is_tensor_parallel(layer):
+        raise ValueError(
+            f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
+            "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
+            "is too large; or leave the module out of `target_modules`."
+        )
     weight = getattr(layer, "weight", None)
+    # ZeRO-3 leaves an empty weight in the place of a partitioned one
+    shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or weight.ndim != 2:
-        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}"
+    if weight is None or weight.dtype not in supported or len(shape) != 2:
+        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__name__}) has {found}. SPP adapts two-dimensional weights "
             "in float64, float32, bfloat16 or float16: load the base model in one of these, or leave the module out "

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters that an engine has sharded or put aside, brought into memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import torch
+from peft.tuners.tuners_utils import onload_layer
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+@contextmanager
+def whole_parameters(layer: nn.Module, write: bool = False) -> Iterator[None]:
+    """
+    Have the parameters of a layer whole and in memory inside the block: those that DeepSpeed ZeRO-3 or FSDP2 have
+    sharded, and those that accelerate has offloaded to the host or to disk. Where parameters are sharded, every
+    process has to enter the block.
+
+    Args:
+        layer (`nn.Module`): The tuner layer; nothing is done for what it has in memory.
+        write (`bool`): Whether what is written to the parameters inside the block is to stay.
+    """
+    with ExitStack() as stack:
+        offloaded = [module for module in layer.modules() if _is_offloaded(module)]
+        if offloaded:
+            # PEFT's also puts back what was written, but reads more than this layer from disk
+            stack.enter_context(onload_layer(layer) if write else _onloaded(offloaded))
+        partitioned = [parameter for parameter in layer.parameters() if _is_partitioned(parameter)]
+        if partitioned:
+            stack.enter_context(_gathered(partitioned, write))
+        for module in layer.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if is_dtensor(parameter):
+                    stack.enter_context(_replaced_by_whole(module, name, parameter, write))
+        yield
+
+
+def is_dtensor(tensor: torch.Tensor | None) -> TypeGuard[DTensor]:
+    """Whether the tensor is a `DTensor`, one that is spread over a mesh of devices."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of the tensor, that DeepSpeed ZeRO-3 or FSDP2 has left to it."""
+    return _is_partitioned(tensor) or is_dtensor(tensor)
+
+
+def is_tensor_parallel(layer: nn.Module) -> bool:
+    """Whether the layer computes with a part of its weight, as Transformers' tensor parallel plans have it."""
+    if getattr(layer, "_hf_tp_plan", None) is not None:
+        # set on the layer by versions whose local weight is a plain tensor
+        return True
+    weight = getattr(layer, "weight", None)
+    # with FSDP2, whose mesh is called "fsdp" or has no name, a layer computes with its whole weight
+    return is_dtensor(weight) and not set(weight.device_mesh.mesh_dim_names or ()) <= {"fsdp"}
+
+
+def _is_partitioned(tensor: torch.Tensor) -> bool:
+    # what DeepSpeed sets on a parameter of ZeRO-3
+    return hasattr(tensor, "ds_id")
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "offload", False) and any(p.is_meta for p in module.parameters(recurse=False))
+
+
+@contextmanager
+def _onloaded(modules: Sequence[nn.Module]) -> Iterator[None]:
+    for module in modules:
+        cast(Any, module)._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            cast(Any, module)._hf_hook.post_forward(module, torch.tensor([]))
+
+
+@contextmanager
+def _gathered(parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
+    # it is there, since it has partitioned these parameters
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield
+
+
+@contextmanager
+def _replaced_by_whole(module: nn.Module, name: str, parameter: DTensor, write: bool) -> Iterator[None]:
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
+    module._parameters[name] = whole
+    try:
+        yield
+        if write:
+            with torch.no_grad():
+                parameter.copy_(distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements))
+    finally:
+        module._parameters[name] = parameter  # type: ignore[assignment]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train as one does, under every engine; the adapter they save loads in a single process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
+from tiny import prune_, tiny_llama
+
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parents[1] / "benchmarks" / "configs"
+# float32: the engines add up the gradients of the two halves of a batch in an order of their own
+LOSSES = {"atol": 2e-6, "rtol": 2e-6}
+FACTORS = {"atol": 1e-4, "rtol": 1e-4}
+LOGITS = {"atol": 1e-5, "rtol": 1e-5}
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install peft-spp[deepspeed]"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    # weights that are large enough for the losses to tell one update from another
+    model = tiny_llama(initializer_range=0.3)
+    for name, weight in model.named_parameters():
+        if ".layers." in name and weight.dim() == 2:
+            prune_(weight.data, "2:4")
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(base) -> tuple[list[float], PeftModel]:
+    """The losses of the steps and the trained model, from a plain loop over the global batch."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
+    model.load_state_dict(factors(model), strict=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM)
+    ids = token_ids(GLOBAL_BATCH)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+def launch(*command: str) -> None:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+        "DS_ACCELERATOR": "cpu",
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+
+
+def check(config: str, base: Path, output: Path, one_process: tuple[list[float], PeftModel], **settings: bool) -> None:
+    accelerate = ("accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0")
+    launch(*accelerate, str(HERE / "train.py"), str(base), str(output), json.dumps(settings))
+    losses, reference = one_process
+    torch.testing.assert_close(json.loads((output / "losses.json").read_text()), losses, **LOSSES)
+    assert losses[-1] < 0.9 * losses[0]
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")
+    record = loaded.peft_config["default"].base_record
+    assert record == reference.peft_config["default"].base_record and record["masks"]
+    trained = {name: p for name, p in reference.named_parameters() if ".spp_" in name}
+    for name, parameter in loaded.named_parameters():
+        if ".spp_" in name:
+            torch.testing.assert_close(parameter.detach(), trained[name].detach(), **FACTORS)
+    with torch.no_grad():
+        logits = loaded(input_ids=token_ids(2)).logits
+    torch.testing.assert_close(logits, torch.load(output / "logits.pt"), **LOGITS)
+
+    merged = load_file(output / "merged.safetensors")
+    expected = loaded.merge_and_unload().state_dict()
+    assert merged.keys() == {f"{name}.weight" for name in record["masks"]}
+    assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
+
+
+@pytest.mark.slow
+def test_ddp(base, tmp_path, one_process):
+    check("ddp.yaml", base, tmp_path, one_process)
+
+
+@pytest.mark.slow
+def test_fsdp1(base, tmp_path, one_process):
+    check("fsdp1.yaml", base, tmp_path, one_process)
+
+
+def test_fsdp2(base, tmp_path, one_process):
+    check("fsdp2.yaml", base, tmp_path, one_process)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_zero2(base, tmp_path, one_process):
+    check("deepspeed_zero2.yaml", base, tmp_path, one_process)
+
+
+@needs_deepspeed
+def test_deepspeed_zero3(base, tmp_path, one_process):
+    check("deepspeed_zero3.yaml", base, tmp_path, one_process)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_zero3_with_gradient_checkpointing(base, tmp_path, one_process):
+    check("deepspeed_zero3.yaml", base, tmp_path, one_process, gradient_checkpointing=True)
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_model_is_refused(base):
+    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "tensor_parallel.py"), str(base))
