@@ -271,7 +271,7 @@ class Linear(nn.Module, SPPLayer):
         with_dropout = [name for name in names if self._dropout_is_active(name)]
         without_dropout = [name for name in names if name not in with_dropout]
         if without_dropout and not args and not kwargs and self._base_forward_is_plain():
-            result = self._spp_linear(x, without_dropout, cast(nn.Linear, self.base_layer).bias)
+            result = self._spp_linear(x, without_dropout, getattr(self.base_layer, "bias", None))
         else:
             result = self.base_layer(x, *args, **kwargs)
             if without_dropout:
@@ -308,12 +308,15 @@ class Linear(nn.Module, SPPLayer):
         """Whether the base layer's call is exactly a linear map, so that one matmul with W' can take its place."""
         base = self.base_layer
         return (
-            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            self._has_known_forward()
             and "forward" not in base.__dict__  # replaced on the instance, as accelerate's hooks do
             and not (
                 base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
             )
         )
+
+    def _has_known_forward(self) -> bool:
+        return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     def _dropout_is_active(self, adapter_name: str) -> bool:
         dropout = self.spp_dropout[adapter_name]
