@@ -48,7 +48,7 @@ class Applied(Backend):
         expected, actual = x @ weight.t() + at_zero, layer.forward(x)
         if not (actual - expected).norm() <= _TOLERANCE * (expected - at_zero).norm():
             raise ValueError(
-                f"{type(layer).__module__}.{type(layer).__name__} is not a linear map, so that it has no weight to scale"
+                f"{type(layer).__module__}.{type(layer).__name__} is not a linear map: it has no weight to scale"
             )
 
     def packed(self, layer: nn.Module) -> None:
