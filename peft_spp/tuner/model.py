@@ -336,8 +336,10 @@ class SPPModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         for module in self.model.modules():
-            # quantising may always fail
-            if quantized if isinstance(module, QuantizedLinear) else safe_merge and isinstance(module, Linear):
+            if isinstance(module, QuantizedLinear):
+                if quantized:  # a weight may not survive quantising, safe merge or not
+                    module.check_merge(adapter_names)
+            elif safe_merge and isinstance(module, Linear):
                 module.check_merge(adapter_names)
 
     @contextmanager

@@ -116,6 +116,39 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(kind, monkeyp
     assert len(made) == 2 and made[1]() is None
 
 
+def test_layers_with_one_input_share_it_until_the_backward_pass():
+    model, _ = spp_on("nf4", torch.bfloat16)
+    saved = []
+    x = torch.randn(3, IN)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        model(x)
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved)
+    assert not any(tensor.dtype == torch.bfloat16 for tensor in saved)
+
+
+@pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-int8"])
+def test_a_compiled_layer_is_one_graph_with_the_same_results(kind):
+    torch._dynamo.reset()
+    model, layer = spp_on(kind)
+    randomize(model)
+    x = torch.randn(3, IN)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        y = run(x)
+        y.sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), results[0][0])
+    base = layer.get_base_layer()
+    expected = reference.linear(x, dequantized_weight(base), base.bias, layer.get_factors(["default"]))
+    assert relative_error(results[0][0], expected) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-int8"])
 def test_double_backward(kind):
     model, layer = spp_on(kind)

@@ -153,11 +153,12 @@ class QuantizedLinear(Linear):
     ) -> torch.Tensor:
         base_layer = self.get_base_layer()
         result = spp_linear_dequantized(
-            x.to(self.backend.input_dtype(base_layer, x)),
+            x,
             self._dequantized_weight,
             bias,
             self.get_factors(adapter_names),
             identity=identity,
+            dtype=self.backend.input_dtype(base_layer, x),
         )
         return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
 
