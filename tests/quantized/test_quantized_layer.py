@@ -202,6 +202,7 @@ def test_dropout_mixed_batch_and_disabled_adapter(kind):
         ("fp4", 0.0, 0.02),
         ("int8", 0.005, 0.02),
         ("torchao-int8", 0.005, 0.02),
+        ("torchao-int4", 0.10, 0.13),
     ],
 )
 def test_how_many_weights_quantizing_makes_zero(kind, least, most):

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Merge spp module")
 def spp_on(kind, **config):
     layer = quantized(kind, pruned_linear())
     model = get_peft_model(OneLayer(layer), SPPConfig(**{"r": 5, "target_modules": ["lin"], **config}))
+    torch.manual_seed(1)
     randomize(model)
     return model, model.base_model.model.lin
 
@@ -90,6 +91,22 @@ def test_merging_into_a_dequantized_model_is_exact(kind):
     torch.testing.assert_close(merged.lin.weight.double(), expected, rtol=1e-6, atol=1e-7)
     assert is_positive_zero(merged.lin.weight[weight == 0]).all()
     assert torch.equal(merged.lin.bias, bias)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_a_dequantized_merge_after_a_merge_is_of_the_unmerged_weight(kind):
+    expected = spp_on(kind)[0].merge_and_unload(dequantize=True).lin.weight
+    model, _ = spp_on(kind)
+    model.merge_adapter()
+    assert torch.equal(model.merge_and_unload(dequantize=True).lin.weight, expected)
+
+
+@pytest.mark.parametrize("kind", [*EXACT_ZERO, "hqq"])
+def test_unloading_gives_back_the_base_layer(kind):
+    model, layer = spp_on(kind)
+    base, before = layer.get_base_layer(), packed_bits(layer.get_base_layer())
+    unloaded = model.unload()
+    assert unloaded.lin is base and equal_bits(before, packed_bits(base))
 
 
 def test_a_dequantized_model_has_no_quantized_layer_left_and_one_dtype():
@@ -165,7 +182,7 @@ def test_a_weight_that_the_format_cannot_hold_is_refused():
     assert equal_bits(before, packed_bits(layer.get_base_layer()))
 
 
-def test_layers_that_cannot_be_quantized_again_say_so():
+def test_bitnet_layers_cannot_be_quantized_again_and_say_so():
     model, layer = spp_on("bitnet")
     with pytest.raises(ValueError, match=r"'lin'.*BitLinear.*dequantize=True"):
         model.merge_adapter()
