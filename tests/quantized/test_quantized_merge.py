@@ -107,6 +107,12 @@ def test_unloading_gives_back_the_base_layer(kind):
     base, before = layer.get_base_layer(), packed_bits(layer.get_base_layer())
     unloaded = model.unload()
     assert unloaded.lin is base and equal_bits(before, packed_bits(base))
+    model, layer = spp_on(kind)
+    model.merge_adapter()
+    merged, base = packed_bits(layer.get_base_layer()), layer.get_base_layer()
+    model.unmerge_adapter()
+    assert model.merge_and_unload().lin is base
+    assert equal_bits(merged, packed_bits(base))
 
 
 def test_a_dequantized_model_has_no_quantized_layer_left_and_one_dtype():
