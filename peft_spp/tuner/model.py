@@ -428,11 +428,20 @@ def _check_layer(layer: nn.Module, module_name: str, backend: Backend | None) ->
         )
     weight = getattr(layer, "weight", None)
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or weight.ndim != 2:
+    if weight is None or weight.dtype not in supported or weight.ndim != 2 or _is_foreign(weight):
         found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}"
+        if weight is not None and _is_foreign(weight):
+            found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__module__}.{type(layer).__name__}) has {found}. SPP adapts "
             "two-dimensional weights in float64, float32, bfloat16 or float16: load the base model in one of these, "
             "leave the module out of `target_modules`, or, for a quantisation that is not supported, tell how its "
             "weights are read with `peft_spp.tuner.quantized.register_backend`."
         )
+
+
+def _is_foreign(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor type of another package, with operators of its own; a quantised one that is not known."""
+    kind = type(weight)
+    has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return has_own_operators and not kind.__module__.startswith("torch.")

@@ -278,6 +278,15 @@ def test_a_weight_of_unknown_quantization_is_refused_by_name():
         get_peft_model(OneLayer(linear), SPPConfig(target_modules=["lin"]))
 
 
+def test_a_tensor_type_that_no_backend_knows_is_refused_by_name():
+    torchao = pytest.importorskip("torchao.quantization")
+    linear = pruned_linear()
+    linear.weight = nn.Parameter(torchao.to_nf4(linear.weight.detach(), 64, 64), requires_grad=False)
+    assert linear.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"lin.*NF4Tensor.*register_backend"):
+        get_peft_model(OneLayer(linear), SPPConfig(target_modules=["lin"]))
+
+
 class _Codes(nn.Module):
     """A layer of a package that nobody knows."""
 
