@@ -4,6 +4,7 @@
 `W' = W ⊙ (1 + Σ s · P(A) ⊙ B)` (SPP, Lu et al. 2024, https://arxiv.org/abs/2405.16057, equation 4).
 """
 
+from .dequantized import spp_linear_dequantized
 from .factors import Factors
 from .linear import spp_linear
 from .merge import merged_weight
@@ -18,4 +19,5 @@ __all__ = [
     "row_block_index",
     "scaled_weight",
     "spp_linear",
+    "spp_linear_dequantized",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 from ..sparsity.mask_record import MaskRecord, MaskRelation, record_mask
 from .config import SPPConfig
 from .layer import Linear
+from .quantized import QuantizedLinear
 from .whole_parameters import whole_parameters
 
 
@@ -28,11 +29,12 @@ def record_base(model: nn.Module, adapter_name: str) -> dict[str, Any]:
         adapter_name (`str`): The name of the adapter.
 
     Returns:
-        `dict[str, Any]`: Plain data for JSON: `"quantization"`, the method's name or `None`, and `"masks"`, a
+        `dict[str, Any]`: Plain data for JSON: `"quantization"`, how the adapted layers are quantised or `None`, and
+        `"masks"`, of their dequantised weights if so, a
         [`~peft_spp.sparsity.MaskRecord`] as a dict for each adapted module whose weight is in memory.
     """
     masks = {name: record.to_dict() for name, record in _masks(model, adapter_name).items()}
-    return {"quantization": _quantization(model), "masks": masks}
+    return {"quantization": _quantization(model, adapter_name), "masks": masks}
 
 
 def relate_base(record: Mapping[str, Any], model: nn.Module, adapter_name: str) -> dict[str, MaskRelation]:
@@ -95,13 +97,22 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
     if config.check_base == "off" or config.base_record is None:
         return
     masks = _then_and_now(config.base_record, model, adapter_name)
-    different = [name for name, (then, now) in masks.items() if then.relation_of(now) == "different"]
+    quantized_then, quantized_now = config.base_record.get("quantization"), _quantization(model, adapter_name)
+    different = [
+        name
+        for name, (then, now) in masks.items()
+        if then.relation_of(now) == "different"
+        # rounding had made zeros of its own, which a base in full precision does not have
+        and not (quantized_then and now.relation_of(then) == "refined")
+    ]
     if not different:
         return
     shown = "; ".join(
         f"{name}: {_describe(masks[name][0])} then, {_describe(masks[name][1])} now" for name in different[:_SHOWN]
     )
     more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    if quantized_then or quantized_now:
+        more += f" (quantization: {quantized_then} then, {quantized_now} now)"
     message = (
         f"Adapter {adapter_name!r} was trained on a base model that is pruned in other places, in {len(different)} of "
         f"{len(masks)} modules: {shown}{more}. Load the base model that it was trained on "
@@ -137,7 +148,7 @@ def _masks(model: nn.Module, adapter_name: str) -> dict[str, MaskRecord]:
     return masks
 
 
-def _quantization(model: nn.Module) -> str | None:
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
-    return None if method is None else str(getattr(method, "value", method))
+def _quantization(model: nn.Module, adapter_name: str) -> str | None:
+    """How the adapted layers are quantised, such as `"bitsandbytes nf4"`."""
+    layers = (m for m in model.modules() if isinstance(m, QuantizedLinear) and adapter_name in m.spp_A)
+    return ", ".join(sorted({layer.quantization for layer in layers})) or None

@@ -309,8 +309,8 @@ class Linear(nn.Module, SPPLayer):
     ) -> torch.Tensor:
         with_dropout = [name for name in names if self._dropout_is_active(name)]
         without_dropout = [name for name in names if name not in with_dropout]
-        if without_dropout and not args and not kwargs and _is_linear_map(base_forward):
-            result = self._spp_linear(x, without_dropout, cast(nn.Linear, self.base_layer).bias)
+        if without_dropout and not args and not kwargs and self._is_linear_map(base_forward):
+            result = self._spp_linear(x, without_dropout, getattr(self.base_layer, "bias", None))
         else:
             result = base_forward(x, *args, **kwargs)
             if without_dropout:
@@ -342,6 +342,11 @@ class Linear(nn.Module, SPPLayer):
             fan_in_fan_out=self.fan_in_fan_out,
             identity=identity,
         )
+
+    def _is_linear_map(self, forward: Callable[..., torch.Tensor]) -> bool:
+        """Whether the forward pass is exactly a linear map, so that one matmul with W' can take its place."""
+        function = type(forward).forward if isinstance(forward, nn.Module) else getattr(forward, "__func__", None)
+        return function in (nn.Linear.forward, Conv1D.forward)
 
     def _dropout_is_active(self, adapter_name: str) -> bool:
         dropout = self.spp_dropout[adapter_name]
@@ -387,9 +392,3 @@ class Linear(nn.Module, SPPLayer):
     def __repr__(self) -> str:
         rep = super().__repr__()
         return "spp." + rep
-
-
-def _is_linear_map(forward: Callable[..., torch.Tensor]) -> bool:
-    """Whether the forward pass is exactly a linear map, so that one matmul with W' can take its place."""
-    function = type(forward).forward if isinstance(forward, nn.Module) else getattr(forward, "__func__", None)
-    return function in (nn.Linear.forward, Conv1D.forward)

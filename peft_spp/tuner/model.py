@@ -18,6 +18,7 @@ from .base_record import check_base, record_base, relate_base
 from .config import SPPConfig
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
+from .quantized import Backend, QuantizedLinear, find_backend, unload_dequantized
 from .targets import transformer_block_linear_targets
 from .whole_parameters import is_tensor_parallel
 
@@ -242,12 +243,8 @@ class SPPModel(BaseTuner):
         spp_config: SPPConfig, adapter_name: str, target: nn.Module, module_name: str, **kwargs: Any
     ) -> Linear:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"Target module {module_name!r} ({target}) is not supported. Currently, only the following modules "
-                "are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
-            )
-        _check_weight(base_layer, module_name)
+        backend = find_backend(base_layer)
+        _check_layer(base_layer, module_name, backend)
         is_conv1d = isinstance(base_layer, Conv1D)
         fan_in_fan_out = spp_config.fan_in_fan_out
         if fan_in_fan_out is not is_conv1d:
@@ -258,7 +255,8 @@ class SPPModel(BaseTuner):
                 stacklevel=2,
             )
             spp_config.fan_in_fan_out = is_conv1d
-        return Linear(
+        layer_cls: Callable[..., Linear] = Linear if backend is None else partial(QuantizedLinear, backend=backend)
+        return layer_cls(
             target,
             adapter_name,
             config=spp_config,
@@ -283,8 +281,8 @@ class SPPModel(BaseTuner):
             for parameter in module.parameters(recurse=False):
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
         for module in self.model.modules():
-            if not isinstance(module, SPPLayer):
-                continue
+            if not isinstance(module, SPPLayer) or isinstance(module, QuantizedLinear):
+                continue  # a merge gives a quantised layer a new weight
             base_layer = cast(nn.Linear, module.get_base_layer())
             if users.get(id(weight := base_layer.weight), 0) > 1:
                 users[id(weight)] -= 1
@@ -295,9 +293,15 @@ class SPPModel(BaseTuner):
                     stacklevel=2,
                 )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # a base layer that is put back; PEFT would give it its own weight, which not every quantised layer has
+            setattr(parent, child_name, new_module)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        if safe_merge:
-            self._check_merge(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -307,16 +311,58 @@ class SPPModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge and safe_merge:
-            self._check_merge(adapter_names)
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(  # type: ignore[return-value]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    def _check_merge(self, adapter_names: list[str] | None) -> None:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """
+        This method merges the adapter layers into the base model and returns it without them.
+
+        Args:
+            progressbar (`bool`):
+                whether to show a progressbar indicating the unload and merge process (default: False).
+            safe_merge (`bool`):
+                whether to activate the safe merging check to check if there is any potential Nan in the adapter
+                weights.
+            adapter_names (`List[str]`, *optional*):
+                The list of adapter names that should be merged. If None, all active adapters will be merged. Defaults
+                to `None`.
+            dequantize (`bool`):
+                whether to return a model whose quantised layers, adapted or not, are plain linear layers in the dtype
+                of the model's other parameters. The merged weights are not rounded to the quantised format then. By
+                default they are quantised again as the base model is.
+
+        Returns:
+            `torch.nn.Module`: The base model.
+
+        Raises:
+            ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantised, or if
+                quantising would lose a zero. The model is as it was before.
+        """
+        if dequantize:
+            self._check_merge_allowed()
+            self._check_merge(adapter_names, safe_merge, quantized=False)
+            unload_dequantized(self.model, adapter_names, safe_merge)
+        return super().merge_and_unload(  # type: ignore[return-value]
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         for module in self.model.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, QuantizedLinear):
+                if quantized:  # a weight may not survive quantising, safe merge or not
+                    module.check_merge(adapter_names)
+            elif safe_merge and isinstance(module, Linear):
                 module.check_merge(adapter_names)
 
     @contextmanager
@@ -381,22 +427,45 @@ def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[st
     layer.delete_adapter(adapter_name)
 
 
-def _check_weight(layer: nn.Module, module_name: str) -> None:
-    """Raise a `ValueError` if the weight is not a plain floating-point matrix of the layer's shape."""
+def _check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
+    """Raise a `ValueError` if it is not a linear layer whose weight is a plain floating-point matrix, or quantised."""
     if is_tensor_parallel(layer):
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
             "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
             "is too large; or leave the module out of `target_modules`."
         )
+    if backend is not None:
+        try:
+            backend.check(layer)
+        except ValueError as error:
+            raise ValueError(f"Target module {module_name!r} is not supported: {error}.") from error
+        return
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
+            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantised linear layers of "
+            "bitsandbytes, torchao, HQQ and others. For the layers of another quantisation package see "
+            "`peft_spp.tuner.quantized.register_backend`."
+        )
     weight = getattr(layer, "weight", None)
     # ZeRO-3 leaves an empty weight in the place of a partitioned one
     shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or len(shape) != 2:
+    if weight is None or weight.dtype not in supported or len(shape) != 2 or _is_foreign(weight):
         found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
+        if weight is not None and _is_foreign(weight):
+            found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
         raise ValueError(
-            f"Target module {module_name!r} ({type(layer).__name__}) has {found}. SPP adapts two-dimensional weights "
-            "in float64, float32, bfloat16 or float16: load the base model in one of these, or leave the module out "
-            "of `target_modules`."
+            f"Target module {module_name!r} ({type(layer).__module__}.{type(layer).__name__}) has {found}. SPP adapts "
+            "two-dimensional weights in float64, float32, bfloat16 or float16: load the base model in one of these, "
+            "leave the module out of `target_modules`, or, for a quantisation that is not supported, tell how its "
+            "weights are read with `peft_spp.tuner.quantized.register_backend`."
         )
+
+
+def _is_foreign(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor type of another package, with operators of its own; a quantised one that is not known."""
+    kind = type(weight)
+    has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return has_own_operators and not kind.__module__.startswith("torch.")

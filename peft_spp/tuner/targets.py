@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .quantized import find_backend
+
 
 def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
     """
@@ -57,10 +59,10 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer or a tuner layer around one."""
+    """Whether the module is a linear layer, quantised or not, or a tuner layer around one."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D)) or find_backend(module) is not None
 
 
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -38,6 +38,46 @@ def test_operators_are_what_their_schema_says(ranks, fan_in_fan_out):
         )
 
 
+def test_operators_that_overwrite_the_weight_are_what_their_schema_says():
+    W, bias, factors = make(16, 12, [5, 3], torch.float32)
+    W, bias = W.detach(), bias.detach()
+    A, B, s = split([f._replace(A=f.A.detach(), B=f.B.detach()) for f in factors])
+    x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.peft_spp.linear_in_place.default, (x, W, bias, A, B, s, True, torch.float32), test_utils=tests
+    )
+    for needs in [(True, True), (False, True), (True, False)]:
+        torch.library.opcheck(
+            torch.ops.peft_spp.linear_in_place_backward.default,
+            (grad_y, x, W, A, B, s, True, torch.float32, *needs),
+            test_utils=tests,
+        )
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("ranks", [[4], [5, 3]])
+def test_overwriting_the_weight_gives_the_same_bits_and_takes_its_place(ranks, identity):
+    W, bias, factors = make(16, 12, ranks, torch.float32)
+    W, x, grad_y = W.detach(), torch.randn(3, 12), torch.randn(3, 16)
+    with torch.no_grad():
+        args = (bias, factors, identity, torch.float32)
+        buffer = W.clone()
+        overwriting = by_weight.linear(composite, x, buffer, *args, overwrite=True)
+        assert torch.equal(overwriting, by_weight.linear(composite, x, W, *args))
+        assert torch.equal(buffer, composite.scaled_weight(W, factors, identity, torch.float32))
+        args = (factors, identity, torch.float32, True, True)
+        buffer = W.clone()
+        overwriting = by_weight.linear_backward(composite, grad_y, x, buffer, *args, overwrite=True)
+        expected = by_weight.linear_backward(composite, grad_y, x, W, *args)
+        assert all(torch.equal(a, b) for a, b in zip(overwriting, expected, strict=True))
+        assert torch.equal(buffer, composite.scaled_weight(W, factors, identity, torch.float32))
+        # of another dtype than the product, it is left alone
+        buffer = W.clone()
+        by_weight.linear(composite, x, buffer, bias, factors, identity, torch.bfloat16, overwrite=True)
+        assert torch.equal(buffer, W)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("m", "n", "ranks"), [(96, 80, [16]), (97, 33, [7, 4]), (5, 70, [5])])

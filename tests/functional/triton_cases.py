@@ -102,6 +102,15 @@ def assert_gradients(grads, product, weight, factors):
             assert_rounded(grad, value, size, acc, 24)
 
 
+@pytest.mark.parametrize("ranks", [[4], [7, 3]])
+@pytest.mark.parametrize("identity", [True, False])
+def test_the_scaled_weight_may_be_written_over_the_weight(ranks, identity):
+    weight, factors = make_weight(130, 70), make_factors(130, 70, ranks)
+    expected = triton.scaled_weight(weight, factors, identity, weight.dtype)
+    result = triton.scaled_weight(weight, factors, identity, weight.dtype, out=weight)
+    assert result is weight and torch.equal(weight, expected)
+
+
 @LAYOUT_CASES
 def test_the_weight_is_the_formula_and_laid_out_as_the_base_is(m, n, ranks, layout):
     weight, factors = make_weight(m, n, layout=layout), make_factors(m, n, ranks)

@@ -20,9 +20,10 @@ def linear(
     factors: Sequence[Factors],
     identity: bool,
     dtype: torch.dtype,
+    overwrite: bool = False,
 ) -> torch.Tensor:
-    """`x @ W'.T + bias` for the `(m, n)` weight, with the backend's `scaled_weight`."""
-    effective = backend.scaled_weight(weight, factors, identity, dtype)
+    """`x @ W'.T + bias` for the `(m, n)` weight, with the backend's `scaled_weight`; W' may be written over W."""
+    effective = backend.scaled_weight(weight, factors, identity, dtype, out=_buffer(weight, dtype, overwrite))
     return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
 
 
@@ -36,19 +37,33 @@ def linear_backward(
     dtype: torch.dtype,
     needs_x: bool,
     needs_factors: bool,
+    overwrite: bool = False,
 ) -> list[torch.Tensor]:
-    """The gradients of x, if needed, and then of A and B of each adapter, if needed."""
-    m, n = weight.shape
-    grads = []
+    """The gradients of x, if needed, and then of A and B of each adapter, if needed; W' may be written over W."""
+    # one m×n tensor beside the weight at a time: first gyᵀx and then W', which may take the weight's place
+    grads = _factor_gradients(backend, grad_y, x, weight, factors, dtype) if needs_factors else []
     if needs_x:
-        effective = backend.scaled_weight(weight, factors, identity, dtype)
-        grads.append(torch.matmul(grad_y, effective).to(x.dtype))
-        del effective  # one m×n tensor at a time: the product below is the next
-    if needs_factors:
-        x2d, grad_y2d = x.reshape(-1, n).to(dtype), grad_y.reshape(-1, m)
-        # in the memory layout of the weight, so that the pass over both walks them alike
-        transposed = weight.stride(0) < weight.stride(1)
-        product = (x2d.t() @ grad_y2d).t() if transposed else grad_y2d.t() @ x2d
-        for pair in backend.factor_gradients(product, weight, factors):
-            grads.extend(pair)
+        effective = backend.scaled_weight(weight, factors, identity, dtype, out=_buffer(weight, dtype, overwrite))
+        grads.insert(0, torch.matmul(grad_y, effective).to(x.dtype))
     return grads
+
+
+def _factor_gradients(
+    backend: ModuleType,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    factors: Sequence[Factors],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    m, n = weight.shape
+    x2d, grad_y2d = x.reshape(-1, n).to(dtype), grad_y.reshape(-1, m)
+    # in the memory layout of the weight, so that the pass over both walks them alike
+    transposed = weight.stride(0) < weight.stride(1)
+    product = (x2d.t() @ grad_y2d).t() if transposed else grad_y2d.t() @ x2d
+    return [grad for pair in backend.factor_gradients(product, weight, factors) for grad in pair]
+
+
+def _buffer(weight: torch.Tensor, dtype: torch.dtype, overwrite: bool) -> torch.Tensor | None:
+    """Where to write W': over the weight if that is allowed and it has the dtype of W'."""
+    return weight if overwrite and weight.dtype == dtype else None

@@ -35,6 +35,15 @@ _library.define(
     "bool fan_in_fan_out, bool identity, ScalarType dtype, bool needs_x, bool needs_weight, bool needs_factors) "
     "-> Tensor[]"
 )
+# The same for a weight that is the caller's to give away, one just dequantised: W' may be written over it.
+_library.define(
+    "linear_in_place(Tensor x, Tensor(a!) weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, "
+    "bool identity, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "linear_in_place_backward(Tensor grad_y, Tensor x, Tensor(a!) weight, Tensor[] A, Tensor[] B, float[] scaling, "
+    "bool identity, ScalarType dtype, bool needs_x, bool needs_factors) -> Tensor[]"
+)
 
 
 def pack(A: Sequence[torch.Tensor], B: Sequence[torch.Tensor], scaling: Sequence[float]) -> list[Factors]:
@@ -66,15 +75,30 @@ def _linear(
     fan_in_fan_out: bool,
     identity: bool,
     dtype: torch.dtype,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     w = weight.t() if fan_in_fan_out else weight
     factors = pack(A, B, scaling)
     tokens = x.numel() // max(w.shape[1], 1)
     if by_activation.is_cheaper(tokens, w, factors, dtype):
         return by_activation.linear(x, w, bias, factors, identity, dtype)
-    by_its_weight = getattr(backend, "linear", None) or partial(by_weight.linear, backend)
+    by_its_weight = getattr(backend, "linear", None) or partial(by_weight.linear, backend, overwrite=overwrite)
     result: torch.Tensor = by_its_weight(x, w, bias, factors, identity, dtype)
     return result
+
+
+def _linear_in_place(
+    backend: ModuleType,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    identity: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return _linear(backend, x, weight, bias, A, B, scaling, False, identity, dtype, overwrite=True)
 
 
 def _linear_backward(
@@ -104,6 +128,25 @@ def _linear_backward(
     return grads
 
 
+def _linear_in_place_backward(
+    backend: ModuleType,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    identity: bool,
+    dtype: torch.dtype,
+    needs_x: bool,
+    needs_factors: bool,
+) -> list[torch.Tensor]:
+    factors = pack(A, B, scaling)
+    backward = getattr(backend, "linear_backward", None) or partial(by_weight.linear_backward, backend, overwrite=True)
+    grads: list[torch.Tensor] = backward(grad_y, x, weight, factors, identity, dtype, needs_x, needs_factors)
+    return grads
+
+
 _BACKENDS: dict[str, ModuleType] = {"CompositeExplicitAutograd": composite, "CPU": cpu}
 if triton.is_available():
     _BACKENDS.update(CUDA=triton, XPU=triton)
@@ -111,6 +154,8 @@ for _key, _backend in _BACKENDS.items():
     _library.impl("scaled_weight", partial(_scaled_weight, _backend), _key)
     _library.impl("linear", partial(_linear, _backend), _key)
     _library.impl("linear_backward", partial(_linear_backward, _backend), _key)
+    _library.impl("linear_in_place", partial(_linear_in_place, _backend), _key)
+    _library.impl("linear_in_place_backward", partial(_linear_in_place_backward, _backend), _key)
 
 
 @register_fake("peft_spp::scaled_weight")
@@ -160,6 +205,39 @@ def _(
         grads.append(x.new_empty(x.shape))
     if needs_weight:
         grads.append(weight.new_empty(weight.shape))
+    if needs_factors:
+        grads.extend(t.new_empty(t.shape) for pair in zip(A, B, strict=True) for t in pair)
+    return grads
+
+
+@register_fake("peft_spp::linear_in_place")
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    identity: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@register_fake("peft_spp::linear_in_place_backward")
+def _(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    identity: bool,
+    dtype: torch.dtype,
+    needs_x: bool,
+    needs_factors: bool,
+) -> list[torch.Tensor]:
+    grads = [x.new_empty(x.shape)] if needs_x else []
     if needs_factors:
         grads.extend(t.new_empty(t.shape) for pair in zip(A, B, strict=True) for t in pair)
     return grads

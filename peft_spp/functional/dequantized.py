@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with an SPP-scaled weight that is dequantised when it is needed and never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .factors import Factors, check_factors
+from .kernels import composite
+from .kernels.schema import pack
+from .linear import autocast_off, differentiable_gradients, halves
+
+
+def spp_linear_dequantized(
+    x: torch.Tensor,
+    dequantize: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
+    factors: Sequence[Factors],
+    *,
+    identity: bool = True,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """
+    [`spp_linear`] for a weight that is stored in another form, such as quantised: W' = W ⊙ (1 + Σ s · P(A) ⊙ B).
+
+    The dense weight is made once in the forward pass and once in the backward pass, and thrown away after each: what
+    is kept in between is `x` and the factors. On an accelerator W' is built in the buffer that the dense weight came
+    in, if that has the matmul's dtype; on CPU it is built chunk by chunk beside it. W' is computed in float32 (float64
+    if any input is float64) and rounded once.
+
+    Args:
+        x (`torch.Tensor`): Input, shape `(*, n)`.
+        dequantize (`Callable[[], torch.Tensor]`): Makes W, shape `(m, n)`, the same at every call, in a tensor of its
+            own, which is overwritten.
+        bias (`torch.Tensor`, *optional*): shape `(m,)`.
+        factors (`Sequence[Factors]`): The factors of each active adapter; any floating dtype.
+        identity (`bool`): With `False` the 1 is left out: the result is what the adapters add to the base layer.
+        dtype (`torch.dtype`, *optional*):
+            The dtype of the matmuls, by default that of `x`; inside autocast they run in autocast's dtype.
+
+    Returns:
+        `torch.Tensor`: shape `(*, m)`, in the dtype of the matmul.
+
+    Raises:
+        ValueError: If the shapes of the factors do not fit the weight.
+    """
+    dtype = dtype or x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    scaling = [float(f.scaling) for f in factors]
+    tensors = [*(f.A for f in factors), *(f.B for f in factors)]
+    with autocast_off(x.device.type):
+        if not torch.is_grad_enabled():
+            return _forward(x, dequantize, bias, identity, dtype, scaling, tensors)
+        result: torch.Tensor = _SPPLinearDequantized.apply(x, dequantize, bias, identity, dtype, scaling, *tensors)
+        return result
+
+
+def _forward(
+    x: torch.Tensor,
+    dequantize: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
+    identity: bool,
+    dtype: torch.dtype,
+    scaling: list[float],
+    tensors: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    A, B = halves(tensors)
+    weight = dequantize()
+    check_factors(weight, pack(A, B, scaling))
+    result: torch.Tensor = torch.ops.peft_spp.linear_in_place(x, weight, bias, A, B, scaling, identity, dtype)
+    return result
+
+
+class _SPPLinearDequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dequantize: Callable[[], torch.Tensor],
+        bias: torch.Tensor | None,
+        identity: bool,
+        dtype: torch.dtype,
+        scaling: list[float],
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        # x is saved as it came, so that layers that share it share one copy
+        ctx.save_for_backward(x, bias, *tensors)
+        ctx.dequantize = dequantize
+        ctx.settings = (scaling, identity, dtype)
+        return _forward(x, dequantize, bias, identity, dtype, scaling, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, bias, *tensors = ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad[:3]
+        needs_factors = any(ctx.needs_input_grad[6:])
+        with autocast_off(grad_y.device.type):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable_backward(ctx, grad_y, x, bias, tensors)
+            grad_x: torch.Tensor | None = None
+            pairs: list[torch.Tensor] = []
+            if needs_x or needs_factors:
+                pairs = _backward(grad_y, x, ctx.dequantize(), tensors, ctx.settings, needs_x, needs_factors)
+            if needs_x:
+                grad_x, *pairs = pairs
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0).to(bias.dtype) if needs_bias else None
+            # they come adapter by adapter, A and then B; the inputs are all A and then all B
+            grads = [*pairs[::2], *pairs[1::2]] if needs_factors else [None] * len(tensors)
+            return (grad_x, None, grad_bias, None, None, None, *grads)
+
+
+def _backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    settings: tuple[list[float], bool, torch.dtype],
+    needs_x: bool,
+    needs_factors: bool,
+) -> list[torch.Tensor]:
+    A, B = halves(tensors)
+    scaling, identity, dtype = settings
+    if torch.compiler.is_compiling():
+        # the compiler takes no operator that writes to an argument and returns a list
+        return list(
+            torch.ops.peft_spp.linear_backward(
+                grad_y, x, weight, A, B, scaling, False, identity, dtype, needs_x, False, needs_factors
+            )
+        )
+    return list(
+        torch.ops.peft_spp.linear_in_place_backward(
+            grad_y, x, weight, A, B, scaling, identity, dtype, needs_x, needs_factors
+        )
+    )
+
+
+def _differentiable_backward(
+    ctx: Any, grad_y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients through plain operations, for `create_graph=True`."""
+    scaling, identity, dtype = ctx.settings
+    inputs = (x, None, bias, None, None, None, *tensors)
+    effective = composite.scaled_weight(ctx.dequantize(), pack(*halves(tensors), scaling), identity, dtype)
+    y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
+    return differentiable_gradients(y, grad_y, inputs, ctx.needs_input_grad)

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SPP on quantised base layers: one interface, a backend a file."""
+
+from .backend import Backend
+from .layer import QuantizedLinear
+from .registry import dequantized_weight, find_backend, register_backend
+from .unload import unload_dequantized
+
+
+__all__ = [
+    "Backend",
+    "QuantizedLinear",
+    "dequantized_weight",
+    "find_backend",
+    "register_backend",
+    "unload_dequantized",
+]

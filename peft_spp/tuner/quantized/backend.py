@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantisation backend has to tell about a linear layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Backend(ABC):
+    """
+    How to read and replace the weight of one family of quantised linear layers.
+
+    A backend keeps nothing: all of its methods take the layer. "Packed" is whatever form the layer holds its quantised
+    weight in, as one object; it is never changed in place.
+    """
+
+    package: str
+    """The Python package that the layers come from."""
+
+    @abstractmethod
+    def matches(self, layer: nn.Module) -> bool:
+        """
+        Whether a layer is one of this family. Must not import the package: a layer of it has imported it.
+
+        Args:
+            layer (`nn.Module`): Any module.
+
+        Returns:
+            `bool`: Whether this backend serves it.
+        """
+
+    @abstractmethod
+    def kind(self, layer: nn.Module) -> str:
+        """
+        How the weight is quantised.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+
+        Returns:
+            `str`: The package and the format, such as `"bitsandbytes nf4"`.
+        """
+
+    @abstractmethod
+    def packed(self, layer: nn.Module) -> Any:
+        """
+        The quantised weight.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+
+        Returns:
+            `Any`: The packed weight, not a copy.
+        """
+
+    @abstractmethod
+    def dequantize(self, layer: nn.Module, packed: Any) -> torch.Tensor:
+        """
+        The weight that a packed weight stands for.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+            packed (`Any`): A packed weight of this layer.
+
+        Returns:
+            `torch.Tensor`: Floating, shape `(out_features, in_features)`, a new tensor.
+        """
+
+    @abstractmethod
+    def quantize(self, layer: nn.Module, weight: torch.Tensor) -> Any:
+        """
+        Quantise a weight as that of the layer is quantised.
+
+        Args:
+            layer (`nn.Module`): A layer that matches; it is not changed.
+            weight (`torch.Tensor`): Of the shape and dtype that [`dequantize`] gives.
+
+        Returns:
+            `Any`: The packed weight.
+
+        Raises:
+            ValueError: If layers of this kind cannot be quantised again.
+        """
+
+    @abstractmethod
+    def put(self, layer: nn.Module, packed: Any) -> None:
+        """
+        Replace the quantised weight of a layer, on the device where the layer is.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+            packed (`Any`): The packed weight.
+        """
+
+    def check(self, layer: nn.Module) -> None:  # noqa: B027  (most families have nothing to check)
+        """
+        Check that the layer can be adapted.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
+    def input_dtype(self, layer: nn.Module, x: torch.Tensor) -> torch.dtype:
+        """
+        The dtype that the layer casts its input to before the matmul.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+            x (`torch.Tensor`): The input.
+
+        Returns:
+            `torch.dtype`: By default the input's own.
+        """
+        return x.dtype
+
+    def forward_is_known(self, layer: nn.Module) -> bool:
+        """
+        Whether the layer's forward method is the package's, which multiplies by the weight and does nothing else.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+
+        Returns:
+            `bool`: `False` for a subclass that has a forward method of its own.
+        """
+        defined_in = type(layer).forward.__module__
+        return any(f"{defined_in}.".startswith(f"{package}.") for package in (self.package, "torch"))

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .applied import Applied
+from .backend import Backend
+from .bnb import Bnb4bit, Bnb8bit
+from .hqq import Hqq
+from .torchao import Torchao
+
+
+# GPTQ and AWQ (GPT-QModel, AutoAWQ), AQLM, compressed-tensors, Quanto; BitNet and others inside Transformers
+_APPLIED = (
+    "gptqmodel",
+    "awq",
+    "aqlm",
+    "compressed_tensors",
+    "optimum.quanto",
+    "transformers.integrations",
+)
+
+_backends: list[Backend] = [Bnb4bit(), Bnb8bit(), Torchao(), Hqq(), *(Applied(package) for package in _APPLIED)]
+
+
+def find_backend(layer: nn.Module) -> Backend | None:
+    """
+    The backend of a quantised linear layer.
+
+    Args:
+        layer (`nn.Module`): Any module.
+
+    Returns:
+        `Backend` or `None`: The one registered last of those that match; `None` if the layer is not known to be a
+        quantised one.
+    """
+    return next((backend for backend in reversed(_backends) if backend.matches(layer)), None)
+
+
+def dequantized_weight(layer: nn.Module) -> torch.Tensor:
+    """
+    The weight of a quantised linear layer.
+
+    Args:
+        layer (`nn.Module`): The layer.
+
+    Returns:
+        `torch.Tensor`: Floating, shape `(out_features, in_features)`.
+
+    Raises:
+        ValueError: If no backend matches the layer.
+    """
+    backend = find_backend(layer)
+    if backend is None:
+        raise ValueError(
+            f"{type(layer).__name__} is not known to be a quantised linear layer: see `register_backend`."
+        )
+    return backend.dequantize(layer, backend.packed(layer))
+
+
+def register_backend(backend: Backend) -> None:
+    """
+    Make SPP adapt the layers of another quantisation package.
+
+    Args:
+        backend ([`Backend`]): It takes precedence over those that are there. `Applied("package")` serves for any
+            package whose layers are linear maps with `in_features` and `out_features`.
+    """
+    _backends.append(backend)
