@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 TAGS = ("spp", "sparse")
+PLACEHOLDER = "<this adapter>"
+"""What stands for the adapter's place as long as nobody knows it."""
 _USAGE = """## How to load this adapter
 
 PEFT learns SPP from the package `peft-spp` (`pip install peft-spp`). Without the first line below, loading ends in
