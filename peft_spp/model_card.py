@@ -189,10 +189,16 @@ def _comment(key: str) -> str:
 
 
 def _put(text: str, key: str, content: str) -> str:
-    """Put a section between two comments, in the place of the one that has the same key or at the end."""
+    """Put a section between two comments: in the place of the one that has the same key, or as far up as it goes."""
     start, end = _comment(key), _comment(f"end of {key}")
     block = f"{start}\n{content}\n{end}"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: block, text, count=1)
-    return f"{text.rstrip()}\n\n{block}\n"
+    present = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if present.search(text):
+        return present.sub(lambda _: block, text, count=1)
+    # behind our other sections; else before the first one of PEFT's template, which is long and mostly to be filled in
+    place = len(text)
+    if ours := list(re.finditer(_comment("end of .*"), text)):
+        place = ours[-1].end()
+    elif heading := re.search("^## ", text, re.MULTILINE):
+        place = heading.start()
+    return "\n\n".join(filter(None, (text[:place].rstrip(), block, text[place:].strip())))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small model hub in memory, on the loopback interface, with as much of the protocol as `huggingface_hub` asks for.
 
-Repositories with branches and commits, plain and LFS uploads, resolved downloads with a redirect for LFS files, tokens,
-private repositories, and the check of a model card's metadata that keeps local paths out of the real Hub
+Repositories with branches and commits, plain and LFS uploads, resolved downloads with a redirect for LFS files, tokens
+and private repositories, and the check of a model card's metadata that keeps local paths out of the real Hub
 (https://github.com/huggingface/transformers/issues/33922).
 """
 
