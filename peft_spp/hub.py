@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 
 from .model_card import CARD, PLACEHOLDER
@@ -53,8 +53,10 @@ def push_to_hub(
         folder = Path(name)
         try:
             shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), folder / CARD)
-        except EntryNotFoundError:
-            pass  # there is no card to keep
+        except EntryNotFoundError as error:
+            # there is no card to keep, unless nobody could be asked
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
         model.save_pretrained(str(folder), **kwargs)
         card = ModelCard.load(folder / CARD)
         card.text = card.text.replace(PLACEHOLDER, repo_id)

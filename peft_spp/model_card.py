@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -132,8 +133,13 @@ def _update_metadata(data: ModelCardData, config: SPPConfig, patterns: set[str])
 
 def _hub_id(base_model: Any) -> str | None:
     """The name of a base model, unless there is none or it is that of a folder."""
-    is_local = isinstance(base_model, str) and (os.path.isabs(base_model) or os.path.isdir(base_model))
-    return None if not base_model or is_local else base_model
+    if not base_model or (isinstance(base_model, str) and os.path.isdir(base_model)):
+        return None
+    try:
+        validate_repo_id(base_model)
+    except HFValidationError:
+        return None
+    return str(base_model)
 
 
 def _facts(config: SPPConfig, name: str, masks: list[MaskRecord]) -> str:

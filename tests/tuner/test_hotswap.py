@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights of a loaded adapter replaced in place."""
 
+import copy
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from peft_spp import SPPConfig, hotswap_adapter, hotswap_adapter_from_state_dict
 
-from tiny import prune_, randomize, tiny_llama
+from tiny import MLP, prune_, randomize, tiny_llama
 
 
 IDS = torch.arange(10).view(1, 10)
@@ -75,19 +76,29 @@ def test_the_other_adapters_stay(tmp_path):
 
 
 def test_a_compiled_model_is_not_compiled_again(tmp_path):
-    save(tmp_path / "first", 1)
-    second, scaled = save(tmp_path / "second", 2), save(tmp_path / "scaled", 3, spp_alpha=5)
+    torch.manual_seed(0)
+    base = MLP()
+    x = torch.randn(2, 12)
+    outputs = {}
+    for name, alpha in (("first", 8), ("second", 8), ("scaled", 5)):
+        config = SPPConfig(r=3, spp_alpha=alpha, target_modules=["lin0", "lin1"])
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        randomize(model)
+        model.save_pretrained(tmp_path / name)
+        outputs[name] = model(x)
     counter = CompileCounter()
-    model = torch.compile(load(tmp_path / "first"), backend=counter)
-    logits(model)
+    torch._dynamo.reset()
+    model = torch.compile(load(tmp_path / "first", base), backend=counter)
+    torch.testing.assert_close(model(x), outputs["first"])
     compiled = counter.frame_count
     assert compiled > 0
     hotswap_adapter(model, tmp_path / "second", "default")
-    torch.testing.assert_close(logits(model), second)
+    torch.testing.assert_close(model(x), outputs["second"])
     assert counter.frame_count == compiled
     # another scaling is a constant of the compiled code: it is compiled anew, and right
     hotswap_adapter(model, tmp_path / "scaled", "default")
-    torch.testing.assert_close(logits(model), scaled)
+    torch.testing.assert_close(model(x), outputs["scaled"])
+    torch._dynamo.reset()
 
 
 def test_an_optimizer_goes_on_with_the_parameters(tmp_path):
