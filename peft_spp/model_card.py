@@ -35,7 +35,7 @@ PEFT learns SPP from the package `peft-spp` (`pip install peft-spp`). Without th
 import peft_spp
 from peft import {auto_class}
 
-model = {auto_class}.from_pretrained("<this adapter>"{more})
+model = {auto_class}.from_pretrained("{place}"{more})
 ```
 
 ## How to merge it
@@ -43,7 +43,7 @@ model = {auto_class}.from_pretrained("<this adapter>"{more})
 The merged model is as sparse as the base model, and plain Transformers loads it. From disk to disk:
 
 ```bash
-peft-spp merge <this adapter> merged-model
+peft-spp merge {place} merged-model
 ```
 
 Or in Python:
@@ -89,7 +89,8 @@ def update_model_card(folder: str | Path, config: SPPConfig) -> None:
     card.text = _put(card.text, f"adapter {name}", _facts(config, name, masks))
     if name == "default" or _comment("adapter default") not in card.text:
         more = "" if name == "default" else f', subfolder="{name}"'
-        card.text = _put(card.text, "usage", _USAGE.format(auto_class=_auto_class(config), more=more))
+        usage = _USAGE.format(auto_class=_auto_class(config), place=PLACEHOLDER, more=more)
+        card.text = _put(card.text, "usage", usage)
     card.save(path)
 
 
@@ -106,9 +107,11 @@ def new_model_card(base_model: str | None, task_type: str | None, tags: list[str
     Returns:
         `ModelCard`: The card.
     """
+    base_model = _hub_id(base_model)
     data = ModelCardData(
         library_name="peft",
-        base_model=_hub_id(base_model),
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
         tags=tags,
         pipeline_tag="text-generation" if task_type == "CAUSAL_LM" else None,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -70,8 +71,9 @@ def write_adapter(output: Path, content: AdapterContent) -> None:
         os.rename(output, aside)
         try:
             os.rename(working, output)
-        except OSError:
-            os.rename(aside, output)
+        except BaseException:
+            with suppress(OSError):  # something else has taken the place; the old adapter stays beside it
+                os.rename(aside, output)
             raise
         shutil.rmtree(aside, ignore_errors=True)
     finally:

@@ -100,12 +100,16 @@ def add_weighted_adapter(
 
 
 def _combine(layer: SPPLayer, adapters: Sequence[str], weights: Sequence[float], r: int) -> RankOneBlocks:
-    # the scaling that the adapter was trained with: a weight that is set for the exact sum does not count
-    factors = [
-        Factors(A, B, weight * layer.spp_alpha[name] / layer.r[name])
-        for name, weight in zip(adapters, weights, strict=True)
-        for A, B, _ in layer.get_factors([name])
-    ]
+    factors = []
+    for name, weight in zip(adapters, weights, strict=True):
+        for A, B, _ in layer.get_factors([name]):
+            if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+                raise ValueError(
+                    f"Adapter {name!r} has values that are NaN or infinite in {layer.module_name!r}. Load an earlier "
+                    "checkpoint of it."
+                )
+            # the scaling that the adapter was trained with: a weight that is set for the exact sum does not count
+            factors.append(Factors(A, B, weight * layer.spp_alpha[name] / layer.r[name]))
     return rank_one_blocks(factors, min(r, layer.out_features))
 
 

@@ -173,6 +173,15 @@ def test_what_cannot_be_combined_changes_nothing(arguments, message):
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
 
 
+def test_a_broken_adapter_is_named_with_the_module():
+    model = combined_mlp()
+    with torch.no_grad():
+        layers(model)["lin1"].spp_A["third"].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"(?s)third.*lin1"):
+        model.add_weighted_adapter(NAMES, WEIGHTS, "sum")
+    assert list(model.peft_config) == NAMES
+
+
 def test_trained_modules_are_not_added_up():
     model = get_peft_model(MLP(), SPPConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
     with pytest.raises(ValueError, match="modules_to_save"):
