@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 
-from .model_card import CARD, PLACEHOLDER
+from .model_card import CARD, PLACEHOLDER, drop_local_base_model
 
 
 def push_to_hub(
@@ -59,6 +59,7 @@ def push_to_hub(
                 raise
         model.save_pretrained(str(folder), **kwargs)
         card = ModelCard.load(folder / CARD)
+        drop_local_base_model(card)
         card.text = card.text.replace(PLACEHOLDER, repo_id)
         card.save(folder / CARD)
         commit = api.upload_folder(

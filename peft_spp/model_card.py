@@ -107,7 +107,6 @@ def new_model_card(base_model: str | None, task_type: str | None, tags: list[str
     Returns:
         `ModelCard`: The card.
     """
-    base_model = _hub_id(base_model)
     data = ModelCardData(
         library_name="peft",
         base_model=base_model,
@@ -118,31 +117,39 @@ def new_model_card(base_model: str | None, task_type: str | None, tags: list[str
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _update_metadata(data: ModelCardData, config: SPPConfig, patterns: set[str]) -> None:
-    base_model = _hub_id(data.base_model or config.base_model_name_or_path)
-    tags = {*(data.tags or []), *TAGS}
-    if len(patterns) == 1:
-        # the pattern that all adapted weights of the base model have, such as 2:4
-        tags |= patterns - {"dense", "unstructured"}
-    if base_model is None:
-        # the Hub refuses a card whose base model is a path, and nobody else has that folder
-        tags = {tag for tag in tags if not tag.startswith("base_model:")}
-        data.base_model = None
-    else:
-        data.base_model = base_model
-        data["base_model_relation"] = "adapter"
-    data.tags = sorted(tags)
+def drop_local_base_model(card: ModelCard) -> None:
+    """
+    Take a base model that is a folder, and not a repository on the Hub, out of the metadata of a card.
+
+    The Hub refuses such a card, and nobody else has that folder.
+
+    Args:
+        card (`ModelCard`): The card.
+    """
+    base_model = card.data.get("base_model")
+    if not isinstance(base_model, str) or not _is_local(base_model):
+        return
+    card.data["base_model"] = card.data["base_model_relation"] = None
+    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if not tag.startswith("base_model:")]
 
 
-def _hub_id(base_model: Any) -> str | None:
-    """The name of a base model, unless there is none or it is that of a folder."""
-    if not base_model or (isinstance(base_model, str) and os.path.isdir(base_model)):
-        return None
+def _is_local(base_model: str) -> bool:
+    if os.path.isdir(base_model):
+        return True
     try:
         validate_repo_id(base_model)
     except HFValidationError:
-        return None
-    return str(base_model)
+        return True
+    return False
+
+
+def _update_metadata(data: ModelCardData, config: SPPConfig, patterns: set[str]) -> None:
+    data.base_model = data.base_model or config.base_model_name_or_path
+    if data.base_model:
+        data["base_model_relation"] = "adapter"
+    # the pattern that all adapted weights of the base model have, such as 2:4
+    common = patterns - {"dense", "unstructured"} if len(patterns) == 1 else set()
+    data.tags = sorted({*(data.tags or []), *TAGS, *common})
 
 
 def _facts(config: SPPConfig, name: str, masks: list[MaskRecord]) -> str:
