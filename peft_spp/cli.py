@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -120,3 +121,51 @@ def merge(
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(code=1) from error
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
+class ExportTarget(str, Enum):
+    """The methods that an adapter can be exported to."""
+
+    hira = "hira"
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="The SPP adapter: a folder, or the id of a repository on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the exported adapter to.")],
+    to: Annotated[ExportTarget, typer.Option(help="The method to export to.")] = ExportTarget.hira,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """
+    Write an SPP adapter as one of another PEFT method, which plain PEFT loads.
+
+    It computes the same. As HiRA it needs PEFT 0.20, and takes r · (m + n) numbers a layer instead of r · n + m.
+    """
+    from .interchange import export_adapter
+    from .interchange.commands import run_and_report
+
+    run_and_report(lambda: export_adapter(adapter, out, to=to.value, overwrite=overwrite, dry_run=dry_run), as_json)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(help="The authors' adapter: a folder, or the id of a Hub repository.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the SPP adapter to.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model to name in it. By default the one that the adapter names.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """
+    Write a checkpoint of the SPP authors' code (lora_A.weight, lora_A.weight_col) as an SPP adapter.
+
+    The factors are copied bit for bit, from either layout of the column factor.
+    """
+    from .interchange import convert_adapter
+    from .interchange.commands import run_and_report
+
+    run_and_report(lambda: convert_adapter(adapter, out, base=base, overwrite=overwrite, dry_run=dry_run), as_json)

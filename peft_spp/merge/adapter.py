@@ -107,7 +107,7 @@ def read_config(folder: Path) -> SPPConfig:
         raise FileNotFoundError(f"{folder} is not a PEFT adapter: it holds no {CONFIG_NAME}")
     content = read_json(file)
     if content.get("peft_type") != "SPP":
-        raise ValueError(f"{file} is of peft_type {content.get('peft_type')!r}, and only SPP adapters are merged here")
+        raise ValueError(f"{file} is of peft_type {content.get('peft_type')!r}, and this works on SPP adapters alone")
     try:
         config = SPPConfig.from_peft_type(**content)
         get_pattern_key([*config.rank_pattern, *config.alpha_pattern], "")
@@ -117,7 +117,7 @@ def read_config(folder: Path) -> SPPConfig:
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise ValueError(f"{file} has settings that cannot be used: {error}") from error
     if config.trainable_token_indices:
-        raise ValueError(f"{file} has trainable_token_indices, which are not merged here. {INSTEAD}")
+        raise ValueError(f"{file} has trainable_token_indices, which are not read here. {INSTEAD}")
     return config
 
 
@@ -194,7 +194,7 @@ def _check_finite(tensor: StoredTensor) -> None:
         if count_non_finite(read_bytes(tensor.file, start, stop).view(tensor.dtype)):
             raise ValueError(
                 f"The adapter file {tensor.file} is broken: tensor {tensor.name!r} has values that are NaN or "
-                "infinite. Nothing was merged; use an earlier checkpoint of the adapter."
+                "infinite. Nothing was written; use an earlier checkpoint of the adapter."
             )
 
 

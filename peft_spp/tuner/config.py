@@ -8,7 +8,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..model_card import add_loading_note
+from ..model_card import update_model_card
 from .adapter_file import check_adapter_file
 
 
@@ -223,14 +223,14 @@ class SPPConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
-        Save the configuration, and tell readers of the adapter's model card, if there is one, how to load it.
+        Save the configuration, and say in the adapter's model card, if there is one, what the adapter is.
 
         Args:
             save_directory (`str`): The directory where the configuration will be saved.
             kwargs (additional keyword arguments, *optional*): As [`PeftConfig.save_pretrained`] takes them.
         """
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_note(save_directory)
+        update_model_card(save_directory, self)
 
     @classmethod
     def from_pretrained(

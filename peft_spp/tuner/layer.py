@@ -115,6 +115,41 @@ class SPPLayer(BaseTunerLayer):
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return cast(nn.Linear, self.spp_A[adapter_name]).weight, cast(nn.Linear, self.spp_B[adapter_name]).weight
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """
+        Set the scaling of an adapter to the one of its configuration, `spp_alpha / r`, times a factor.
+
+        Args:
+            adapter (`str`): The name of the adapter; a layer that does not have it is left as it is.
+            scale (`float`): The factor.
+        """
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.spp_alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """
+        Multiply the current scaling of all active adapters by a factor.
+
+        Args:
+            scale (`float`): The factor.
+        """
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """
+        Divide the current scaling of all active adapters by a factor.
+
+        Args:
+            scale (`float`, *optional*): The factor. With `None`, the scaling becomes that of the configuration.
+        """
+        for name in self.active_adapters:
+            if scale is None:
+                self.set_scale(name, 1.0)
+            elif name in self.scaling:
+                self.scaling[name] /= scale
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT's conversion factorizes an update that is added to the weight. SPP's update is a multiple of the weight
         # itself, place by place: it has full rank, and a low-rank stand-in would fill the pruned places.

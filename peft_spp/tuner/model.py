@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..sparsity.mask_record import MaskRelation
 from .base_record import check_base, record_base, relate_base
+from .combination import activate_weighted_adapters, add_weighted_adapter
 from .config import SPPConfig
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
@@ -364,6 +365,63 @@ class SPPModel(BaseTuner):
                     module.check_merge(adapter_names)
             elif safe_merge and isinstance(module, Linear):
                 module.check_merge(adapter_names)
+
+    def set_weighted_adapters(
+        self, adapters: Sequence[str], weights: Sequence[float], inference_mode: bool = False
+    ) -> None:
+        """
+        Make several adapters active, each with a weight: `W' = W ⊙ (1 + Σ weight · s · P(A) ⊙ B)`, exactly.
+
+        This is the weighted sum that [`add_weighted_adapter`] approximates. It costs hardly more than one adapter, and
+        `merge_and_unload()` merges it into one weight. Training goes on with these weights too; saved adapters do not
+        have them.
+
+        Args:
+            adapters (`List[str]`): The names of the adapters.
+            weights (`List[float]`): The weight of each of them; negative ones subtract.
+            inference_mode (`bool`, *optional*, defaults to `False`): Whether the adapters are frozen.
+
+        Raises:
+            ValueError: If an adapter does not exist or is merged, or the weights are not one finite number for each.
+        """
+        activate_weighted_adapters(self, adapters, weights, inference_mode)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: Literal["rank_one_svd"] = "rank_one_svd",
+        svd_rank: int | None = None,
+    ) -> dict[str, float]:
+        """
+        Add the single adapter that comes closest to a weighted sum of adapters.
+
+        The sum of SPP adapters is not an SPP adapter: in each row block the update is a sum of matrices of rank one.
+        `"rank_one_svd"` takes the best rank-one approximation of each block, by a singular value decomposition of the
+        factor that multiplies the weight (not of the weight's own change). How good that is, the returned errors say.
+        For the exact sum use [`set_weighted_adapters`].
+
+        The new adapter is frozen and not active, and only factors are combined.
+
+        Args:
+            adapters (`List[str]`): The names of the adapters to combine. Their ranks and targets may differ.
+            weights (`List[float]`): The weight of each of them; negative ones subtract.
+            adapter_name (`str`): The name of the new adapter.
+            combination_type (`str`): How they are combined: `"rank_one_svd"`.
+            svd_rank (`int`, *optional*):
+                The `r` of the new adapter, by default the largest rank of any of the adapters. The more row blocks,
+                the smaller is the error.
+
+        Returns:
+            `Dict[str, float]`: For each adapted module the relative error of `Σ weight · s · P(A) ⊙ B` in the
+            Frobenius norm.
+
+        Raises:
+            ValueError: If an adapter does not exist, has more than factors, or the new one exists. The model is as it
+                was then.
+        """
+        return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter folder is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from huggingface_hub import ModelCard
+from peft import PeftConfig
+from torch import Tensor
+
+from ..model_card import new_model_card
+from .report import ExchangedModule
+
+
+@dataclass(frozen=True)
+class AdapterContent:
+    """An adapter in memory, ready to be written to a folder.
+
+    Args:
+        config (`PeftConfig`): Its settings.
+        tensors (`Mapping[str, torch.Tensor]`): Its tensors, under the names that PEFT saves them by.
+        modules (`tuple[ExchangedModule, ...]`): The adapted modules.
+        others (`tuple[str, ...]`): The names of the tensors that are no factors.
+        text (`str`): What its model card says, beside what an SPP configuration adds when it is saved.
+    """
+
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+    modules: tuple[ExchangedModule, ...]
+    others: tuple[str, ...]
+    text: str
+
+    def card(self) -> ModelCard:
+        """A model card for the adapter.
+
+        Returns:
+            `ModelCard`: With PEFT's metadata.
+        """
+        task_type = getattr(self.config.task_type, "value", self.config.task_type)
+        tags = [str(getattr(self.config.peft_type, "value", self.config.peft_type)).lower()]
+        return new_model_card(self.config.base_model_name_or_path, task_type, tags, self.text)
