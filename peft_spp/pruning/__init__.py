@@ -3,7 +3,8 @@
 
 from .magnitude import prune_magnitude
 from .mask import pruning_mask
+from .sparsegpt import prune_sparsegpt
 from .wanda import prune_wanda
 
 
-__all__ = ["prune_magnitude", "prune_wanda", "pruning_mask"]
+__all__ = ["prune_magnitude", "prune_sparsegpt", "prune_wanda", "pruning_mask"]
