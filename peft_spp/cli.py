@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .commands.prune import prune
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -120,3 +121,6 @@ def merge(
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(code=1) from error
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
+app.command()(prune)

@@ -87,9 +87,18 @@ def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | No
             raise ValueError(f"The weight of {name} is stored as {layer.weight.dtype}: prune before quantizing.")
         if not layer.weight.isfinite().all():
             raise ValueError(f"The weight of {name} has values that are not finite.")
+    check_divisible(layers, pattern)
+
+
+def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
+    """Raise a `ValueError` that names the first layer whose inputs are no multiple of the M of `pattern`."""
+    for name, layer in layers.items():
         in_features = weight_matrix(layer).shape[1]
         if pattern is not None and in_features % NMPattern.parse(pattern).m != 0:
-            raise ValueError(f"The {in_features} input features of {name} are not divisible by the M of {pattern}.")
+            raise ValueError(
+                f"The {in_features} input features of {name} are not divisible by the M of {pattern}. Exclude it with "
+                "exclude_modules, or use another pattern or a sparsity."
+            )
 
 
 def weight_matrix(layer: LinearLayer) -> torch.Tensor:
