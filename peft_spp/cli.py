@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .commands.compare import compare
+from .commands.inspect import inspect
 from .commands.prune import prune
 
 
@@ -124,3 +126,5 @@ def merge(
 
 
 app.command()(prune)
+app.command()(inspect)
+app.command()(compare)

@@ -12,7 +12,7 @@ import torch
 from .by_module import ByModule
 from .counting import count_pair
 from .sources import Source, open_weights
-from .table import percent, plain_table, some
+from .table import MAX_ROWS, kind_of, percent, plain_table, some
 from .weights import Weight, called
 
 
@@ -140,6 +140,27 @@ class SparsityComparison(ByModule[ModuleComparison]):
         """
         losers = [module for module in self if module.lost]
         return sorted(losers, key=lambda module: module.lost, reverse=True)[:most]
+
+    def table(self) -> str:
+        """All compared modules as a table; where they are many, by kind.
+
+        Returns:
+            `str`: Its lines.
+        """
+        grouped = len(self.modules) > MAX_ROWS
+        groups: dict[str, list[ModuleComparison]] = {}
+        for module in self:
+            groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
+        columns = ("module", "weights", "zeros before", "zeros after", "lost", "new zeros")
+        attributes = ("numel", "zeros_before", "zeros_after", "lost", "gained")
+        rows = [
+            [
+                called(title) + (f" x{len(group)}" if grouped else ""),
+                *(f"{sum(getattr(module, attribute) for module in group):,}" for attribute in attributes),
+            ]
+            for title, group in groups.items()
+        ]
+        return plain_table(columns, rows, right=columns[1:])
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data for JSON.
