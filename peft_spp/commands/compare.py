@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, as_modules, errors_as_messages
+from .console import JsonOption, as_modules, errors_as_messages, progress_bar
 
 
 # as `diff` and `grep` do
@@ -38,7 +38,9 @@ def compare(
         from ..sparsity import compare_sparsity
         from .sources import local_source
 
-        comparison = compare_sparsity(local_source(base), local_source(merged), modules=as_modules(modules))
+        before, after = local_source(base), local_source(merged)
+        with progress_bar("Comparing") as progress:
+            comparison = compare_sparsity(before, after, modules=as_modules(modules), progress=progress)
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=2))
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, as_modules, errors_as_messages, print_report
+from .console import JsonOption, as_modules, errors_as_messages, print_report, progress_bar
 
 
 def inspect(
@@ -46,9 +46,13 @@ def inspect(
         path = local_source(source)
         found: AdapterInspection | CheckpointInspection
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            if pattern or modules:
+                raise ValueError(f"--pattern and --modules are for models, and {source} is an adapter")
             found = inspect_adapter(path)
         else:
-            found = inspect_checkpoint(path, patterns=pattern or ("2:4", "4:8", "2:8"), modules=as_modules(modules))
+            patterns = pattern or ("2:4", "4:8", "2:8")
+            with progress_bar("Reading") as progress:
+                found = inspect_checkpoint(path, patterns=patterns, modules=as_modules(modules), progress=progress)
         if plot is not None:
             from ..inspection.plots import plot_adapter, plot_checkpoint
 

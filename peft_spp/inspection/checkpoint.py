@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,7 @@ def inspect_checkpoint(
     *,
     patterns: str | NMPattern | Iterable[str | NMPattern] = ("2:4", "4:8", "2:8"),
     modules: str | Sequence[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> CheckpointInspection:
     """Look into a checkpoint, one tensor at a time.
 
@@ -178,6 +179,7 @@ def inspect_checkpoint(
         patterns (`str`, `NMPattern` or an iterable of them, *optional*): The N:M patterns to look for.
         modules (`str` or `Sequence[str]`, *optional*):
             Which modules to look at: a regular expression for the whole name, or a list of names or their ends.
+        progress (`Callable[[int, int], object]`, *optional*): Called with how many were read and how many there are.
 
     Returns:
         `CheckpointInspection`: The data, with a table as `str()`.
@@ -189,7 +191,11 @@ def inspect_checkpoint(
     wanted = parse_patterns(patterns)
     weights = open_weights(source, modules=modules)
     readable = {name: weight for name, weight in weights.linear.items() if weight.unreadable is None}
-    found = {name: _inspect(weight, wanted) for name, weight in readable.items()}
+    found = {}
+    for name, weight in readable.items():
+        found[name] = _inspect(weight, wanted)
+        if progress is not None:
+            progress(len(found), len(readable))
     return CheckpointInspection(weights.label, found, weights.skipped, readable)
 
 

@@ -85,14 +85,15 @@ def prune_block(
         after_batch (`Callable[[], object]`, *optional*): Called each time that a batch has been run.
     """
     assert method.statistics is not None
-    statistics: InputStatistics = method.statistics(layers)
-    with statistics:
-        for batch in batches:
-            statistics.token_mask = batch.token_mask
-            batch.run_block(index, block)
-            after_batch()
-    for name, statistic in statistics.compute().items():
-        method.prune(name, layers[name], statistic)
+    if layers:
+        statistics: InputStatistics = method.statistics(layers)
+        with statistics:
+            for batch in batches:
+                statistics.token_mask = batch.token_mask
+                batch.run_block(index, block)
+                after_batch()
+        for name, statistic in statistics.compute().items():
+            method.prune(name, layers[name], statistic)
     for batch in batches:
         batch.hidden_states = batch.run_block(index, block)
         after_batch()

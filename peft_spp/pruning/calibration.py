@@ -50,7 +50,11 @@ class InputStatistics(ABC):
             if self.token_mask is not None and features.shape[:-1] == self.token_mask.shape:
                 features = features[self.token_mask.to(features.device)]
             added = self.of_features(features.reshape(-1, features.shape[-1]))
-            self._sums[name] = self._sums[name] + added if name in self._sums else added
+            if name in self._sums:
+                # in place: a Hessian may take hundreds of megabytes
+                self._sums[name] += added
+            else:
+                self._sums[name] = added
 
         return add_inputs
 

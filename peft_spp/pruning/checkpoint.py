@@ -264,7 +264,7 @@ class _Run:
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
         last = max(index for index, layers in enumerate(by_block) if layers)
-        self._total = len(data) * (1 + 2 * (last + 1))
+        self._total = len(data) * (1 + sum(2 if layers else 1 for layers in by_block[: last + 1]))
         with calibration_mode(skeleton.model):
             with skeleton.loaded(skeleton.names_of_stem()):
                 batches = enter_blocks(

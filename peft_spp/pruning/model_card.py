@@ -46,8 +46,7 @@ def _section(report: PruneReport, method: PruningMethod, base_model: str | None)
         HEADING,
         "",
         f"{source} were pruned to {method.request} with [{method.name}]({method.paper}) by peft-spp {__version__}. "
-        f"{share:.2%} of their {report.numel:,} weights are zero; embeddings and the language model head are as they "
-        "were.",
+        f"{share:.2%} of their {report.numel:,} weights are zero; all other tensors are as they were.",
         "",
         *(f"- {name}: {value}" for name, value in report.settings.items() if value is not None),
         "",

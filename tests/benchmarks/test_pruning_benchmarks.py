@@ -35,7 +35,9 @@ def test_a_folder_without_texts_is_refused(tmp_path):
 
 @pytest.mark.parametrize("request_", ["2:4", 0.75])
 def test_the_committed_results_order_the_methods_as_the_papers_do(request_):
-    for file in RESULTS.glob("*/pruning.json"):
+    files = list(RESULTS.glob("*/pruning.json"))
+    assert files
+    for file in files:
         cases = [case for case in json.loads(file.read_text())["cases"] if case["parameters"]["request"] == request_]
         assert cases
         for case in cases:

@@ -142,6 +142,11 @@ def test_refusals_say_why_in_one_line(model: Path, arguments: list[str], message
     assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_what_is_asked_of_a_model_is_refused_for_an_adapter(adapter: Path) -> None:
+    result = run(adapter, "--modules", "q_proj")
+    assert result.exit_code == 1 and "is an adapter" in result.stderr
+
+
 def test_an_unknown_layer_to_draw_is_named(tmp_path: Path, model: Path, adapter: Path) -> None:
     pytest.importorskip("matplotlib")
     for source in (model, adapter):
