@@ -34,7 +34,7 @@ def write_card(path: Path, report: PruneReport, method: PruningMethod, base_mode
     card.data.tags = sorted({*(card.data.tags or []), *tags})
     if base_model is not None:
         card.data.base_model = base_model
-    title = card.text.strip() or f"# {report.output.rpartition('/')[2]}"
+    title = card.text.strip() or f"# {Path(report.output).name}"
     card.text = f"{title}\n\n{_section(report, method, base_model)}"
     card.save(path)
 
