@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 
 from ._version import __version__
+from .commands.compare import compare
+from .commands.inspect import inspect
+from .commands.prune import prune
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -169,3 +172,8 @@ def convert(
     from .interchange.commands import run_and_report
 
     run_and_report(lambda: convert_adapter(adapter, out, base=base, overwrite=overwrite, dry_run=dry_run), as_json)
+
+
+app.command()(prune)
+app.command()(inspect)
+app.command()(compare)

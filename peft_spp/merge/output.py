@@ -39,7 +39,7 @@ class OutputFolder:
         # the target of a link is replaced, and the link stays
         self.path = path.expanduser().resolve()
         self._old_model = self._check_place(overwrite)
-        self._working = self._hidden("merging")
+        self._working = self._hidden("writing")
         self._made_parents: list[Path] = []
 
     def _check_place(self, overwrite: bool) -> tuple[int, int] | None:
@@ -82,9 +82,7 @@ class OutputFolder:
         place = next(parent for parent in self.path.parents if parent.is_dir())
         free = shutil.disk_usage(place).free
         if free < size:
-            raise OSError(
-                errno.ENOSPC, f"the merged model takes {size:,} bytes, and only {free:,} are free", str(place)
-            )
+            raise OSError(errno.ENOSPC, f"the model takes {size:,} bytes, and only {free:,} are free", str(place))
 
     def __enter__(self) -> OutputFolder:
         try:
@@ -106,7 +104,7 @@ class OutputFolder:
         if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
             raise OSError(
                 error.errno,
-                f"no space for the merged model ({os.strerror(error.errno)}); nothing was changed",
+                f"no space for the model ({os.strerror(error.errno)}); nothing was changed",
                 str(self.path),
             ) from error
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding the linear layers of a model to prune, and pruning one of them."""
 
-import re
 import warnings
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -11,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..sparsity import NMPattern
+from ..sparsity.names import matches
 
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
@@ -45,7 +45,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def find_target_layers(model: nn.Module, target_modules: str | Iterable[str] | None) -> dict[str, LinearLayer]:
+def find_target_layers(
+    model: nn.Module, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None = None
+) -> dict[str, LinearLayer]:
     """
     Find the linear layers to prune.
 
@@ -55,6 +57,7 @@ def find_target_layers(model: nn.Module, target_modules: str | Iterable[str] | N
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. `None` means all linear layers in the transformer blocks, which
             leaves out the embeddings and the language model head.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
 
     Returns:
         `dict[str, LinearLayer]`: The `nn.Linear` and `Conv1D` layers by their names.
@@ -66,13 +69,14 @@ def find_target_layers(model: nn.Module, target_modules: str | Iterable[str] | N
         _warn_about_stacked_weights(blocks)
         prefix = blocks_name + "."
         layers = {name: layer for name, layer in _linear_layers(model).items() if name.startswith(prefix)}
-    elif isinstance(target_modules, str):
-        layers = {name: layer for name, layer in _linear_layers(model).items() if re.fullmatch(target_modules, name)}
     else:
-        suffixes = tuple(f".{name}" for name in target_modules)
-        layers = {name: layer for name, layer in _linear_layers(model).items() if f".{name}".endswith(suffixes)}
+        layers = {name: layer for name, layer in _linear_layers(model).items() if _matches(name, target_modules)}
     if not layers:
         raise ValueError(f"No linear layer of the model matches {target_modules=}.")
+    if exclude_modules is not None:
+        layers = {name: layer for name, layer in layers.items() if not _matches(name, exclude_modules)}
+        if not layers:
+            raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
     return layers
 
 
@@ -83,9 +87,18 @@ def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | No
             raise ValueError(f"The weight of {name} is stored as {layer.weight.dtype}: prune before quantizing.")
         if not layer.weight.isfinite().all():
             raise ValueError(f"The weight of {name} has values that are not finite.")
+    check_divisible(layers, pattern)
+
+
+def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
+    """Raise a `ValueError` that names the first layer whose inputs are no multiple of the M of `pattern`."""
+    for name, layer in layers.items():
         in_features = weight_matrix(layer).shape[1]
         if pattern is not None and in_features % NMPattern.parse(pattern).m != 0:
-            raise ValueError(f"The {in_features} input features of {name} are not divisible by the M of {pattern}.")
+            raise ValueError(
+                f"The {in_features} input features of {name} are not divisible by the M of {pattern}. Exclude it with "
+                "exclude_modules, or use another pattern or a sparsity."
+            )
 
 
 def weight_matrix(layer: LinearLayer) -> torch.Tensor:
@@ -98,6 +111,10 @@ def apply_mask(layer: LinearLayer, mask: torch.Tensor) -> None:
     """Set the weights of `layer` to +0.0 where `mask`, of shape `(out_features, in_features)`, is `False`."""
     # Filled rather than multiplied: -1.0 * 0 would be -0.0.
     weight_matrix(layer).masked_fill_(~mask, 0.0)
+
+
+def _matches(name: str, wanted: str | Iterable[str]) -> bool:
+    return matches(name, wanted if isinstance(wanted, str) else tuple(wanted))
 
 
 def _warn_about_stacked_weights(blocks: nn.ModuleList) -> None:

@@ -2,13 +2,15 @@
 """Magnitude pruning: prune the weights with the smallest absolute values."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..sparsity import NMPattern
-from .layers import apply_mask, check_prunable, find_target_layers, weight_matrix
-from .mask import check_pruning_request, pruning_mask
+from .layers import LinearLayer, apply_mask, check_prunable, find_target_layers, weight_matrix
+from .mask import pruning_mask
+from .methods import PruningMethod
 
 
 @torch.no_grad()
@@ -18,6 +20,7 @@ def prune_magnitude(
     pattern: str | NMPattern | None = None,
     sparsity: float | None = None,
     target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
 ) -> None:
     """
     Prune the linear layers of a model by magnitude, in place.
@@ -33,6 +36,7 @@ def prune_magnitude(
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
 
     Example:
 
@@ -44,9 +48,22 @@ def prune_magnitude(
     >>> prune_magnitude(model, pattern="2:4")
     ```
     """
-    check_pruning_request(pattern, sparsity)
-    layers = find_target_layers(model, target_modules)
+    method = Magnitude(pattern, sparsity)
+    layers = find_target_layers(model, target_modules, exclude_modules)
     check_prunable(layers, pattern)
-    for layer in layers.values():
+    for name, layer in layers.items():
+        method.prune(name, layer, None)
+
+
+@dataclass(frozen=True)
+class Magnitude(PruningMethod):
+    """Magnitude pruning, for one layer: see [`prune_magnitude`]."""
+
+    name = "magnitude"
+    paper = "https://huggingface.co/papers/1506.02626"
+    statistics = None
+
+    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         scores = weight_matrix(layer).abs()
-        apply_mask(layer, pruning_mask(scores, pattern=pattern, sparsity=sparsity, comparison_group="layer"))
+        mask = pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity, comparison_group="layer")
+        apply_mask(layer, mask)

@@ -2,17 +2,19 @@
 """Wanda (Sun et al., 2023, https://huggingface.co/papers/2306.11695): pruning by weights and activations."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..sparsity import NMPattern
-from .calibration import CalibrationBatch, InputNorms, calibration_mode, run_calibration
-from .layers import LinearLayer, apply_mask, check_prunable, find_blocks, find_target_layers, weight_matrix
-from .mask import check_pruning_request, pruning_mask
+from .by_block import prune_by_block
+from .calibration import InputNorms
+from .layers import LinearLayer, apply_mask, weight_matrix
+from .mask import pruning_mask
+from .methods import PruningMethod
 
 
-@torch.no_grad()
 def prune_wanda(
     model: nn.Module,
     calibration_batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
@@ -20,6 +22,7 @@ def prune_wanda(
     pattern: str | NMPattern | None = None,
     sparsity: float | None = None,
     target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
 ) -> None:
     """
     Prune the linear layers of a model with Wanda, in place.
@@ -47,6 +50,7 @@ def prune_wanda(
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or
             names of which one must be the layer's name or its end. By default all of them.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
 
     Example:
 
@@ -60,39 +64,19 @@ def prune_wanda(
     >>> prune_wanda(model, calibration_batches, pattern="2:4")
     ```
     """
-    check_pruning_request(pattern, sparsity)
-    blocks_name, blocks = find_blocks(model)
-    layers = find_target_layers(model, target_modules)
-    check_prunable(layers, pattern)
-    for name in layers:
-        if not name.startswith(f"{blocks_name}."):
-            raise ValueError(
-                f"{name} is not in the transformer blocks ({blocks_name}), which is all that Wanda prunes."
-            )
-
-    with calibration_mode(model):
-        dense_norms = InputNorms(layers)
-        batches = run_calibration(model, blocks, calibration_batches, dense_norms)
-        # These norms are not used, as the blocks will get other inputs: this checks them before anything is changed.
-        dense_norms.compute()
-
-        for index, block in enumerate(blocks):
-            prefix = f"{blocks_name}.{index}."
-            block_layers = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
-            for name, input_norms in _measure(index, block, block_layers, batches).items():
-                scores = weight_matrix(layers[name]).abs().float() * input_norms
-                apply_mask(layers[name], pruning_mask(scores, pattern=pattern, sparsity=sparsity))
-            for batch in batches:
-                batch.hidden_states = batch.run_block(index, block)
+    method = Wanda(pattern, sparsity)
+    prune_by_block(model, calibration_batches, method, target_modules, exclude_modules)
 
 
-def _measure(
-    index: int, block: nn.Module, layers: dict[str, LinearLayer], batches: list[CalibrationBatch]
-) -> dict[str, torch.Tensor]:
-    """Run the block numbered `index` on all batches, and return the norms of the inputs of its `layers`."""
-    norms = InputNorms(layers)
-    with norms:
-        for batch in batches:
-            norms.token_mask = batch.token_mask
-            batch.run_block(index, block)
-    return norms.compute()
+@dataclass(frozen=True)
+class Wanda(PruningMethod):
+    """Wanda, for one layer: see [`prune_wanda`]."""
+
+    name = "Wanda"
+    paper = "https://huggingface.co/papers/2306.11695"
+    statistics = InputNorms
+
+    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+        assert statistic is not None
+        scores = weight_matrix(layer).abs().float() * statistic
+        apply_mask(layer, pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from .by_module import ByModule
 from .counting import count_pair
 from .sources import Source, open_weights
-from .table import percent, plain_table, some
+from .table import MAX_ROWS, kind_of, percent, plain_table, some
 from .weights import Weight, called
 
 
@@ -141,6 +141,27 @@ class SparsityComparison(ByModule[ModuleComparison]):
         losers = [module for module in self if module.lost]
         return sorted(losers, key=lambda module: module.lost, reverse=True)[:most]
 
+    def table(self) -> str:
+        """All compared modules as a table; where they are many, by kind.
+
+        Returns:
+            `str`: Its lines.
+        """
+        grouped = len(self.modules) > MAX_ROWS
+        groups: dict[str, list[ModuleComparison]] = {}
+        for module in self:
+            groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
+        columns = ("module", "weights", "zeros before", "zeros after", "lost", "new zeros")
+        attributes = ("numel", "zeros_before", "zeros_after", "lost", "gained")
+        rows = [
+            [
+                called(title) + (f" x{len(group)}" if grouped else ""),
+                *(f"{sum(getattr(module, attribute) for module in group):,}" for attribute in attributes),
+            ]
+            for title, group in groups.items()
+        ]
+        return plain_table(columns, rows, right=columns[1:])
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data for JSON.
 
@@ -209,6 +230,7 @@ def compare_sparsity(
     after: Source,
     *,
     modules: str | Sequence[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> SparsityComparison:
     """Compare two versions of a model: which places that were zero no longer are.
 
@@ -224,6 +246,7 @@ def compare_sparsity(
         after (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `PathLike`): What became of it.
         modules (`str` or `Sequence[str]`, *optional*):
             Which modules to compare: a regular expression for the whole name, or a list of names or their ends.
+        progress (`Callable[[int, int], object]`, *optional*): Called with how many were read and how many there are.
 
     Returns:
         `SparsityComparison`: The data, with a table as `str()`.
@@ -238,7 +261,8 @@ def compare_sparsity(
     missing_before, missing_after = [], []
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     unreadable: dict[str, str] = {}
-    for name in dict.fromkeys([*old.linear, *new.linear]):
+    names = dict.fromkeys([*old.linear, *new.linear])
+    for done, name in enumerate(names, 1):
         # One side may leave out by name what the other knows to be a linear layer by its module.
         one, other = old.found.get(name), new.found.get(name)
         if other is None:
@@ -252,6 +276,8 @@ def compare_sparsity(
             reshaped[name] = (one.shape, other.shape)
         else:
             compared[name] = _compare(one, other)
+        if progress is not None:
+            progress(done, len(names))
     return SparsityComparison(
         old.label, new.label, compared, tuple(missing_before), tuple(missing_after), reshaped, unreadable
     )

@@ -223,9 +223,18 @@ def _cells(group: list[ModuleSparsity]) -> list[str]:
     ]
 
 
-def _look(weight: Weight, wanted: tuple[NMPattern, ...]) -> ModuleSparsity:
+def module_sparsity(weight: Weight, tensor: torch.Tensor, wanted: tuple[NMPattern, ...]) -> ModuleSparsity:
+    """How sparse one weight is.
+
+    Args:
+        weight (`Weight`): The weight.
+        tensor (`torch.Tensor`): What its `load` gave.
+        wanted (`tuple[NMPattern, ...]`): The patterns to look for, the tightest first.
+
+    Returns:
+        `ModuleSparsity`: The entry for a report.
+    """
     with torch.no_grad():
-        tensor = weight.load()
         counts = count(tensor, transposed=weight.transposed, group_sizes=sorted({pattern.m for pattern in wanted}))
     numel = tensor.numel()
     inputs = weight.shape[-2 if weight.transposed else -1]
@@ -289,5 +298,6 @@ def sparsity_report(
     """
     wanted = parse_patterns(patterns)
     weights = open_weights(source, modules=modules, conv1d=conv1d)
-    found = {name: _look(weight, wanted) for name, weight in weights.linear.items() if weight.unreadable is None}
+    readable = {name: weight for name, weight in weights.linear.items() if weight.unreadable is None}
+    found = {name: module_sparsity(weight, weight.load(), wanted) for name, weight in readable.items()}
     return SparsityReport(weights.label, wanted, found, weights.skipped)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import JsonOption, as_modules, errors_as_messages, print_report, progress_bar
+
+
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="A model, an SPP adapter or a folder of safetensors: a path or a Hub id.")
+    ],
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="A pattern to look for, such as 2:4. May be repeated.")
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which layers of a model to look at: names or their ends, one for each time the option is given, or "
+            "one regular expression for the whole name."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw a picture. It needs the extra `plot`.")
+    ] = None,
+    plot_module: Annotated[str | None, typer.Option(help="The layer whose weight is drawn.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Show how sparse a model is and where its zeros sit, or what training has made of an adapter.
+
+    The model is not built: tensors are read from its files, one at a time. Of a model, a picture shows the sparsity
+    by layer and kind of module, and one mask; of an adapter, how much it changes the weights.
+    """
+    with errors_as_messages():
+        from ..inspection import AdapterInspection, CheckpointInspection, inspect_adapter, inspect_checkpoint
+        from .sources import local_source
+
+        if plot is not None:
+            _check_plot(plot)
+        path = local_source(source)
+        found: AdapterInspection | CheckpointInspection
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            if pattern or modules:
+                raise ValueError(f"--pattern and --modules are for models, and {source} is an adapter")
+            found = inspect_adapter(path)
+        else:
+            patterns = pattern or ("2:4", "4:8", "2:8")
+            with progress_bar("Reading") as progress:
+                found = inspect_checkpoint(path, patterns=patterns, modules=as_modules(modules), progress=progress)
+        if plot is not None:
+            from ..inspection.plots import plot_adapter, plot_checkpoint
+
+            if isinstance(found, AdapterInspection):
+                plot_adapter(found, plot, plot_module)
+            else:
+                plot_checkpoint(found, plot, plot_module)
+    print_report(found, as_json)
+
+
+def _check_plot(plot: Path) -> None:
+    """Before anything is read, which may take long."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ValueError('--plot needs Matplotlib. Install it with: pip install "peft-spp[plot]"')
+    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {plot} must end in .png, .svg or .pdf")
+    if not plot.parent.is_dir():
+        raise ValueError(f"--plot {plot}: there is no folder {plot.parent}")

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models and adapters as they are named on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..merge.checkpoint import OTHER_WEIGHTS
+from ..merge.hub import local_folder
+
+
+def local_source(source: str) -> Path:
+    """Find a file or folder, or download a repository from the Hub.
+
+    Args:
+        source (`str`): A path, or the id of a repository on the Hub.
+
+    Returns:
+        `Path`: The local file or folder.
+
+    Raises:
+        FileNotFoundError: If it is no path, and cannot be downloaded.
+    """
+    path = Path(source).expanduser()
+    return path if path.is_file() else local_folder(source, ignore=OTHER_WEIGHTS)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training has made of an adapter: how much its factors change the weights, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import Factors, expand_row_blocks, row_block_index
+from ..merge.adapter import AdaptedModule, read_adapter, read_config
+from ..sparsity import MaskRecord
+from ..sparsity.by_module import ByModule
+from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
+from ..tuner.base_record import read_masks
+
+
+@dataclass(frozen=True)
+class AdaptedModuleInspection:
+    """What an adapter does to one module, whose weight becomes W ⊙ (1 + D) with D = s · P(A) ⊙ B.
+
+    Args:
+        name (`str`): The name of the module in the base model.
+        shape (`tuple[int, int]`): The number of outputs and of inputs.
+        r (`int`): The number of row blocks.
+        scaling (`float`): s = alpha / r.
+        change (`float`): The root mean square of D: how much a weight changes, relative to itself.
+        largest (`float`): The largest |D|.
+        norm_A (`float`): ‖A‖.
+        norm_B (`float`): ‖B‖, zero as long as nothing was trained.
+        mask (`MaskRecord`, *optional*): The mask of the weight that it was trained on.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    r: int
+    scaling: float
+    change: float
+    largest: float
+    norm_A: float
+    norm_B: float
+    mask: MaskRecord | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts only.
+        """
+        mask = None if self.mask is None else self.mask.to_dict()
+        return {**vars(self), "shape": list(self.shape), "mask": mask}
+
+
+@dataclass(frozen=True)
+class AdapterInspection(ByModule[AdaptedModuleInspection]):
+    """What an adapter holds. `str()` gives a table, iteration the modules, `inspection[name]` one of them.
+
+    Args:
+        source (`str`): The folder of the adapter.
+        base_model (`str`, *optional*): The base model that it names.
+        quantization (`str`, *optional*): How that was quantized in training.
+        modules (`Mapping[str, AdaptedModuleInspection]`): The adapted modules, by name.
+        trained (`tuple[str, ...]`): Tensors that take the place of the model's own: biases, `modules_to_save`.
+        factors (`Mapping[str, AdaptedModule]`): Where the factors of the modules are, by name.
+    """
+
+    source: str
+    base_model: str | None
+    quantization: str | None
+    modules: Mapping[str, AdaptedModuleInspection]
+    trained: tuple[str, ...]
+    factors: Mapping[str, AdaptedModule]
+
+    @property
+    def change(self) -> float:
+        """The root mean square of D over all adapted weights."""
+        numel = sum(math.prod(module.shape) for module in self)
+        return math.sqrt(sum(module.change**2 * math.prod(module.shape) for module in self) / numel) if numel else 0.0
+
+    def relative_change(self, name: str) -> Tensor:
+        """Compute D, the relative change of each weight of a module.
+
+        Args:
+            name (`str`): The name of the module.
+
+        Returns:
+            `torch.Tensor`: float32, shape `(out, in)`.
+
+        Raises:
+            ValueError: If the adapter has no such module.
+        """
+        if name not in self:
+            raise ValueError(f"{self.source} adapts no module {name!r}; it adapts {some(list(self.modules), 3)}")
+        factors = _load(self.factors[name])
+        return factors.scaling * expand_row_blocks(factors.A, factors.B.shape[0]) * factors.B
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts only.
+        """
+        return {
+            "source": self.source,
+            "kind": "adapter",
+            "base_model": self.base_model,
+            "quantization": self.quantization,
+            "change": self.change,
+            "modules": [module.to_dict() for module in self],
+            "trained": list(self.trained),
+        }
+
+    def __str__(self) -> str:
+        quantized = f", quantized with {self.quantization}" if self.quantization else ""
+        lines = [f"SPP adapter {self.source}", f"of {self.base_model or 'a base model without name'}{quantized}"]
+        if self.modules:
+            grouped = len(self.modules) > MAX_ROWS
+            groups: dict[str, list[AdaptedModuleInspection]] = {}
+            for module in self:
+                groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
+            rows = [
+                [title + (f" x{len(group)}" if grouped else ""), *_cells(group)] for title, group in groups.items()
+            ]
+            columns = ("module", "shape", "trained on", "r", "s", "change (rms)", "largest", "|A|", "|B|")
+            lines += ["", plain_table(columns, rows, right=columns[3:]), ""]
+        untouched = sum(1 for module in self if module.norm_B == 0)
+        lines.append(f"{len(self)} modules adapted; their weights change by {_share(self.change)} (root mean square)")
+        if untouched:
+            lines.append(f"{untouched} of them are as they were: their B is zero")
+        if self.trained:
+            lines.append(f"{len(self.trained)} trained tensors beside them: {some(self.trained, 3)}")
+        if self.modules and all(module.mask is None for module in self):
+            lines.append("no record of the masks of the base model")
+        return "\n".join(lines)
+
+
+def inspect_adapter(source: str | PathLike[str]) -> AdapterInspection:
+    """Look into a saved SPP adapter.
+
+    Args:
+        source (`str` or `PathLike`): Its folder.
+
+    Returns:
+        `AdapterInspection`: The data, with a table as `str()`.
+
+    Raises:
+        FileNotFoundError: If it is no adapter.
+        ValueError: If it is one of another method, or is damaged or not finite.
+    """
+    folder = Path(source)
+    config = read_config(folder)
+    adapter = read_adapter(folder, config)
+    record = config.base_record
+    masks = {} if record is None else read_masks(record)
+    return AdapterInspection(
+        source=str(folder),
+        base_model=config.base_model_name_or_path,
+        quantization=None if record is None else record.get("quantization"),
+        modules={name: _inspect(module, masks.get(name)) for name, module in adapter.modules.items()},
+        trained=tuple(adapter.trained),
+        factors=adapter.modules,
+    )
+
+
+def _load(module: AdaptedModule) -> Factors:
+    return module.load(torch.float32)
+
+
+def _inspect(module: AdaptedModule, mask: MaskRecord | None) -> AdaptedModuleInspection:
+    A, B, scaling = _load(module)
+    outputs, inputs = B.shape[0], A.shape[1]
+    # Row i of D is s · B_i times row k of A, with k the row's block, so D itself need not be computed.
+    blocks = row_block_index(outputs, module.r)
+    squares = B.double().square().squeeze(1) * A.double().square().sum(dim=1)[blocks]
+    largest = B.abs().squeeze(1) * A.abs().amax(dim=1)[blocks]
+    return AdaptedModuleInspection(
+        name=module.name,
+        shape=(outputs, inputs),
+        r=module.r,
+        scaling=scaling,
+        change=abs(scaling) * math.sqrt(float(squares.sum()) / (outputs * inputs)),
+        largest=abs(scaling) * float(largest.max()),
+        norm_A=float(A.norm()),
+        norm_B=float(B.norm()),
+        mask=mask,
+    )
+
+
+def _cells(group: list[AdaptedModuleInspection]) -> list[str]:
+    shapes = dict.fromkeys(" x ".join(map(str, module.shape)) for module in group)
+    masks = dict.fromkeys(
+        "" if module.mask is None else f"{module.mask.pattern}, {percent(module.mask.sparsity)}" for module in group
+    )
+    return [
+        next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+        next(iter(masks)) if len(masks) == 1 else f"{len(masks)} masks",
+        ", ".join(dict.fromkeys(str(module.r) for module in group)),
+        ", ".join(dict.fromkeys(f"{module.scaling:g}" for module in group)),
+        _range([module.change for module in group], _share),
+        _share(max(module.largest for module in group)),
+        _range([module.norm_A for module in group], "{:.3g}".format),
+        _range([module.norm_B for module in group], "{:.3g}".format),
+    ]
+
+
+def _range(values: list[float], write: Any) -> str:
+    low, high = write(min(values)), write(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"

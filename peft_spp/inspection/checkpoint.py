@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sparse the layers of a checkpoint are, how large, and where their zeros sit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sparsity import ModuleSparsity, NMPattern
+from ..sparsity.bits import CHUNK_ELEMENTS, look_at
+from ..sparsity.by_module import ByModule
+from ..sparsity.pattern import parse_patterns
+from ..sparsity.report import module_sparsity
+from ..sparsity.sources import Source, open_weights
+from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
+from ..sparsity.weights import Weight, called
+
+
+@dataclass(frozen=True)
+class ModuleInspection:
+    """What one linear layer looks like.
+
+    Args:
+        sparsity (`ModuleSparsity`): Its shape, dtype, zeros and pattern.
+        size (`int`): The bytes of its weight.
+        least (`float`): The share of zeros in the output (row) that has the fewest.
+        most (`float`): The share of zeros in the output that has the most.
+        empty_outputs (`int`): How many outputs have no weight but zeros.
+        empty_inputs (`int`): How many inputs (columns) have no weight but zeros.
+    """
+
+    sparsity: ModuleSparsity
+    size: int
+    least: float
+    most: float
+    empty_outputs: int
+    empty_inputs: int
+
+    @property
+    def name(self) -> str:
+        """The name of the module."""
+        return self.sparsity.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts only.
+        """
+        return {
+            **self.sparsity.to_dict(),
+            "size": self.size,
+            "least_sparse_output": self.least,
+            "most_sparse_output": self.most,
+            "empty_outputs": self.empty_outputs,
+            "empty_inputs": self.empty_inputs,
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointInspection(ByModule[ModuleInspection]):
+    """What a checkpoint looks like. `str()` gives a table, iteration the layers, `inspection[name]` one of them.
+
+    Args:
+        source (`str`): What was read.
+        modules (`Mapping[str, ModuleInspection]`): The linear layers, by name.
+        skipped (`Mapping[str, str]`): Why each other weight of two or more dimensions was not counted.
+        weights (`Mapping[str, Weight]`): Where the weights of the layers are, by name.
+    """
+
+    source: str
+    modules: Mapping[str, ModuleInspection]
+    skipped: Mapping[str, str]
+    weights: Mapping[str, Weight]
+
+    @property
+    def numel(self) -> int:
+        """How many weights were counted."""
+        return sum(module.sparsity.numel for module in self)
+
+    @property
+    def zeros(self) -> int:
+        """How many of them are zero."""
+        return sum(module.sparsity.zeros for module in self)
+
+    @property
+    def size(self) -> int:
+        """The bytes of them."""
+        return sum(module.size for module in self)
+
+    @property
+    def total_sparsity(self) -> float:
+        """The share of counted weights that are zero, between 0 and 1."""
+        return self.zeros / self.numel if self.numel else 0.0
+
+    def nonzero(self, name: str) -> Tensor:
+        """Read which weights of a layer are not zero.
+
+        Args:
+            name (`str`): The name of the layer.
+
+        Returns:
+            `torch.Tensor`: Boolean, shape `(out, in)`; of the first expert, where there are many in one weight.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        if name not in self:
+            raise ValueError(f"{self.source} has no linear layer {name!r}; it has {some(list(self.modules), 3)}")
+        weight = self.weights[name]
+        return look_at(next(_matrices(weight.load(), weight.transposed)).contiguous()).nonzero
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts only.
+        """
+        return {
+            "source": self.source,
+            "kind": "checkpoint",
+            "total_sparsity": self.total_sparsity,
+            "numel": self.numel,
+            "zeros": self.zeros,
+            "size": self.size,
+            "modules": [module.to_dict() for module in self],
+            "skipped": dict(self.skipped),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"Linear layers of {self.source}"]
+        if self.modules:
+            grouped = len(self.modules) > MAX_ROWS
+            groups: dict[str, list[ModuleInspection]] = {}
+            for module in self:
+                groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
+            rows = [
+                [called(title) + (f" x{len(group)}" if grouped else ""), *_cells(group)]
+                for title, group in groups.items()
+            ]
+            columns = (
+                "module",
+                "shape",
+                "dtype",
+                "pattern",
+                "size",
+                "sparsity",
+                "of the outputs",
+                "empty outputs",
+                "empty inputs",
+            )
+            lines += ["", plain_table(columns, rows, right=columns[4:]), ""]
+        lines.append(
+            f"{len(self)} linear layers, {self.numel:,} weights in {_bytes(self.size)}, "
+            f"{percent(self.total_sparsity)} zero"
+        )
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            reasons.setdefault(reason, []).append(called(name))
+        lines += [f"not counted, {reason}: {some(names, 3)}" for reason, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(
+    source: Source,
+    *,
+    patterns: str | NMPattern | Iterable[str | NMPattern] = ("2:4", "4:8", "2:8"),
+    modules: str | Sequence[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> CheckpointInspection:
+    """Look into a checkpoint, one tensor at a time.
+
+    Args:
+        source (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `PathLike`): See [`sparsity_report`].
+        patterns (`str`, `NMPattern` or an iterable of them, *optional*): The N:M patterns to look for.
+        modules (`str` or `Sequence[str]`, *optional*):
+            Which modules to look at: a regular expression for the whole name, or a list of names or their ends.
+        progress (`Callable[[int, int], object]`, *optional*): Called with how many were read and how many there are.
+
+    Returns:
+        `CheckpointInspection`: The data, with a table as `str()`.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If a pattern is malformed, nothing matches `modules`, or a file cannot be read.
+    """
+    wanted = parse_patterns(patterns)
+    weights = open_weights(source, modules=modules)
+    readable = {name: weight for name, weight in weights.linear.items() if weight.unreadable is None}
+    found = {}
+    for name, weight in readable.items():
+        found[name] = _inspect(weight, wanted)
+        if progress is not None:
+            progress(len(found), len(readable))
+    return CheckpointInspection(weights.label, found, weights.skipped, readable)
+
+
+@torch.no_grad()
+def _inspect(weight: Weight, wanted: tuple[NMPattern, ...]) -> ModuleInspection:
+    tensor = weight.load()
+    least, most, empty_outputs, empty_inputs = 1.0, 0.0, 0, 0
+    for matrix in _matrices(tensor, weight.transposed):
+        outputs, inputs = matrix.shape
+        if not matrix.numel():
+            continue
+        used = torch.zeros(inputs, dtype=torch.bool, device=matrix.device)
+        step = max(1, CHUNK_ELEMENTS // inputs)
+        for start in range(0, outputs, step):
+            nonzero = look_at(matrix[start : start + step].contiguous()).nonzero
+            used |= nonzero.any(dim=0)
+            kept = nonzero.sum(dim=1)
+            least = min(least, 1 - int(kept.max()) / inputs)
+            most = max(most, 1 - int(kept.min()) / inputs)
+            empty_outputs += int((kept == 0).sum())
+        empty_inputs += inputs - int(used.sum())
+    sparsity = module_sparsity(weight, tensor, wanted)
+    return ModuleInspection(sparsity, tensor.nbytes, min(least, most), most, empty_outputs, empty_inputs)
+
+
+def _matrices(tensor: Tensor, transposed: bool) -> Iterator[Tensor]:
+    """The weights `(out, in)` that a weight consists of: one for each expert of a mixture."""
+    for matrix in [tensor] if tensor.dim() == 2 else tensor.unbind(0):
+        yield matrix.detach().T if transposed else matrix.detach()
+
+
+def _cells(group: list[ModuleInspection]) -> list[str]:
+    all_of = [module.sparsity for module in group]
+    shapes = dict.fromkeys(
+        " x ".join(map(str, one.shape)) + (" (in, out)" if one.transposed else "") for one in all_of
+    )
+    return [
+        next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+        ", ".join(dict.fromkeys(one.dtype for one in all_of)),
+        ", ".join(dict.fromkeys(one.pattern for one in all_of)),
+        _bytes(sum(module.size for module in group)),
+        _range(one.sparsity for one in all_of),
+        _range([min(module.least for module in group), max(module.most for module in group)]),
+        f"{sum(module.empty_outputs for module in group):,}",
+        f"{sum(module.empty_inputs for module in group):,}",
+    ]
+
+
+def _range(shares: Iterable[float]) -> str:
+    listed = list(shares)
+    low, high = percent(min(listed)), percent(max(listed))
+    return low if low == high else f"{low} to {high}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning a model in memory block by block, each block by what it gets once the blocks before it are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from .calibration import CalibrationBatch, InputStatistics, calibration_mode, run_calibration
+from .layers import LinearLayer, check_prunable, find_blocks, find_target_layers
+from .methods import PruningMethod
+
+
+@torch.no_grad()
+def prune_by_block(
+    model: nn.Module,
+    calibration_batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
+    method: PruningMethod,
+    target_modules: str | Iterable[str] | None,
+    exclude_modules: str | Iterable[str] | None,
+) -> None:
+    """
+    Prune the linear layers of a model in place, with a method that needs calibration data.
+
+    Everything is checked on the dense model, with one forward pass, before the model is changed.
+
+    Args:
+        model (`nn.Module`): The model.
+        calibration_batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
+        method (`PruningMethod`): The method.
+        target_modules (`str` or `Iterable[str]`, *optional*): Which linear layers of the blocks.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not.
+    """
+    blocks_name, blocks = find_blocks(model)
+    layers = find_target_layers(model, target_modules, exclude_modules)
+    check_prunable(layers, method.pattern)
+    check_in_blocks(layers, blocks_name, method)
+    assert method.statistics is not None
+
+    with calibration_mode(model):
+        dense = method.statistics(layers)
+        batches = run_calibration(model, blocks, calibration_batches, dense)
+        # These are not used, as the blocks will get other inputs: this checks them before anything is changed.
+        dense.compute()
+        del dense
+
+        for index, block in enumerate(blocks):
+            prune_block(method, index, block, layers_of_block(layers, blocks_name, index), batches)
+
+
+def check_in_blocks(names: Iterable[str], blocks_name: str, method: PruningMethod) -> None:
+    """Raise a `ValueError` that names the first layer outside of the blocks."""
+    for name in names:
+        if not name.startswith(f"{blocks_name}."):
+            raise ValueError(
+                f"{name} is not in the transformer blocks ({blocks_name}), which is all that {method.name} prunes."
+            )
+
+
+def layers_of_block(layers: dict[str, LinearLayer], blocks_name: str, index: int) -> dict[str, LinearLayer]:
+    """The layers that are in the block numbered `index`."""
+    return {name: layer for name, layer in layers.items() if name.startswith(f"{blocks_name}.{index}.")}
+
+
+@torch.no_grad()
+def prune_block(
+    method: PruningMethod,
+    index: int,
+    block: nn.Module,
+    layers: dict[str, LinearLayer],
+    batches: list[CalibrationBatch],
+    after_batch: Callable[[], object] = lambda: None,
+) -> None:
+    """
+    Prune one block by the inputs of its layers, and push the calibration data through it.
+
+    Args:
+        method (`PruningMethod`): The method.
+        index (`int`): The number of the block.
+        block (`nn.Module`): The block.
+        layers (`dict[str, LinearLayer]`): Its layers to prune, by their names.
+        batches (`list[CalibrationBatch]`): The calibration data; afterwards, with the outputs of the pruned block.
+        after_batch (`Callable[[], object]`, *optional*): Called each time that a batch has been run.
+    """
+    assert method.statistics is not None
+    if layers:
+        statistics: InputStatistics = method.statistics(layers)
+        with statistics:
+            for batch in batches:
+                statistics.token_mask = batch.token_mask
+                batch.run_block(index, block)
+                after_batch()
+        for name, statistic in statistics.compute().items():
+            method.prune(name, layers[name], statistic)
+    for batch in batches:
+        batch.hidden_states = batch.run_block(index, block)
+        after_batch()

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning a checkpoint, from disk to disk, with one block in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from ..merge.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
+from ..merge.hub import local_folder
+from ..merge.output import OutputFolder, sync_file
+from ..merge.tensor_file import StoredTensor
+from ..sparsity import NMPattern
+from ..sparsity.counting import Counts, count
+from .by_block import check_in_blocks, layers_of_block, prune_block
+from .calibration import calibration_mode, enter_blocks
+from .calibration_file import calibration_sequences
+from .layers import LinearLayer, check_divisible, find_target_layers
+from .magnitude import Magnitude
+from .methods import PruningMethod
+from .model_card import CARD, write_card
+from .report import PrunedModule, PruneReport
+from .skeleton import Skeleton
+from .sparsegpt import BLOCK_SIZE, DAMPING, SparseGPT
+from .wanda import Wanda
+
+
+MethodName = Literal["wanda", "magnitude", "sparsegpt"]
+METHODS = ("wanda", "magnitude", "sparsegpt")
+SAMPLES = 128
+SEQUENCE_LENGTH = 2048
+
+Progress = Callable[[int, int], object]
+"""Called with the steps done and the steps there are."""
+
+Batches = Iterable[Tensor | Mapping[str, Tensor]]
+
+
+def prune_checkpoint(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    method: MethodName = "wanda",
+    pattern: str | NMPattern | None = None,
+    sparsity: float | None = None,
+    calibration: str | os.PathLike[str] | Batches | None = None,
+    samples: int = SAMPLES,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
+    damping: float = DAMPING,
+    block_size: int = BLOCK_SIZE,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PruneReport:
+    """
+    Prune a checkpoint, from disk to disk, with one transformer block in memory at a time.
+
+    The result is what [`prune_wanda`], [`prune_sparsegpt`] or [`prune_magnitude`] makes of the model in memory. It
+    takes the memory of the embeddings while the calibration data enters the model, and after that of one block, of
+    what the method measures of its inputs, and of the hidden states of the calibration data (128 samples of 2048
+    tokens of a 7B model: 2 GB in bfloat16).
+
+    The files of the model are copied, its weight files included, and pruned weights written into their places in the
+    copies: the shards, the index, the configuration, the tokenizer and the generation settings are those of the model,
+    and its card tells what was done. Weights in other formats are left out: they would be unpruned. The output folder
+    is changed in one step at the end, as a whole or not at all.
+
+    Args:
+        model (`str` or `os.PathLike`): The model, as a local folder or the id of a repository on the Hub.
+        output (`str` or `os.PathLike`): The folder to write the pruned model to.
+        method (`str`, *optional*, defaults to `"wanda"`): `"wanda"`, `"magnitude"` or `"sparsegpt"`.
+        pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
+        sparsity (`float`, *optional*): Fraction of the weights to prune, in [0, 1).
+        calibration (`str`, `os.PathLike` or `Iterable`, *optional*):
+            The calibration data: a file of text or of JSON lines with a `"text"` each, or batches of token ids or of
+            keyword arguments of the model's forward. Magnitude pruning does without.
+        samples (`int`, *optional*, defaults to 128): How many sequences to draw from the file.
+        sequence_length (`int`, *optional*): The tokens in each; by default 2048, or the model's context if shorter.
+        seed (`int`, *optional*, defaults to 0): Seed of the draw.
+        target_modules (`str` or `Iterable[str]`, *optional*):
+            Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
+            one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        damping (`float`, *optional*, defaults to 0.01): SparseGPT's λ, as a fraction of the mean of the diagonal of H.
+        block_size (`int`, *optional*, defaults to 128): SparseGPT's number of inputs between updates.
+        device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to check everything and to say what would be pruned, but prune and write nothing.
+        progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
+
+    Returns:
+        `PruneReport`: What was pruned.
+
+    Raises:
+        FileNotFoundError: If the model or the calibration file is not there.
+        FileExistsError: If `output` must not be replaced, or somebody else has written to it meanwhile.
+        ValueError: If an argument cannot be used, the blocks of the model cannot be found, a weight is not finite, or
+            there is too little calibration data; the message names the value, the tensor or the file.
+        OSError: If there is no space for the output.
+
+    Example:
+
+    ```py
+    >>> from peft_spp.pruning import prune_checkpoint
+
+    >>> report = prune_checkpoint("path/to/model", "pruned", method="wanda", pattern="2:4", calibration="texts.jsonl")
+    ```
+    """
+    chosen = _choose(method, pattern, sparsity, damping, block_size)
+    if chosen.statistics is not None and calibration is None:
+        raise ValueError(
+            f"method={method!r} needs calibration data: give a file of text or JSON lines as calibration, or use "
+            "method='magnitude'"
+        )
+    folder = local_folder(model, ignore=OTHER_WEIGHTS)
+    out = OutputFolder(Path(output), overwrite)
+    out.check_apart_from(folder, "model")
+    checkpoint = read_checkpoint(folder)
+    skeleton = Skeleton(checkpoint, _device(device))
+    layers = skeleton.find_targets(target_modules, exclude_modules)
+    check_divisible(layers, chosen.pattern)
+    settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
+    batches: Batches = []
+    if chosen.statistics is not None and calibration is not None:
+        check_in_blocks(layers, skeleton.blocks_name, chosen)
+        batches, used = _calibration_data(skeleton, calibration, samples, sequence_length, seed)
+        settings |= used
+    if isinstance(chosen, SparseGPT):
+        settings |= {"damping": damping, "block_size": block_size}
+
+    run = _Run(chosen, skeleton, layers, progress)
+    if dry_run:
+        run.look()
+        return _report(run, out.path, settings, dry_run)
+    out.check_space(checkpoint.size)
+    with out:
+        copies = _copy_files(checkpoint, out)
+        run.prune(list(batches), copies)
+        report = _report(run, out.path, settings, dry_run)
+        card = out.new_file(Path(CARD))
+        write_card(card, report, chosen, None if Path(model).expanduser().is_dir() else str(model))
+        for path in {card, *copies.values()}:
+            sync_file(path)
+        out.publish()
+    return report
+
+
+def _choose(
+    method: str, pattern: str | NMPattern | None, sparsity: float | None, damping: float, block_size: int
+) -> PruningMethod:
+    if method == "wanda":
+        return Wanda(pattern, sparsity)
+    if method == "magnitude":
+        return Magnitude(pattern, sparsity)
+    if method == "sparsegpt":
+        return SparseGPT(pattern, sparsity, damping, block_size)
+    raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _calibration_data(
+    skeleton: Skeleton,
+    calibration: str | os.PathLike[str] | Batches,
+    samples: int,
+    sequence_length: int | None,
+    seed: int,
+) -> tuple[Batches, dict[str, Any]]:
+    """The calibration data, and what to tell of it."""
+    if not isinstance(calibration, (str, os.PathLike)):
+        return calibration, {"calibration": "batches given in Python"}
+    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if sequence_length is None:
+        sequence_length = min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
+    if samples < 1 or sequence_length < 1:
+        raise ValueError(f"samples and sequence_length must be positive, but are {samples} and {sequence_length}")
+    if limit is not None and sequence_length > limit:
+        raise ValueError(f"sequence_length={sequence_length} is more than the model's context of {limit} tokens")
+    folder = skeleton.checkpoint.folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer that can be loaded ({error}): put the model's tokenizer there, or give "
+            "batches of token ids as calibration"
+        ) from error
+    file = Path(calibration).expanduser()
+    data = calibration_sequences(file, tokenizer, samples, sequence_length, seed)
+    used = {"calibration": file.name, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    return data, used
+
+
+def _copy_files(checkpoint: Checkpoint, out: OutputFolder) -> dict[Path, Path]:
+    """Copy all files of a model, and tell which is the copy of which."""
+    originals = [*(file.path for file in checkpoint.files), *(checkpoint.folder / one for one in checkpoint.carried)]
+    copies = {original: out.new_file(original.relative_to(checkpoint.folder)) for original in originals}
+    for original, copy in copies.items():
+        shutil.copyfile(original, copy)
+    return copies
+
+
+@dataclass
+class _Run:
+    """Prunes layer by layer or block by block, and tells how far it is.
+
+    Args:
+        method (`PruningMethod`): The method.
+        skeleton (`Skeleton`): The model.
+        layers (`dict[str, LinearLayer]`): Its layers to prune.
+        progress (`Callable[[int, int], object]`, *optional*): Called after each step.
+        modules (`dict[str, PrunedModule]`): What was done so far.
+    """
+
+    method: PruningMethod
+    skeleton: Skeleton
+    layers: dict[str, LinearLayer]
+    progress: Progress | None
+    modules: dict[str, PrunedModule] = field(default_factory=dict)
+    _done: int = 0
+    _total: int = 0
+
+    def look(self) -> None:
+        """Check the weights, and change nothing."""
+        for name in self._one_by_one():
+            self._record(name, self._count(name), None)
+
+    def prune(self, batches: list[Tensor | Mapping[str, Tensor]], copies: Mapping[Path, Path]) -> None:
+        """Prune the layers, and write them into copies of the weight files."""
+        if self.method.statistics is not None:
+            self._prune_by_block(batches, copies)
+            return
+        for name in self._one_by_one():
+            before = self._count(name)
+            self.method.prune(name, self.layers[name], None)
+            self._finish(name, before, copies)
+
+    def _one_by_one(self) -> Iterator[str]:
+        """The names of the layers, each while its weight is in memory."""
+        self._total = len(self.layers)
+        for name in self.layers:
+            with self.skeleton.loaded([f"{name}.weight"]):
+                yield name
+            self._step()
+
+    def _prune_by_block(self, data: list[Tensor | Mapping[str, Tensor]], copies: Mapping[Path, Path]) -> None:
+        skeleton, blocks = self.skeleton, self.skeleton.blocks
+        by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
+        last = max(index for index, layers in enumerate(by_block) if layers)
+        self._total = len(data) * (1 + sum(2 if layers else 1 for layers in by_block[: last + 1]))
+        with calibration_mode(skeleton.model):
+            with skeleton.loaded(skeleton.names_of_stem()):
+                batches = enter_blocks(
+                    skeleton.stem, blocks, data, skeleton.device, self._load_first_block, self._step
+                )
+            for index in range(last + 1):
+                with skeleton.loaded(skeleton.names_of_block(index)):
+                    layers = by_block[index]
+                    before = {name: self._count(name) for name in layers}
+                    prune_block(self.method, index, blocks[index], layers, batches, self._step)
+                    for name in layers:
+                        self._finish(name, before[name], copies)
+
+    def _load_first_block(self) -> torch.nn.Module:
+        for name in self.skeleton.names_of_block(0):
+            self.skeleton.load(name)
+        return self.skeleton.blocks[0]
+
+    def _step(self) -> None:
+        self._done += 1
+        if self.progress is not None:
+            self.progress(self._done, self._total)
+
+    def _count(self, name: str) -> int:
+        """The zeros of a weight that is in memory, and finite."""
+        counts = self._counts(name)
+        if counts.non_finite:
+            stored = self._stored(name)
+            raise ValueError(
+                f"tensor {stored.name!r} of {stored.file} has {counts.non_finite} values that are NaN or infinite: "
+                "the model is broken"
+            )
+        return counts.zeros
+
+    def _finish(self, name: str, zeros_before: int, copies: Mapping[Path, Path]) -> None:
+        """Check what a layer has become, and write it."""
+        counts = self._counts(name)
+        pattern = None if self.method.pattern is None else NMPattern.parse(self.method.pattern)
+        if counts.non_finite or (pattern is not None and counts.fullest[pattern.m] > pattern.n):
+            raise ValueError(f"{name} is not {self.method.request} after pruning: this is an error in peft_spp")
+        stored = self._stored(name)
+        data = self.layers[name].weight.detach().cpu().contiguous().view(torch.uint8)
+        with copies[stored.file].open("r+b") as file:
+            file.seek(stored.start)
+            file.write(data.numpy().data)
+        self._record(name, zeros_before, counts.zeros)
+
+    def _counts(self, name: str) -> Counts:
+        layer = self.layers[name]
+        sizes = [] if self.method.pattern is None else [NMPattern.parse(self.method.pattern).m]
+        return count(layer.weight, transposed=isinstance(layer, Conv1D), group_sizes=sizes)
+
+    def _stored(self, name: str) -> StoredTensor:
+        return self.skeleton.stored(f"{name}.weight")
+
+    def _record(self, name: str, before: int, after: int | None) -> None:
+        stored = self._stored(name)
+        self.modules[name] = PrunedModule(
+            name=name,
+            tensor=stored.name,
+            file=stored.file.relative_to(self.skeleton.checkpoint.folder).as_posix(),
+            shape=stored.shape,
+            dtype=str(stored.dtype).removeprefix("torch."),
+            zeros_before=before,
+            zeros_after=after,
+        )
+
+
+def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) -> PruneReport:
+    checkpoint = run.skeleton.checkpoint
+    linear = find_target_layers(run.skeleton.model, ".*")
+    return PruneReport(
+        model=str(checkpoint.folder),
+        output=str(output),
+        dry_run=dry_run,
+        settings=settings,
+        modules=run.modules,
+        left_dense=tuple(name for name in linear if name not in run.layers),
+        files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
+        carried=tuple(one.as_posix() for one in checkpoint.carried),
+        left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        size=checkpoint.size,
+    )

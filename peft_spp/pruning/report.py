@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruning a checkpoint did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..sparsity.by_module import ByModule
+from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
+
+
+@dataclass(frozen=True)
+class PrunedModule:
+    """What pruning did to the weight of one layer.
+
+    Args:
+        name (`str`): The name of the layer.
+        tensor (`str`): The name of its weight in the checkpoint.
+        file (`str`): The file of the checkpoint that holds it.
+        shape (`tuple[int, ...]`): The shape of the weight as stored.
+        dtype (`str`): Its dtype, such as `"bfloat16"`.
+        zeros_before (`int`): How many weights were zero.
+        zeros_after (`int` or `None`): How many are zero; `None` after a dry run.
+    """
+
+    name: str
+    tensor: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeros_before: int
+    zeros_after: int | None
+
+    @property
+    def numel(self) -> int:
+        """How many weights there are."""
+        return math.prod(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts only.
+        """
+        return {**vars(self), "shape": list(self.shape), "numel": self.numel}
+
+
+@dataclass(frozen=True)
+class PruneReport(ByModule[PrunedModule]):
+    """What pruning did. `str()` gives a table, iteration the pruned layers, `report[name]` one of them.
+
+    Args:
+        model (`str`): The folder of the model.
+        output (`str`): The folder of the pruned model.
+        dry_run (`bool`): Whether nothing was pruned and written.
+        settings (`Mapping[str, Any]`): The method and all that it was given, as plain data.
+        modules (`Mapping[str, PrunedModule]`): The pruned layers, by name.
+        left_dense (`tuple[str, ...]`): The linear layers that were not pruned.
+        files (`tuple[str, ...]`): The weight files.
+        carried (`tuple[str, ...]`): The other files that were copied.
+        left_out (`tuple[str, ...]`): Weights in the model's folder that were not copied: they are not pruned.
+        size (`int`): How many bytes the pruned model takes.
+    """
+
+    model: str
+    output: str
+    dry_run: bool
+    settings: Mapping[str, Any]
+    modules: Mapping[str, PrunedModule]
+    left_dense: tuple[str, ...]
+    files: tuple[str, ...]
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+    size: int
+
+    @property
+    def numel(self) -> int:
+        """How many weights the pruned layers have."""
+        return sum(module.numel for module in self)
+
+    @property
+    def zeros_before(self) -> int:
+        """How many of them were zero."""
+        return sum(module.zeros_before for module in self)
+
+    @property
+    def zeros_after(self) -> int | None:
+        """How many of them are zero; `None` after a dry run."""
+        return None if self.dry_run else sum(module.zeros_after or 0 for module in self)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of them that is zero, between 0 and 1; `None` after a dry run."""
+        return None if self.zeros_after is None else self.zeros_after / self.numel
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: Numbers, strings, lists and dicts only.
+        """
+        return {
+            "model": self.model,
+            "output": self.output,
+            "dry_run": self.dry_run,
+            "settings": dict(self.settings),
+            "numel": self.numel,
+            "zeros_before": self.zeros_before,
+            "zeros_after": self.zeros_after,
+            "sparsity": self.sparsity,
+            "modules": [module.to_dict() for module in self],
+            "left_dense": list(self.left_dense),
+            "files": list(self.files),
+            "carried": list(self.carried),
+            "left_out": list(self.left_out),
+            "size": self.size,
+        }
+
+    def table(self) -> str:
+        """The pruned layers as a table; where they are many, by kind.
+
+        Returns:
+            `str`: Its lines.
+        """
+        grouped = len(self.modules) > MAX_ROWS
+        groups: dict[str, list[PrunedModule]] = {}
+        for module in self:
+            groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
+        rows = [
+            [title + (f" x{len(group)}" if grouped else ""), *self._cells(group)] for title, group in groups.items()
+        ]
+        columns = ("layer", "shape", "dtype", "zero before", "zero after")
+        return plain_table(columns, rows, right=columns[3:])
+
+    def _cells(self, group: list[PrunedModule]) -> list[str]:
+        shapes = dict.fromkeys(" x ".join(map(str, module.shape)) for module in group)
+        numel = sum(module.numel for module in group)
+        after = "" if self.dry_run else percent(sum(module.zeros_after or 0 for module in group) / numel)
+        return [
+            next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+            ", ".join(dict.fromkeys(module.dtype for module in group)),
+            percent(sum(module.zeros_before for module in group) / numel),
+            after,
+        ]
+
+    def __str__(self) -> str:
+        what = "Would prune" if self.dry_run else "Pruned"
+        lines = [f"{what} {self.model}", f"as {self.output}", f"with {describe(self.settings)}", "", self.table(), ""]
+        lines.append(
+            f"{len(self)} layers, {self.numel:,} weights: {percent(self.zeros_before / self.numel)} zero before"
+            + ("" if self.sparsity is None else f", {percent(self.sparsity)} after")
+        )
+        if self.left_dense:
+            lines.append(f"left as they are: {some(self.left_dense, 3)}")
+        if self.left_out:
+            lines.append(f"not copied, since they would be unpruned: {some(self.left_out, 3)}")
+        return "\n".join(lines)
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """The settings in one line.
+
+    Args:
+        settings (`Mapping[str, Any]`): As a report has them.
+
+    Returns:
+        `str`: Such as `"wanda, pattern=2:4, samples=128"`.
+    """
+    return ", ".join(
+        str(value) if name == "method" else f"{name}={value}" for name, value in settings.items() if value is not None
+    )

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of a checkpoint whose weights are on disk, and in memory only where and while they are needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..merge.checkpoint import Checkpoint
+from ..merge.tensor_file import StoredTensor
+from ..merge.ties import TiedNames
+from .layers import LinearLayer, find_blocks, find_target_layers
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+INSTEAD = (
+    "Load the model with from_pretrained, prune it with prune_magnitude, prune_wanda or prune_sparsegpt, and save it "
+    "with save_pretrained instead."
+)
+
+
+class Skeleton:
+    """
+    A model without data, and the checkpoint that has it.
+
+    Args:
+        checkpoint (`Checkpoint`): The checkpoint, with the `config.json` of a class of Transformers.
+        device (`torch.device`): Where weights go when they are loaded, in the dtype that most of them are stored in.
+
+    Raises:
+        ValueError: If Transformers has no class for the model, its blocks cannot be found, or it is quantized.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = _main_dtype(checkpoint)
+        self.model = _empty_model(checkpoint, self.dtype)
+        self._state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        try:
+            self.blocks_name, self.blocks = find_blocks(self.model)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
+
+    def find_targets(
+        self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
+    ) -> dict[str, LinearLayer]:
+        """
+        Find the layers to prune.
+
+        Args:
+            target_modules (`str` or `Iterable[str]`, *optional*): See [`find_target_layers`].
+            exclude_modules (`str` or `Iterable[str]`, *optional*): See [`find_target_layers`].
+
+        Returns:
+            `dict[str, LinearLayer]`: The layers, on the meta device.
+
+        Raises:
+            ValueError: If there is none, or the weight of one is not in the checkpoint as it is in the model, is tied
+                to another module, or of a dtype of its own.
+        """
+        layers = find_target_layers(self.model, target_modules, exclude_modules)
+        tied = TiedNames(self.checkpoint.config)
+        for name in layers:
+            weight = self.stored(f"{name}.weight")
+            if f"{name}.weight" in tied:
+                raise ValueError(f"{name} shares its weight with the embeddings, which pruning would change as well.")
+            if weight.dtype not in _DTYPES:
+                raise ValueError(
+                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}: prune before quantizing."
+                )
+            if weight.dtype != self.dtype:
+                raise ValueError(
+                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, and most others are "
+                    f"{self.dtype}: save the model in one dtype first."
+                )
+        return layers
+
+    def stored(self, name: str) -> StoredTensor:
+        """
+        Where the checkpoint has a tensor of the model.
+
+        Args:
+            name (`str`): Its name in the model.
+
+        Returns:
+            `StoredTensor`: The tensor, of the shape that the model has it in.
+
+        Raises:
+            ValueError: If it is not there, or in another shape.
+        """
+        # the body of a model is saved without the prefix that its tensors have in the whole model, and may be loaded
+        # from either
+        prefix = f"{self.model.base_model_prefix}."
+        tensors = self.checkpoint.tensors
+        found = next(
+            (tensors[one] for one in (name, name.removeprefix(prefix), prefix + name) if one in tensors), None
+        )
+        if found is None:
+            raise ValueError(
+                f"{self.checkpoint.folder} does not hold {name!r}, which Transformers makes of other tensors when it "
+                f"loads the model. {INSTEAD}"
+            )
+        if found.shape != tuple(self._state[name].shape):
+            raise ValueError(
+                f"tensor {found.name!r} of {found.file} has shape {found.shape}, and by config.json it is "
+                f"{tuple(self._state[name].shape)}"
+            )
+        return found
+
+    @contextmanager
+    def loaded(self, names: Iterable[str]) -> Iterator[None]:
+        """
+        While active, tensors are in memory.
+
+        Args:
+            names (`Iterable[str]`): Their names in the model.
+        """
+        names = list(names)
+        for name in names:
+            self.load(name)
+        try:
+            yield
+        finally:
+            for name in names:
+                self.drop(name)
+
+    def load(self, name: str) -> None:
+        """Load a tensor by its name in the model, or move it to the device if it is no part of the checkpoint."""
+        if self._state[name].is_meta:
+            value = self.stored(name).load()
+            set_module_tensor_to_device(
+                self.model, name, self.device, value=value, dtype=self.dtype, clear_cache=False
+            )
+        else:
+            set_module_tensor_to_device(self.model, name, self.device, clear_cache=False)
+
+    def drop(self, name: str) -> None:
+        """Free the memory of a tensor that [`load`] can load again."""
+        if self._state[name].is_meta:
+            set_module_tensor_to_device(self.model, name, "meta", clear_cache=False)
+
+    def names_of_block(self, index: int) -> list[str]:
+        """The tensors of the block numbered `index`, by their names in the model."""
+        return [name for name in self._state if name.startswith(f"{self.blocks_name}.{index}.")]
+
+    def names_of_stem(self) -> list[str]:
+        """The tensors of all but the blocks and the head, by their names in the model."""
+        stem = next(name for name, module in self.model.named_modules() if module is self.stem)
+        prefix = f"{stem}." if stem else ""
+        blocks = f"{self.blocks_name}."
+        return [name for name in self._state if name.startswith(prefix) and not name.startswith(blocks)]
+
+    @property
+    def stem(self) -> nn.Module:
+        """The model without its head."""
+        stem: nn.Module = self.model.base_model
+        return stem
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most bytes."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if isinstance(tensor.dtype, torch.dtype):
+            sizes[tensor.dtype] += tensor.stop - tensor.start
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    if "model_type" not in checkpoint.config:
+        raise ValueError(f"{checkpoint.folder} has no config.json that names a model_type: it is no model to prune.")
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
+    named = checkpoint.config.get("architectures") or []
+    cls = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        # buffers are no part of a checkpoint, so they are computed
+        with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"Transformers {transformers.__version__} cannot build the model in {checkpoint.folder} (model_type "
+            f"{checkpoint.config['model_type']!r}): {error}"
+        ) from error
+    model.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    # others cannot be: of a quantized model, which is refused
+    torch.set_default_dtype(dtype if dtype in _DTYPES else previous)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

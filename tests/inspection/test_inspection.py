@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from peft_spp import SPPConfig
+from peft_spp.cli import app
+from peft_spp.inspection import inspect_adapter, inspect_checkpoint
+from peft_spp.sparsity import sparsity_report
+
+from tiny import block_linears, prune_, randomize, tiny, tiny_llama
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = tiny_llama()
+    for name, layer in block_linears(model).items():
+        prune_(layer.weight, "0.6" if name.endswith("down_proj") else "2:4")
+    model.model.layers[0].mlp.down_proj.weight.data[3] = 0
+    model.model.layers[0].mlp.down_proj.weight.data[:, [1, 5]] = 0
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, model: Path) -> Path:
+    adapted = get_peft_model(tiny_llama(), SPPConfig(r=5, task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    randomize(adapted)
+    with torch.no_grad():
+        adapted.base_model.model.model.layers[1].mlp.up_proj.spp_B["default"].weight.zero_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def run(*arguments: object, **options):
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)], **options)
+
+
+def test_the_places_of_zeros_are_counted(model: Path) -> None:
+    inspection = inspect_checkpoint(model)
+    report = sparsity_report(model)
+    assert list(inspection.modules) == list(report.modules) and len(inspection) == 21
+    for one in inspection:
+        assert one.sparsity == report[one.name]
+        zero = ~inspection.nonzero(one.name)
+        by_output = zero.double().mean(dim=1)
+        assert one.least == pytest.approx(float(by_output.min())) and one.most == pytest.approx(float(by_output.max()))
+        assert one.empty_outputs == int(zero.all(dim=1).sum()) and one.empty_inputs == int(zero.all(dim=0).sum())
+    special = inspection["model.layers.0.mlp.down_proj"]
+    assert special.empty_outputs == 1 and special.empty_inputs >= 2 and special.most == 1.0
+    assert inspection.total_sparsity == report.total_sparsity
+    assert inspection.size == sum(one.sparsity.numel for one in inspection) * 4
+
+
+def test_conv1d_weights_are_read_by_output(tmp_path: Path) -> None:
+    model = tiny("GPT2LMHeadModel", vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+    model.transformer.h[0].mlp.c_fc.weight.data[:, 7] = 0
+    model.save_pretrained(tmp_path)
+    one = inspect_checkpoint(tmp_path)["transformer.h.0.mlp.c_fc"]
+    assert (one.empty_outputs, one.empty_inputs, one.least, one.most) == (1, 0, 0.0, 1.0)
+
+
+def test_a_folder_of_safetensors_is_enough(tmp_path: Path) -> None:
+    save_file({"some.layer.weight": torch.eye(8)}, tmp_path / "any.safetensors")
+    result = run(tmp_path, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["total_sparsity"] == 1 - 1 / 8
+    assert json.loads(run(tmp_path / "any.safetensors", "--json").stdout)["modules"] == found["modules"]
+
+
+def test_the_change_is_that_of_the_factors(adapter: Path) -> None:
+    inspection = inspect_adapter(adapter)
+    assert len(inspection) == 21 and inspection.trained == ("lm_head.weight",)
+    total = 0.0
+    for one in inspection:
+        factors = inspection.factors[one.name].load(torch.float64)
+        blocks = [len(part) for part in torch.arange(one.shape[0]).tensor_split(one.r)]
+        P = factors.A.repeat_interleave(torch.tensor(blocks), dim=0)
+        D = factors.scaling * P * factors.B
+        torch.testing.assert_close(inspection.relative_change(one.name), D.float())
+        assert one.change == pytest.approx(float(D.square().mean().sqrt()))
+        assert one.largest == pytest.approx(float(D.abs().max()))
+        total += float(D.square().sum())
+    assert inspection.change == pytest.approx(math.sqrt(total / sum(math.prod(one.shape) for one in inspection)))
+    assert inspection["model.layers.1.mlp.up_proj"].change == 0 and "1 of them are as they were" in str(inspection)
+
+
+def test_an_adapter_tells_the_base_it_was_trained_on(tmp_path: Path) -> None:
+    base = tiny_llama()
+    for layer in block_linears(base).values():
+        prune_(layer.weight, "2:4")
+    get_peft_model(base, SPPConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    inspection = inspect_adapter(tmp_path)
+    assert {one.mask.pattern for one in inspection if one.mask} == {"2:4"} and "2:4, 50.00 %" in str(inspection)
+
+
+def test_commands_print_tables_and_json(model: Path, adapter: Path) -> None:
+    for source, kind in ((model, "checkpoint"), (adapter, "adapter")):
+        table = run(source)
+        assert table.exit_code == 0 and "q_proj" in table.stdout
+        found = json.loads(run(source, "--json").stdout)
+        assert found["kind"] == kind and len(found["modules"]) == 21
+    one = json.loads(run(model, "--json", "--modules", "q_proj", "--pattern", "1:4").stdout)
+    assert len(one["modules"]) == 3 and {module["pattern"] for module in one["modules"]} == {"unstructured"}
+
+
+def test_pictures_are_drawn(tmp_path: Path, model: Path, adapter: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for source in (model, adapter):
+        file = tmp_path / f"{source.name}.png"
+        result = run(source, "--plot", file, "--plot-module", "model.layers.2.self_attn.k_proj")
+        assert result.exit_code == 0, result.output
+        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 20_000
+
+
+def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path, model: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run(model, "--plot", tmp_path / "out.png")
+    assert result.exit_code == 1 and 'pip install "peft-spp[plot]"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "out.txt"], "must end in .png"),
+        (["--plot", "missing/out.png"], "there is no folder"),
+        (["--pattern", "4:2"], "4:2"),
+        (["--modules", "nothing"], "nothing"),
+    ],
+)
+def test_refusals_say_why_in_one_line(model: Path, arguments: list[str], message: str) -> None:
+    pytest.importorskip("matplotlib")
+    result = run(model, *arguments)
+    assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_what_is_asked_of_a_model_is_refused_for_an_adapter(adapter: Path) -> None:
+    result = run(adapter, "--modules", "q_proj")
+    assert result.exit_code == 1 and "is an adapter" in result.stderr
+
+
+def test_an_unknown_layer_to_draw_is_named(tmp_path: Path, model: Path, adapter: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for source in (model, adapter):
+        result = run(source, "--plot", tmp_path / "out.png", "--plot-module", "nowhere")
+        assert result.exit_code == 1 and "'nowhere'" in result.stderr
+
+
+def test_an_adapter_of_another_method_is_named(tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    result = run(tmp_path)
+    assert result.exit_code == 1 and "LORA" in result.stderr
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    result = run(tmp_path / "nowhere")
+    assert result.exit_code == 1 and "nowhere" in result.stderr
