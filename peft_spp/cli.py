@@ -120,3 +120,17 @@ def merge(
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(code=1) from error
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
+# TRL's parser reads the arguments and prints the help
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sft(context: typer.Context) -> None:
+    """
+    Fine-tune a model with SPP and TRL's `SFTTrainer`. Takes TRL's flags and YAML files, and SPP's (`--spp_r`).
+
+    `accelerate launch -m peft_spp.sft` takes the same arguments and runs on several devices or machines.
+    """
+    with _needs_train_extra():
+        from .sft.run import main as run_sft
+
+    raise typer.Exit(run_sft(context.args))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -155,12 +154,13 @@ def test_an_adapter_on_the_head_is_refused_as_loras_is(tmp_path: Path) -> None:
 
 def test_tokens_added_by_a_chat_template_are_trained(tmp_path: Path) -> None:
     """TRL asks for the rows of new tokens by `trainable_token_indices`, and for the head by `modules_to_save`."""
-    source = pruned_model()
-    source.save_pretrained(tmp_path / "source")
     tokenizer = tiny_tokenizer()
-    with_template = type(tokenizer).from_pretrained(_save_tokenizer(tokenizer, tmp_path / "plain"))
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with_template = type(tokenizer).from_pretrained(tmp_path / "plain")
     with_template.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    with_template.chat_template = "{% for message in messages %}<|turn|>{{ message['role'] }} {{ message['content'] }}{{ eos_token }}{% endfor %}"
+    with_template.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
     with_template.save_pretrained(tmp_path / "template")
     trainer = SFTTrainer(
         model=pruned_model(),
@@ -192,8 +192,3 @@ def test_tokens_added_by_a_chat_template_are_trained(tmp_path: Path) -> None:
     before = base_weights(trainer.model)
     trainer.train()
     assert_zeros_kept(trainer.model, before)
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> Path:
-    tokenizer.save_pretrained(folder)
-    return folder
