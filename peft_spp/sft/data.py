@@ -56,21 +56,11 @@ def load_data(
     Raises:
         InputError: If the data cannot be read, a split is missing, or no column has text; the message names it.
     """
-    try:
-        splits = _load_mixture(mixture) if mixture.datasets else _load_source(str(script.dataset_name), script)
-    except (OSError, ValueError, DatasetsError) as error:
-        if isinstance(error, InputError):
-            raise
-        source = script.dataset_name or ", ".join(config.path for config in mixture.datasets)
-        raise InputError(f"The data set {source!r} cannot be loaded: {one_line(error)}") from error
-
+    splits = _load(script, mixture)
     evaluates = training.eval_strategy != "no"
     train_name, test_name = script.dataset_train_split, script.dataset_test_split
-    if evaluates and test_name not in splits and mixture.test_split_size is not None and train_name in splits:
-        if not isinstance(splits[train_name], datasets.Dataset):
-            raise InputError("Streamed data cannot be split by --test_split_size. Name a split, --dataset_test_split.")
-        parts = splits[train_name].train_test_split(test_size=mixture.test_split_size, seed=training.seed)
-        splits = {**splits, train_name: parts["train"], test_name: parts["test"]}
+    if evaluates and test_name not in splits and train_name in splits and mixture.test_split_size is not None:
+        splits[train_name], splits[test_name] = _split(splits[train_name], mixture.test_split_size, training.seed)
     for name, option in ((train_name, "--dataset_train_split"), (test_name, "--dataset_test_split"))[: 1 + evaluates]:
         if name not in splits:
             hint = ", or --test_split_size to split one off" if option == "--dataset_test_split" else ""
@@ -79,6 +69,26 @@ def load_data(
             )
         _check_rows(splits[name], name, training)
     return splits[train_name], splits[test_name] if evaluates else None
+
+
+def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> dict[str, Any]:
+    try:
+        return _load_mixture(mixture) if mixture.datasets else _load_source(str(script.dataset_name), script)
+    except (OSError, ValueError, DatasetsError) as error:
+        if isinstance(error, InputError):
+            raise
+        source = script.dataset_name or ", ".join(config.path for config in mixture.datasets)
+        raise InputError(f"The data set {source!r} cannot be loaded: {one_line(error)}") from error
+
+
+def _split(dataset: Any, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    if not isinstance(dataset, datasets.Dataset):
+        raise InputError("Streamed data cannot be split by --test_split_size. Name a split, --dataset_test_split.")
+    try:
+        parts = dataset.train_test_split(test_size=test_size, seed=seed)
+    except ValueError as error:
+        raise InputError(f"--test_split_size cannot be used: {one_line(error)}") from error
+    return parts["train"], parts["test"]
 
 
 def _load_source(name: str, script: ScriptArguments) -> dict[str, Any]:
