@@ -32,9 +32,11 @@ def check_sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Non
     Raises:
         InputError: If a file or folder cannot be used; the message names it.
     """
-    for name in (script.dataset_name, *(config.path for config in mixture.datasets)):
-        if name is not None:
-            _local_source(name)
+    if script.dataset_name:
+        _local_source(script.dataset_name)
+    for config in mixture.datasets:
+        if config.data_files is None:
+            _local_source(config.path)
 
 
 def load_data(
@@ -107,7 +109,8 @@ def _load_source(name: str, script: ScriptArguments) -> dict[str, Any]:
 def _load_mixture(mixture: DatasetMixtureConfig) -> dict[str, Any]:
     configs = []
     for config in mixture.datasets:
-        builder, path = _local_source(config.path)
+        # files of its own go with the name of a kind: `path: json`
+        builder, path = _local_source(config.path) if config.data_files is None else (config.path, None)
         if builder == "disk":
             raise InputError(
                 f"{config.path!r} was written by save_to_disk, which a mixture does not take. Use Parquet."

@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from peft.utils.constants import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from trl import ModelConfig
 
 from ..tuner import SPPConfig, SPPLayer
@@ -46,12 +46,16 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
             f"{name!r} is an adapter, not a model. Merge it first (`peft-spp merge`), or name its base model and pass "
             "--resume_from_checkpoint to train it further."
         )
+    source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
     try:
-        model_config = AutoConfig.from_pretrained(
-            name, revision=model.model_revision, trust_remote_code=trust_remote_code
-        )
+        model_config = AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         raise InputError(f"The model {name!r} cannot be loaded: {one_line(error)}") from error
+    try:
+        # as SFTTrainer does, once it has loaded the model
+        AutoProcessor.from_pretrained(name, **source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
 
     architecture = getattr(transformers, (model_config.architectures or ["AutoModelForCausalLM"])[0], None)
     with torch.device("meta"):
@@ -59,6 +63,8 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
             empty = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         else:
             empty = architecture(model_config)
+    if not empty.can_generate():
+        raise InputError(f"The model {name!r} is a {type(empty).__name__}, which does not generate text.")
     return _adapt(empty, config, name)
 
 

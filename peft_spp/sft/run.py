@@ -12,6 +12,7 @@ from typing import Any, cast
 import datasets  # type: ignore[import-untyped]
 from trl import SFTTrainer, get_quantization_config
 
+from ..model_card import add_loading_note
 from .arguments import Arguments, parse_arguments
 from .checkpoints import find_checkpoint
 from .data import check_sources, load_data
@@ -37,6 +38,17 @@ class Run:
     train_dataset: datasets.Dataset | datasets.IterableDataset
     eval_dataset: datasets.Dataset | datasets.IterableDataset | None
     checkpoint: str | None
+
+
+class CardedSFTTrainer(SFTTrainer):
+    """An `SFTTrainer` whose model cards, also those it pushes, say how an SPP adapter is loaded."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            # TRL takes the adapter for a whole model of Transformers
+            self.model.create_or_update_model_card(self.args.output_dir)
+            add_loading_note(str(self.args.output_dir))
 
 
 def main(args: Sequence[str], prog: str = "peft-spp sft") -> int:
@@ -102,7 +114,7 @@ def train(run: Run) -> None:
         "dtype": model.dtype,
         **(given or {}),
     }
-    trainer = SFTTrainer(
+    trainer = CardedSFTTrainer(
         model=str(model.model_name_or_path),
         args=training,
         train_dataset=run.train_dataset,

@@ -14,14 +14,26 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl_cases import TEXTS, assert_equal, assert_zeros_kept, base_weights, factors, pruned_model, tiny_tokenizer
+from trl import SFTConfig
+from trl_cases import (
+    TEXTS,
+    assert_equal,
+    assert_zeros_kept,
+    base_weights,
+    factors,
+    pruned_model,
+    spp_config,
+    tiny_tokenizer,
+)
 from typer.testing import CliRunner
 
 from peft_spp.cli import app
+from peft_spp.model_card import HEADING
 from peft_spp.sft import last_complete_checkpoint
-from peft_spp.sft.run import main
+from peft_spp.sft.run import CardedSFTTrainer, main
 
 
 ROWS = [{"text": text} for text in TEXTS]
@@ -105,6 +117,9 @@ def test_trains_from_yaml_and_command_line_and_resumes(base: str, data: str, tmp
         assert (merged.get_submodule(name).weight[weight == 0] == 0).all(), name
     expected = factors(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out)))
 
+    card = (out / "README.md").read_text()
+    assert card.count(HEADING) == 1 and "import peft_spp" in card
+
     # as if killed while the last checkpoint was written
     (out / "checkpoint-4" / "trainer_state.json").unlink()
     assert last_complete_checkpoint(out) == str(out / "checkpoint-2")
@@ -153,6 +168,22 @@ def test_reads_local_files_and_folders(
     assert not out.exists()
 
 
+def test_the_card_that_is_pushed_says_how_to_load_the_adapter(tmp_path: Path) -> None:
+    """TRL writes its card, of a whole model, once more before it pushes."""
+    trainer = CardedSFTTrainer(
+        model=pruned_model(),
+        args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny_tokenizer(),
+        peft_config=spp_config(),
+    )
+    for _ in range(2):
+        trainer.create_model_card(model_name="name")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.library_name == "peft" and {"sft", "spp"} <= set(card.data.tags)
+        assert card.text.count(HEADING) == 1
+
+
 def test_a_dry_run_counts_the_adapters_parameters(
     base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +219,8 @@ def test_a_dry_run_counts_the_adapters_parameters(
         (["--dataset_text_field", "body"], "'body'"),
         (["--dataset_streaming"], "--max_steps"),
         (["--model_name_or_path", "./absent-model"], "./absent-model"),
+        (["--model_name_or_path", "{folder}/no-tokenizer"], "tokenizer"),
+        (["--model_name_or_path", "{folder}/classifier"], "LlamaForSequenceClassification"),
         (["--model_name_or_path", "{folder}/adapter"], "is an adapter"),
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
         (["--resume_from_checkpoint", "{folder}/checkpoint-3"], "checkpoint-3"),
@@ -204,6 +237,11 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     (folder / "empty.jsonl").touch()
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "bare").mkdir()
+    pruned_model().config.save_pretrained(folder / "no-tokenizer")
+    classifier = pruned_model("reward").config
+    classifier.architectures = ["LlamaForSequenceClassification"]
+    classifier.save_pretrained(folder / "classifier")
+    tiny_tokenizer().save_pretrained(folder / "classifier")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     out = tmp_path / "out"
