@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]
+from peft import PeftModel
 from trl import SFTTrainer, get_quantization_config
 
 from ..model_card import add_loading_note
@@ -47,7 +48,7 @@ class CardedSFTTrainer(SFTTrainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             # TRL takes the adapter for a whole model of Transformers
-            self.model.create_or_update_model_card(self.args.output_dir)
+            cast(PeftModel, self.model).create_or_update_model_card(str(self.args.output_dir))
             add_loading_note(str(self.args.output_dir))
 
 
