@@ -137,10 +137,12 @@ def _check(arguments: Arguments) -> None:
 
 def _refuse_lora(model: ModelConfig) -> None:
     """TRL's flags for LoRA would be without effect."""
-    flags = [
-        f for f in dataclasses.fields(ModelConfig) if f.name.startswith(("lora_", "use_peft", "use_rs", "use_do"))
+    set_flags = [
+        f"--{f.name}"
+        for f in dataclasses.fields(ModelConfig)
+        if (f.name.startswith("lora_") or f.name in ("use_peft", "use_rslora", "use_dora"))
+        and getattr(model, f.name) != f.default
     ]
-    set_flags = [f"--{f.name}" for f in flags if getattr(model, f.name) != f.default]
     if set_flags:
         raise InputError(
             f"{', '.join(set_flags)}: for LoRA. Here the adapter is always SPP's; its flags begin with --spp_, as "

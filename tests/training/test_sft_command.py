@@ -129,7 +129,7 @@ def test_trains_from_yaml_and_command_line_and_resumes(base: str, data: str, tmp
 
 
 @pytest.mark.parametrize(
-    "kind", ["json", "jsonl", "jsonl.gz", "parquet", "csv", "folder", "split folder", "saved", "mixture"]
+    "kind", ["json", "jsonl", "jsonl.gz", "parquet", "csv", "folder", "split folder", "saved", "streamed", "mixture"]
 )
 def test_reads_local_files_and_folders(
     kind: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -154,16 +154,21 @@ def test_reads_local_files_and_folders(
     elif kind == "saved":
         DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(path)
         extra = ["--eval_strategy", "epoch"]
+    elif kind == "streamed":
+        dataset.to_json(path.with_suffix(".jsonl"))
+        path, extra = path.with_suffix(".jsonl"), ["--dataset_streaming", "--max_steps", "2"]
     if kind == "mixture":
         files = [write_jsonl(tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", ROWS[:5])]
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({"datasets": [{"path": str(file)} for file in files]}))
+        path.write_text(
+            yaml.safe_dump({"datasets": [{"path": str(files[0])}, {"path": "json", "data_files": str(files[1])}]})
+        )
         source = ["--config", str(path)]
     else:
         source = ["--dataset_name", str(path)]
     out = tmp_path / "out"
     assert main(["--model_name_or_path", base, *source, *SMALL, "--output_dir", str(out), "--dry_run", *extra]) == 0
-    rows = {"folder": 16, "mixture": 25}.get(kind, 20)
+    rows = {"folder": 16, "mixture": 25, "streamed": "streamed"}.get(kind, 20)
     assert f"{rows} rows" in capsys.readouterr().err
     assert not out.exists()
 
@@ -320,21 +325,17 @@ def test_two_launched_processes_train_as_one_does(base: str, data: str, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [["--packing"], ["--eval_strategy", "steps", "--eval_steps", "1", "--test_split_size", "0.2"]]
+    "settings",
+    [
+        ["--packing"],
+        ["--dataset_streaming"],
+        ["--eval_strategy", "steps", "--eval_steps", "1", "--test_split_size", "0.2"],
+    ],
 )
 def test_flags_of_trl_reach_the_trainer(settings: list[str], base: str, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = [
-        "--model_name_or_path",
-        base,
-        "--dataset_name",
-        data,
-        *SMALL,
-        "--output_dir",
-        str(out),
-        "--max_steps",
-        "2",
-    ]
+    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
+    arguments += ["--max_steps", "2"]
     assert main([*arguments, "--max_length", "100", "--logging_steps", "1", *settings]) == 0
     history = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_loss" in entry for entry in history) is ("--eval_strategy" in settings)
