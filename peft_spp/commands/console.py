@@ -38,9 +38,21 @@ def errors_as_messages(exit_code: int = 1) -> Iterator[None]:
     """While active, an error that says what is wrong ends the command with that line instead of a traceback."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(code=exit_code) from error
+
+
+@contextmanager
+def needs_train_extra() -> Iterator[None]:
+    """Turn a missing package of the `train` extra into an error that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl", "datasets"):
+            raise
+        typer.echo(f'Error: {error.name} is not installed. Install it with: pip install "peft-spp[train]"', err=True)
+        raise typer.Exit(code=1) from error
 
 
 @contextmanager

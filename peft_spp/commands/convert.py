@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import JsonOption, errors_as_messages, print_report
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="The authors' adapter: a folder, or the id of a Hub repository.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the SPP adapter to.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model to name in it. By default the one that the adapter names.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Write a checkpoint of the SPP authors' code (lora_A.weight, lora_A.weight_col) as an SPP adapter.
+
+    The factors are copied bit for bit, from either layout of the column factor.
+    """
+    from ..interchange import convert_adapter
+
+    with errors_as_messages():
+        report = convert_adapter(adapter, out, base=base, overwrite=overwrite, dry_run=dry_run)
+    print_report(report, as_json)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `export`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import JsonOption, errors_as_messages, print_report
+
+
+class ExportTarget(str, Enum):
+    """The methods that an adapter can be exported to."""
+
+    hira = "hira"
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="The SPP adapter: a folder, or the id of a repository on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the exported adapter to.")],
+    to: Annotated[ExportTarget, typer.Option(help="The method to export to.")] = ExportTarget.hira,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Write an SPP adapter as one of another PEFT method, which plain PEFT loads.
+
+    It computes the same. As HiRA it needs PEFT 0.20, and takes r · (m + n) numbers a layer instead of r · n + m.
+    """
+    from ..interchange import export_adapter
+
+    with errors_as_messages():
+        report = export_adapter(adapter, out, to=to.value, overwrite=overwrite, dry_run=dry_run)
+    print_report(report, as_json)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import JsonOption, errors_as_messages, print_report, progress_bar
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder, or the id of a repository on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the merged model to.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model: a folder or a Hub id. By default the one that the adapter names."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge, check and count, but write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Merge an SPP adapter into a checkpoint, from disk to disk, in a few hundred megabytes of memory.
+
+    The result has the bits of `merge_and_unload`, the base model's files and its zeros. Either all of it is written,
+    or nothing.
+    """
+    from ..merge import merge_checkpoint
+
+    with errors_as_messages(), progress_bar("Checking" if dry_run else "Merging") as progress:
+        report = merge_checkpoint(base, adapter, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
+    print_report(report, as_json)

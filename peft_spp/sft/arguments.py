@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of `peft-spp sft`: TRL's, and SPP's beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import yaml  # type: ignore[import-untyped]
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from ..tuner import SPPConfig
+from .errors import InputError, one_line
+
+
+@dataclass
+class SPPArguments:
+    """
+    The SPP adapter, as [`SPPConfig`] takes it, and how to run.
+
+    Args:
+        spp_r (`int`): The number of row blocks.
+        spp_alpha (`float`): The update is scaled by `spp_alpha / spp_r`.
+        spp_dropout (`float`): The dropout probability on the input of the SPP branch.
+        spp_target_modules (`list[str]`, *optional*):
+            Names of the modules to adapt, or one regular expression, or 'all-linear'. By default every linear layer
+            inside the transformer blocks.
+        spp_exclude_modules (`list[str]`, *optional*): Names of modules to leave alone, or one regular expression.
+        spp_layers_to_transform (`list[int]`, *optional*): The indices of the blocks to adapt.
+        spp_modules_to_save (`list[str]`, *optional*): Modules to train and save in full.
+        spp_bias (`str`): Which biases to train: 'none', 'all' or 'spp_only'.
+        dry_run (`bool`): Check arguments, data, model and checkpoint, and write nothing.
+    """
+
+    spp_r: int = field(default=16, metadata={"help": "SPP's number of row blocks."})
+    spp_alpha: float = field(default=32, metadata={"help": "SPP alpha: the update is scaled by spp_alpha / spp_r."})
+    spp_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the SPP branch."})
+    spp_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: names, one regular expression, or 'all-linear'. By default every linear layer "
+            "inside the transformer blocks."
+        },
+    )
+    spp_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules not to adapt: names, or one regular expression."}
+    )
+    spp_layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the transformer blocks to adapt. By default all."}
+    )
+    spp_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save in full, beside the adapter."}
+    )
+    spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Biases to train."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check arguments, data, model and checkpoint; train nothing and write nothing."},
+    )
+
+    def to_config(self) -> SPPConfig:
+        """The adapter's configuration. Raises a `ValueError` if a value cannot be used."""
+        return SPPConfig(
+            task_type="CAUSAL_LM",
+            r=self.spp_r,
+            spp_alpha=self.spp_alpha,
+            spp_dropout=self.spp_dropout,
+            target_modules=_names_or_pattern(self.spp_target_modules),
+            exclude_modules=_names_or_pattern(self.spp_exclude_modules),
+            layers_to_transform=self.spp_layers_to_transform,
+            modules_to_save=self.spp_modules_to_save,
+            bias=self.spp_bias,
+        )
+
+
+class Arguments(NamedTuple):
+    """All arguments of a run."""
+
+    script: ScriptArguments
+    training: SFTConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    spp: SPPArguments
+
+
+def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
+    """
+    Read arguments from a command line and from the YAML file that its `--config` names.
+
+    Args:
+        args (`Sequence[str]`): The command line, without the name of the program.
+        prog (`str`): The name of the program, for the help.
+
+    Returns:
+        `Arguments`: The arguments, checked as far as they go without data and model.
+
+    Raises:
+        InputError: If an argument is unknown or cannot be used.
+        SystemExit: With 0 after the help, with 2 after a value that is not of an argument's type.
+    """
+    types: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SPPArguments]
+    parser = TrlParser(types, prog=prog)
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of arguments; the command line goes before it.")
+    words = _split_config_option(args)
+    if "--config" in words and words.index("--config") == len(words) - 1:
+        raise InputError("--config wants the path of a YAML file.")
+    try:
+        # the last is the namespace of --config, which TrlParser has taken out of the words by then
+        *parsed, _ = parser.parse_args_and_config(words)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(one_line(error)) from error
+    arguments = Arguments(*parsed)
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: Arguments) -> None:
+    _refuse_lora(arguments.model)
+    script, mixture = arguments.script, arguments.mixture
+    if not arguments.model.model_name_or_path:
+        raise InputError("No model is named. Pass --model_name_or_path with a folder or a Hub id.")
+    if bool(script.dataset_name) is bool(mixture.datasets):
+        found = "Both are" if script.dataset_name else "None is"
+        raise InputError(
+            f"Training wants one source of data: --dataset_name with a file, a folder or a Hub id, or `datasets` in "
+            f"the YAML file. {found} given."
+        )
+    if (script.dataset_streaming or mixture.streaming) and arguments.training.max_steps <= 0:
+        raise InputError("Streamed data has no length. Pass --max_steps.")
+    try:
+        arguments.spp.to_config()
+    except ValueError as error:
+        raise InputError(f"The SPP arguments cannot be used: {one_line(error)}") from error
+
+
+def _refuse_lora(model: ModelConfig) -> None:
+    """TRL's flags for LoRA would be without effect."""
+    set_flags = [
+        f"--{f.name}"
+        for f in dataclasses.fields(ModelConfig)
+        if (f.name.startswith("lora_") or f.name in ("use_peft", "use_rslora", "use_dora"))
+        and getattr(model, f.name) != f.default
+    ]
+    if set_flags:
+        raise InputError(
+            f"{', '.join(set_flags)}: for LoRA. Here the adapter is always SPP's; its flags begin with --spp_, as "
+            "--spp_r. Use `trl sft` to train a LoRA."
+        )
+
+
+def _split_config_option(args: Sequence[str]) -> list[str]:
+    # TrlParser knows `--config FILE` alone
+    words: list[str] = []
+    for word in args:
+        words.extend(("--config", word.removeprefix("--config=")) if word.startswith("--config=") else (word,))
+    return words
+
+
+def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
+    """PEFT matches a list as ends of names and a string as a regular expression; one plain name means the former."""
+    if (
+        values is not None
+        and len(values) == 1
+        and (values[0] == "all-linear" or not re.fullmatch(r"[\w.]+", values[0]))
+    ):
+        return values[0]
+    return values

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoint of a training run to go on from, if the run may have been killed while it wrote one."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..tuner.adapter_file import check_adapter_file
+from .errors import InputError
+
+
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The checkpoint of the highest step that was written to its end.
+
+    `Trainer.train(resume_from_checkpoint=True)` takes the one of the highest step, and fails if the run was killed in
+    the midst of writing it.
+
+    Args:
+        output_dir (`str` or `Path`): The `output_dir` of the `Trainer`.
+
+    Returns:
+        `str`, *optional*: The folder, for `Trainer.train(resume_from_checkpoint=...)`; `None`, with which training
+        begins at the first step, if there is no complete checkpoint.
+    """
+    root = Path(output_dir)
+    if not root.is_dir():
+        return None
+    steps = {int(match[1]): path for path in root.iterdir() if (match := _NAME.fullmatch(path.name))}
+    for step in sorted(steps, reverse=True):
+        if incompleteness(steps[step]) is None:
+            return str(steps[step])
+    return None
+
+
+def incompleteness(checkpoint: Path) -> str | None:
+    """
+    What a checkpoint lacks for training to go on from it.
+
+    `Trainer` writes its state last, so that a file which is missing or cut short shows a run that was killed. The
+    other files are looked at too, as the order of writing does not hold for a machine that lost power.
+
+    Args:
+        checkpoint (`Path`): The folder of the checkpoint.
+
+    Returns:
+        `str`, *optional*: What is wrong, or `None` if the checkpoint is complete.
+    """
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    state = checkpoint / TRAINER_STATE_NAME
+    try:
+        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except FileNotFoundError:
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME} is cut short"
+    match = _NAME.fullmatch(checkpoint.name)
+    if match and step != int(match[1]):
+        return f"{TRAINER_STATE_NAME} is of step {step}"
+    if not any((checkpoint / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        return "it has no adapter"
+    try:
+        check_adapter_file(checkpoint)
+    except ValueError as error:
+        return str(error)
+    # torch.save writes zip archives, whose directory comes at the end
+    for path in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short"
+    return None
+
+
+def find_checkpoint(request: str | None, output_dir: str | Path) -> str | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` asks for.
+
+    Args:
+        request (`str`, *optional*): A folder; "true" for the last complete checkpoint; "auto" for the same if there is
+            one; "false" or `None` for none.
+        output_dir (`str` or `Path`): The folder of the run.
+
+    Returns:
+        `str`, *optional*: The folder of the checkpoint, or `None` if training is to begin at the first step.
+
+    Raises:
+        InputError: If there is no such checkpoint, or it is not complete.
+    """
+    word = "false" if request is None else request.lower()
+    if request is None or word == "false":
+        return None
+    if word in ("true", "auto"):
+        found = last_complete_checkpoint(output_dir)
+        if found is None and word == "true":
+            raise InputError(
+                f"There is no complete checkpoint in {str(output_dir)!r} to resume from. Leave out "
+                "--resume_from_checkpoint, or pass 'auto' to begin anew where there is none."
+            )
+        return found
+    lack = incompleteness(Path(request))
+    if lack is not None:
+        raise InputError(
+            f"Training cannot go on from the checkpoint {request!r}: {lack}. Pass 'true' for the last complete one."
+        )
+    return request

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data for `peft-spp sft`: local files and folders, and data sets of the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
+
+from .errors import InputError, one_line
+
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# what Dataset.save_to_disk and DatasetDict.save_to_disk leave
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+
+
+def check_sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
+    """
+    Check that local files and folders are there and of a kind that can be read, without reading them.
+
+    Args:
+        script (`ScriptArguments`): The arguments that name a data set.
+        mixture (`DatasetMixtureConfig`): The arguments that name several.
+
+    Raises:
+        InputError: If a file or folder cannot be used; the message names it.
+    """
+    if script.dataset_name:
+        _local_source(script.dataset_name)
+    for config in mixture.datasets:
+        if config.data_files is None:
+            _local_source(config.path)
+
+
+def load_data(
+    script: ScriptArguments, mixture: DatasetMixtureConfig, training: SFTConfig
+) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | datasets.IterableDataset | None]:
+    """
+    Load the data sets to train on and, if the run evaluates, to evaluate on.
+
+    A source without a test split is split by `test_split_size`, if it is given.
+
+    Args:
+        script (`ScriptArguments`): The arguments that name a data set and its splits.
+        mixture (`DatasetMixtureConfig`): The arguments that name several.
+        training (`SFTConfig`): The training arguments.
+
+    Returns:
+        `tuple`: The data set to train on, and the one to evaluate on or `None`.
+
+    Raises:
+        InputError: If the data cannot be read, a split is missing, or no column has text; the message names it.
+    """
+    splits = _load(script, mixture)
+    evaluates = training.eval_strategy != "no"
+    train_name, test_name = script.dataset_train_split, script.dataset_test_split
+    if evaluates and test_name not in splits and train_name in splits and mixture.test_split_size is not None:
+        splits[train_name], splits[test_name] = _split(splits[train_name], mixture.test_split_size, training.seed)
+    for name, option in ((train_name, "--dataset_train_split"), (test_name, "--dataset_test_split"))[: 1 + evaluates]:
+        if name not in splits:
+            hint = ", or --test_split_size to split one off" if option == "--dataset_test_split" else ""
+            raise InputError(
+                f"The data has no split {name!r}; it has {', '.join(map(repr, splits))}. Pass {option}{hint}."
+            )
+        _check_rows(splits[name], name, training)
+    return splits[train_name], splits[test_name] if evaluates else None
+
+
+def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> dict[str, Any]:
+    try:
+        return _load_mixture(mixture) if mixture.datasets else _load_source(str(script.dataset_name), script)
+    except (OSError, ValueError, DatasetsError) as error:
+        if isinstance(error, InputError):
+            raise
+        source = script.dataset_name or ", ".join(config.path for config in mixture.datasets)
+        raise InputError(f"The data set {source!r} cannot be loaded: {one_line(error)}") from error
+
+
+def _split(dataset: Any, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    if not isinstance(dataset, datasets.Dataset):
+        raise InputError("Streamed data cannot be split by --test_split_size. Name a split, --dataset_test_split.")
+    try:
+        parts = dataset.train_test_split(test_size=test_size, seed=seed)
+    except ValueError as error:
+        raise InputError(f"--test_split_size cannot be used: {one_line(error)}") from error
+    return parts["train"], parts["test"]
+
+
+def _load_source(name: str, script: ScriptArguments) -> dict[str, Any]:
+    builder, path = _local_source(name)
+    if builder == "disk":
+        loaded = datasets.load_from_disk(str(path))
+        return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {script.dataset_train_split: loaded}
+    files = {script.dataset_train_split: str(path)} if path is not None and path.is_file() else None
+    return dict(
+        datasets.load_dataset(
+            builder, name=script.dataset_config, data_files=files, streaming=script.dataset_streaming
+        )
+    )
+
+
+def _load_mixture(mixture: DatasetMixtureConfig) -> dict[str, Any]:
+    configs = []
+    for config in mixture.datasets:
+        # files of its own go with the name of a kind: `path: json`
+        builder, path = _local_source(config.path) if config.data_files is None else (config.path, None)
+        if builder == "disk":
+            raise InputError(
+                f"{config.path!r} was written by save_to_disk, which a mixture does not take. Use Parquet."
+            )
+        is_file = path is not None and path.is_file()
+        configs.append(dataclasses.replace(config, path=builder, data_files=str(path)) if is_file else config)
+    # split later, with a seed, so that all processes of a run get the same parts
+    return dict(get_dataset(dataclasses.replace(mixture, datasets=configs, test_split_size=None)))
+
+
+def _local_source(name: str) -> tuple[str, Path | None]:
+    """What `load_dataset` is to be called with, or "disk", and the local file or folder, if it is one."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        suffixes = [suffix for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
+        suffix = suffixes[-1].lower() if suffixes else ""
+        if suffix not in _BUILDERS:
+            raise InputError(f"The data file {name!r} is not of a known kind. It should be {_kinds()}.")
+        if path.stat().st_size == 0:
+            raise InputError(f"The data file {name!r} is empty.")
+        return _BUILDERS[suffix], path
+    if path.is_dir():
+        if any((path / marker).is_file() for marker in _SAVED_TO_DISK):
+            return "disk", path
+        if not any(_BUILDERS.keys() & {suffix.lower() for suffix in file.suffixes} for file in path.rglob("*")):
+            raise InputError(f"The folder {name!r} has no data files. They should be {_kinds()}.")
+        return str(path), path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in _BUILDERS
+    if looks_local:
+        raise InputError(f"There is no data file or folder {name!r}.")
+    return name, None
+
+
+def _kinds() -> str:
+    return f"{', '.join(list(_BUILDERS)[:-1])} or {list(_BUILDERS)[-1]}"
+
+
+def _check_rows(dataset: Any, split: str, training: SFTConfig) -> None:
+    """Raise an [`InputError`] if there are no rows, or none of the columns that `SFTTrainer` takes."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise InputError(f"The split {split!r} of the data has no rows.")
+    if isinstance(training.dataset_kwargs, dict) and training.dataset_kwargs.get("skip_prepare_dataset"):
+        return
+    text = training.dataset_text_field
+    accepted: Sequence[set[str]] = ({text}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
+    if not any(columns <= row.keys() for columns in accepted):
+        raise InputError(
+            f"The split {split!r} of the data has the columns {', '.join(map(repr, row))}. Training wants {text!r} "
+            "(another name: --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'."
+        )
+    for name in (text, "messages"):
+        if name in row and row[name] is None:
+            raise InputError(f"The first row of the split {split!r} has no {name!r}.")
