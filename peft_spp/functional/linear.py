@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .autograd import autocast_off, halves, needed_gradients
 from .factors import Factors, check_factors
 from .kernels import composite
 from .kernels.schema import pack
@@ -59,7 +59,7 @@ def spp_linear(
     check_factors(weight.t() if fan_in_fan_out else weight, factors)
     scaling = [float(f.scaling) for f in factors]
     A, B = [f.A for f in factors], [f.B for f in factors]
-    with _autocast_off(device_type):
+    with autocast_off(device_type):
         if not torch.is_grad_enabled():
             # nothing to save, and a Function that saves is a graph break where gradients are off
             return _forward(x, weight, bias, A, B, scaling, fan_in_fan_out, identity, dtype)
@@ -88,19 +88,19 @@ class _SPPLinear(torch.autograd.Function):
         # storage between forward and backward. x is saved as it came, so that layers that share it share one copy.
         ctx.save_for_backward(x, weight, bias, *tensors)
         ctx.settings = (scaling, fan_in_fan_out, identity, dtype)
-        return _forward(x, weight, bias, *_halves(tensors), *ctx.settings)
+        return _forward(x, weight, bias, *halves(tensors), *ctx.settings)
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, *tensors = ctx.saved_tensors
-        with _autocast_off(grad_y.device.type):
+        with autocast_off(grad_y.device.type):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return _differentiable_backward(ctx, grad_y, x, weight, bias, tensors)
             needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             needs_factors = any(ctx.needs_input_grad[7:])
             grads = iter(
                 torch.ops.peft_spp.linear_backward(
-                    grad_y, x, weight, *_halves(tensors), *ctx.settings, needs_x, needs_weight, needs_factors
+                    grad_y, x, weight, *halves(tensors), *ctx.settings, needs_x, needs_weight, needs_factors
                 )
             )
             grad_x = next(grads) if needs_x else None
@@ -132,22 +132,6 @@ def _differentiable_backward(
     scaling, fan_in_fan_out, identity, dtype = ctx.settings
     inputs = (x, weight, bias, None, None, None, None, *tensors)
     w = weight.t() if fan_in_fan_out else weight
-    effective = composite.scaled_weight(w, pack(*_halves(tensors), scaling), identity, dtype)
+    effective = composite.scaled_weight(w, pack(*halves(tensors), scaling), identity, dtype)
     y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
-    wanted = [t for t, needs in zip(inputs, ctx.needs_input_grad, strict=True) if needs and t is not None]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
-    return tuple(
-        next(grads) if needs and t is not None else None for t, needs in zip(inputs, ctx.needs_input_grad, strict=True)
-    )
-
-
-def _halves(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A and B of each adapter, out of all A followed by all B."""
-    return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
-
-
-def _autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    # dtypes are chosen above; autocast would cast float32 products of small factors again
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return needed_gradients(ctx.needs_input_grad, inputs, y, grad_y)

@@ -12,16 +12,20 @@ from ..row_blocks import expand_row_blocks, row_tiles
 
 
 def scaled_weight(
-    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+    weight: torch.Tensor,
+    factors: Sequence[Factors],
+    identity: bool,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
+    """W' as a whole, in `out` or the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
     acc = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
     w = weight.to(acc)
     terms = [(w * expand_row_blocks(A.to(acc), weight.shape[0])) * (B.to(acc) * s) for A, B, s in factors]
     total = w if identity else terms.pop(0)
     for term in terms:
         total = total + term
-    return total.to(dtype)
+    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def factor_gradients(

@@ -26,10 +26,14 @@ TILE_ELEMENTS = 1 << 20
 
 
 def scaled_weight(
-    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+    weight: torch.Tensor,
+    factors: Sequence[Factors],
+    identity: bool,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
-    out = torch.empty_like(weight, dtype=dtype)
+    """W' as a whole, in `out` or the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
+    out = torch.empty_like(weight, dtype=dtype) if out is None else out
     _WeightWalk(weight, factors).write_scaled(out, slice(0, weight.shape[0]), slice(0, weight.shape[1]), identity)
     return out
 
@@ -78,6 +82,14 @@ def linear_backward(
     if needs_factors:
         grads.extend(walk.factor_gradients(grad_y2d, x.reshape(-1, n).to(dtype)))
     return grads
+
+
+def factor_gradients(
+    product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of A and B of each adapter, given that of W' as a whole; see `composite.factor_gradients`."""
+    grads = _WeightWalk(weight, factors).factor_gradients_of(product)
+    return list(zip(grads[::2], grads[1::2], strict=True))
 
 
 def _chunks(size: int, other_size: int) -> list[slice]:
@@ -154,12 +166,24 @@ class _WeightWalk:
         """
         m, n = self.weight.shape
         by_rows = m >= n  # cutting the longer side leaves the matmul the better shape
-        grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in self.scaled_factors]
+        grads = self._zero_gradients()
         for chunk in _chunks(m, n) if by_rows else _chunks(n, m):
             rows, columns = self._region(chunk, by_rows)
             product = self._buffer("chunk", rows.stop - rows.start, columns.stop - columns.start, grad_y.dtype)
             torch.mm(grad_y[:, rows].t(), x[:, columns], out=product)
             self._add_factor_gradients(product, rows, columns, grads)
+        return self._finished(grads)
+
+    def factor_gradients_of(self, product: torch.Tensor) -> list[torch.Tensor]:
+        """The same, given gyᵀ x or any other gradient of W'."""
+        grads = self._zero_gradients()
+        self._add_factor_gradients(product, slice(0, product.shape[0]), slice(0, product.shape[1]), grads)
+        return self._finished(grads)
+
+    def _zero_gradients(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in self.scaled_factors]
+
+    def _finished(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
         flat = []
         for (A, B, s), (grad_A, grad_B) in zip(self.factors, grads, strict=True):
             # B came with the scaling in it, A without

@@ -52,7 +52,11 @@ def is_available() -> bool:
 
 
 def scaled_weight(
-    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+    weight: torch.Tensor,
+    factors: Sequence[Factors],
+    identity: bool,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`].
@@ -64,6 +68,7 @@ def scaled_weight(
         factors (`Sequence[Factors]`): The factors of each adapter.
         identity (`bool`): Whether to include the 1.
         dtype (`torch.dtype`): The dtype of the result.
+        out (`torch.Tensor`, *optional*): Where to write it.
 
     Returns:
         `torch.Tensor`: shape `(m, n)`.
@@ -75,7 +80,7 @@ def scaled_weight(
     if acc == torch.float64:
         # Triton passes a Python float as float32
         factors = [Factors(A, B.double() * s, 1.0) for A, B, s in factors]
-    out = torch.empty_like(weight, dtype=dtype)
+    out = torch.empty_like(weight, dtype=dtype) if out is None else out
     along, across = _SCALED_TILE_LENGTH, _SCALED_TILE_BYTES // (_SCALED_TILE_LENGTH * weight.element_size())
     rows_first = _rows_first(weight)
     tile_rows, tile_columns = (along, across) if rows_first else (across, along)
