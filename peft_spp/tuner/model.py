@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..sparsity.layout import model_types
 from ..sparsity.mask_record import MaskRelation
 from .base_record import check_base, record_base, relate_base
 from .config import SPPConfig
 from .layer import Linear, SPPLayer
-from .targets import transformer_block_linear_targets
+from .param_wrapper import ParamWrapper, is_stored_transposed
+from .targets import fused_experts, transformer_block_linear_targets
 
 
 class _Injection:
@@ -93,10 +96,27 @@ class SPPModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
             targets = transformer_block_linear_targets(self.model, peft_config.layers_to_transform)
-            if not targets:
-                raise ValueError("Please specify `target_modules` in `peft_config`")
-            peft_config.target_modules = targets
+            if not targets and not peft_config.target_parameters:
+                raise ValueError("Please specify `target_modules` or `target_parameters` in `peft_config`")
+            if peft_config.target_parameters is None:
+                _warn_of_fused_experts(self.model)
+            peft_config.target_modules = targets or None
         return peft_config
+
+    def _check_new_adapter_config(self, config: SPPConfig) -> None:  # type: ignore[override]
+        super()._check_new_adapter_config(config)
+        if not config.target_parameters:
+            return
+        # Which parameter a factor belongs to is told by its place in the nested wrappers, so all adapters need the
+        # same nesting.
+        for adapter_name, other in self.peft_config.items():
+            others = getattr(other, "target_parameters", None)
+            if other is not config and others and set(others) != set(config.target_parameters):
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(config.target_parameters)} for the new adapter and {sorted(others)} "
+                    f"for adapter {adapter_name!r}."
+                )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
@@ -192,6 +212,8 @@ class SPPModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        *,
+        parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
         if current_key is None:
@@ -204,14 +226,22 @@ class SPPModel(BaseTuner):
         alpha = spp_config.alpha_pattern.get(alpha_key, spp_config.spp_alpha)
 
         injection = cast(_Injection, self._injection)
-        if isinstance(target, Linear):
+        # of several parameters of a module, each has a wrapper, around the wrappers of those before
+        wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
+        if isinstance(target, Linear) and not wrap_target_param:
             active_adapters = target.active_adapters
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
             injection.on_undo(partial(_remove_adapter, target, adapter_name, active_adapters))
             new_module = target
         else:
             new_module = self._create_new_module(
-                spp_config, adapter_name, target, r=r, spp_alpha=alpha, module_name=current_key
+                spp_config,
+                adapter_name,
+                target,
+                r=r,
+                spp_alpha=alpha,
+                module_name=current_key,
+                parameter_name=parameter_name,
             )
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
@@ -221,17 +251,37 @@ class SPPModel(BaseTuner):
         if r > new_module.out_features:
             injection.one_block_a_row.append(current_key)
 
-    @staticmethod
     def _create_new_module(
-        spp_config: SPPConfig, adapter_name: str, target: nn.Module, module_name: str, **kwargs: Any
+        self,
+        spp_config: SPPConfig,
+        adapter_name: str,
+        target: nn.Module,
+        module_name: str,
+        parameter_name: str | None,
+        **kwargs: Any,
     ) -> Linear:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is not None:
+            parameter = getattr(base_layer, parameter_name)
+            _check_weight(parameter, f"Target parameter {module_name!r}", dimensions=(2, 3))
+            types = model_types(self.get_model_config(self.model))
+            return ParamWrapper(
+                target,
+                adapter_name,
+                parameter_name=parameter_name,
+                config=spp_config,
+                is_transposed=is_stored_transposed(base_layer, parameter, types),
+                module_name=module_name,
+                **kwargs,
+            )
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             raise ValueError(
                 f"Target module {module_name!r} ({target}) is not supported. Currently, only the following modules "
                 "are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
             )
-        _check_weight(base_layer, module_name)
+        _check_weight(
+            getattr(base_layer, "weight", None), f"Target module {module_name!r} ({type(base_layer).__name__})"
+        )
         is_conv1d = isinstance(base_layer, Conv1D)
         fan_in_fan_out = spp_config.fan_in_fan_out
         if fan_in_fan_out is not is_conv1d:
@@ -252,8 +302,18 @@ class SPPModel(BaseTuner):
             **kwargs,
         )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, ParamWrapper) or isinstance(child, ParamWrapper):
+            # PEFT would look for a weight; the factors are on the device of the parameter already
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, ParamWrapper):
+                module.check_merge_allowed()
         self._untie_adapted_weights()
 
     def _untie_adapted_weights(self) -> None:
@@ -269,10 +329,12 @@ class SPPModel(BaseTuner):
         for module in self.model.modules():
             if not isinstance(module, SPPLayer):
                 continue
-            base_layer = cast(nn.Linear, module.get_base_layer())
-            if users.get(id(weight := base_layer.weight), 0) > 1:
+            base_layer, name = module.get_base_layer(), module.parameter_name
+            weight = getattr(base_layer, name)
+            if users.get(id(weight), 0) > 1:
                 users[id(weight)] -= 1
-                base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                setattr(base_layer, name, copy)
                 warnings.warn(
                     f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
                     "which the adapter is merged into.",
@@ -365,14 +427,26 @@ def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[st
     layer.delete_adapter(adapter_name)
 
 
-def _check_weight(layer: nn.Module, module_name: str) -> None:
-    """Raise a `ValueError` if the weight is not a plain floating-point matrix of the layer's shape."""
-    weight = getattr(layer, "weight", None)
+def _check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
+    """Raise a `ValueError` if a weight is not a plain floating-point matrix, or a stack of them where that may be."""
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or weight.ndim != 2:
+    if weight is None or weight.dtype not in supported or weight.ndim not in dimensions:
         found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}"
+        wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
         raise ValueError(
-            f"Target module {module_name!r} ({type(layer).__name__}) has {found}. SPP adapts two-dimensional weights "
-            "in float64, float32, bfloat16 or float16: load the base model in one of these, or leave the module out "
-            "of `target_modules`."
+            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
+            "in one of these, or leave it out of the targets."
         )
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    experts = fused_experts(model)
+    if not experts:
+        return
+    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
+    warnings.warn(
+        f"The default targets are linear layers. The model has {len(experts)} parameters that hold the weights of "
+        f"experts, which are not adapted: {', '.join(kinds)}. Pass `target_parameters={kinds}` to adapt them too, or "
+        "`target_parameters=[]` if this is intended.",
+        stacklevel=2,
+    )

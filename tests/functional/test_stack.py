@@ -171,7 +171,7 @@ def test_only_the_inputs_are_kept_for_the_backward_pass():
     ("A", "B"), [((11, 10), (36, 1)), ((12, 9), (36, 1)), ((12, 10), (35, 1)), ((39, 10), (36, 1)), ((0, 10), (36, 1))]
 )
 def test_factors_that_do_not_fit_a_stack_are_refused(A, B):
-    with pytest.raises(ValueError, match="36|between"):
+    with pytest.raises(ValueError, match=r"36|between"):
         scaled_weight(torch.zeros(3, 12, 10), [Factors(torch.zeros(A), torch.zeros(B), 1.0)])
 
 
