@@ -49,14 +49,16 @@ def linear(
     """`x @ W'.T + bias` for the `(m, n)` weight, chunk by chunk of rows."""
     m, n = weight.shape
     x2d = x.reshape(-1, n).to(dtype)
-    y = torch.empty(x2d.shape[0], m, dtype=dtype)
+    # not a view: autograd forbids changing a view that a Function returns in place, as some models do
+    result = torch.empty(*x.shape[:-1], m, dtype=dtype)
+    y = result.view(x2d.shape[0], m)
     walk = _WeightWalk(weight, factors)
     for rows, chunk in walk.scaled_chunks(_chunks(m, n), by_rows=True, identity=identity, dtype=dtype):
         if bias is None:
             torch.mm(x2d, chunk.t(), out=y[:, rows])
         else:
             torch.addmm(bias[rows].to(dtype), x2d, chunk.t(), out=y[:, rows])
-    return y.view(*x.shape[:-1], m)
+    return result
 
 
 def linear_backward(
