@@ -225,6 +225,14 @@ class SPPModel(BaseTuner):
         r = spp_config.rank_pattern.get(r_key, spp_config.r)
         alpha = spp_config.alpha_pattern.get(alpha_key, spp_config.spp_alpha)
 
+        if isinstance(parent, ParamWrapper) and not isinstance(target, ParamWrapper):
+            # a wrapper inside of it would be saved under names that no other model has
+            raise ValueError(
+                f"{current_key!r} is inside a wrapper that an adapter with other `target_parameters` has left. Call "
+                "`unload()` and add the adapter to the base model. (PEFT before version 0.20 takes one adapter with "
+                "`target_parameters` only.)"
+            )
+
         injection = cast(_Injection, self._injection)
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
         wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A

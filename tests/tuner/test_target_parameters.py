@@ -319,6 +319,14 @@ def test_all_adapters_target_the_same_parameters():
         SPPConfig(target_parameters="experts.down_proj")
 
 
+def test_wrappers_that_a_deleted_adapter_has_left_are_not_nested_into():
+    model = adapted(tiny_moe("mixtral"), target_parameters=PARAMETERS[:1])
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="unload"):
+        model.add_adapter("b", SPPConfig(target_modules=[], target_parameters=PARAMETERS[1:]))
+    assert not any(".b." in key for key, _ in model.named_parameters()) and "b" not in model.peft_config
+
+
 def test_mixed_batches_are_refused_as_loras_are():
     model = adapted(tiny_moe("mixtral"))
     with pytest.raises(ValueError, match="mixed adapter batches"):
