@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .autograd import autocast_off, halves, needed_gradients
 from .factors import Factors, check_factors
 from .kernels import composite
 from .kernels.schema import pack
-from .linear import autocast_off, differentiable_gradients, halves
 
 
 def spp_linear_dequantized(
@@ -147,4 +147,4 @@ def _differentiable_backward(
     inputs = (x, None, bias, None, None, None, *tensors)
     effective = composite.scaled_weight(ctx.dequantize(), pack(*halves(tensors), scaling), identity, dtype)
     y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
-    return differentiable_gradients(y, grad_y, inputs, ctx.needs_input_grad)
+    return needed_gradients(ctx.needs_input_grad, inputs, y, grad_y)

@@ -12,11 +12,13 @@ from .row_blocks import check_row_blocks
 
 
 class Factors(NamedTuple):
-    """The trainable part of one SPP adapter on one layer.
+    """The trainable part of one SPP adapter on one layer, or on a stack of E layers, such as the experts of a mixture.
 
     Args:
-        A (`torch.Tensor`): The input factor, shape `(r, n)`: one row for each block of output rows.
-        B (`torch.Tensor`): The output factor, shape `(m, 1)`.
+        A (`torch.Tensor`):
+            The input factor, shape `(r, n)`: one row for each block of output rows. For a stack `(E·r, n)`, the rows
+            of one layer after those of another.
+        B (`torch.Tensor`): The output factor, shape `(m, 1)`; for a stack `(E·m, 1)`.
         scaling (`float`): s = alpha / r.
     """
 
@@ -31,7 +33,10 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
-    """Raise a `ValueError` if the shapes of the factors do not fit the `(m, n)` weight."""
+    """Raise a `ValueError` if the shapes of the factors do not fit the `(m, n)` weight or `(E, m, n)` stack."""
+    if weight.ndim == 3:
+        _check_stack_factors(weight, factors)
+        return
     m, n = weight.shape
     for A, B, _ in factors:
         if A.ndim != 2 or A.shape[1] != n or B.shape != (m, 1):
@@ -40,3 +45,14 @@ def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
                 f"A must be (r, {n}) and B ({m}, 1)."
             )
         check_row_blocks(m, A.shape[0])
+
+
+def _check_stack_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
+    layers, m, n = weight.shape
+    for A, B, _ in factors:
+        if A.ndim != 2 or A.shape[1] != n or A.shape[0] % layers or B.shape != (layers * m, 1):
+            raise ValueError(
+                f"Factors of shape A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a stack of weights of shape "
+                f"{(layers, m, n)}: A must be ({layers}·r, {n}) and B ({layers * m}, 1)."
+            )
+        check_row_blocks(m, A.shape[0] // layers)

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from .autograd import autocast_off, halves, needed_gradients
 from .factors import Factors, check_factors
 from .kernels import composite
 from .kernels.schema import pack
@@ -134,25 +134,4 @@ def _differentiable_backward(
     w = weight.t() if fan_in_fan_out else weight
     effective = composite.scaled_weight(w, pack(*halves(tensors), scaling), identity, dtype)
     y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
-    return differentiable_gradients(y, grad_y, inputs, ctx.needs_input_grad)
-
-
-def differentiable_gradients(
-    y: torch.Tensor, grad_y: torch.Tensor, inputs: Sequence[torch.Tensor | None], needs_grad: Sequence[bool]
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of those inputs of a Function that need one, with a graph of their own."""
-    wanted = [t for t, needs in zip(inputs, needs_grad, strict=True) if needs and t is not None]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
-    return tuple(next(grads) if needs and t is not None else None for t, needs in zip(inputs, needs_grad, strict=True))
-
-
-def halves(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """A and B of each adapter, out of all A followed by all B."""
-    return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
-
-
-def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    # dtypes are chosen above; autocast would cast float32 products of small factors again
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return needed_gradients(ctx.needs_input_grad, inputs, y, grad_y)

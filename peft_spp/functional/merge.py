@@ -24,7 +24,7 @@ def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Ten
     - a non-finite value stands only where `weight` is not zero.
 
     Args:
-        weight (`torch.Tensor`): W, shape `(m, n)`.
+        weight (`torch.Tensor`): W, shape `(m, n)`, or a stack of weights `(E, m, n)`.
         factors (`Sequence[Factors]`): The factors of the adapters to merge.
 
     Returns:

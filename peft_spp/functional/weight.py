@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from .autograd import autocast_off, halves, needed_gradients
 from .factors import Factors, check_factors
-from .kernels import composite, schema  # noqa: F401  (schema defines the operators)
+from .kernels import composite, stack
+from .kernels.schema import pack
 
 
 def scaled_weight(
@@ -22,24 +25,77 @@ def scaled_weight(
     W' = W ⊙ (1 + Σ s · P(A) ⊙ B), SPP's equation 4, or with `identity=False` only the update W ⊙ Σ s · P(A) ⊙ B.
 
     Computed in float32 (float64 if any input is float64) as `w + Σ s·b · (w·a)` and rounded once, to `dtype`. It is
-    the weight that [`spp_linear`] multiplies by, bit for bit.
+    the weight that [`spp_linear`] multiplies by, bit for bit. It is differentiable; for the backward pass only the
+    inputs are kept, nothing of the weight's size beside the weight itself.
 
     Args:
-        weight (`torch.Tensor`): W, shape `(m, n)`, any strides.
+        weight (`torch.Tensor`):
+            W, shape `(m, n)`, any strides; or a stack of weights `(E, m, n)`, each of which has row blocks of its own.
         factors (`Sequence[Factors]`): The factors of each active adapter; their updates add up.
         identity (`bool`): Whether to include the 1.
         dtype (`torch.dtype`, *optional*): The dtype of the result, by default that of `weight`.
 
     Returns:
-        `torch.Tensor`: shape `(m, n)`, laid out in memory as `weight` is.
+        `torch.Tensor`: In the shape of `weight`, laid out in memory as `weight` is.
 
     Raises:
         ValueError: If the shapes of the factors do not fit.
     """
     check_factors(weight, factors)
     dtype = dtype or weight.dtype
-    if torch.is_grad_enabled():
-        return composite.scaled_weight(weight, factors, identity, dtype)
     A, B, scaling = [f.A for f in factors], [f.B for f in factors], [float(f.scaling) for f in factors]
-    result: torch.Tensor = torch.ops.peft_spp.scaled_weight(weight, A, B, scaling, identity, dtype)
+    result: torch.Tensor
+    if torch.is_grad_enabled():
+        result = _ScaledWeight.apply(weight, identity, dtype, scaling, *A, *B)
+    else:
+        result = torch.ops.peft_spp.scaled_weight(weight, A, B, scaling, identity, dtype)
     return result
+
+
+class _ScaledWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        identity: bool,
+        dtype: torch.dtype,
+        scaling: list[float],
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, *tensors)
+        ctx.settings = (scaling, identity)
+        result: torch.Tensor = torch.ops.peft_spp.scaled_weight(weight, *halves(tensors), scaling, identity, dtype)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *tensors = ctx.saved_tensors
+        needs_weight, needs_factors = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        with autocast_off(grad.device.type):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable_backward(ctx, grad, weight, tensors)
+            grads = torch.ops.peft_spp.scaled_weight_backward(
+                grad, weight, *halves(tensors), *ctx.settings, needs_weight, needs_factors
+            )
+        grad_weight = grads.pop(0) if needs_weight else None
+        # they come adapter by adapter, A and then B; the inputs are all A and then all B
+        grad_factors = [*grads[::2], *grads[1::2]] if needs_factors else [None] * len(tensors)
+        return (grad_weight, None, None, None, *grad_factors)
+
+
+def _differentiable_backward(
+    ctx: Any, grad: torch.Tensor, weight: torch.Tensor, tensors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients through plain operations, for `create_graph=True`."""
+    scaling, identity = ctx.settings
+    inputs = (weight, None, None, None, *tensors)
+    factors = pack(*halves(tensors), scaling)
+    if weight.ndim == 2:
+        effective = composite.scaled_weight(weight, factors, identity, grad.dtype)
+    else:
+        parts = [
+            composite.scaled_weight(layer, part, identity, grad.dtype)
+            for part, (layer,) in stack.walk_layers(factors, weight)
+        ]
+        effective = torch.stack(parts).reshape(weight.shape)
+    return needed_gradients(ctx.needs_input_grad, inputs, effective, grad)

@@ -116,6 +116,8 @@ def read_config(folder: Path) -> SPPConfig:
             raise ValueError("an alpha is not a finite number")
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+    if config.target_parameters:
+        raise ValueError(f"{file} has target_parameters, which are not merged here. {INSTEAD}")
     if config.trainable_token_indices:
         raise ValueError(f"{file} has trainable_token_indices, which are not read here. {INSTEAD}")
     return config

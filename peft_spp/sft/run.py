@@ -13,7 +13,8 @@ import datasets  # type: ignore[import-untyped]
 from peft import PeftModel
 from trl import SFTTrainer, get_quantization_config
 
-from ..model_card import add_loading_note
+from ..model_card import update_model_card
+from ..tuner import SPPConfig
 from .arguments import Arguments, parse_arguments
 from .checkpoints import find_checkpoint
 from .data import check_sources, load_data
@@ -48,8 +49,9 @@ class CardedSFTTrainer(SFTTrainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             # TRL takes the adapter for a whole model of Transformers
-            cast(PeftModel, self.model).create_or_update_model_card(str(self.args.output_dir))
-            add_loading_note(str(self.args.output_dir))
+            model, folder = cast(PeftModel, self.model), str(self.args.output_dir)
+            model.create_or_update_model_card(folder)
+            update_model_card(folder, cast(SPPConfig, model.peft_config["default"]))
 
 
 def main(args: Sequence[str], prog: str = "peft-spp sft") -> int:

@@ -4,6 +4,7 @@
 from .config import SPPConfig
 from .layer import Linear, SPPLayer
 from .model import SPPModel
+from .param_wrapper import ParamWrapper
 
 
-__all__ = ["Linear", "SPPConfig", "SPPLayer", "SPPModel"]
+__all__ = ["Linear", "ParamWrapper", "SPPConfig", "SPPLayer", "SPPModel"]

@@ -143,8 +143,9 @@ def _masks(model: nn.Module, adapter_name: str) -> dict[str, MaskRecord]:
             with whole_parameters(module):
                 weight = module.unmerged_weight()
                 # a weight that is on the meta device, or that FSDP1 has sharded, cannot be looked at
-                if not weight.is_meta and weight.shape == (module.out_features, module.in_features):
-                    masks[module.module_name] = record_mask(weight)
+                if not weight.is_meta and weight.shape[-2:] == (module.out_features, module.in_features):
+                    # of a stack of experts the rows of all, one expert after the other
+                    masks[module.module_name] = record_mask(weight.reshape(-1, module.in_features))
     return masks
 
 

@@ -42,6 +42,14 @@ class SPPConfig(PeftConfig):
             The names of the modules to not apply the adapter. When passing a string, a regex match will be performed.
             When passing a list of strings, either an exact match will be performed or it is checked if the name of the
             module ends with any of the passed strings.
+        target_parameters (`List[str]`, *optional*):
+            The names of parameters to apply the adapter to, full or their ends. This is for weights that are no linear
+            layer's, as the experts of mixtures in Transformers 5, where one parameter holds those of all experts:
+            `target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']`. Every expert gets factors of its
+            own, with r row blocks. It is on top of `target_modules`: set `target_modules=[]` to adapt nothing else.
+            Experts are never adapted unless they are named here; an empty list says that this is intended. The
+            orientation of the weights is read off the attribute `is_transposed` of the module, which Transformers
+            sets where experts are stored like (experts, in, out). It does not work with `spp_dropout`.
         spp_alpha (`float`):
             The alpha parameter for SPP scaling: the update is multiplied by `spp_alpha / r`.
         spp_dropout (`float`):
@@ -104,6 +112,15 @@ class SPPConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "List of module names or regex expression of the module names to exclude from SPP."},
+    )
+    target_parameters: list[str] | set[str] | None = field(
+        default=None,
+        metadata={
+            "help": "List of parameter names to apply SPP to, on top of `target_modules`. This is for weights that "
+            "are no linear layer's, as the fused experts of mixtures. For example, "
+            "`['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']`. Passing a string for regex matching is not "
+            "implemented. With torch.compile, graph breaks are expected."
+        },
     )
     spp_alpha: float = field(default=32, metadata={"help": "SPP alpha: the update is scaled by spp_alpha / r."})
     spp_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the SPP branch."})
@@ -196,6 +213,9 @@ class SPPConfig(PeftConfig):
         )
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
 
         # if target_modules is a regex expression, then layers_to_transform should be None
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -31,6 +31,9 @@ class SPPLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("spp_A", "spp_B")
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = ("r", "spp_alpha", "scaling", "spp_dropout")
+    # what the base layer calls the weight, and how many weights of separate layers it is a stack of
+    parameter_name: str = "weight"
+    num_experts: int = 1
 
     def __init__(self, base_layer: nn.Module, module_name: str = "", **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -48,7 +51,9 @@ class SPPLayer(BaseTunerLayer):
         # flag to enable/disable casting of input to weight dtype during forward call
         self.cast_input_dtype_enabled: bool = True
         self.kwargs = kwargs
+        self._read_features()
 
+    def _read_features(self) -> None:
         base_layer = self.get_base_layer()
         if isinstance(base_layer, Conv1D):
             # not from weight.shape, which an engine that shards parameters may have changed
@@ -79,8 +84,8 @@ class SPPLayer(BaseTunerLayer):
         self.spp_dropout[adapter_name] = dropout
         # Linear modules for their weights alone: they are named `spp_A.<adapter>.weight` as LoRA's factors are, and
         # engines that shard or offload module by module find them
-        self.spp_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
-        self.spp_B[adapter_name] = nn.Linear(1, self.out_features, bias=False)
+        self.spp_A[adapter_name] = nn.Linear(self.in_features, self.num_experts * r, bias=False)
+        self.spp_B[adapter_name] = nn.Linear(1, self.num_experts * self.out_features, bias=False)
         self.reset_spp_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -391,7 +396,7 @@ class Linear(nn.Module, SPPLayer):
         return weight.t() if self.fan_in_fan_out else weight
 
     def _base_weight(self) -> torch.Tensor:
-        return cast(nn.Linear, self.get_base_layer()).weight
+        return cast(torch.Tensor, getattr(self.get_base_layer(), self.parameter_name))
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base layer's weight as it was before any merge, shape (out_features, in_features)."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..sparsity.layout import model_types
 from ..sparsity.mask_record import MaskRelation
 from .base_record import check_base, record_base, relate_base
 from .combination import activate_weighted_adapters, add_weighted_adapter
 from .config import SPPConfig
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
+from .param_wrapper import ParamWrapper, is_stored_transposed
 from .quantized import Backend, QuantizedLinear, find_backend, unload_dequantized
-from .targets import transformer_block_linear_targets
+from .targets import fused_experts, transformer_block_linear_targets
 from .whole_parameters import is_tensor_parallel
 
 
@@ -97,10 +100,27 @@ class SPPModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
             targets = transformer_block_linear_targets(self.model, peft_config.layers_to_transform)
-            if not targets:
-                raise ValueError("Please specify `target_modules` in `peft_config`")
-            peft_config.target_modules = targets
+            if not targets and not peft_config.target_parameters:
+                raise ValueError("Please specify `target_modules` or `target_parameters` in `peft_config`")
+            if peft_config.target_parameters is None:
+                _warn_of_fused_experts(self.model)
+            peft_config.target_modules = targets or None
         return peft_config
+
+    def _check_new_adapter_config(self, config: SPPConfig) -> None:  # type: ignore[override]
+        super()._check_new_adapter_config(config)
+        if not config.target_parameters:
+            return
+        # Which parameter a factor belongs to is told by its place in the nested wrappers, so all adapters need the
+        # same nesting.
+        for adapter_name, other in self.peft_config.items():
+            others = getattr(other, "target_parameters", None)
+            if other is not config and others and set(others) != set(config.target_parameters):
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(config.target_parameters)} for the new adapter and {sorted(others)} "
+                    f"for adapter {adapter_name!r}."
+                )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
@@ -210,6 +230,8 @@ class SPPModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        *,
+        parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
         if current_key is None:
@@ -221,15 +243,31 @@ class SPPModel(BaseTuner):
         r = spp_config.rank_pattern.get(r_key, spp_config.r)
         alpha = spp_config.alpha_pattern.get(alpha_key, spp_config.spp_alpha)
 
+        if isinstance(parent, ParamWrapper) and not isinstance(target, ParamWrapper):
+            # a wrapper inside of it would be saved under names that no other model has
+            raise ValueError(
+                f"{current_key!r} is inside a wrapper that an adapter with other `target_parameters` has left. Call "
+                "`unload()` and add the adapter to the base model. (PEFT before version 0.20 takes one adapter with "
+                "`target_parameters` only.)"
+            )
+
         injection = cast(_Injection, self._injection)
-        if isinstance(target, Linear):
+        # of several parameters of a module, each has a wrapper, around the wrappers of those before
+        wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
+        if isinstance(target, Linear) and not wrap_target_param:
             active_adapters = target.active_adapters
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
             injection.on_undo(partial(_remove_adapter, target, adapter_name, active_adapters))
             new_module = target
         else:
             new_module = self._create_new_module(
-                spp_config, adapter_name, target, r=r, spp_alpha=alpha, module_name=current_key
+                spp_config,
+                adapter_name,
+                target,
+                r=r,
+                spp_alpha=alpha,
+                module_name=current_key,
+                parameter_name=parameter_name,
             )
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
@@ -239,11 +277,29 @@ class SPPModel(BaseTuner):
         if r > new_module.out_features:
             injection.one_block_a_row.append(current_key)
 
-    @staticmethod
     def _create_new_module(
-        spp_config: SPPConfig, adapter_name: str, target: nn.Module, module_name: str, **kwargs: Any
+        self,
+        spp_config: SPPConfig,
+        adapter_name: str,
+        target: nn.Module,
+        module_name: str,
+        parameter_name: str | None,
+        **kwargs: Any,
     ) -> Linear:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if parameter_name is not None:
+            parameter = getattr(base_layer, parameter_name)
+            _check_weight(parameter, f"Target parameter {module_name!r}", dimensions=(2, 3))
+            types = model_types(self.get_model_config(self.model))
+            return ParamWrapper(
+                target,
+                adapter_name,
+                parameter_name=parameter_name,
+                config=spp_config,
+                is_transposed=is_stored_transposed(base_layer, parameter, types),
+                module_name=module_name,
+                **kwargs,
+            )
         backend = find_backend(base_layer)
         _check_layer(base_layer, module_name, backend)
         is_conv1d = isinstance(base_layer, Conv1D)
@@ -269,6 +325,9 @@ class SPPModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, ParamWrapper):
+                module.check_merge_allowed()
         self._untie_adapted_weights()
 
     def _untie_adapted_weights(self) -> None:
@@ -284,10 +343,12 @@ class SPPModel(BaseTuner):
         for module in self.model.modules():
             if not isinstance(module, SPPLayer) or isinstance(module, QuantizedLinear):
                 continue  # a merge gives a quantised layer a new weight
-            base_layer = cast(nn.Linear, module.get_base_layer())
-            if users.get(id(weight := base_layer.weight), 0) > 1:
+            base_layer, name = module.get_base_layer(), module.parameter_name
+            weight = getattr(base_layer, name)
+            if users.get(id(weight), 0) > 1:
                 users[id(weight)] -= 1
-                base_layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                setattr(base_layer, name, copy)
                 warnings.warn(
                     f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
                     "which the adapter is merged into.",
@@ -295,10 +356,11 @@ class SPPModel(BaseTuner):
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if hasattr(new_module, "base_layer"):
+        if hasattr(new_module, "base_layer") and not isinstance(new_module, ParamWrapper):
             super()._replace_module(parent, child_name, new_module, child)
         else:
-            # a base layer that is put back; PEFT would give it its own weight, which not every quantised layer has
+            # PEFT would look for a weight: a parameter of experts has another name, and its factors are on its device
+            # already; and of a base layer that is put back, not every quantised one has a weight
             setattr(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -506,18 +568,23 @@ def _check_layer(layer: nn.Module, module_name: str, backend: Backend | None) ->
             "bitsandbytes, torchao, HQQ and others. For the layers of another quantisation package see "
             "`peft_spp.tuner.quantized.register_backend`."
         )
-    weight = getattr(layer, "weight", None)
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    _check_weight(getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})")
+
+
+def _check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
+    """Raise a `ValueError` if a weight is not a plain floating-point matrix, or a stack of them where that may be."""
     # ZeRO-3 leaves an empty weight in the place of a partitioned one
     shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or len(shape) != 2 or _is_foreign(weight):
+    if weight is None or weight.dtype not in supported or len(shape) not in dimensions or _is_foreign(weight):
         found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
         if weight is not None and _is_foreign(weight):
             found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
+        wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
         raise ValueError(
-            f"Target module {module_name!r} ({type(layer).__module__}.{type(layer).__name__}) has {found}. SPP adapts "
-            "two-dimensional weights in float64, float32, bfloat16 or float16: load the base model in one of these, "
-            "leave the module out of `target_modules`, or, for a quantisation that is not supported, tell how its "
+            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
+            "in one of these, leave it out of the targets, or, for a quantisation that is not supported, tell how its "
             "weights are read with `peft_spp.tuner.quantized.register_backend`."
         )
 
@@ -527,3 +594,16 @@ def _is_foreign(weight: torch.Tensor) -> bool:
     kind = type(weight)
     has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return has_own_operators and not kind.__module__.startswith("torch.")
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    experts = fused_experts(model)
+    if not experts:
+        return
+    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
+    warnings.warn(
+        f"The default targets are linear layers. The model has {len(experts)} parameters that hold the weights of "
+        f"experts, which are not adapted: {', '.join(kinds)}. Pass `target_parameters={kinds}` to adapt them too, or "
+        "`target_parameters=[]` if this is intended.",
+        stacklevel=2,
+    )

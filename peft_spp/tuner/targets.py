@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..sparsity.names import is_fused_experts, plain_name, special_role
 from .quantized import find_backend
 
 
@@ -38,7 +39,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
     # name of the layer -> its name inside the block
     targets: dict[str, str] = {}
     for name, module in modules.items():
-        if is_linear(module):
+        if is_linear(module) and not _returns_a_choice(name, module):
             for block_list in block_lists:
                 if name.startswith(f"{block_list}."):
                     targets[name] = name.removeprefix(f"{block_list}.").partition(".")[2]
@@ -58,11 +59,34 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
     return suffixes
 
 
+def fused_experts(model: nn.Module) -> list[str]:
+    """
+    The parameters that hold the weights of all experts of a mixture, which are no linear layers.
+
+    Args:
+        model (`nn.Module`): The model; it may have adapters already.
+
+    Returns:
+        `list[str]`: Their names in the model without adapters, such as `"model.layers.0.mlp.experts.down_proj"`.
+    """
+    names = []
+    for name, parameter in model.named_parameters():
+        plain = plain_name(name)
+        if parameter.ndim == 3 and is_fused_experts(plain.removesuffix(".weight")):
+            names.append(plain)
+    return names
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer, quantised or not, or a tuner layer around one."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return isinstance(module, (nn.Linear, Conv1D)) or find_backend(module) is not None
+
+
+def _returns_a_choice(name: str, module: nn.Module) -> bool:
+    # the routers of some mixtures (Llama 4, PhiMoE) are linear layers that return scores of the experts they choose
+    return special_role(plain_name(name)) == "router" and type(module).forward is not nn.Linear.forward
 
 
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from peft_spp.functional import Factors, spp_linear
+from peft_spp.functional.kernels import by_activation, by_weight, composite, cpu
 
 import reference
 from factored import make, relative_error
@@ -182,3 +184,19 @@ def test_a_dtype_mismatch_is_refused_as_by_nn_linear():
     W, bias, factors = make(8, 6, [2], torch.bfloat16)
     with pytest.raises(RuntimeError, match="dtype"):
         spp_linear(torch.zeros(3, 6), W, bias, factors)
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (64, 12), (2, 1, 12), (4, 16, 12)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("backend", ["of the device", "fallback"])
+def test_the_output_can_be_changed_in_place(shape, with_bias, backend, monkeypatch):
+    if backend == "fallback":
+        monkeypatch.setattr(cpu, "linear", partial(by_weight.linear, composite))
+        monkeypatch.setattr(by_activation, "is_cheaper", lambda *args: False)
+    W, bias, factors = make(16, 12, [4], torch.float32)
+    x = torch.randn(shape)
+    expected = spp_linear(x, W, bias if with_bias else None, factors) + 1
+    y = spp_linear(x, W, bias if with_bias else None, factors).add_(1)
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(t.square().sum(), factors[0].A)[0] for t in (y, expected)]
+    torch.testing.assert_close(*grads)

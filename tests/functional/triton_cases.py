@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peft_spp.functional import Factors
-from peft_spp.functional.kernels import triton
+from peft_spp.functional.kernels import stack, triton
 
 import reference
 
@@ -199,3 +199,18 @@ def test_the_gradients_are_the_same_bits_every_time():
     first, second = (triton.factor_gradients(product, weight, factors) for _ in range(2))
     for a, b in zip(itertools.chain(*first), itertools.chain(*second), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("m", "transposed"), [(24, False), (26, False), (24, True)])
+def test_a_stack_of_weights_is_that_of_its_layers(m, transposed):
+    layers, n, r = 3, 20, 4
+    weight = make_weight(layers * m, n).view(layers, m, n)
+    weight = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
+    product, factors = torch.randn(layers, m, n, device=DEVICE), make_factors(layers * m, n, [layers * r])
+    out = stack.scaled_weight(triton, weight, factors, True, torch.float32)
+    assert out.stride() == weight.stride()
+    grads = stack.factor_gradients(triton, product, weight, factors)
+    for e in range(layers):
+        one = [Factors(A.chunk(layers)[e], B.chunk(layers)[e], s) for A, B, s in factors]
+        assert_scaled(out[e], weight[e], one, True)
+        assert_gradients([[grad.chunk(layers)[e] for grad in grads]], product[e], weight[e], one)

@@ -33,7 +33,7 @@ LISTED = [
     "test_token_classification_qa",
 ]
 # these are written for LoRA: SPP is put in LoRA's place in the source
-REWRITTEN = ["test_low_level_api", "test_tuners_utils", "test_initialization"]
+REWRITTEN = ["test_low_level_api", "test_tuners_utils", "test_initialization", "test_target_parameters"]
 
 _REWRITES = [
     (r"\bLoraConfig\b", "SPPConfig"),
@@ -41,12 +41,13 @@ _REWRITES = [
     (r"\bLoraLayer\b", "SPPLayer"),
     (r"\binit_lora_weights\b", "init_weights"),
     (r"lora_(A|B|alpha|dropout|only|embedding_A|embedding_B)\b", r"spp_\1"),
-    (r"\blora\.Linear\b", "spp.Linear"),
+    (r'"lora\.(Linear|ParamWrapper)\b', r'"spp.\1'),
+    (r"(?<!tuners\.)\blora\.ParamWrapper\b", "tuner.ParamWrapper"),
     (r'"LORA"', '"SPP"'),
     (r"PeftType\.LORA\b", "PeftType.SPP"),
     (r'"lora_"', '"spp_"'),
 ]
-_IMPORTS = "from peft_spp import SPPConfig, SPPLayer, SPPModel\n"
+_IMPORTS = "from peft_spp import SPPConfig, SPPLayer, SPPModel, tuner\n"
 
 
 def main() -> int:
@@ -115,10 +116,12 @@ def copy_tests(source: Path, destination: Path, modules: list[str]) -> None:
             # one row cannot have the eight blocks that are asked for
             text = before + rank_tests + after.replace("nn.Linear(1, 1)", "nn.Linear(32, 32)")
             # SPPConfig and the like are not names of PEFT
-            text = re.sub(r"(?m)^    SPPConfig,\n", "", text)
+            text = re.sub(r"(?m)^    SPPConfig,\n|(?<=^from peft import )SPPConfig, ", "", text)
             text = re.sub(r"(?m)^from peft(\.\S+)? import (SPP\w+(, )?)+$\n", "", text)
             text = re.sub(
-                r"(from peft\.tuners\.lora(?:\.\w+)? import )(SPPLayer|SPPModel)\b", r"from peft_spp import \2", text
+                r"(from peft\.tuners\.lora(?:\.\w+)? import )(SPPLayer|SPPModel|ParamWrapper)\b",
+                r"from peft_spp.tuner import \2",
+                text,
             )
             first_import = re.search(r"(?m)^(from|import) (?!__future__)", text)
             text = text[: first_import.start()] + _IMPORTS + text[first_import.start() :]

@@ -24,6 +24,7 @@ _DECODER = {
     "max_position_embeddings": 512,
     "pad_token_id": 1,
 }
+_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 _ENCODER = {
     "vocab_size": 1124,
     "hidden_size": 32,
@@ -81,6 +82,12 @@ TINY_MODELS: dict[str, tuple[str, dict]] = {
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _DECODER),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _DECODER),
     "HuggingFaceM4/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _DECODER),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", _DECODER),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4ForCausalLM",
+        {**_DECODER, **_MOE, "intermediate_size_mlp": 64},
+    ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssForCausalLM", {**_DECODER, **_MOE}),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", _DECODER),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", {**_DECODER, "use_sliding_window": False}),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", {**_DECODER, "head_dim": 8}),
@@ -116,7 +123,7 @@ def write_tiny_models(folder: Path) -> None:
         # random weights of the usual 0.02 make logits so small that tests of differing outputs compare nothing
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 2:
+                if parameter.ndim >= 2:
                     parameter.normal_(std=0.2)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -73,6 +74,15 @@ def test_only_linear_layers_inside_the_blocks_are_adapted(class_name, settings, 
     names = adapted(model)
     assert names
     assert all(block_list in name for name in names)
+
+
+def test_a_router_that_returns_its_choice_is_not_adapted():
+    # a linear layer by its class, but not by what it returns
+    settings = {**LLAMA, "intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8}
+    model = get_peft_model(tiny("Llama4ForCausalLM", **settings), SPPConfig(r=4, target_parameters=[]))
+    names = adapted(model)
+    assert any("shared_expert" in name for name in names) and not any("router" in name for name in names)
+    assert model(input_ids=torch.arange(4).view(1, 4)).logits.isfinite().all()
 
 
 def test_layers_to_transform_works_with_the_default_targets():

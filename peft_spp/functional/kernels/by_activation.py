@@ -66,7 +66,9 @@ def linear(
     m, n = weight.shape
     x2d = x.reshape(-1, n)
     acc = compute_dtype(x, weight, *(t for A, B, _ in factors for t in (A, B)))
-    y = torch.empty(x2d.shape[0], m, dtype=dtype, device=x.device)
+    # not a view of `y`: see `cpu.linear`
+    result = torch.empty(*x.shape[:-1], m, dtype=dtype, device=x.device)
+    y = result.view(x2d.shape[0], m)
     for index, (A, B, s) in enumerate(factors):
         with_base = identity and index == 0
         for tile in row_tiles(m, A.shape[0]):
@@ -81,7 +83,7 @@ def linear(
             y[:, tile.rows] = rows if index == 0 else rows + y[:, tile.rows]
     if bias is not None and not identity:
         y += bias
-    return y.view(*x.shape[:-1], m)
+    return result
 
 
 def _block_products(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, with_base: bool) -> torch.Tensor:

@@ -24,7 +24,10 @@ def linear(
 ) -> torch.Tensor:
     """`x @ W'.T + bias` for the `(m, n)` weight, with the backend's `scaled_weight`; W' may be written over W."""
     effective = backend.scaled_weight(weight, factors, identity, dtype, out=_buffer(weight, dtype, overwrite))
-    return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
+    y = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), effective, None if bias is None else bias.to(dtype))
+    # not a view: see `cpu.linear`
+    result: torch.Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], effective.shape[0]))
+    return result
 
 
 def linear_backward(

@@ -18,9 +18,9 @@ def scaled_weight(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`].
+    """W' as a whole, in `out` or the memory layout of the weight; see [`peft_spp.functional.scaled_weight`].
 
-    `out` is where to write it; it may be the weight itself.
+    `out` may be the weight itself.
     """
     acc = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
     w = weight.to(acc)

@@ -18,12 +18,17 @@ import torch
 from torch.library import Library, register_fake
 
 from ..factors import Factors
-from . import by_activation, by_weight, composite, cpu, triton
+from . import by_activation, by_weight, composite, cpu, stack, triton
 
 
 _library = Library("peft_spp", "DEF")
 _library.define(
     "scaled_weight(Tensor weight, Tensor[] A, Tensor[] B, float[] scaling, bool identity, ScalarType dtype) -> Tensor"
+)
+# the gradients that are needed, given that of W': weight, then A and B of each adapter
+_library.define(
+    "scaled_weight_backward(Tensor grad, Tensor weight, Tensor[] A, Tensor[] B, float[] scaling, bool identity, "
+    "bool needs_weight, bool needs_factors) -> Tensor[]"
 )
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, bool fan_in_fan_out, "
@@ -60,8 +65,34 @@ def _scaled_weight(
     identity: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    result: torch.Tensor = backend.scaled_weight(weight, pack(A, B, scaling), identity, dtype)
+    result: torch.Tensor
+    if weight.dim() == 3:
+        result = stack.scaled_weight(backend, weight, pack(A, B, scaling), identity, dtype)
+    else:
+        result = backend.scaled_weight(weight, pack(A, B, scaling), identity, dtype)
     return result
+
+
+def _scaled_weight_backward(
+    backend: ModuleType,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    identity: bool,
+    needs_weight: bool,
+    needs_factors: bool,
+) -> list[torch.Tensor]:
+    grads = []
+    if needs_weight:
+        # d/dW of W ⊙ factor is the gradient ⊙ factor, so the same function serves with the gradient in W's place
+        grads.append(_scaled_weight(backend, grad, A, B, scaling, identity, weight.dtype))
+    if needs_factors:
+        if weight.dim() == 2:
+            grad, weight = grad.unsqueeze(0), weight.unsqueeze(0)
+        grads.extend(stack.factor_gradients(backend, grad, weight, pack(A, B, scaling)))
+    return grads
 
 
 def _linear(
@@ -152,6 +183,7 @@ if triton.is_available():
     _BACKENDS.update(CUDA=triton, XPU=triton)
 for _key, _backend in _BACKENDS.items():
     _library.impl("scaled_weight", partial(_scaled_weight, _backend), _key)
+    _library.impl("scaled_weight_backward", partial(_scaled_weight_backward, _backend), _key)
     _library.impl("linear", partial(_linear, _backend), _key)
     _library.impl("linear_backward", partial(_linear_backward, _backend), _key)
     _library.impl("linear_in_place", partial(_linear_in_place, _backend), _key)
@@ -168,6 +200,23 @@ def _(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return torch.empty_like(weight, dtype=dtype)
+
+
+@register_fake("peft_spp::scaled_weight_backward")
+def _(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    identity: bool,
+    needs_weight: bool,
+    needs_factors: bool,
+) -> list[torch.Tensor]:
+    grads = [torch.empty_like(grad, dtype=weight.dtype)] if needs_weight else []
+    if needs_factors:
+        grads.extend(t.new_empty(t.shape) for pair in zip(A, B, strict=True) for t in pair)
+    return grads
 
 
 @register_fake("peft_spp::linear")

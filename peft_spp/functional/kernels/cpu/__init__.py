@@ -28,11 +28,15 @@ CHUNK_ELEMENTS = 1 << 23
 
 
 def scaled_weight(
-    weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+    weight: torch.Tensor,
+    factors: Sequence[Factors],
+    identity: bool,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
-    out = torch.empty_like(weight, dtype=dtype)
-    work = _elementwise(weight, factors, dtype)
+    """W' as a whole, in `out` or the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
+    out = torch.empty_like(weight, dtype=dtype) if out is None else out
+    work = _elementwise(weight, factors, dtype, out)
     work.write_scaled(out, slice(0, weight.shape[0]), slice(0, weight.shape[1]), identity)
     return out
 
@@ -48,14 +52,16 @@ def linear(
     """`x @ W'.T + bias` for the `(m, n)` weight, chunk by chunk of rows."""
     m, n = weight.shape
     x2d = x.reshape(-1, n).to(dtype)
-    y = torch.empty(x2d.shape[0], m, dtype=dtype)
+    # not a view: autograd forbids changing a view that a Function returns in place, as some models do
+    result = torch.empty(*x.shape[:-1], m, dtype=dtype)
+    y = result.view(x2d.shape[0], m)
     work = _elementwise(weight, factors, dtype)
     for rows, chunk in _scaled_chunks(work, by_rows=True, identity=identity, dtype=dtype):
         if bias is None:
             torch.mm(x2d, chunk.t(), out=y[:, rows])
         else:
             torch.addmm(bias[rows].to(dtype), x2d, chunk.t(), out=y[:, rows])
-    return y.view(*x.shape[:-1], m)
+    return result
 
 
 def linear_backward(
@@ -89,8 +95,21 @@ def linear_backward(
     return grads
 
 
-def _elementwise(weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype) -> Elementwise:
-    kind = NativeElementwise if NativeElementwise.supports(weight, factors, dtype) else TiledElementwise
+def factor_gradients(
+    product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of A and B of each adapter, given that of W' as a whole; see `composite.factor_gradients`."""
+    work = _elementwise(weight, factors, product.dtype, product)
+    work.add_factor_gradients(product, slice(0, weight.shape[0]), slice(0, weight.shape[1]))
+    grads = work.factor_gradients()
+    return list(zip(grads[::2], grads[1::2], strict=True))
+
+
+def _elementwise(
+    weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype, other: torch.Tensor | None = None
+) -> Elementwise:
+    """`other` is a tensor to write or read beside the weight, where that is not a buffer of ours."""
+    kind = NativeElementwise if NativeElementwise.supports(weight, factors, dtype, other) else TiledElementwise
     return kind(weight, factors)
 
 

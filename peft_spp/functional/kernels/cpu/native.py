@@ -58,13 +58,17 @@ class NativeElementwise(Elementwise):
         self.scaled_factors = [(A.contiguous(), B.contiguous()) for A, B in self.scaled_factors]
 
     @staticmethod
-    def supports(weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
+    def supports(
+        weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype, other: torch.Tensor | None = None
+    ) -> bool:
         """Whether the tensors can be walked by this, and there is a compiler for it."""
+        along = 0 if weight.stride(0) < weight.stride(1) else 1
         return (
             weight.dtype in _DTYPES
             and dtype in _DTYPES
             and compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B))) == torch.float32
-            and (weight.stride(1) == 1 or weight.stride(0) == 1 < weight.stride(1))
+            and weight.stride(along) == 1
+            and (other is None or other.stride(along) == 1)
             and load_library() is not None
         )
 

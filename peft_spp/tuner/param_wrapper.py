@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SPP on a parameter that belongs to no linear layer, as the fused experts of a mixture do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ..functional import scaled_weight
+from ..sparsity.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
+from .config import SPPConfig
+from .layer import Linear, SPPLayer
+from .replaced_parameter import replaced_parameter
+
+
+class ParamWrapper(Linear):
+    """
+    SPP on an `nn.Parameter`, chosen with `target_parameters`: a weight, or a stack of the weights of all experts.
+
+    Every expert of a stack is a layer of its own: its output rows are split into r blocks, whatever the way the stack
+    is stored. A has the shape `(num_experts · r, in_features)` and B `(num_experts · out_features, 1)`, expert after
+    expert. The adapted weight of all experts is made once a forward pass, as LoRA's is.
+
+    - When accessing the wrapped parameter directly, e.g. via `module.weight`, the adapter is *not* applied.
+    - Each `ParamWrapper` adapts exactly one parameter. To target several on the same module, the wrappers are nested.
+    - All adapters of a model that use `target_parameters` must target the same parameters.
+
+    Args:
+        base_layer (`nn.Module`): The module that holds the parameter, or a `ParamWrapper` around it.
+        adapter_name (`str`): The name of the first adapter.
+        parameter_name (`str`): The name of the parameter in the module.
+        config (`SPPConfig`): The configuration of the adapter.
+        r (`int`): The number of row blocks of each expert.
+        spp_alpha (`float`): The alpha of the scaling.
+        is_transposed (`bool`): Whether the weight is stored as (in_features, out_features).
+        module_name (`str`): The name of the parameter in the model, for messages.
+
+    Raises:
+        ValueError: If the parameter has neither two nor three dimensions, or the configuration asks for what cannot
+            be done on a parameter.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        parameter_name: str,
+        config: SPPConfig,
+        r: int,
+        spp_alpha: float,
+        is_transposed: bool = False,
+        module_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.parameter_name = parameter_name
+        self.fan_in_fan_out = is_transposed
+        self.is_target_conv_1d_layer = False
+        SPPLayer.__init__(self, base_layer, module_name=module_name, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
+
+    def _read_features(self) -> None:
+        parameter = self._base_weight()
+        # ZeRO-3 leaves an empty parameter, and says here how large it is when it is gathered
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                f"spp.{type(self).__name__} was initialized with {len(shape)} dimensional Parameter "
+                f"({self.module_name!r}), but only 2d and 3d are supported."
+            )
+        self.num_experts = shape[0] if len(shape) == 3 else 1
+        self.out_features, self.in_features = reversed(shape[-2:]) if self.fan_in_fan_out else shape[-2:]
+
+    def update_layer(self, adapter_name: str, r: int, spp_alpha: float, config: SPPConfig, **kwargs: Any) -> None:
+        if config.spp_dropout:
+            # W' is made without an input: there is no input of the SPP branch to drop
+            raise ValueError(f"spp.{type(self).__name__} does not work with spp_dropout != 0.")
+        if config.fan_in_fan_out:
+            raise ValueError(f"spp.{type(self).__name__} does not work with fan_in_fan_out.")
+        super().update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        parameter = self._base_weight()
+        for factors in (self.spp_A, self.spp_B):
+            if not any(factor.is_meta for factor in factors.parameters()):
+                factors[adapter_name].to(device or parameter.device, dtype=parameter.dtype)
+
+    def check_merge_allowed(self) -> None:
+        """
+        Raise an error if the parameter cannot be written to.
+
+        Raises:
+            ValueError: If the parameter is computed by `torch.nn.utils.parametrize`.
+        """
+        if parametrize.is_parametrized(self.get_base_layer(), self.parameter_name):
+            raise ValueError(
+                f"Cannot merge into {self.module_name!r}, which torch.nn.utils.parametrize computes. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it first."
+            )
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep_unmerged: bool) -> None:
+        self.check_merge_allowed()
+        super()._merge(safe_merge, adapter_names, keep_unmerged)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module without any wrapper around it, merged if asked."""
+        if merge:
+            self._merge(safe_merge, adapter_names, keep_unmerged=False)
+        if isinstance(self.base_layer, ParamWrapper):
+            return self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        return self.base_layer
+
+    def _check_forward_args(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(f"spp.{type(self).__name__} does not support mixed adapter batches yet.")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_forward_args(*args, **kwargs)
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        factors = self.get_factors(self.active_adapters)
+        if self.disable_adapters or self.merged or not factors:
+            return self.base_layer(*args, **kwargs)
+        with replaced_parameter(self.get_base_layer(), self.parameter_name, partial(self._scaled, factors=factors)):
+            return self.base_layer(*args, **kwargs)
+
+    def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
+        return self._transpose(scaled_weight(self._transpose(parameter), factors))
+
+    def _transpose(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.transpose(-2, -1) if self.fan_in_fan_out else weight
+
+    def __repr__(self) -> str:
+        # the name of the parameter tells nested wrappers apart
+        rep = super().__repr__()
+        idx = rep.find("(") + 1
+        return f"{rep[:idx]}\n  parameter_name='{self.parameter_name}',{rep[idx:]}"
+
+
+def is_stored_transposed(module: nn.Module, parameter: torch.Tensor, model_types: Collection[str]) -> bool:
+    """
+    Whether a weight is stored as (in_features, out_features), by what [`~peft_spp.sparsity.sparsity_report`] goes by.
+
+    Args:
+        module (`nn.Module`): The module that holds the weight.
+        parameter (`torch.Tensor`): The weight, or a stack of weights.
+        model_types (`Collection[str]`): The `model_type`s of the model and its parts, in Transformers' sense.
+
+    Returns:
+        `bool`: For a stack what the module's attribute `is_transposed` says, which Transformers sets on its experts,
+        or else what is known of the `model_type`; for a weight whether the module is a `Conv1D`.
+    """
+    if parameter.ndim != 3:
+        return isinstance(module, Conv1D)
+    said = getattr(module, "is_transposed", None)
+    return said if isinstance(said, bool) else not TRANSPOSED_EXPERTS_MODEL_TYPES.isdisjoint(model_types)
