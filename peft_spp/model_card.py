@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from .durable import publish, working_folder
+
 
 TAG = "spp"
 HEADING = "## How to load this adapter"
@@ -43,4 +45,6 @@ def add_loading_note(folder: str | Path) -> None:
         return
     card.data.tags = sorted({*(card.data.tags or []), TAG})
     card.text = f"{card.text.rstrip()}\n\n{NOTE}"
-    card.save(path)
+    with working_folder(path.parent) as working:
+        card.save(working / path.name)
+        publish(working / path.name, path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from .weights import Stored
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,6 +32,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
 }
+"""The floating dtypes by their names in a file."""
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -97,7 +100,7 @@ def list_folder(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _list_index(index: Path) -> dict[Path, list[str] | None]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names")
     names: dict[Path, list[str] | None] = {}
@@ -112,11 +115,13 @@ def _list_index(index: Path) -> dict[Path, list[str] | None]:
     return names
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, strict: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         file (`Path`): The file.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to refuse what Python reads and JSON does not have: NaN, infinity, and keys that are there twice.
 
     Returns:
         `dict[str, Any]`: Its content.
@@ -124,12 +129,25 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is not valid JSON, or not an object.
     """
+    more: dict[str, Any] = {"parse_constant": _no_constant, "object_pairs_hook": _without_duplicates} if strict else {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), **more)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}. It may be damaged; copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{file} holds no JSON object. It may be damaged; copy it again")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is there twice")
     return content
 
 
@@ -167,7 +185,7 @@ def read_header(file: Path, wanted: list[str] | None = None) -> list[Stored]:
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
                 listed.append(
-                    Stored(name, tuple(view.get_shape()), _DTYPES.get(dtype, dtype), partial(_load, file, name))
+                    Stored(name, tuple(view.get_shape()), DTYPES.get(dtype, dtype), partial(_load, file, name))
                 )
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file (cut short or damaged): {error}") from error

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import Factors, merged_weight, scaled_weight, spp_linear
-from .config import SPPConfig, check_rank
+from .config import SPPConfig
+from .settings import check_rank
 
 
 class SPPLayer(BaseTunerLayer):

@@ -17,6 +17,8 @@ from ..sparsity.mask_record import MaskRelation
 from .base_record import check_base, record_base, relate_base
 from .config import SPPConfig
 from .layer import Linear, SPPLayer
+from .patterns import check_patterns
+from .settings import expressions
 from .targets import transformer_block_linear_targets
 
 
@@ -99,6 +101,7 @@ class SPPModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_patterns(expressions(vars(self.peft_config[adapter_name])), [name for name, _ in model.named_modules()])
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = _Injection(model, adapter_name)
