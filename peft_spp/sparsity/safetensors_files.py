@@ -109,7 +109,7 @@ def _list_index(index: Path) -> dict[Path, list[str] | None]:
         if re.match(r"[/\\]|[A-Za-z]:", shard) or ".." in re.split(r"[/\\]", shard):
             raise ValueError(f"{index} names {shard!r}, which lies outside its folder")
         file = index.parent / shard
-        if not file.is_file():
+        if not os.path.isfile(file):  # unlike the method it is false for a name that no file can have
             raise ValueError(f"{index} names {shard!r}, which is not there")
         names[file] = [name for name, where in weight_map.items() if where == shard]
     return names

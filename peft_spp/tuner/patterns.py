@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,7 +31,8 @@ import json, re, signal, sys
 if hasattr(signal, "setitimer"):
     signal.setitimer(signal.ITIMER_VIRTUAL, float(sys.argv[1]))
 patterns, names = json.load(sys.stdin)
-for pattern, whole in patterns:
+for number, (pattern, whole) in enumerate(patterns):
+    print(number, flush=True)
     match = re.compile(pattern).fullmatch if whole else re.compile(pattern).match
     for name in names:
         match(name)
@@ -51,17 +51,13 @@ def check_patterns(expressions: Sequence[Expression], names: Iterable[str]) -> N
         ValueError: If one does not; the message names it and its field.
     """
     suspects = [expression for expression in expressions if _could_take_long(expression)]
-    if not suspects:
-        return
-    tried = list(names)
-    if _comes_to_an_end(suspects, tried):
-        return
-    culprit = next((one for one in suspects if not _comes_to_an_end([one], tried)), suspects[0])
-    pattern = culprit.pattern if len(culprit.pattern) <= 200 else f"{culprit.pattern[:200]}..."
-    raise ValueError(
-        f"`{culprit.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match with "
-        "the names of the modules. Write it without a repetition inside of a repetition, or list the names."
-    )
+    culprit = _try(suspects, list(names)) if suspects else None
+    if culprit is not None:
+        pattern = culprit.pattern if len(culprit.pattern) <= 200 else f"{culprit.pattern[:200]}..."
+        raise ValueError(
+            f"`{culprit.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
+            "with the names of the modules. Write it without a repetition inside of a repetition, or list the names."
+        )
 
 
 def _could_take_long(expression: Expression) -> bool:
@@ -71,15 +67,23 @@ def _could_take_long(expression: Expression) -> bool:
     return len(_QUANTIFIER.findall(pattern)) > _HARMLESS_QUANTIFIERS or bool(_REPEATED_GROUP.search(pattern))
 
 
-def _comes_to_an_end(expressions: Sequence[Expression], names: list[str]) -> bool:
+def _try(expressions: Sequence[Expression], names: list[str]) -> Expression | None:
+    """Match all expressions with all names, and return the one that was being matched when the time was up."""
     job = json.dumps([[(one.pattern, one.whole) for one in expressions], names])
-    command = [sys.executable, "-I", "-S", "-c", _TRIAL, str(SECONDS)]
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _TRIAL, str(SECONDS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
-        done = subprocess.run(command, input=job, text=True, capture_output=True, timeout=_PATIENCE)
+        output, errors = process.communicate(job, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
-        return False
-    if done.returncode == 0:
-        return True
-    if hasattr(signal, "SIGVTALRM") and done.returncode == -signal.SIGVTALRM:
-        return False
-    raise ValueError(f"regular expressions of the adapter could not be tried: {done.stderr.strip()[-300:]}")
+        process.kill()
+        output, errors = process.communicate()
+    if process.returncode == 0:
+        return None
+    if not output or errors:
+        raise ValueError(f"the regular expressions of the adapter could not be tried: {errors.strip()[-300:]}")
+    return expressions[int(output.split()[-1])]

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from peft.utils.peft_types import TaskType
+
 
 MAX_RANK = 1 << 20
 """The largest `r`: no layer has as many output rows."""
@@ -31,6 +33,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, (is_fine, expected) in _FIELDS.items():
         if name in settings and not is_fine(settings[name]):
             raise ValueError(f"`{name}` should be {expected} but the value passed is {_shown(settings[name])}")
+    for name, choices in _CHOICES.items():
+        if name in settings:
+            check_choice(name, settings[name], choices)
+    if isinstance(settings.get("target_modules"), str):
+        # PEFT looks for layers in the names of a list alone
+        for name in ("layers_to_transform", "layers_pattern"):
+            if settings.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+    if settings.get("layers_pattern") and settings.get("layers_to_transform") is None:
+        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
     if "r" in settings:
         check_rank("r", settings["r"])
     for key, rank in (settings.get("rank_pattern") or {}).items():
@@ -154,6 +166,12 @@ def _anything(value: Any) -> bool:
 _is_names = _any_of(_is_none, _is_string, _is_list_of(_is_string))
 _is_integers = _is_list_of(_is_integer)
 
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "task_type": (*TaskType, None),
+    "bias": ("none", "all", "spp_only"),
+    "check_base": ("warn", "error", "off"),
+    "init_weights": (True, False),
+}
 # what a value of each field may be, and how to say so
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "spp_alpha": (_is_finite, "a finite number"),
