@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME
 from peft.utils.peft_types import PeftType
@@ -285,9 +286,12 @@ class SPPConfig(PeftConfig):
         """
         file = Path(path_json_file)
         settings = read_json(file, strict=True)
-        method = settings.get("peft_type", "SPP")
+        method = settings.get("peft_type")
         if method not in list(PeftType):
-            raise ValueError(f"{file} has peft_type {method!r}, which this version of PEFT does not know: upgrade it")
+            raise ValueError(
+                f"{file} has peft_type {method!r}, which PEFT {peft.__version__} does not know: upgrade it, or copy the file "
+                "again"
+            )
         if method != "SPP":
             return super().from_json_file(path_json_file, **kwargs)
         try:

