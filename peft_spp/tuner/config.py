@@ -289,8 +289,8 @@ class SPPConfig(PeftConfig):
         method = settings.get("peft_type")
         if method not in list(PeftType):
             raise ValueError(
-                f"{file} has peft_type {method!r}, which PEFT {peft.__version__} does not know: upgrade it, or copy the file "
-                "again"
+                f"{file} has peft_type {method!r}, which PEFT {peft.__version__} does not know: upgrade it, or copy "
+                "the file again"
             )
         if method != "SPP":
             return super().from_json_file(path_json_file, **kwargs)

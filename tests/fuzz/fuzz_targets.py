@@ -124,6 +124,8 @@ def adapter(data: bytes) -> None:
         loaded = SPPConfig.from_pretrained(str(folder))
     if not isinstance(loaded, SPPConfig) or loaded.task_type is not None:
         return
+    if loaded.modules_to_save or loaded.trainable_token_indices:
+        return  # which PEFT looks up in the weights and in the model by itself
     model = base()
     modules = {name: id(module) for name, module in model.named_modules()}
     try:
