@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,30 @@ def read_header(file: Path, wanted: list[str] | None = None) -> list[Stored]:
             for name in sorted(present) if wanted is None else wanted:
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
-                listed.append(
-                    Stored(name, tuple(view.get_shape()), DTYPES.get(dtype, dtype), partial(_load, file, name))
-                )
+                shape = checked_shape(file, name, view.get_shape())
+                listed.append(Stored(name, shape, DTYPES.get(dtype, dtype), partial(_load, file, name)))
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file (cut short or damaged): {error}") from error
     return listed
+
+
+def checked_shape(file: Path, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Check a shape from a header: beside a 0, `safetensors` lets sizes pass that PyTorch cannot count to.
+
+    Args:
+        file (`Path`): The file, for the message.
+        name (`str`): The name of the tensor, for the message.
+        shape (`Sequence[int]`): The shape.
+
+    Returns:
+        `tuple[int, ...]`: The shape.
+
+    Raises:
+        ValueError: If a tensor cannot have it.
+    """
+    if math.prod(size for size in shape if size) >= 2**63:
+        raise ValueError(f"{file} is damaged: tensor {name!r} has the shape {tuple(shape)}. Copy the file again")
+    return tuple(shape)
 
 
 def _load(file: Path, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from ..sparsity.safetensors_files import DTYPES
+from ..sparsity.safetensors_files import DTYPES, checked_shape
 from .patterns import check_patterns
 from .saving import WEIGHTS_ID
 from .settings import expressions
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FACTOR = re.compile(r"(.+)\.spp_([AB])\.weight")
 """The names of the factors in an adapter's weights."""
 
+_PREFIX = "base_model.model."
 _FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,7 +103,7 @@ def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = Non
             for name in tensors.keys():
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
-                kinds[name] = _Kind(DTYPES.get(dtype, dtype), tuple(view.get_shape()))
+                kinds[name] = _Kind(DTYPES.get(dtype, dtype), checked_shape(file, name, view.get_shape()))
             check_factors(file, _factors(kinds), config)
             for name in kinds:
                 _check_finite(file, name, tensors.get_tensor(name))
@@ -139,7 +140,7 @@ def check_factors(file: Path, factors: Mapping[str, Mapping[str, HasKind]], conf
             if kind.dtype not in _FACTOR_DTYPES:
                 name = str(kind.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"{file}: tensor '{module}.spp_{factor}.weight' has dtype {name}, which is not floating, "
+                    f"{file}: tensor '{_PREFIX}{module}.spp_{factor}.weight' has dtype {name}, which is not floating, "
                     "or too short. Save the adapter in float32, bfloat16 or float16."
                 )
         if len(A.shape) != 2 or len(B.shape) != 2 or B.shape[1] != 1:
@@ -158,7 +159,7 @@ def check_factors(file: Path, factors: Mapping[str, Mapping[str, HasKind]], conf
 def _factors(kinds: Mapping[str, _Kind]) -> dict[str, dict[str, _Kind]]:
     factors: dict[str, dict[str, _Kind]] = {}
     for name, kind in kinds.items():
-        if match := FACTOR.fullmatch(name.removeprefix("base_model.model.")):
+        if match := FACTOR.fullmatch(name.removeprefix(_PREFIX)):
             factors.setdefault(match[1], {})[match[2]] = kind
     return factors
 

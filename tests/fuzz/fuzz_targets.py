@@ -121,8 +121,9 @@ def adapter(data: bytes) -> None:
         read_adapter(folder, read_config(folder))
     loaded = None
     with refused_by_name(str(folder)):
-        loaded = SPPConfig.from_pretrained(str(folder))
-    if not isinstance(loaded, SPPConfig) or loaded.task_type is not None:
+        if SPPConfig.from_json_file(str(folder / CONFIG))["peft_type"] == "SPP":
+            loaded = SPPConfig.from_pretrained(str(folder))
+    if loaded is None or loaded.task_type is not None:
         return
     if loaded.modules_to_save or loaded.trainable_token_indices:
         return  # which PEFT looks up in the weights and in the model by itself
