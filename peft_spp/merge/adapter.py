@@ -16,7 +16,7 @@ from ..functional import Factors
 from ..sparsity.names import is_adapter
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
-from ..tuner.adapter_file import FACTOR, check_factors
+from ..tuner.adapter_file import FACTOR, check_belongs, check_factors
 from .counting import count_non_finite
 from .tensor_file import StoredTensor, open_tensor_file, read_bytes
 
@@ -140,6 +140,7 @@ def read_adapter(folder: Path, config: SPPConfig) -> Adapter:
             )
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}")
     tensors = open_tensor_file(file).tensors
+    check_belongs(file, config)
     factors: dict[str, dict[str, StoredTensor]] = {}
     trained: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():

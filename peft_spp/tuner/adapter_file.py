@@ -97,8 +97,8 @@ def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = Non
         _check_pickled(file, config)
         return
     try:
+        check_belongs(file, config)
         with safe_open(file, framework="pt") as tensors:
-            _check_belongs(file, (tensors.metadata() or {}).get(WEIGHTS_ID), config)
             kinds = {}
             for name in tensors.keys():
                 view = tensors.get_slice(name)
@@ -164,8 +164,19 @@ def _factors(kinds: Mapping[str, _Kind]) -> dict[str, dict[str, _Kind]]:
     return factors
 
 
-def _check_belongs(file: Path, weights_id: str | None, config: SPPConfig) -> None:
-    """A save that was cut off may have left new weights beside old settings."""
+def check_belongs(file: Path, config: SPPConfig) -> None:
+    """
+    Check that weights were saved with the settings beside them: a save that was cut off may have left older ones.
+
+    Args:
+        file (`Path`): The weights, in safetensors.
+        config (`SPPConfig`): The settings.
+
+    Raises:
+        ValueError: If both tell which settings they were saved with, and they are not the same.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        weights_id = (tensors.metadata() or {}).get(WEIGHTS_ID)
     if None not in (weights_id, config.saved_weights_id) and weights_id != config.saved_weights_id:
         raise ValueError(
             f"{file} was saved with other settings than those in the {CONFIG_NAME} beside it: a save was interrupted, "
