@@ -3,7 +3,8 @@
 
 PEFT has no entry point for plug-ins: `peft.utils.register_peft_method` refuses a name that is not a member of the
 `PeftType` enum (huggingface/peft#2273). So the enum gets one more member at run time; everything after that is PEFT's
-own registration.
+own registration. And PEFT writes an adapter where it will be read, file after file, and asks nobody; so
+`PeftModel.save_pretrained` is wrapped, for SPP adapters only, by what makes that durable.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 
 from ._version import __version__
 from .enum_extension import extend_str_enum
+from .tuner.saving import save_durably
 
 
 METHOD = "spp"
@@ -48,6 +50,7 @@ def register(config_cls: type, model_cls: type) -> None:
             "its own. Use PEFT's, or install an older PEFT or a newer peft_spp."
         )
     check_peft_version(peft.__version__)
+    setattr(peft.PeftModel, "save_pretrained", save_durably(peft.PeftModel.save_pretrained))  # noqa: B010  (for mypy)
     extend_str_enum(PeftType, MEMBER)
     register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=False)
 

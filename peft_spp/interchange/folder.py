@@ -12,7 +12,7 @@ from pathlib import Path
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ..merge.output import sync_file
+from ..durable import sync_file
 from ..model_card import CARD
 from .content import AdapterContent
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..functional import Factors
 from ..sparsity.names import is_adapter
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
+from ..tuner.adapter_file import FACTOR, check_belongs, check_factors
 from .counting import count_non_finite
 from .tensor_file import StoredTensor, open_tensor_file, read_bytes
 
@@ -25,7 +25,6 @@ INSTEAD = "Merge with PeftModel.from_pretrained(model, adapter).merge_and_unload
 """The way that is always open, for messages."""
 
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.spp_([AB])\.weight")
 # with bias="all" PEFT saves the biases of a module to save three times: as such, under this name, and as they were
 _SAVED_TWICE = re.compile(r"(.+)\.(modules_to_save|original_module)\.(\w+)")
 # adapters may hold embeddings, which are not read whole only to be checked
@@ -105,16 +104,13 @@ def read_config(folder: Path) -> SPPConfig:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a PEFT adapter: it holds no {CONFIG_NAME}")
-    content = read_json(file)
+    content = read_json(file, strict=True)
     if content.get("peft_type") != "SPP":
         raise ValueError(f"{file} is of peft_type {content.get('peft_type')!r}, and this works on SPP adapters alone")
+    settings = SPPConfig.from_json_file(str(file))
     try:
-        config = SPPConfig.from_peft_type(**content)
-        get_pattern_key([*config.rank_pattern, *config.alpha_pattern], "")
-        alphas = [config.spp_alpha, *config.alpha_pattern.values()]
-        if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
-            raise ValueError("an alpha is not a finite number")
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+        config = SPPConfig.from_peft_type(**settings)
+    except ValueError as error:
         raise ValueError(f"{file} has settings that cannot be used: {error}") from error
     if config.target_parameters:
         raise ValueError(f"{file} has target_parameters, which are not merged here. {INSTEAD}")
@@ -146,6 +142,7 @@ def read_adapter(folder: Path, config: SPPConfig) -> Adapter:
             )
         raise FileNotFoundError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}")
     tensors = open_tensor_file(file).tensors
+    check_belongs(file, config)
     factors: dict[str, dict[str, StoredTensor]] = {}
     trained: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
@@ -153,13 +150,14 @@ def read_adapter(folder: Path, config: SPPConfig) -> Adapter:
         twice = _SAVED_TWICE.fullmatch(name)
         if twice and f"{_PREFIX}{twice[1]}.{twice[3]}" in tensors:
             continue
-        if name != key and (match := _FACTOR.fullmatch(name)):
+        if name != key and (match := FACTOR.fullmatch(name)):
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif name == key or is_adapter(name, frozenset()) or "token_adapter" in name.split("."):
             raise ValueError(f"{file} holds tensor {key!r}, which is no part of a single SPP adapter. {INSTEAD}")
         else:
             trained[re.sub(r"\.base_layer\.bias$", ".bias", name)] = tensor
-    modules = {name: _adapted_module(file, name, found, config) for name, found in factors.items()}
+    check_factors(file, factors, config)
+    modules = {name: _adapted_module(name, found["A"], found["B"], config) for name, found in factors.items()}
     if not modules and not trained:
         raise ValueError(f"{file} holds no tensors: there is nothing to merge")
     for tensor in tensors.values():
@@ -167,24 +165,7 @@ def read_adapter(folder: Path, config: SPPConfig) -> Adapter:
     return Adapter(folder, config, modules, trained)
 
 
-def _adapted_module(file: Path, name: str, found: dict[str, StoredTensor], config: SPPConfig) -> AdaptedModule:
-    if len(found) < 2:
-        missing = "spp_B" if "A" in found else "spp_A"
-        raise ValueError(f"{file} holds only half of the adapter of module {name!r}: {missing} is missing")
-    A, B = found["A"], found["B"]
-    for tensor in (A, B):
-        if not isinstance(tensor.dtype, torch.dtype):
-            raise ValueError(f"{file}: tensor {tensor.name!r} has dtype {tensor.dtype}, which is not floating")
-    if len(A.shape) != 2 or len(B.shape) != 2 or B.shape[1] != 1:
-        raise ValueError(
-            f"{file}: the factors of module {name!r} have shapes A {A.shape} and B {B.shape}, not (r, in) and (out, 1)"
-        )
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    if A.shape[0] != min(r, B.shape[0]):
-        raise ValueError(
-            f"{file}: A of module {name!r} has {A.shape[0]} rows, and the settings of the adapter say "
-            f"{min(r, B.shape[0])}"
-        )
+def _adapted_module(name: str, A: StoredTensor, B: StoredTensor, config: SPPConfig) -> AdaptedModule:
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.spp_alpha)
     return AdaptedModule(name, A, B, alpha)
 

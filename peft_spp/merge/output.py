@@ -18,10 +18,8 @@ from types import TracebackType
 
 from torch import Tensor
 
+from ..durable import OUT_OF_SPACE, sync_folder
 from ..sparsity.safetensors_files import INDEX, SINGLE
-
-
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFolder:
@@ -101,7 +99,7 @@ class OutputFolder:
         shutil.rmtree(self._working, ignore_errors=True)
         if error is not None:
             self._remove_made_parents()
-        if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
+        if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
             raise OSError(
                 error.errno,
                 f"no space for the model ({os.strerror(error.errno)}); nothing was changed",
@@ -133,12 +131,12 @@ class OutputFolder:
             FileExistsError: If somebody else has written to the place meanwhile; it is left as it is.
         """
         for where, _, _ in os.walk(self._working):
-            _sync_folder(Path(where))
+            sync_folder(Path(where))
         if self._old_model is None:
             self._rename_into_place()
         else:
             self._replace_old_model()
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _rename_into_place(self) -> None:
         try:
@@ -174,7 +172,7 @@ class OutputFolder:
 
 
 def write_file(path: Path, pieces: Iterable[Tensor]) -> None:
-    """Write a new file; [`sync_file`] makes it durable.
+    """Write a new file; [`~peft_spp.durable.sync_file`] makes it durable.
 
     Args:
         path (`Path`): The file.
@@ -186,26 +184,6 @@ def write_file(path: Path, pieces: Iterable[Tensor]) -> None:
             rest = piece.numpy().data
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a written file is on the disk.
-
-    Args:
-        path (`Path`): The file.
-    """
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # elsewhere folders cannot be opened, and renames are durable by themselves
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..durable import sync_file
 from ..sparsity.safetensors_files import read_header
 from .adapter import read_adapter, read_config
 from .checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from .counting import ZeroCounts
 from .hub import local_folder
-from .output import OutputFolder, sync_file, write_file
+from .output import OutputFolder, write_file
 from .pieces import merged_pieces, piece_workers
 from .plan import Merge, Plan, plan_merge
 from .report import MergedModule, MergeReport

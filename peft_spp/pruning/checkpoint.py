@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..durable import sync_file
 from ..merge.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from ..merge.hub import local_folder
-from ..merge.output import OutputFolder, sync_file
+from ..merge.output import OutputFolder
 from ..merge.tensor_file import StoredTensor
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count

@@ -12,7 +12,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..tuner.adapter_file import check_adapter_file
+from ..tuner import SPPConfig
 from .errors import InputError
 
 
@@ -71,7 +71,7 @@ def incompleteness(checkpoint: Path) -> str | None:
     if not any((checkpoint / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         return "it has no adapter"
     try:
-        check_adapter_file(checkpoint)
+        SPPConfig.from_pretrained(str(checkpoint))
     except ValueError as error:
         return str(error)
     # torch.save writes zip archives, whose directory comes at the end

@@ -113,10 +113,14 @@ class MaskRecord:
         for name, kind in (("zeros", int), ("pattern", str), ("fingerprint", str), ("sample", str)):
             if not isinstance(data.get(name), kind):
                 raise ValueError(f"the mask record's {name!r} is not {kind.__name__} but {data.get(name)!r}")
+        if not 0 <= data["zeros"] <= shape[0] * shape[1]:
+            raise ValueError(f"the mask record has {data['zeros']} zeros in a shape of {shape[0]}x{shape[1]}")
         try:
-            base64.b64decode(data["sample"], validate=True)
+            sample = base64.b64decode(data["sample"], validate=True)
         except ValueError as error:
             raise ValueError(f"the mask record's 'sample' is not base64: {error}") from error
+        if len(sample) != -(-min(shape[0] * shape[1], SAMPLES) // 8):
+            raise ValueError(f"the mask record's 'sample' has {len(sample)} bytes, which does not fit its shape")
         return cls((shape[0], shape[1]), data["zeros"], data["pattern"], data["fingerprint"], data["sample"])
 
 

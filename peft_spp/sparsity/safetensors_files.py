@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from .weights import Stored
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,6 +33,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
 }
+"""The floating dtypes by their names in a file."""
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -97,7 +101,7 @@ def list_folder(folder: Path) -> dict[Path, list[str] | None]:
 
 
 def _list_index(index: Path) -> dict[Path, list[str] | None]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names")
     names: dict[Path, list[str] | None] = {}
@@ -106,17 +110,19 @@ def _list_index(index: Path) -> dict[Path, list[str] | None]:
         if re.match(r"[/\\]|[A-Za-z]:", shard) or ".." in re.split(r"[/\\]", shard):
             raise ValueError(f"{index} names {shard!r}, which lies outside its folder")
         file = index.parent / shard
-        if not file.is_file():
+        if not os.path.isfile(file):  # unlike the method it is false for a name that no file can have
             raise ValueError(f"{index} names {shard!r}, which is not there")
         names[file] = [name for name, where in weight_map.items() if where == shard]
     return names
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, strict: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
         file (`Path`): The file.
+        strict (`bool`, *optional*, defaults to `False`):
+            Whether to refuse what Python reads and JSON does not have: NaN, infinity, and keys that are there twice.
 
     Returns:
         `dict[str, Any]`: Its content.
@@ -124,12 +130,25 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is not valid JSON, or not an object.
     """
+    more: dict[str, Any] = {"parse_constant": _no_constant, "object_pairs_hook": _without_duplicates} if strict else {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), **more)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}. It may be damaged; copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{file} holds no JSON object. It may be damaged; copy it again")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is there twice")
     return content
 
 
@@ -166,12 +185,30 @@ def read_header(file: Path, wanted: list[str] | None = None) -> list[Stored]:
             for name in sorted(present) if wanted is None else wanted:
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
-                listed.append(
-                    Stored(name, tuple(view.get_shape()), _DTYPES.get(dtype, dtype), partial(_load, file, name))
-                )
+                shape = checked_shape(file, name, view.get_shape())
+                listed.append(Stored(name, shape, DTYPES.get(dtype, dtype), partial(_load, file, name)))
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file (cut short or damaged): {error}") from error
     return listed
+
+
+def checked_shape(file: Path, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Check a shape from a header: beside a 0, `safetensors` lets sizes pass that PyTorch cannot count to.
+
+    Args:
+        file (`Path`): The file, for the message.
+        name (`str`): The name of the tensor, for the message.
+        shape (`Sequence[int]`): The shape.
+
+    Returns:
+        `tuple[int, ...]`: The shape.
+
+    Raises:
+        ValueError: If a tensor cannot have it.
+    """
+    if math.prod(size for size in shape if size) >= 2**63:
+        raise ValueError(f"{file} is damaged: tensor {name!r} has the shape {tuple(shape)}. Copy the file again")
+    return tuple(shape)
 
 
 def _load(file: Path, name: str) -> Tensor:

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..functional import Factors
 from ..functional.combine import RankOneBlocks, rank_one_blocks
-from .config import SPPConfig, check_rank
+from .config import SPPConfig
 from .layer import SPPLayer
+from .settings import check_rank
 
 
 if TYPE_CHECKING:

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import peft
 from peft.config import PeftConfig
+from peft.utils.constants import CONFIG_NAME
 from peft.utils.peft_types import PeftType
 
+from ..durable import publish, working_folder
 from ..model_card import update_model_card
-from .adapter_file import check_adapter_file
+from ..sparsity.safetensors_files import read_json
+from .adapter_file import check_weights, find_weights
+from .saving import write_settings_id
+from .settings import check_choice, check_settings
 
 
 FORMAT_VERSION = 1
@@ -202,8 +210,17 @@ class SPPConfig(PeftConfig):
         default=FORMAT_VERSION, metadata={"help": "The version of the adapter's format. Not to be set."}
     )
 
-    def __post_init__(self) -> None:
+    # Tells the weights that the settings were saved with. It is in the file and not a field, as it says nothing about
+    # the adapter: see saving.py.
+    weights_id: InitVar[str | None] = None
+
+    def __post_init__(self, weights_id: str | None) -> None:
         super().__post_init__()
+        check_settings({**vars(self), "weights_id": weights_id})
+        # neither is a field: they are not saved and not compared. SPPModel takes an adapter back if its weights do not
+        # fit.
+        self.saved_weights_id = weights_id
+        self.is_from_pretrained = False
         self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
@@ -213,43 +230,29 @@ class SPPConfig(PeftConfig):
         )
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
-
-        # if target_modules is a regex expression, then layers_to_transform should be None
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        # if target_modules is a regex expression, then layers_pattern should be None
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        # check for layers_to_transform and layers_pattern
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-
-        check_rank("r", self.r)
-        for pattern, rank in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{pattern!r}]", rank)
-        if not 0.0 <= self.spp_dropout < 1.0:
-            raise ValueError(f"`spp_dropout` should be in [0, 1) but the value passed is {self.spp_dropout}")
-        check_choice("bias", self.bias, ("none", "all", "spp_only"))
-        check_choice("check_base", self.check_base, ("warn", "error", "off"))
-        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
-            raise ValueError(
-                f"The adapter has format version {self.format_version!r}; this version of peft_spp reads 1 to "
-                f"{FORMAT_VERSION}. Upgrade peft-spp to load it."
-            )
-        check_choice("init_weights", self.init_weights, (True, False))
+        _check_format_version(self.format_version)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
         Save the configuration, and say in the adapter's model card, if there is one, what the adapter is.
 
+        The file is complete or as it was before, whenever the process is killed.
+
         Args:
             save_directory (`str`): The directory where the configuration will be saved.
             kwargs (additional keyword arguments, *optional*): As [`PeftConfig.save_pretrained`] takes them.
+
+        Raises:
+            OSError: If the disk is full; what was there is as it was.
         """
-        super().save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        with working_folder(save_directory) as working:
+            super().save_pretrained(str(working), **kwargs)
+            write_settings_id(working)
+            publish(working / CONFIG_NAME, Path(save_directory) / CONFIG_NAME)
         update_model_card(save_directory, self)
 
     @classmethod
@@ -257,35 +260,77 @@ class SPPConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SPPConfig:
         """
-        Load the configuration of an adapter, and check the weights beside it if they are in a local folder.
+        Load the configuration of an adapter, and check the weights beside it: in a local folder, or on the Hub, from
+        where they are downloaded for it.
 
         Args:
             pretrained_model_name_or_path (`str`): The directory or the Hub repository id where the adapter is saved.
             subfolder (`str`, *optional*): An optional subfolder under `pretrained_model_name_or_path`.
-            kwargs (additional keyword arguments, *optional*): As [`PeftConfig.from_pretrained`] takes them.
+            kwargs (additional keyword arguments, *optional*):
+                As [`PeftConfig.from_pretrained`] takes them; `check_base`; and `weights_only=True`, without which
+                weights that are pickled are refused. [`PeftModel.from_pretrained`] passes all of them on.
 
         Raises:
-            ValueError: If a value of the configuration cannot be used, or the adapter's weights are damaged.
+            ValueError: If a value of the configuration cannot be used, or the adapter's weights are damaged, pickled,
+                or do not belong to the configuration.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if not isinstance(config, SPPConfig):
+            return config  # the adapter of another method, as PEFT loads it too
+        hub_arguments, _, _ = cls._split_kwargs(kwargs)
+        weights = find_weights(pretrained_model_name_or_path, subfolder, hub_arguments)
+        if weights is not None:
+            check_weights(weights, config, weights_only=kwargs.get("weights_only"))
         if "check_base" in kwargs:
             # PEFT lets what is saved win; what to do about a base model is for the one who loads to say
             config.check_base = kwargs["check_base"]
             check_choice("check_base", config.check_base, ("warn", "error", "off"))
-        # not a field: it is neither saved nor compared. SPPModel takes the adapter back if its weights do not fit.
         config.is_from_pretrained = True
         return config
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Read the settings of an adapter from a file, and check them.
 
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise a `ValueError` unless the value is one of the choices."""
-    if value not in choices:
-        listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-        raise ValueError(f"`{name}` should be {listed} but the value passed is {value!r}")
+        Args:
+            path_json_file (`str`): The file.
+
+        Returns:
+            `dict[str, Any]`: The settings.
+
+        Raises:
+            ValueError: If it is not a JSON object, is of a newer version, or has a value that cannot be used; the
+                message names the file.
+        """
+        file = Path(path_json_file)
+        settings = read_json(file, strict=True)
+        method = settings.get("peft_type")
+        if method not in list(PeftType):
+            raise ValueError(
+                f"{file} has peft_type {method!r}, which PEFT {peft.__version__} does not know: upgrade it, or copy "
+                "the file again"
+            )
+        if method != "SPP":
+            return super().from_json_file(path_json_file, **kwargs)
+        try:
+            _check_format_version(settings.get("format_version", 1))
+            known = inspect.signature(cls).parameters
+            unknown = sorted(key for key, value in settings.items() if key not in known and value is not None)
+            if unknown:
+                raise ValueError(
+                    f"{', '.join(map(repr, unknown[:3]))} {'is' if len(unknown) == 1 else 'are'} not known here; a "
+                    "newer version of peft-spp or PEFT may have saved it. Upgrade both to load it"
+                )
+            check_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+        return settings
 
 
-def check_rank(name: str, r: Any) -> None:
-    """Raise a `ValueError` unless `r` is a positive integer."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {r}")
+def _check_format_version(version: Any) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"The adapter has format version {version!r}; this version of peft_spp reads 1 to {FORMAT_VERSION}. "
+            "Upgrade peft-spp to load it."
+        )

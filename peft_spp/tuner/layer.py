@@ -13,8 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import Factors, merged_weight, scaled_weight, spp_linear
-from .config import SPPConfig, check_rank
+from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
+from .settings import check_rank
 from .whole_parameters import is_sharded, whole_parameters
 
 

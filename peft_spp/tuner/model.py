@@ -22,7 +22,9 @@ from .config import SPPConfig
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
 from .param_wrapper import ParamWrapper, is_stored_transposed
+from .patterns import check_patterns
 from .quantized import Backend, QuantizedLinear, find_backend, unload_dequantized
+from .settings import expressions
 from .targets import fused_experts, transformer_block_linear_targets
 from .whole_parameters import is_tensor_parallel
 
@@ -123,6 +125,7 @@ class SPPModel(BaseTuner):
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_patterns(expressions(vars(self.peft_config[adapter_name])), [name for name, _ in model.named_modules()])
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = _Injection(model, adapter_name)

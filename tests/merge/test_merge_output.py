@@ -386,8 +386,8 @@ def test_models_are_downloaded_from_the_hub(tmp_path, case, monkeypatch):
 def test_folders_are_made_durable_too(tmp_path, case, monkeypatch):
     """A rename that is not followed by a sync of the folder may be undone by a power failure."""
     events = []
-    sync, rename = output._sync_folder, os.rename
-    monkeypatch.setattr(output, "_sync_folder", lambda folder: (events.append(("sync", folder)), sync(folder)))
+    sync, rename = output.sync_folder, os.rename
+    monkeypatch.setattr(output, "sync_folder", lambda folder: (events.append(("sync", folder)), sync(folder)))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", Path(b))), rename(a, b)))
     merge_checkpoint(case.base, case.adapter, tmp_path / "out")
     kinds = [kind for kind, _ in events]

@@ -199,6 +199,13 @@ def test_another_rank_than_the_settings_say_is_named(tmp_path, case):
     assert_refused(tmp_path, case, "model.layers", "5", "4")
 
 
+def test_settings_beside_the_weights_of_other_settings_are_refused(tmp_path, case):
+    model = auto("LlamaForCausalLM").from_pretrained(case.base)
+    save_adapter(tmp_path / "other", model, SPPConfig(r=5, spp_alpha=64, task_type="CAUSAL_LM"))
+    shutil.copy(tmp_path / "other" / ADAPTER, case.adapter / ADAPTER)
+    assert_refused(tmp_path, case, case.adapter / ADAPTER)
+
+
 def test_integer_factors_are_named(tmp_path, case):
     name = f"{PREFIX}{Q_PROJ}.spp_B.weight"
     edit_tensors(case.adapter / ADAPTER, **{name: torch.ones(32, 1, dtype=torch.int8)})

@@ -73,10 +73,14 @@ def test_saved_and_loaded_config_is_equal(tmp_path):
         assert loaded.to_dict() == config.to_dict()
 
 
-def test_unknown_keys_of_a_saved_config_are_named_and_ignored_as_by_peft(tmp_path):
+def test_unknown_keys_of_a_saved_config_are_refused_unless_they_say_nothing(tmp_path):
     SPPConfig(r=8).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"from_the_future": 1}))
+    with pytest.raises(ValueError, match="'from_the_future'"):
+        SPPConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(settings | {"from_the_future": None}))
     with pytest.warns(UserWarning, match="from_the_future"):
         assert SPPConfig.from_pretrained(tmp_path).r == 8
 

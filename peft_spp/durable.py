@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either complete or as they were: written aside, brought to the disk, and renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The errors of a disk, a quota or a file that is full."""
+
+
+@contextmanager
+def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """
+    A new hidden folder in which files are written before they are published in the folder around it.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder around it; it is made if it is not there.
+
+    Returns:
+        `Iterator[Path]`: The hidden folder, as a context manager that removes it. A process that is killed leaves it
+        behind; it may be deleted.
+
+    Raises:
+        OSError: If the disk is full; the message names the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        try:
+            yield working
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE:
+            raise
+        raise no_space(error.errno, folder) from error
+
+
+def no_space(code: int | None, folder: Path) -> OSError:
+    """The error to raise when nothing was changed because the disk is full.
+
+    Args:
+        code (`int`): One of [`OUT_OF_SPACE`].
+        folder (`Path`): What was to be written.
+    """
+    reason = os.strerror(code) if code is not None else "the disk is full"
+    return OSError(code, f"no space to write to it ({reason}); what was there is as it was", str(folder))
+
+
+def publish(written: Path, path: Path) -> None:
+    """
+    Put a written file in its place, and return when it is on the disk.
+
+    Args:
+        written (`Path`): The file, on the same file system.
+        path (`Path`): Its place. A file there is replaced; so is a link, and not what it leads to.
+    """
+    sync_file(written)
+    os.replace(written, path)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """
+    Write a text file that is either complete or as it was.
+
+    Args:
+        path (`Path`): The file.
+        text (`str`): Its content.
+    """
+    with working_folder(path.parent) as working:
+        (working / path.name).write_text(text, encoding="utf-8")
+        publish(working / path.name, path)
+
+
+def sync_file(path: Path) -> None:
+    """
+    Wait until a written file is on the disk.
+
+    Args:
+        path (`Path`): The file.
+    """
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """
+    Wait until the names in a folder are on the disk: without that, a power failure may undo a rename.
+
+    Args:
+        folder (`Path`): The folder.
+    """
+    if os.name != "posix":
+        return  # elsewhere folders cannot be opened, and renames are durable by themselves
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the values of a configuration, which may come from a file that somebody else has written."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from peft.utils.peft_types import TaskType
+
+
+MAX_RANK = 1 << 20
+"""The largest `r`: no layer has as many output rows."""
+
+MAX_PATTERN = 100_000
+"""The longest regular expression, in characters: longer ones take too long to compile."""
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """
+    Check the values of a configuration one by one, before anything is made of them.
+
+    Args:
+        settings (`Mapping[str, Any]`): The values by the names of their fields. Missing ones are not checked.
+
+    Raises:
+        ValueError: If a value cannot be used; the message names the field and the value.
+    """
+    for name, (is_fine, expected) in _FIELDS.items():
+        if name in settings and not is_fine(settings[name]):
+            raise ValueError(f"`{name}` should be {expected} but the value passed is {_shown(settings[name])}")
+    for name, choices in _CHOICES.items():
+        if name in settings:
+            check_choice(name, settings[name], choices)
+    if isinstance(settings.get("target_modules"), str):
+        # PEFT looks for layers in the names of a list alone
+        for name in ("layers_to_transform", "layers_pattern"):
+            if settings.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+    if settings.get("layers_pattern") and settings.get("layers_to_transform") is None:
+        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+    if "r" in settings:
+        check_rank("r", settings["r"])
+    for key, rank in (settings.get("rank_pattern") or {}).items():
+        check_rank(f"rank_pattern[{_shown(key)}]", rank)
+    for expression in expressions(settings):
+        _check_compiles(expression)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` unless the value is one of the choices."""
+    if value not in choices:
+        listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ValueError(f"`{name}` should be {listed} but the value passed is {_shown(value)}")
+
+
+def check_rank(name: str, r: Any) -> None:
+    """Raise a `ValueError` unless `r` is a positive integer that a layer can have as many rows as."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {_shown(r)}")
+    if r > MAX_RANK:
+        raise ValueError(f"`{name}` should be at most {MAX_RANK} but the value passed is {_shown(r)}")
+
+
+class Expression(NamedTuple):
+    """A regular expression that is matched with the names of modules.
+
+    Args:
+        field (`str`): The field of the configuration that it comes from.
+        pattern (`str`): What PEFT makes of it.
+        whole (`bool`): Whether it has to match the whole name, or the start of it.
+    """
+
+    field: str
+    pattern: str
+    whole: bool
+
+
+def expressions(settings: Mapping[str, Any]) -> list[Expression]:
+    """
+    The regular expressions that PEFT makes of a configuration.
+
+    Args:
+        settings (`Mapping[str, Any]`): The values by the names of their fields, of the right types.
+
+    Returns:
+        `list[Expression]`: The expressions.
+    """
+    found: list[Expression] = []
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := settings.get(name), str) and value.lower() != "all-linear":
+            found.append(Expression(name, value, whole=True))
+    for name in ("rank_pattern", "alpha_pattern"):
+        found += [Expression(name, rf"(.*\.)?({key})$", whole=False) for key in settings.get(name) or {}]
+    layers = settings.get("layers_pattern") or []
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        found.append(Expression("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", whole=False))
+    return found
+
+
+def _check_compiles(expression: Expression) -> None:
+    name, pattern, _ = expression
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"`{name}` has a regular expression of {len(pattern)} characters; use {MAX_PATTERN} at most")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"`{name}` has the regular expression {_shown(pattern)}, which is none: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out an integer of thousands of digits
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of(is_fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple, set)) and all(map(is_fine, value))
+
+
+def _is_map_to(is_fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, Mapping) and all(isinstance(key, str) and is_fine(one) for key, one in value.items())
+    )
+
+
+def _any_of(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(check(value) for check in checks)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+_is_names = _any_of(_is_none, _is_string, _is_list_of(_is_string))
+_is_integers = _is_list_of(_is_integer)
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "task_type": (*TaskType, None),
+    "bias": ("none", "all", "spp_only"),
+    "check_base": ("warn", "error", "off"),
+    "init_weights": (True, False),
+}
+# what a value of each field may be, and how to say so
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "spp_alpha": (_is_finite, "a finite number"),
+    "spp_dropout": (lambda value: _is_finite(value) and 0.0 <= value < 1.0, "in [0, 1)"),
+    "target_modules": (_is_names, "a string or a list of strings"),
+    "exclude_modules": (_is_names, "a string or a list of strings"),
+    "modules_to_save": (_is_names, "a list of strings"),
+    "layers_pattern": (_is_names, "a string or a list of strings"),
+    "layers_to_transform": (_any_of(_is_none, _is_integer, _is_integers), "an integer or a list of integers"),
+    "rank_pattern": (_any_of(_is_none, _is_map_to(_anything)), "a dictionary from names to ranks"),
+    "alpha_pattern": (_any_of(_is_none, _is_map_to(_is_finite)), "a dictionary from names to finite numbers"),
+    "trainable_token_indices": (
+        _any_of(_is_none, _is_integers, _is_map_to(_is_integers)),
+        "a list of integers, or a dictionary from names to such lists",
+    ),
+    "fan_in_fan_out": (_is_bool, "True or False"),
+    "inference_mode": (_is_bool, "True or False"),
+    "base_record": (_any_of(_is_none, _is_map_to(_anything)), "a dictionary"),
+    "auto_mapping": (_any_of(_is_none, _is_map_to(_any_of(_is_none, _is_string))), "a dictionary of strings"),
+    "base_model_name_or_path": (_any_of(_is_none, _is_string, lambda v: isinstance(v, os.PathLike)), "a string"),
+    "revision": (_any_of(_is_none, _is_string), "a string"),
+    "peft_version": (_any_of(_is_none, _is_string), "a string"),
+    "weights_id": (_any_of(_is_none, _is_string), "a string"),
+}
