@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import math
 import subprocess
 import sys
@@ -248,6 +249,7 @@ def fp16_autocast():
     model = pruned_llama()
     forward = model.forward
 
+    @functools.wraps(forward)  # the trainer reads the names of the arguments
     def in_autocast(*args, **kwargs):
         with torch.autocast("cpu", dtype=torch.float16):
             return forward(*args, **kwargs)
