@@ -168,13 +168,15 @@ def test_one_input_in_float64_makes_the_activations_in_float64(double):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_gradients_for_double_backward_are_the_gradients(identity, with_bias, fan_in_fan_out, autocast):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_for_double_backward_are_the_gradients(identity, with_bias, fan_in_fan_out, autocast, frozen):
     weight, bias, factors = make(12, 10, [4, 3], torch.float32, fan_in_fan_out=fan_in_fan_out, bias=with_bias)
+    weight.requires_grad_(not frozen)
     x = torch.randn(5, 10, requires_grad=True)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         y = spp_linear(x, weight, bias, factors, fan_in_fan_out=fan_in_fan_out, identity=identity)
     grad_y = torch.randn_like(y)
-    inputs = [x, weight, *([bias] if with_bias else []), *(t for f in factors for t in f[:2])]
+    inputs = [x, *([] if frozen else [weight]), *([bias] if with_bias else []), *(t for f in factors for t in f[:2])]
     plain = torch.autograd.grad(y, inputs, grad_y, retain_graph=True)
     differentiable = torch.autograd.grad(y, inputs, grad_y, create_graph=True)
     tolerance = 2e-2 if autocast else 1e-5
