@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The tables of `docs/performance.md`, from results: `python -m benchmarks.docs benchmarks/results/<machine>`.
+The tables of `docs/performance.md` and of `docs/reliability.md`, from results:
+`python -m benchmarks.docs benchmarks/results/<machine>`.
 
-Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in the page stands the table of the benchmark NAME.
+Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a page stands the table of the benchmark NAME.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import typer
 
 from .competitors import COMPETITORS
 from .harness import BenchmarkResult, Case, format_bytes
+from .mask_record import LAYOUTS as MASK_LAYOUTS
 
 
 PAGE = Path("docs/performance.md")
+RELIABILITY = Path("docs/reliability.md")
 
 app = typer.Typer(add_completion=False)
 
@@ -28,16 +31,20 @@ def main(
     results: Annotated[
         Path, typer.Argument(help="The folder of one machine's results.", exists=True, file_okay=False)
     ],
-    page: Annotated[Path, typer.Option(help="The page to write the tables into.", exists=True)] = PAGE,
+    page: Annotated[Path, typer.Option(help="The page to write the tables of speed into.", exists=True)] = PAGE,
+    reliability: Annotated[
+        Path, typer.Option(help="The page to write the table of the mask's record into.", exists=True)
+    ] = RELIABILITY,
 ) -> None:
-    """Write the tables of results into the page on performance."""
-    text = page.read_text()
-    for name, make in TABLES.items():
-        path = results / f"{name}.json"
-        if path.is_file():
-            text = put(text, name, make(BenchmarkResult.load(path, name)))
-            typer.echo(f"{name}: from {path}")
-    page.write_text(text)
+    """Write the tables of results into the pages on performance and on reliability."""
+    for file, tables in ((page, TABLES), (reliability, RELIABILITY_TABLES)):
+        text = file.read_text()
+        for name, make in tables.items():
+            path = results / f"{name}.json"
+            if path.is_file():
+                text = put(text, name, make(BenchmarkResult.load(path, name)))
+                typer.echo(f"{name}: from {path}")
+        file.write_text(text)
 
 
 def put(text: str, name: str, table: str) -> str:
@@ -129,6 +136,25 @@ TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
     "decode": decode_table,
     "merge": merge_table,
 }
+
+
+def mask_record_table(result: BenchmarkResult) -> str:
+    rows = []
+    for case in result.cases:
+        values, ratio = case.values["record"], case.ratio("record", result.reference)
+        rows.append(
+            [
+                case.parameters["dtype"],
+                MASK_LAYOUTS[case.parameters["layout"]],
+                f"{values['gb_per_second']:.1f} GB/s",
+                f"{ratio.median:.1f} ({ratio.lower_quartile:.1f}–{ratio.upper_quartile:.1f})",
+                f"{values['seconds_llama_7b']:.1f} s",
+            ]
+        )
+    return _table(["", "stored as", "speed", "time ÷ copying it", "Llama-7B"], rows, result)
+
+
+RELIABILITY_TABLES: dict[str, Callable[[BenchmarkResult], str]] = {"mask_record": mask_record_table}
 
 
 def _ratios(case: Case, names: list[str], result: BenchmarkResult) -> list[str]:

@@ -4,17 +4,26 @@
 Importing this package registers the method: afterwards [`SPPConfig`] works wherever PEFT takes a configuration.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
-from .hub import push_to_hub
 from .registration import register
 from .tuner import SPPConfig, SPPLayer, SPPModel
 
+
+if TYPE_CHECKING:
+    from .callbacks import SPPGuardCallback
+    from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+    from .hub import push_to_hub
 
 register(SPPConfig, SPPModel)
 
 __all__ = [
     "SPPConfig",
+    "SPPGuardCallback",
     "SPPLayer",
     "SPPModel",
     "__version__",
@@ -22,3 +31,17 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "push_to_hub",
 ]
+
+# imported when they are asked for: Transformers' trainer, for one, is a slow import that only training needs
+_MODULES = {
+    "SPPGuardCallback": "callbacks",
+    "hotswap_adapter": "hotswap",
+    "hotswap_adapter_from_state_dict": "hotswap",
+    "push_to_hub": "hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

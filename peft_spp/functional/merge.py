@@ -11,7 +11,6 @@ from .factors import Factors, compute_dtype
 from .weight import scaled_weight
 
 
-@torch.no_grad()
 def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
     """
     W' = W ⊙ (1 + Σ s · P(A) ⊙ B) as a weight to keep, with every pruned place exactly +0.0.
@@ -33,10 +32,11 @@ def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Ten
     Raises:
         ValueError: If the shapes of the factors do not fit.
     """
-    # -0.0 + 0.0 is +0.0: this is for negative zeros of the base weight and of products that underflowed
-    merged = scaled_weight(weight, factors).add_(0.0)
-    if not _are_finite(weight, factors):
-        merged.masked_fill_(weight == 0, 0.0)
+    with torch.no_grad():
+        # -0.0 + 0.0 is +0.0: this is for negative zeros of the base weight and of products that underflowed
+        merged = scaled_weight(weight, factors).add_(0.0)
+        if not _are_finite(weight, factors):
+            merged.masked_fill_(weight == 0, 0.0)
     return merged
 
 

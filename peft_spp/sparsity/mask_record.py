@@ -124,7 +124,6 @@ class MaskRecord:
         return cls((shape[0], shape[1]), data["zeros"], data["pattern"], data["fingerprint"], data["sample"])
 
 
-@torch.no_grad()
 def record_mask(weight: Tensor) -> MaskRecord:
     """
     Record the mask of a weight, in one pass, on the device where the weight lives.
@@ -141,7 +140,11 @@ def record_mask(weight: Tensor) -> MaskRecord:
     if weight.dim() != 2 or weight.is_meta:
         where = "on the meta device" if weight.is_meta else f"of shape {tuple(weight.shape)}"
         raise ValueError(f"a mask is recorded of a weight of shape (out, in) that is in memory, not one {where}")
-    weight = weight.detach()
+    with torch.no_grad():
+        return _record(weight.detach())
+
+
+def _record(weight: Tensor) -> MaskRecord:
     outputs, inputs = weight.shape
     words_a_row = max(1, -(-inputs // 64))
     histogram = torch.zeros(256, dtype=torch.int64, device=weight.device)
@@ -149,20 +152,38 @@ def record_mask(weight: Tensor) -> MaskRecord:
     word_factors = [_pseudo_random(words_a_row, seed, weight.device) for seed in _SEEDS]
     most = _PIECE_ELEMENTS.get(weight.device.type, _PIECE_ELEMENTS_DEFAULT)
     step = max(1, most // (words_a_row * 64))
-    # zero beyond the inputs, so that a row starts at a word of its own
-    nonzero = torch.zeros(min(step, outputs), words_a_row * 64, dtype=torch.bool, device=weight.device)
+    # zero beyond the inputs, so that a row starts at a word of its own; laid out in memory as the weight is
+    transposed = weight.stride(0) < weight.stride(1)
+    shape = (min(step, outputs), words_a_row * 64)
+    nonzero = torch.zeros(shape[::-1] if transposed else shape, dtype=torch.bool, device=weight.device)
+    nonzero = nonzero.t() if transposed else nonzero
     for start in range(0, outputs, step):
         rows = weight[start : start + step]
         # A copy to bool is the fastest test for zero: 0.5 s for 7B weights in bfloat16 on 2 cores of an EPYC 9004,
         # where `!= 0` took 3.8 s.
         nonzero[: len(rows), :inputs].copy_(rows)
-        bits = ((nonzero[: len(rows)].view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
+        bits = (_bits_transposed if transposed else _bits)(nonzero[: len(rows)])
         histogram += torch.bincount(bits.flatten(), minlength=256)
         words = bits.view(torch.int64)
         for sums, factors in zip(row_sums, word_factors, strict=True):
             torch.sum(words * factors, dim=1, out=sums[start : start + step])
     row_factors = torch.stack([_pseudo_random(outputs, ~seed, weight.device) for seed in _SEEDS])
     return _finish(weight, histogram.tolist(), (row_sums * row_factors).sum(dim=1).tolist())
+
+
+def _bits(nonzero: Tensor) -> Tensor:
+    """Eight places of a row in each byte, the first of them in its lowest bit."""
+    return ((nonzero.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
+
+
+def _bits_transposed(nonzero: Tensor) -> Tensor:
+    """The same, of a transposed view: place by place, and only the bytes are brought into the order of the rows."""
+    places = nonzero.t().view(torch.uint8).unflatten(0, (-1, 8)).unbind(1)
+    bits = places[7].clone()
+    for place in places[6::-1]:
+        bits.bitwise_left_shift_(1).bitwise_or_(place)
+    # not contiguous(): of one row it would keep strides that cannot be viewed as words
+    return bits.t().clone(memory_format=torch.contiguous_format)
 
 
 def _finish(weight: Tensor, histogram: list[int], sums: list[int]) -> MaskRecord:

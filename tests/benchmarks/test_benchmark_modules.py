@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import decode, layer, memory, training_step
+from benchmarks import decode, layer, mask_record, memory, training_step
 from benchmarks.competitors import COMPETITORS
 
 
@@ -88,6 +88,20 @@ def test_decode(tmp_path):
         assert case["parameters"]["distinct_weights"] * m * n * size >= result["settings"]["working_set_bytes"]
         assert set(case["samples"]) == set(decode.MAIN_COMPETITORS)
     assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_mask_record(tmp_path):
+    outcome = run(mask_record, "--quick", "--machine", "box", "--output-dir", str(tmp_path))
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads((tmp_path / "box" / "mask_record-quick.json").read_text())
+    assert [(case["parameters"]["dtype"], case["parameters"]["layout"]) for case in result["cases"]] == [
+        (dtype, layout) for dtype in mask_record.DTYPES for layout in mask_record.LAYOUTS
+    ]
+    rows, columns = result["settings"]["shape"]
+    for case in result["cases"]:
+        seconds = case["summaries"]["record"]["median"] / (rows * columns) * 6_476_005_376
+        assert case["values"]["record"]["seconds_llama_7b"] == pytest.approx(seconds)
+    assert run(mask_record, "--shape", "30").exit_code == 2
 
 
 @pytest.mark.parametrize("name", MODULES)

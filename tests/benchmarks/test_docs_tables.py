@@ -4,23 +4,29 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.docs import TABLES, app, put
+from benchmarks.docs import RELIABILITY_TABLES, TABLES, app, put
 
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
 
 
-def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path):
-    page = tmp_path / "performance.md"
-    committed = (ROOT / "docs" / "performance.md").read_text()
-    text = committed
-    for name in TABLES:
-        text = put(text, name, "nothing")
-    page.write_text(text)
-    result = CliRunner().invoke(app, [str(RESULTS), "--page", str(page)])
+def test_the_tables_of_the_pages_are_those_of_the_committed_results(tmp_path):
+    options, committed = [], {}
+    for option, name, tables in (
+        ("--page", "performance.md", TABLES),
+        ("--reliability", "reliability.md", RELIABILITY_TABLES),
+    ):
+        page = tmp_path / name
+        text = committed[page] = (ROOT / "docs" / name).read_text()
+        for table in tables:
+            text = put(text, table, "nothing")
+        page.write_text(text)
+        options += [option, str(page)]
+    result = CliRunner().invoke(app, [str(RESULTS), *options])
     assert result.exit_code == 0, result.output
-    assert page.read_text() == committed
+    for page, text in committed.items():
+        assert page.read_text() == text
 
 
 def test_a_page_without_the_marks_is_refused():

@@ -200,3 +200,50 @@ def test_the_output_can_be_changed_in_place(shape, with_bias, backend, monkeypat
     torch.testing.assert_close(y, expected)
     grads = [torch.autograd.grad(t.square().sum(), factors[0].A)[0] for t in (y, expected)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_without_gradients_the_result_is_the_same(identity, fan_in_fan_out, with_bias, autocast):
+    W, bias, factors = make(12, 10, [4, 3], torch.float32, fan_in_fan_out=fan_in_fan_out, bias=with_bias)
+    x = torch.randn(5, 10)
+
+    def run():
+        return spp_linear(x, W, bias, factors, fan_in_fan_out=fan_in_fan_out, identity=identity)
+
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        expected = run()
+        with torch.no_grad():
+            actual = run()
+    assert expected.requires_grad and not actual.requires_grad
+    assert actual.dtype == (autocast or torch.float32)
+    assert torch.equal(actual, expected.detach())
+
+
+TENSORS = ["x", "W", "bias", "A of the first", "B of the first", "A of the second", "B of the second"]
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize(
+    "trained", [*([name] for name in TENSORS), ["x", "bias"], ["W", "B of the second"], ["bias", "A of the first"]]
+)
+def test_each_gradient_is_the_same_whichever_others_are_asked_for(trained, fan_in_fan_out):
+    W, bias, factors = make(12, 10, [4, 3], fan_in_fan_out=fan_in_fan_out)
+    x = torch.randn(5, 10, dtype=torch.double)
+    tensors = dict(zip(TENSORS, (x, W, bias, *(t for f in factors for t in f[:2])), strict=True))
+    grad_y = torch.randn(5, 12, dtype=torch.double)
+
+    def gradients(names):
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name in names)
+            tensor.grad = None
+        spp_linear(x, W, bias, factors, fan_in_fan_out=fan_in_fan_out).backward(grad_y)
+        return {name: tensor.grad for name, tensor in tensors.items()}
+
+    everything = gradients(TENSORS)
+    for name, grad in gradients(trained).items():
+        assert (grad is not None) == (name in trained)
+        if grad is not None:
+            assert torch.equal(grad, everything[name])

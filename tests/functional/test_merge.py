@@ -87,3 +87,22 @@ def test_the_base_weight_is_left_alone():
     before = W.clone()
     merged_weight(W, [Factors(torch.randn(2, 4), torch.randn(6, 1), 1.0)])
     assert torch.equal(W, before)
+
+
+def test_a_factor_that_overflows_only_once_it_is_scaled_reaches_no_pruned_place():
+    W = torch.tensor([[0.0, 1.0]])
+    merged = merged_weight(W, [Factors(torch.tensor([[0.0, 0.0]]), torch.tensor([[3e38]]), 10.0)])
+    assert is_positive_zero(merged[0, 0])
+    assert torch.isnan(merged[0, 1])
+
+
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_the_weight_is_the_same_with_gradients(identity, dtype):
+    W = torch.randn(6, 4)
+    factors = [Factors(torch.randn(2, 4), torch.randn(6, 1, requires_grad=True), 1.0)]
+    differentiable = scaled_weight(W, factors, identity=identity, dtype=dtype)
+    with torch.no_grad():
+        plain = scaled_weight(W, factors, identity=identity, dtype=dtype)
+    assert differentiable.requires_grad and differentiable.dtype == plain.dtype
+    torch.testing.assert_close(differentiable.detach(), plain)

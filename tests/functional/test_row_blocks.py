@@ -67,3 +67,8 @@ def test_all_rows_are_at_most_two_tiles(rows_r):
 def test_impossible_splits_are_refused(r):
     with pytest.raises(ValueError, match=str(r)):
         expand_row_blocks(torch.zeros(r, 3), 7)
+
+
+def test_the_index_is_on_the_device_asked_for():
+    for rows in (12, 13):
+        assert row_block_index(rows, 4, device="meta").device.type == "meta"

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from peft_spp.functional.kernels import by_weight, composite, cpu
+from peft_spp.functional.kernels import by_weight, composite, cpu, schema
 
 import reference
 from factored import make, relative_error
@@ -112,3 +112,45 @@ def test_backends_make_the_same_weight(dtype):
 def test_a_device_without_a_backend_of_its_own_has_the_fallback(name):
     for key in ("CompositeExplicitAutograd", "CPU"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_spp::{name}", key)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("backend", [composite, cpu])
+def test_an_operator_uses_the_backend_it_is_given(backend, identity, fan_in_fan_out):
+    W, bias, factors = make(16, 12, [4, 3], torch.float32, fan_in_fan_out=fan_in_fan_out)
+    W, w = W.detach(), W.detach().T if fan_in_fan_out else W.detach()
+    lists = split(factors)
+    x, grad_y = torch.randn(5, 12), torch.randn(5, 16)
+    used = []
+
+    class Recorder:
+        @staticmethod
+        def scaled_weight(*args):
+            used.append("scaled_weight")
+            return backend.scaled_weight(*args)
+
+        @staticmethod
+        def factor_gradients(*args):
+            used.append("factor_gradients")
+            return backend.factor_gradients(*args)
+
+    chosen = Recorder if backend is composite else backend
+    settings = (*lists, fan_in_fan_out, identity, torch.float32)
+    with torch.no_grad():
+        y = schema._linear(chosen, x, W, bias, *settings)
+        grad_x, *grads = schema._linear_backward(chosen, grad_y, x, W, *settings, True, False, True)
+    assert used == (["scaled_weight", "scaled_weight", "factor_gradients"] if backend is composite else [])
+    assert relative_error(y, reference.linear(x, w, bias, factors, identity=identity)) < 1e-6
+    effective = reference.effective_weight(w, factors, identity)
+    assert relative_error(grad_x, grad_y.double() @ effective) < 1e-6
+    expected = reference.gradients(x, w, factors, grad_y)
+    for actual, wanted in zip(grads[::2] + grads[1::2], expected["A"] + expected["B"], strict=True):
+        assert relative_error(actual, wanted) < 1e-6
+
+
+def test_an_operator_that_goes_by_activation_has_the_dtype_asked_for():
+    W, bias, factors = make(1024, 512, [16], torch.float32)
+    with torch.no_grad():
+        y = schema._linear(cpu, torch.randn(1, 512), W, bias, *split(factors), False, True, torch.bfloat16)
+    assert y.dtype == torch.bfloat16

@@ -46,7 +46,17 @@ def test_the_mask_alone_counts(monkeypatch):
     for other in others:
         assert record_mask(other) == record
     monkeypatch.setattr(module, "_PIECE_ELEMENTS", {"cpu": 300})
-    assert record_mask(weight) == record
+    for other in (weight, *others):
+        assert record_mask(other) == record
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 1000), st.sampled_from([64, 1000, 1 << 20]))
+@settings(deadline=None, max_examples=40)
+def test_the_layout_in_memory_does_not_count(rows, inputs, seed, piece):
+    weight = pruned(rows, inputs, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_ELEMENTS", {"cpu": piece})
+        assert record_mask(weight.T.contiguous().T) == record_mask(weight)
 
 
 @given(st.integers(1, 30), st.integers(1, 150), st.integers(0, 1000), st.data())
