@@ -408,7 +408,7 @@ class Linear(nn.Module, SPPLayer):
 
     def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         weight = self.unmerged_weight()
-        if weight.shape != (self.out_features, self.in_features):
+        if weight.shape[-2:] != (self.out_features, self.in_features):
             raise RuntimeError(
                 f"The weight of module {self.module_name!r} is not in memory as a whole: its shape is "
                 f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "

@@ -163,7 +163,7 @@ def set_nan(stored):
         ({}, {"base": lambda: tiny_llama(intermediate_size=64)}, None, RuntimeError, "proj.*64.*48"),
         ({"target_modules": ["q_proj"]}, {}, None, RuntimeError, "unexpected keys.*down_proj"),
         ({"modules_to_save": ["lm_head"]}, {}, None, RuntimeError, "missing keys.*lm_head"),
-        ({}, {}, lambda stored: stored.pop(sorted(stored)[0]), RuntimeError, "missing keys.*spp_A"),
+        ({}, {}, lambda stored: stored.pop(sorted(stored)[0]), ValueError, "spp_A is missing"),
         ({}, {}, set_nan, ValueError, "NaN"),
         ({}, {"spp_dropout": 0.1}, None, ValueError, "spp_dropout"),
     ],
