@@ -11,7 +11,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.demo.data import train_tokenizer
 
@@ -40,26 +39,20 @@ def command(*arguments: object) -> str:
 
 
 def fine_tune(model: Path, data: Path, out: Path) -> None:
-    """What `peft-spp sft` does; the place for the command."""
-    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    trainer = trl.SFTTrainer(
-        str(model),
-        trl.SFTConfig(
-            output_dir=str(out),
-            max_steps=3,
-            learning_rate=0.1,
-            max_length=32,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=datasets.Dataset.from_list([json.loads(line) for line in data.read_text().splitlines()]),
-        peft_config=SPPConfig(task_type="CAUSAL_LM", r=4),
-    )
-    trainer.train()
-    trainer.save_model()
+    flags = {
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": out,
+        "spp_r": 4,
+        "max_steps": 3,
+        "learning_rate": 0.1,
+        "max_length": 32,
+        "bf16": "false",
+        "gradient_checkpointing": "false",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    command("sft", *(part for name, value in flags.items() for part in (f"--{name}", value)), "--use_cpu")
 
 
 @pytest.mark.slow
