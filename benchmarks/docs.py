@@ -130,7 +130,6 @@ def merge_table(result: BenchmarkResult) -> str:
 
 TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
     "layer": layer_table,
-    "layer_long": layer_table,
     "training_step": training_step_table,
     "memory": memory_table,
     "decode": decode_table,
