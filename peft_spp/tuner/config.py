@@ -268,7 +268,8 @@ class SPPConfig(PeftConfig):
             subfolder (`str`, *optional*): An optional subfolder under `pretrained_model_name_or_path`.
             kwargs (additional keyword arguments, *optional*):
                 As [`PeftConfig.from_pretrained`] takes them; `check_base`; and `weights_only=True`, without which
-                weights that are pickled are refused. [`PeftModel.from_pretrained`] passes all of them on.
+                pickled weights from the Hub are refused. Of those in a local folder nothing but weights is unpickled,
+                and with `weights_only=False` they are refused. [`PeftModel.from_pretrained`] passes all of them on.
 
         Raises:
             ValueError: If a value of the configuration cannot be used, or the adapter's weights are damaged, pickled,
@@ -280,7 +281,8 @@ class SPPConfig(PeftConfig):
         hub_arguments, _, _ = cls._split_kwargs(kwargs)
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_arguments)
         if weights is not None:
-            check_weights(weights, config, weights_only=kwargs.get("weights_only"))
+            is_local = Path(pretrained_model_name_or_path).is_dir()
+            check_weights(weights, config, weights_only=kwargs.get("weights_only", is_local))
         if "check_base" in kwargs:
             # PEFT lets what is saved win; what to do about a base model is for the one who loads to say
             config.check_base = kwargs["check_base"]

@@ -209,10 +209,10 @@ class SPPModel(BaseTuner):
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, the names have
-        # parts that the keys of the state dict do not have.
+        # parts that the keys of the state dict do not have; the first one, of a wrapper around the model, it knows.
         names = {}
         for name, _ in model.named_parameters(remove_duplicate=False):
-            layer, base_layer, inside = name.partition(".base_layer.")
+            layer, base_layer, inside = name.removeprefix("_fsdp_wrapped_module.").partition(".base_layer.")
             names[without_fsdp_wrappers(name)] = layer + base_layer + without_fsdp_wrappers(inside)
         state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
