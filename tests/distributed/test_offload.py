@@ -62,6 +62,12 @@ def disk_model(folders):
     return model
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    # PEFT writes weights that it merges on disk below the current folder
+    monkeypatch.chdir(tmp_path)
+
+
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
