@@ -87,7 +87,10 @@ def linear_backward(
     if needs_factors:
         x2d = x.reshape(-1, n).to(dtype)
         by_rows = m >= n  # cutting the longer side leaves the matmul the better shape
-        for rows, columns in _regions(m, n, by_rows):
+        # 4096×11008 in bfloat16 took 1.08 and 1.25 times the whole product (512 and 2048 tokens) in chunks of 2^23
+        # elements, and 0.93 and 0.91 times in these; in float32 the larger ones are better
+        chunk_elements = CHUNK_ELEMENTS if dtype.itemsize > 2 else CHUNK_ELEMENTS // 2
+        for rows, columns in _regions(m, n, by_rows, chunk_elements):
             product = work.buffer("chunk", rows.stop - rows.start, columns.stop - columns.start, dtype)
             torch.mm(grad_y2d[:, rows].t(), x2d[:, columns], out=product)
             work.add_factor_gradients(product, rows, columns)
@@ -118,16 +121,16 @@ def _scaled_chunks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield `(chunk, W'[chunk])`, or `W'[:, chunk]`. All are written into the same buffer."""
     m, n = work.weight.shape
-    for rows, columns in _regions(m, n, by_rows):
+    for rows, columns in _regions(m, n, by_rows, CHUNK_ELEMENTS):
         out = work.buffer("chunk", rows.stop - rows.start, columns.stop - columns.start, dtype)
         work.write_scaled(out, rows, columns, identity)
         yield (rows if by_rows else columns), out
 
 
-def _regions(m: int, n: int, by_rows: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut the rows or the columns of an m×n weight so that a part has about `CHUNK_ELEMENTS` elements."""
+def _regions(m: int, n: int, by_rows: bool, chunk_elements: int) -> Iterator[tuple[slice, slice]]:
+    """Cut the rows or the columns of an m×n weight so that a part has about `chunk_elements` elements."""
     size = m if by_rows else n
-    count = -(-m * n // CHUNK_ELEMENTS)
+    count = -(-m * n // chunk_elements)
     # a multiple of the matmul's register blocking
     step = -(-size // max(count, 1) // 32) * 32 if size >= 32 else size
     for start in range(0, size, step):
