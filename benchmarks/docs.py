@@ -83,6 +83,20 @@ def training_step_table(result: BenchmarkResult) -> str:
     return _table(["", "checkpointing", "LoRA", *map(_label, names)], rows, result)
 
 
+def step_profile_table(result: BenchmarkResult) -> str:
+    kinds = result.settings["kinds"]
+    rows = []
+    for case in result.cases:
+        reference = sum(case.values[result.reference].values())
+        for name, values in case.values.items():
+            seconds = [f"{values[kind]:.2f} s" for kind in kinds]
+            total = sum(values.values())
+            rows.append(
+                [case.parameters["precision"], _label(name), *seconds, f"{total:.2f} s ({total / reference:.2f}×)"]
+            )
+    return _table(["", "", *kinds, "sum (÷ LoRA)"], rows, result)
+
+
 def memory_table(result: BenchmarkResult) -> str:
     rows = []
     for case in result.cases:
@@ -130,7 +144,9 @@ def merge_table(result: BenchmarkResult) -> str:
 
 TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
     "layer": layer_table,
+    "layer_long": layer_table,
     "training_step": training_step_table,
+    "step_profile": step_profile_table,
     "memory": memory_table,
     "decode": decode_table,
     "merge": merge_table,

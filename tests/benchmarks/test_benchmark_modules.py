@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import decode, layer, mask_record, memory, training_step
+from benchmarks import decode, layer, mask_record, memory, step_profile, training_step
 from benchmarks.competitors import COMPETITORS
 
 
@@ -46,6 +46,17 @@ def test_training_step(tmp_path):
     assert all(set(case["samples"]) == set(COMPETITORS) for case in result["cases"])
     assert result["settings"]["size"]["parameters"] > 0
     assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_step_profile(tmp_path):
+    result, _, output = quick(step_profile, tmp_path, "--precision", "fp32")
+    (case,) = result["cases"]
+    assert list(case["values"]) == step_profile.MAIN_COMPETITORS
+    for name, values in case["values"].items():
+        assert set(values) == set(result["settings"]["kinds"])
+        assert min(values["matmuls"], values["attention"], values[step_profile.OTHER]) > 0
+        assert (values["passes over W"] > 0) == (name == "spp")
+    assert "passes over W, s" in output
 
 
 def test_memory(tmp_path):
