@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .autograd import autocast_off, halves, needed_gradients
-from .factors import Factors, check_factors
+from .factors import Factors, check_factors, unpack
 from .kernels import composite
 from .kernels.schema import pack
 
@@ -51,8 +51,8 @@ def spp_linear_dequantized(
     dtype = dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    scaling = [float(f.scaling) for f in factors]
-    tensors = [*(f.A for f in factors), *(f.B for f in factors)]
+    A, B, scaling = unpack(factors)
+    tensors = [*A, *B]
     with autocast_off(x.device.type):
         if not torch.is_grad_enabled():
             return _forward(x, dequantize, bias, identity, dtype, scaling, tensors)

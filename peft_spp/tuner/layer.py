@@ -41,7 +41,8 @@ class SPPLayer(BaseTunerLayer):
         self.module_name = module_name
         self.r: dict[str, int] = {}
         self.spp_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        # tensors where `prepare_model_for_compiled_hotswap` has been called
+        self.scaling: dict[str, float | torch.Tensor] = {}
         self.spp_dropout = nn.ModuleDict({})
         self.spp_A = nn.ModuleDict({})
         self.spp_B = nn.ModuleDict({})
@@ -130,7 +131,7 @@ class SPPLayer(BaseTunerLayer):
             scale (`float`): The factor.
         """
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.spp_alpha[adapter] / self.r[adapter]
+            self.set_scaling(adapter, scale * self.spp_alpha[adapter] / self.r[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """
@@ -141,7 +142,7 @@ class SPPLayer(BaseTunerLayer):
         """
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] *= scale
+                self.set_scaling(name, float(self.scaling[name]) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """
@@ -154,7 +155,21 @@ class SPPLayer(BaseTunerLayer):
             if scale is None:
                 self.set_scale(name, 1.0)
             elif name in self.scaling:
-                self.scaling[name] /= scale
+                self.set_scaling(name, float(self.scaling[name]) / scale)
+
+    def set_scaling(self, adapter: str, value: float) -> None:
+        """
+        Set the number that the update of an adapter is multiplied by.
+
+        Args:
+            adapter (`str`): The name of the adapter.
+            value (`float`): The number; a scaling that is a tensor is overwritten in place.
+        """
+        scaling = self.scaling[adapter]
+        if isinstance(scaling, torch.Tensor):
+            scaling.fill_(value)
+        else:
+            self.scaling[adapter] = value
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT's conversion factorizes an update that is added to the weight. SPP's update is a multiple of the weight
