@@ -116,8 +116,14 @@ class SPPLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def get_factors(self, adapter_names: Sequence[str]) -> list[Factors]:
-        """The factors of those of `adapter_names` that this layer has."""
-        return [Factors(*self._factors(name), self.scaling[name]) for name in adapter_names if name in self.spp_A]
+        """
+        The factors of those of `adapter_names` that this layer has.
+
+        They come in the order of the alphabet, in which they are added up: so a sum of three or more has the same bits
+        in the forward pass and in a merge, whichever way the adapters are named and in whichever order they are merged.
+        """
+        names = sorted(name for name in adapter_names if name in self.spp_A)
+        return [Factors(*self._factors(name), self.scaling[name]) for name in names]
 
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return cast(nn.Linear, self.spp_A[adapter_name]).weight, cast(nn.Linear, self.spp_B[adapter_name]).weight
@@ -353,7 +359,8 @@ class Linear(nn.Module, SPPLayer):
             # a tuner layer in between calls the base layer itself, on other inputs perhaps
             base_result = self.base_layer(x, *args, **kwargs)
             forward = lambda *_, **__: base_result  # noqa: E731
-        return call_inside(hooked, partial(self._adapted_linear, forward, names), x, *args, **kwargs)
+        result: torch.Tensor = call_inside(hooked, partial(self._adapted_linear, forward, names), x, *args, **kwargs)
+        return result
 
     def _adapted_linear(
         self,
@@ -430,8 +437,7 @@ class Linear(nn.Module, SPPLayer):
                 "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
                 "process, for example with `peft-spp merge`."
             )
-        # sorted: a sum of three does not depend on the order of the merges either
-        return merged_weight(weight, self.get_factors(sorted(adapter_names)))
+        return merged_weight(weight, self.get_factors(adapter_names))
 
     def _check_merged_weight(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():

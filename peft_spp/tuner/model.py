@@ -24,9 +24,10 @@ from .layer import Linear, SPPLayer
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
 from .quantized import Backend, QuantizedLinear, find_backend, unload_dequantized
+from .saved_modules import check_saved_modules
 from .settings import expressions
 from .targets import fused_experts, transformer_block_linear_targets
-from .whole_parameters import is_tensor_parallel
+from .whole_parameters import is_tensor_parallel, whole_shape
 
 
 class _Injection:
@@ -126,6 +127,7 @@ class SPPModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_patterns(expressions(vars(self.peft_config[adapter_name])), [name for name, _ in model.named_modules()])
+        check_saved_modules(model, cast(SPPConfig, self.peft_config[adapter_name]))
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = _Injection(model, adapter_name)
@@ -577,8 +579,7 @@ def _check_layer(layer: nn.Module, module_name: str, backend: Backend | None) ->
 
 def _check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
     """Raise a `ValueError` if a weight is not a plain floating-point matrix, or a stack of them where that may be."""
-    # ZeRO-3 leaves an empty weight in the place of a partitioned one
-    shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
+    shape = () if weight is None else whole_shape(weight)
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if weight is None or weight.dtype not in supported or len(shape) not in dimensions or _is_foreign(weight):
         found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
