@@ -119,8 +119,8 @@ class SPPLayer(BaseTunerLayer):
         """
         The factors of those of `adapter_names` that this layer has.
 
-        They come in the order of the alphabet, in which they are added up: so a sum of three or more has the same bits
-        in the forward pass and in a merge, whichever way the adapters are named and in whichever order they are merged.
+        They come in the order of the alphabet, in which they are added up: so the sum has the same bits in the forward
+        pass and in a merge, whichever order the adapters are named or merged in.
         """
         names = sorted(name for name in adapter_names if name in self.spp_A)
         return [Factors(*self._factors(name), self.scaling[name]) for name in names]
