@@ -428,6 +428,22 @@ def test_an_adapter_from_the_hub_is_checked_before_the_model_is_changed(hub, dam
     assert structure(base) == before
 
 
+def test_pickled_weights_from_the_hub_are_loaded_into_a_model_with_adapters_in_two_steps(hub):
+    folder, options = hub
+    x, base = torch.randn(2, 12), MLP()
+    expected = PeftModel.from_pretrained(MLP_like(base), "me/adapter", **options)(x)
+    pickled(folder)
+    model = get_peft_model(MLP_like(base), SPPConfig(r=2, target_modules=["lin1"]))
+    # `load_adapter` passes the flag on to nothing
+    with pytest.raises(ValueError, match=PICKLED):
+        model.load_adapter("me/adapter", "second", weights_only=True, **options)
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("second", SPPConfig.from_pretrained("me/adapter", weights_only=True, **options))
+    model.load_adapter("me/adapter", "second", **options)
+    model.set_adapter("second")
+    assert torch.equal(model(x), expected)
+
+
 @pytest.fixture
 def llama_adapter(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
