@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .autograd import autocast_off, halves, needed_gradients
+from .autograd import autocast_off, halves, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import composite
 from .kernels.schema import pack
@@ -54,7 +54,7 @@ def spp_linear_dequantized(
     A, B, scaling = unpack(factors)
     tensors = [*A, *B]
     with autocast_off(x.device.type):
-        if not torch.is_grad_enabled():
+        if not records_gradients(x, bias, *tensors):
             return _forward(x, dequantize, bias, identity, dtype, scaling, tensors)
         result: torch.Tensor = _SPPLinearDequantized.apply(x, dequantize, bias, identity, dtype, scaling, *tensors)
         return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .autograd import autocast_off, halves, needed_gradients
+from .autograd import autocast_off, halves, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import composite
 from .kernels.schema import pack
@@ -59,8 +59,7 @@ def spp_linear(
     check_factors(weight.t() if fan_in_fan_out else weight, factors)
     A, B, scaling = unpack(factors)
     with autocast_off(device_type):
-        if not torch.is_grad_enabled():
-            # nothing to save, and a Function that saves is a graph break where gradients are off
+        if not records_gradients(x, weight, bias, *A, *B):
             return _forward(x, weight, bias, A, B, scaling, fan_in_fan_out, identity, dtype)
         return _SPPLinear.apply(x, weight, bias, fan_in_fan_out, identity, dtype, scaling, *A, *B)
 

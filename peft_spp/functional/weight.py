@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, halves, needed_gradients
+from .autograd import autocast_off, halves, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import composite, stack
 from .kernels.schema import pack
@@ -45,7 +45,7 @@ def scaled_weight(
     dtype = dtype or weight.dtype
     A, B, scaling = unpack(factors)
     result: torch.Tensor
-    if torch.is_grad_enabled():
+    if records_gradients(weight, *A, *B):
         result = _ScaledWeight.apply(weight, identity, dtype, scaling, *A, *B)
     else:
         result = torch.ops.peft_spp.scaled_weight(weight, A, B, scaling, identity, dtype)

@@ -89,7 +89,7 @@ def add_weighted_adapter(
         alpha_pattern={},
         # by name, as the adapters may have chosen their layers each in its own way
         target_modules=set(combined) - parameters,
-        target_parameters=target_parameters[0] if target_parameters else None,
+        target_parameters=target_parameters,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
