@@ -62,7 +62,8 @@ CASES = {
 }
 
 
-def run(base: str, output: Path, case: str) -> None:
+def main(base: str, output: Path, case: str) -> None:
+    use_cpu()
     args = arguments(output, max_steps=STEPS)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
     model.load_state_dict(factors(model), strict=False)
@@ -80,6 +81,4 @@ def run(base: str, output: Path, case: str) -> None:
 
 
 if __name__ == "__main__":
-    use_cpu()
-    for name in CASES:
-        run(sys.argv[1], Path(sys.argv[2]), name)
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
