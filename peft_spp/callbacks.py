@@ -118,9 +118,9 @@ class SPPGuardCallback(TrainerCallback):
         parts = {name: local_part(parameter).detach() for name, parameter in self._trained.items()}
         # the largest magnitude of all is NaN or infinite if any is, whereas a sum of squares may overflow by itself
         largest = get_total_norm([part for part in parts.values() if part.numel()], math.inf)
-        if _in_all_processes(math.isfinite(largest), args.device):
+        if _in_all_processes(math.isfinite(largest), args):
             return
-        broken = _of_all_processes([name for name, part in parts.items() if not torch.isfinite(part).all()])
+        broken = _of_all_processes([name for name, part in parts.items() if not torch.isfinite(part).all()], args)
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise RuntimeError(
             f"Step {step}: {broken[0].removeprefix('base_model.model.')}{more} went infinite or NaN. Load the last "
@@ -173,17 +173,17 @@ def _version(layer: Linear) -> int:
     return 0 if base_weight is None else local_part(base_weight)._version
 
 
-def _in_all_processes(is_fine: bool, device: torch.device) -> bool:
-    if not (dist.is_available() and dist.is_initialized()):
+def _in_all_processes(is_fine: bool, args: TrainingArguments) -> bool:
+    if args.world_size == 1:
         return is_fine
-    flag = torch.tensor(float(is_fine), device=device)
+    flag = torch.tensor(float(is_fine), device=args.device)
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
 
 
-def _of_all_processes(names: list[str]) -> list[str]:
-    if not (dist.is_available() and dist.is_initialized()):
+def _of_all_processes(names: list[str], args: TrainingArguments) -> list[str]:
+    if args.world_size == 1:
         return names
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    gathered: list[list[str]] = [[] for _ in range(args.world_size)]
     dist.all_gather_object(gathered, names)
     return list(dict.fromkeys(name for part in gathered for name in part))

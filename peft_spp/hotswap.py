@@ -193,7 +193,7 @@ def prepare_model_for_compiled_hotswap(
             if not isinstance(scaling := layer.scaling[adapter_name], torch.Tensor):
                 A, B, _ = layer.get_factors([adapter_name])[0]
                 layer.scaling[adapter_name] = torch.tensor(scaling, device=B.device, dtype=compute_dtype(A, B))
-        if target_rank is not None:
+        if target_rank is not None and layers[adapter_name]:
             one.r, one.rank_pattern = target_rank, dict.fromkeys(one.rank_pattern, target_rank)
             _describe_alphas(one, layers[adapter_name], adapter_name)
 
@@ -223,8 +223,10 @@ def _pad(layer: SPPLayer, adapter_name: str, target_rank: int) -> tuple[SPPLayer
 
 def _refine(A: torch.Tensor, layer: SPPLayer, adapter_name: str) -> torch.Tensor:
     """A new A with the row blocks of the loaded one, if it is a factor for this layer at all."""
+    if A.ndim != 2 or A.shape[1] != layer.in_features or A.shape[0] % layer.num_experts:
+        return A
     r, own_r = layer.r[adapter_name], A.shape[0] // layer.num_experts
-    if A.ndim != 2 or A.shape[1] != layer.in_features or A.shape[0] % layer.num_experts or not 0 < own_r < r:
+    if not 0 < own_r < r:
         return A
     try:
         return refine_row_blocks(A, layer.out_features, r, layer.num_experts)

@@ -43,7 +43,8 @@ def unpack(factors: Sequence[Factors]) -> tuple[list[torch.Tensor], list[torch.T
 
     Returns:
         `tuple[list[torch.Tensor], list[torch.Tensor], list[float]]`: A, B and s. Where s is a tensor, B is multiplied
-        by it and s is 1, which gives the same bits: the kernels multiply B by s first, too.
+        by it and s is 1. That gives the same bits, since the kernels multiply B by s first, too, unless the weight
+        alone is float64.
     """
     numbered = [
         Factors(A, B.to(compute_dtype(A, B)) * s, 1.0) if isinstance(s, torch.Tensor) else Factors(A, B, float(s))

@@ -133,9 +133,9 @@ class ParamWrapper(Linear):
             return self.base_layer(*args, **kwargs)
         # the parameter itself is in memory whenever the base layer uses it
         hooked = [factor for name in names for factor in (self.spp_A[name], self.spp_B[name]) if is_hooked(factor)]
-        return call_inside(hooked, partial(self._adapted_forward, names), *args, **kwargs)
+        return call_inside(hooked, partial(self._with_scaled_parameter, names), *args, **kwargs)
 
-    def _adapted_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         compute = partial(self._scaled, factors=self.get_factors(names))
         with replaced_parameter(self.get_base_layer(), self.parameter_name, compute):
             return self.base_layer(*args, **kwargs)
