@@ -16,7 +16,7 @@ from .tuner import SPPConfig, SPPLayer, SPPModel
 
 if TYPE_CHECKING:
     from .callbacks import SPPGuardCallback
-    from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+    from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
     from .hub import push_to_hub
 
 register(SPPConfig, SPPModel)
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "prepare_model_for_compiled_hotswap",
     "push_to_hub",
 ]
 
@@ -37,6 +38,7 @@ _MODULES = {
     "SPPGuardCallback": "callbacks",
     "hotswap_adapter": "hotswap",
     "hotswap_adapter_from_state_dict": "hotswap",
+    "prepare_model_for_compiled_hotswap": "hotswap",
     "push_to_hub": "hub",
 }
 

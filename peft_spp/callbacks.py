@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+import warnings
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .sparsity.bits import FORMATS
 from .sparsity.mask_record import MaskRecord, record_mask
 from .tuner.layer import Linear
+from .tuner.whole_parameters import is_sharded, local_part
 
 
 class _BaseWeight(NamedTuple):
@@ -36,6 +39,11 @@ class SPPGuardCallback(TrainerCallback):
 
     What it costs: after each step one pass over the trained parameters and one wait for the device; for the weights
     one pass over each of them, as [`~peft_spp.sparsity.record_mask`] makes, and a sum.
+
+    In a distributed run a parameter that is not finite in one process stops all of them. Where DeepSpeed ZeRO-3 or
+    FSDP2 have sharded the weights, every process compares its own shards, without gathering them, and the process with
+    the changed shard stops; the launcher ends the others. Weights that FSDP1 has sharded, or that are offloaded, are
+    not compared, which a warning says.
 
     Example:
 
@@ -69,22 +77,23 @@ class SPPGuardCallback(TrainerCallback):
         layers = [module for module in model.modules() if isinstance(module, Linear)]
         if not layers:
             raise ValueError("SPPGuardCallback guards SPP adapters, and the model to train has none.")
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
-        # a weight that is on the meta device, or that an engine has partitioned, cannot be looked at
-        self._layers = {
-            layer.module_name: layer
-            for layer in layers
-            if not (weight := layer.unmerged_weight()).is_meta
-            and weight.shape == (layer.out_features, layer.in_features)
-        }
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._layers = {layer.module_name: layer for layer in layers if _base_part(layer) is not None}
+        if len(self._layers) < len(layers):
+            unseen = [layer.module_name for layer in layers if layer.module_name not in self._layers]
+            warnings.warn(
+                f"SPPGuardCallback cannot see the weights of {len(unseen)} modules, {unseen[0]} the first of them: "
+                "FSDP1 has sharded them, or they are offloaded. It watches what is trained, and not these weights.",
+                stacklevel=2,
+            )
         self._base = {name: _look_at_base(layer) for name, layer in self._layers.items()}
-        self._check_trained(state.global_step)
+        self._check_trained(args, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
-        self._check_trained(step)
+        self._check_trained(args, step)
         due = self.check_base_steps and step % self.check_base_steps == 0
         if due or control.should_save or control.should_training_stop:
             self._check_base(step, list(self._layers))
@@ -102,15 +111,16 @@ class SPPGuardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check_trained(state.global_step)
+        self._check_trained(args, state.global_step)
         self._check_base(state.global_step, list(self._layers))
 
-    def _check_trained(self, step: int) -> None:
-        parameters = [parameter.detach() for parameter in self._trained.values()]
+    def _check_trained(self, args: TrainingArguments, step: int) -> None:
+        parts = {name: local_part(parameter).detach() for name, parameter in self._trained.items()}
         # the largest magnitude of all is NaN or infinite if any is, whereas a sum of squares may overflow by itself
-        if math.isfinite(get_total_norm(parameters, math.inf)):
+        largest = get_total_norm([part for part in parts.values() if part.numel()], math.inf)
+        if _in_all_processes(math.isfinite(largest), args):
             return
-        broken = [name for name, parameter in self._trained.items() if not torch.isfinite(parameter).all()]
+        broken = _of_all_processes([name for name, part in parts.items() if not torch.isfinite(part).all()], args)
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise RuntimeError(
             f"Step {step}: {broken[0].removeprefix('base_model.model.')}{more} went infinite or NaN. Load the last "
@@ -134,14 +144,46 @@ class SPPGuardCallback(TrainerCallback):
             self._base[name] = now
 
 
-def _look_at_base(layer: Linear) -> _BaseWeight:
+def _base_part(layer: Linear) -> torch.Tensor | None:
+    """What can be looked at of the weight under a layer, in rows; `None` if it is not in memory."""
+    base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
+    if base_weight is not None and is_sharded(base_weight):
+        part = local_part(base_weight).detach()
+        # ZeRO-3's partitions are cut anywhere
+        return part.reshape(1, -1) if part.ndim < 2 else part.flatten(0, -2)
     weight = layer.unmerged_weight()
-    frozen = not layer.get_base_layer().weight.requires_grad and weight.dtype in FORMATS
+    if weight.is_meta or weight.shape[-2:] != (layer.out_features, layer.in_features):
+        return None
+    return weight.reshape(-1, layer.in_features)
+
+
+def _look_at_base(layer: Linear) -> _BaseWeight:
+    weight = cast(torch.Tensor, _base_part(layer))
+    base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
+    is_trained = base_weight is not None and base_weight.requires_grad
     # the sum of the values as integers: exact, and no two runs of it differ
+    frozen = not is_trained and weight.dtype in FORMATS
     values = int(weight.view(FORMATS[weight.dtype].integer).sum(dtype=torch.int64)) if frozen else None
     return _BaseWeight(record_mask(weight), values, _version(layer))
 
 
 def _version(layer: Linear) -> int:
-    version: int = layer.get_base_layer().weight._version
-    return version
+    """How often PyTorch has counted a change in place; not every quantised layer has a weight to ask."""
+    base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
+    return 0 if base_weight is None else local_part(base_weight)._version
+
+
+def _in_all_processes(is_fine: bool, args: TrainingArguments) -> bool:
+    if args.world_size == 1:
+        return is_fine
+    flag = torch.tensor(float(is_fine), device=args.device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _of_all_processes(names: list[str], args: TrainingArguments) -> list[str]:
+    if args.world_size == 1:
+        return names
+    gathered: list[list[str]] = [[] for _ in range(args.world_size)]
+    dist.all_gather_object(gathered, names)
+    return list(dict.fromkeys(name for part in gathered for name in part))

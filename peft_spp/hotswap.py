@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -13,8 +15,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from .functional.factors import compute_dtype
+from .functional.row_blocks import refine_row_blocks
 from .tuner import SPPConfig, SPPLayer
 from .tuner.base_record import check_base
+from .tuner.settings import check_choice, check_rank
 
 
 _PREFIX = "base_model.model."
@@ -29,11 +34,14 @@ def hotswap_adapter(
     Replace the weights of a loaded SPP adapter by those of a saved one, as `peft.utils.hotswap.hotswap_adapter` does.
 
     The parameters stay the same tensors in the same memory, so a compiled model is not compiled again (unless the
-    scaling is another) and an optimizer goes on with them. The settings that the new weights need, that is the
-    scalings and what the adapter remembers of its base model, are taken over.
+    scaling is another, see [`prepare_model_for_compiled_hotswap`]) and an optimizer goes on with them. The settings
+    that the new weights need, that is the scalings and what the adapter remembers of its base model, are taken over.
 
-    Layers that the new adapter does not adapt become those of the base model. An adapter for layers that the loaded
-    one does not have, or with other shapes (another `r`), is refused before anything is changed.
+    The new adapter may have fewer row blocks, if each of them is made up of whole blocks of the loaded one, as with an
+    `r` of 4 in the place of 16 where 16 divides the output rows: it is written with the blocks of the loaded one,
+    which changes nothing that it computes. Layers that the new adapter does not adapt become those of the base model.
+    An adapter with other row blocks, or for layers that the loaded one does not have, is refused before anything is
+    changed.
 
     Args:
         model ([`PeftModel`]): The model with the loaded adapter. It may be compiled.
@@ -76,29 +84,170 @@ def hotswap_adapter_from_state_dict(
         RuntimeError: If the new adapter does not fit.
     """
     model = getattr(model, "_orig_mod", model)
-    layers = [module for module in model.modules() if isinstance(module, SPPLayer) and adapter_name in module.spp_A]
-    loaded = _check_configs(model, layers, adapter_name, config)
+    layers = _layers(model, adapter_name)
+    loaded = _check_configs(model, layers.values(), adapter_name, config)
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     if not any(key.startswith(_PREFIX) for key in current):
         # a Transformers model has its adapters without a PeftModel around it
         state_dict = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
-    new = _check_tensors(current, state_dict)
+    factors = {name: state_dict.get(f"{name}.spp_A.weight") for name in layers}
+    refined = {
+        f"{name}.spp_A.weight": _refine(A, layers[name], adapter_name) for name, A in factors.items() if A is not None
+    }
+    new = _check_tensors(current, {**state_dict, **refined})
     if config.base_record != loaded.base_record:
         check_base(config, model, adapter_name)
 
     set_peft_model_state_dict(model, new, adapter_name=adapter_name)
-    for layer in layers:
+    ranks = {
+        name: layer.r[adapter_name] if (A := factors[name]) is None else A.shape[0] // layer.num_experts
+        for name, layer in layers.items()
+    }
+    for name, layer in layers.items():
         key = get_pattern_key(list(config.alpha_pattern), layer.module_name)
-        layer.spp_alpha[adapter_name] = config.alpha_pattern.get(key, config.spp_alpha)
-        scaling = layer.spp_alpha[adapter_name] / layer.r[adapter_name]
-        if layer.scaling[adapter_name] != scaling:
-            layer.scaling[adapter_name] = scaling
+        alpha, r, own_r = config.alpha_pattern.get(key, config.spp_alpha), ranks[name], layer.r[adapter_name]
+        layer.spp_alpha[adapter_name] = alpha if r == own_r else alpha * own_r / r
+        layer.set_scaling(adapter_name, alpha / r)
     # so that the adapter, saved again, is the new one; its ranks and targets are still those of the loaded one
     loaded.spp_alpha, loaded.alpha_pattern = config.spp_alpha, dict(config.alpha_pattern)
+    if any(layer.r[adapter_name] != ranks[name] for name, layer in layers.items()):
+        _describe_alphas(loaded, layers.values(), adapter_name)
     loaded.base_record = config.base_record
 
 
-def _check_configs(model: nn.Module, layers: list[SPPLayer], adapter_name: str, config: SPPConfig) -> SPPConfig:
+@torch.no_grad()
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: SPPConfig | Mapping[str, SPPConfig] | None = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+) -> None:
+    """
+    Prepare a model such that hot-swapping its adapter does not compile it again, as
+    `peft.utils.hotswap.prepare_model_for_compiled_hotswap` does.
+
+    It is needed if the adapters have different scalings or different numbers of row blocks. Call it when the first
+    adapter has been loaded, and before the model is compiled or an optimizer is made for it. The scalings become
+    tensors; and with a `target_rank` the adapter is written with more row blocks, which changes nothing that it
+    computes. (Trained further, it has the freedom of all these blocks.)
+
+    An SPP adapter is no special case of every one with more row blocks: its blocks have to be made up of whole blocks
+    of the other one. The safe choice for `target_rank` is a common multiple of the `r` of all adapters that divides
+    the output rows of all layers; `r` of 4, 8 and 16 go together with 16. Whatever does not fit is refused.
+
+    Args:
+        model (`nn.Module`): The model with the loaded adapter, before compilation.
+        target_rank (`int`, *optional*):
+            The number of row blocks that the adapters get; in layers with fewer output rows one block a row. If not
+            specified, the row blocks stay as they are.
+        config (`SPPConfig` or `dict[str, SPPConfig]`, *optional*):
+            The configurations of the model's adapters. They are updated also if they are not passed, so that a saved
+            adapter can be loaded.
+        check_compiled (`str`, *optional*, defaults to `"error"`):
+            What to do if the model is compiled already: `"error"`, `"warn"` or `"ignore"`.
+
+    Raises:
+        ValueError: If the model is compiled, has no SPP layers, or an adapter cannot have these row blocks. Nothing is
+            changed then.
+
+    Example:
+
+    ```py
+    model = PeftModel.from_pretrained(base_model, "adapter-0")
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    model = torch.compile(model)
+    # ... inference with adapter 0 ...
+    hotswap_adapter(model, "adapter-1", adapter_name="default")
+    ```
+    """
+    check_choice("check_compiled", check_compiled, ("error", "warn", "ignore"))
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
+        message = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise ValueError(f"{message}.")
+        if check_compiled == "warn":
+            warnings.warn(f"{message}; it will be compiled again.", stacklevel=2)
+    model = getattr(model, "_orig_mod", model)
+    own = {name: one for name, one in getattr(model, "peft_config", {}).items() if isinstance(one, SPPConfig)}
+    layers = {name: _layers(model, name).values() for name in own}
+    if not any(layers.values()):
+        raise ValueError("No SPP layers found: call prepare_model_for_compiled_hotswap after loading an adapter.")
+    passed = config.values() if isinstance(config, Mapping) else [config] if config is not None else []
+    if any(all(one is not theirs for theirs in own.values()) for one in passed):
+        raise ValueError("`config` is not of an adapter of the model. Pass `model.peft_config`, or leave it out.")
+    refined = []
+    if target_rank is not None:
+        check_rank("target_rank", target_rank)
+        refined = [_pad(layer, name, target_rank) for name in own for layer in layers[name]]
+
+    for layer, adapter_name, A in refined:
+        r = A.shape[0] // layer.num_experts
+        layer.spp_alpha[adapter_name] *= r / layer.r[adapter_name]
+        layer.r[adapter_name] = r
+        factor = cast(nn.Linear, layer.spp_A[adapter_name])
+        factor.weight = nn.Parameter(A, requires_grad=factor.weight.requires_grad)
+        factor.out_features = A.shape[0]
+    for adapter_name, one in own.items():
+        for layer in layers[adapter_name]:
+            if not isinstance(scaling := layer.scaling[adapter_name], torch.Tensor):
+                A, B, _ = layer.get_factors([adapter_name])[0]
+                layer.scaling[adapter_name] = torch.tensor(scaling, device=B.device, dtype=compute_dtype(A, B))
+        if target_rank is not None and layers[adapter_name]:
+            one.r, one.rank_pattern = target_rank, dict.fromkeys(one.rank_pattern, target_rank)
+            _describe_alphas(one, layers[adapter_name], adapter_name)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SPPLayer) and adapter_name in module.spp_A
+    }
+
+
+def _pad(layer: SPPLayer, adapter_name: str, target_rank: int) -> tuple[SPPLayer, str, torch.Tensor]:
+    """A of an adapter with the row blocks that are asked for."""
+    r, target = layer.r[adapter_name], min(target_rank, layer.out_features)
+    try:
+        if r > target:
+            raise ValueError(f"the original rank is larger ({r})")
+        A = layer.get_factors([adapter_name])[0].A
+        return layer, adapter_name, refine_row_blocks(A, layer.out_features, target, layer.num_experts)
+    except ValueError as error:
+        raise ValueError(
+            f"Trying to pad the adapter {adapter_name!r} to the target rank {target_rank}, which is not possible in "
+            f"{layer.module_name!r}: {error}."
+        ) from error
+
+
+def _refine(A: torch.Tensor, layer: SPPLayer, adapter_name: str) -> torch.Tensor:
+    """A new A with the row blocks of the loaded one, if it is a factor for this layer at all."""
+    if A.ndim != 2 or A.shape[1] != layer.in_features or A.shape[0] % layer.num_experts:
+        return A
+    r, own_r = layer.r[adapter_name], A.shape[0] // layer.num_experts
+    if not 0 < own_r < r:
+        return A
+    try:
+        return refine_row_blocks(A, layer.out_features, r, layer.num_experts)
+    except ValueError as error:
+        raise RuntimeError(
+            f"Hot swapping the adapter did not succeed: spp_A of {layer.module_name!r} has {own_r} row blocks in the "
+            f"new adapter and {r} in the loaded one, and {error}. Load an adapter with another `r` first, or call "
+            "`prepare_model_for_compiled_hotswap` with a `target_rank` that suits both."
+        ) from error
+
+
+def _describe_alphas(config: SPPConfig, layers: Collection[SPPLayer], adapter_name: str) -> None:
+    """Write the alphas of the layers into the configuration: the most frequent one, and a pattern for the others."""
+    alphas = {layer.module_name: layer.spp_alpha[adapter_name] for layer in layers}
+    config.spp_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config.alpha_pattern = {
+        f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != config.spp_alpha
+    }
+
+
+def _check_configs(model: nn.Module, layers: Collection[SPPLayer], adapter_name: str, config: SPPConfig) -> SPPConfig:
     """Check that the loaded adapter can be replaced by one of this configuration, and return its own."""
     configs = getattr(model, "peft_config", {})
     loaded = configs.get(adapter_name)
@@ -142,7 +291,8 @@ def _check_tensors(
         if tensor.shape != current[key].shape:
             raise RuntimeError(
                 f"Hot swapping the adapter did not succeed: {key} is {tuple(tensor.shape)} in the new adapter and "
-                f"{tuple(current[key].shape)} in the loaded one. Both need the same `r` in every layer."
+                f"{tuple(current[key].shape)} in the loaded one. Load the one with the larger `r` first, or call "
+                "`prepare_model_for_compiled_hotswap` with a `target_rank` that suits both."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"The new adapter is broken: {key} has values that are NaN or infinite.")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_spp import SPPConfig, SPPGuardCallback
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from tiny import block_linears, is_positive_zero, prune_, tiny_llama
+from tiny_moe import PARAMETERS, tiny_moe
 
 
 class Tokens(Dataset):
@@ -138,6 +139,26 @@ def test_a_changed_base_is_found_before_saving(tmp_path, strategy):
     with pytest.raises(RuntimeError, match=rf"\b{steps}\b.*up_proj"):
         train(tmp_path, At(3, behind), steps=40, guard=SPPGuardCallback(check_base_steps=0), **strategy)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("change", [fill_a_zero, make_a_zero, lambda weight: weight.mul_(2)])
+def test_the_weights_of_experts_are_watched(tmp_path, change):
+    base = tiny_moe("gpt_oss", pattern="2:4")
+    config = SPPConfig(r=4, task_type="CAUSAL_LM", target_modules=[], target_parameters=PARAMETERS)
+
+    def spoil(model):
+        change(model.base_model.model.model.layers[1].mlp.experts.get_base_layer().down_proj)
+
+    with pytest.raises(RuntimeError, match=r"\b2\b.*layers\.1\.mlp\.experts\.down_proj"):
+        train(tmp_path, At(2, spoil), model=get_peft_model(base, config), guard=SPPGuardCallback(check_base_steps=0))
+
+
+def test_weights_that_cannot_be_seen_are_told(tmp_path):
+    model = get_peft_model(pruned_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
+    layer_of(model).base_layer.to("meta")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.warns(UserWarning, match=r"1 modules, model\.layers\.1\.mlp\.up_proj"):
+        SPPGuardCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 
 def test_a_changed_base_is_found_at_the_end(tmp_path):

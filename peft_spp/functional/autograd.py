@@ -24,6 +24,21 @@ def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def records_gradients(*tensors: torch.Tensor | None) -> bool:
+    """
+    Whether autograd records what is computed from these tensors.
+
+    Where it does not, a Function that saves tensors is of no use, and the compiler cannot trace it.
+
+    Args:
+        tensors (`torch.Tensor`, *optional*): The inputs.
+
+    Returns:
+        `bool`: Whether gradients are on and one of the inputs needs one.
+    """
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def halves(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """A and B of each adapter, out of all A followed by all B."""
     return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])

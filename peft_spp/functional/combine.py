@@ -28,7 +28,7 @@ class RankOneBlocks(NamedTuple):
 
 
 @torch.no_grad()
-def rank_one_blocks(factors: Sequence[Factors], r: int) -> RankOneBlocks:
+def rank_one_blocks(factors: Sequence[Factors], r: int, layers: int = 1) -> RankOneBlocks:
     """
     The best approximation of `Σ s · P(A) ⊙ B` by a single `P(A) ⊙ B` with r row blocks.
 
@@ -42,7 +42,8 @@ def rank_one_blocks(factors: Sequence[Factors], r: int) -> RankOneBlocks:
 
     Args:
         factors (`Sequence[Factors]`): The factors to add up, of any numbers of row blocks.
-        r (`int`): The number of row blocks of the result.
+        r (`int`): The number of row blocks of the result, in each layer of a stack.
+        layers (`int`, *optional*, defaults to 1): The number of layers whose factors these are, see [`Factors`].
 
     Returns:
         `RankOneBlocks`: The factors and their error. A single adapter with r blocks is reproduced.
@@ -54,10 +55,12 @@ def rank_one_blocks(factors: Sequence[Factors], r: int) -> RankOneBlocks:
     if len(shapes) != 1:
         raise ValueError(f"factors of one weight are needed, not of {len(shapes)} shapes (out, in): {sorted(shapes)}")
     m, n = next(iter(shapes))
-    check_row_blocks(m, r)
-    A_sum, B_sum = torch.zeros(r, n, dtype=torch.float64), torch.zeros(m, 1, dtype=torch.float64)
+    if m % layers or any(A.shape[0] % layers for A, _, _ in factors):
+        raise ValueError(f"factors with {m} rows of B and {[len(A) for A, _, _ in factors]} of A, in {layers} layers")
+    check_row_blocks(m // layers, r)
+    A_sum, B_sum = torch.zeros(layers * r, n, dtype=torch.float64), torch.zeros(m, 1, dtype=torch.float64)
     squared = missing = 0.0
-    for block, (rows, L, R) in enumerate(_block_products(factors, m, r)):
+    for block, (rows, L, R) in enumerate(_block_products(factors, m, r, layers)):
         Q_L, T_L = torch.linalg.qr(L)
         Q_R, T_R = torch.linalg.qr(R.t())
         U, S, Vh = torch.linalg.svd(T_L @ T_R.t(), full_matrices=False)
@@ -70,12 +73,12 @@ def rank_one_blocks(factors: Sequence[Factors], r: int) -> RankOneBlocks:
 
 
 def _block_products(
-    factors: Sequence[Factors], rows: int, r: int
+    factors: Sequence[Factors], rows: int, r: int, layers: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """The rows of each block, and L and R, whose product is the sum of the adapters in these rows."""
-    sizes = torch.bincount(row_block_index(rows, r), minlength=r).tolist()
+    sizes = torch.bincount(_stacked_index(rows, r, layers), minlength=layers * r).tolist()
     in_float64 = [(A.to("cpu", torch.float64), B.to("cpu", torch.float64) * s) for A, B, s in factors]
-    indices = [row_block_index(rows, A.shape[0]) for A, _ in in_float64]
+    indices = [_stacked_index(rows, A.shape[0] // layers, layers) for A, _ in in_float64]
     start = 0
     for size in sizes:
         within = slice(start, start + size)
@@ -87,3 +90,9 @@ def _block_products(
             R.append(A[blocks])
         yield within, torch.cat(L, dim=1), torch.cat(R)
         start += size
+
+
+def _stacked_index(rows: int, r: int, layers: int) -> torch.Tensor:
+    """The row of A that each output row of a stack of layers belongs to."""
+    first = torch.arange(layers).unsqueeze(1) * r
+    return (row_block_index(rows // layers, r) + first).flatten()

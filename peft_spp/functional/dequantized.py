@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .autograd import autocast_off, halves, needed_gradients
-from .factors import Factors, check_factors
+from .autograd import autocast_off, halves, needed_gradients, records_gradients
+from .factors import Factors, check_factors, unpack
 from .kernels import composite
 from .kernels.schema import pack
 
@@ -51,10 +51,10 @@ def spp_linear_dequantized(
     dtype = dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    scaling = [float(f.scaling) for f in factors]
-    tensors = [*(f.A for f in factors), *(f.B for f in factors)]
+    A, B, scaling = unpack(factors)
+    tensors = [*A, *B]
     with autocast_off(x.device.type):
-        if not torch.is_grad_enabled():
+        if not records_gradients(x, bias, *tensors):
             return _forward(x, dequantize, bias, identity, dtype, scaling, tensors)
         result: torch.Tensor = _SPPLinearDequantized.apply(x, dequantize, bias, identity, dtype, scaling, *tensors)
         return result

@@ -19,17 +19,38 @@ class Factors(NamedTuple):
             The input factor, shape `(r, n)`: one row for each block of output rows. For a stack `(E·r, n)`, the rows
             of one layer after those of another.
         B (`torch.Tensor`): The output factor, shape `(m, 1)`; for a stack `(E·m, 1)`.
-        scaling (`float`): s = alpha / r.
+        scaling (`float` or `torch.Tensor`):
+            s = alpha / r. As a tensor without dimensions, on the device of the factors, it can change without anything
+            being compiled again.
     """
 
     A: torch.Tensor
     B: torch.Tensor
-    scaling: float
+    scaling: float | torch.Tensor
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype that products of factors and weights are computed in: float64 if any input is, otherwise float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def unpack(factors: Sequence[Factors]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """
+    A, B and s of each adapter, as the kernels take them: with s a number.
+
+    Args:
+        factors (`Sequence[Factors]`): The factors of each adapter.
+
+    Returns:
+        `tuple[list[torch.Tensor], list[torch.Tensor], list[float]]`: A, B and s. Where s is a tensor, B is multiplied
+        by it and s is 1. That gives the same bits, since the kernels multiply B by s first, too, unless the weight
+        alone is float64.
+    """
+    numbered = [
+        Factors(A, B.to(compute_dtype(A, B)) * s, 1.0) if isinstance(s, torch.Tensor) else Factors(A, B, float(s))
+        for A, B, s in factors
+    ]
+    return [f.A for f in numbered], [f.B for f in numbered], [float(f.scaling) for f in numbered]
 
 
 def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:

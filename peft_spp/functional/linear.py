@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .autograd import autocast_off, halves, needed_gradients
-from .factors import Factors, check_factors
+from .autograd import autocast_off, halves, needed_gradients, records_gradients
+from .factors import Factors, check_factors, unpack
 from .kernels import composite
 from .kernels.schema import pack
 
@@ -57,11 +57,9 @@ def spp_linear(
         # what nn.Linear says of such a call
         raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {x.dtype} and {dtype}")
     check_factors(weight.t() if fan_in_fan_out else weight, factors)
-    scaling = [float(f.scaling) for f in factors]
-    A, B = [f.A for f in factors], [f.B for f in factors]
+    A, B, scaling = unpack(factors)
     with autocast_off(device_type):
-        if not torch.is_grad_enabled():
-            # nothing to save, and a Function that saves is a graph break where gradients are off
+        if not records_gradients(x, weight, bias, *A, *B):
             return _forward(x, weight, bias, A, B, scaling, fan_in_fan_out, identity, dtype)
         return _SPPLinear.apply(x, weight, bias, fan_in_fan_out, identity, dtype, scaling, *A, *B)
 

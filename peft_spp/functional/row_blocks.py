@@ -66,6 +66,40 @@ def expand_row_blocks(A: torch.Tensor, rows: int) -> torch.Tensor:
     return A[row_block_index(rows, r, device=A.device)]
 
 
+def refine_row_blocks(A: torch.Tensor, rows: int, r: int, layers: int = 1) -> torch.Tensor:
+    """
+    The same P(A) from a factor with more row blocks.
+
+    It is there if each block of A ends where one of the r blocks ends: for one, if the number of A's blocks divides r
+    and r divides `rows`, and always with one block a row.
+
+    Args:
+        A (`torch.Tensor`): The input factor, shape `(own blocks, n)`; of a stack `(layers · own blocks, n)`.
+        rows (`int`): The number of output rows m, of each layer.
+        r (`int`): The number of row blocks of the result.
+        layers (`int`, *optional*, defaults to 1): The number of layers in the stack.
+
+    Returns:
+        `torch.Tensor`: shape `(layers · r, n)`, with the rows of A, each repeated.
+
+    Raises:
+        ValueError: If P(A) cannot be had with r blocks.
+    """
+    own = A.shape[0] // layers
+    check_row_blocks(rows, own)
+    check_row_blocks(rows, r)
+    blocks = row_block_index(rows, own)
+    sizes = torch.bincount(row_block_index(rows, r), minlength=r)
+    ends = sizes.cumsum(0)
+    first, last = blocks[ends - sizes], blocks[ends - 1]
+    if not torch.equal(first, last):
+        raise ValueError(
+            f"{own} blocks of {rows} rows are not made up of whole blocks if those are {r}; they are with a multiple "
+            f"of {own} that divides {rows}, and with {rows}"
+        )
+    return A.unflatten(0, (layers, own))[:, first.to(A.device)].flatten(0, 1)
+
+
 def row_tiles(rows: int, r: int, within: slice | None = None, max_rows: int | None = None) -> Iterator[RowTile]:
     """
     Cover rows with tiles inside which the (parts of) row blocks are of equal length.

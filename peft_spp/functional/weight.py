@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, halves, needed_gradients
-from .factors import Factors, check_factors
+from .autograd import autocast_off, halves, needed_gradients, records_gradients
+from .factors import Factors, check_factors, unpack
 from .kernels import composite, stack
 from .kernels.schema import pack
 
@@ -43,9 +43,9 @@ def scaled_weight(
     """
     check_factors(weight, factors)
     dtype = dtype or weight.dtype
-    A, B, scaling = [f.A for f in factors], [f.B for f in factors], [float(f.scaling) for f in factors]
+    A, B, scaling = unpack(factors)
     result: torch.Tensor
-    if torch.is_grad_enabled():
+    if records_gradients(weight, *A, *B):
         result = _ScaledWeight.apply(weight, identity, dtype, scaling, *A, *B)
     else:
         result = torch.ops.peft_spp.scaled_weight(weight, A, B, scaling, identity, dtype)

@@ -173,7 +173,8 @@ def _load(module: AdaptedModule) -> Factors:
 
 
 def _inspect(module: AdaptedModule, mask: MaskRecord | None) -> AdaptedModuleInspection:
-    A, B, scaling = _load(module)
+    A, B, _ = _load(module)
+    scaling = module.scaling
     outputs, inputs = B.shape[0], A.shape[1]
     # Row i of D is s · B_i times row k of A, with k the row's block, so D itself need not be computed.
     blocks = row_block_index(outputs, module.r)

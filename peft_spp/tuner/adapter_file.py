@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..sparsity.safetensors_files import DTYPES, checked_shape
 from .patterns import check_patterns
+from .saved_modules import SavedNames
 from .saving import WEIGHTS_ID
 from .settings import expressions
 
@@ -75,7 +76,7 @@ def find_weights(
     return None
 
 
-def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = None) -> None:
+def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = None) -> SavedNames:
     """
     Check that the weights of an adapter can be read, fit its settings and are finite.
 
@@ -84,6 +85,9 @@ def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = Non
         config (`SPPConfig`): The settings.
         weights_only (`bool`, *optional*):
             `True` to take pickled weights, of which nothing but weights is unpickled; otherwise they are refused.
+
+    Returns:
+        [`SavedNames`]: What is in the file.
 
     Raises:
         ValueError: If something is wrong with them; the message names the file and the tensor.
@@ -94,8 +98,7 @@ def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = Non
                 f"{file} is pickled, which can run code when it is read, so it is not read. Ask for the adapter in "
                 "safetensors, or pass `weights_only=True`, which unpickles nothing but weights."
             )
-        _check_pickled(file, config)
-        return
+        return SavedNames(file, _check_pickled(file, config))
     try:
         check_belongs(file, config)
         with safe_open(file, framework="pt") as tensors:
@@ -107,6 +110,7 @@ def check_weights(file: Path, config: SPPConfig, weights_only: bool | None = Non
             check_factors(file, _factors(kinds), config)
             for name in kinds:
                 _check_finite(file, name, tensors.get_tensor(name))
+        return SavedNames(file, frozenset(kinds))
     except SafetensorError as error:
         raise ValueError(
             f"The adapter file {file} cannot be read ({error}). It may have been cut short; copy it again."
@@ -198,7 +202,7 @@ def _check_finite(file: Path, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_pickled(file: Path, config: SPPConfig) -> None:
+def _check_pickled(file: Path, config: SPPConfig) -> frozenset[str]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -214,3 +218,4 @@ def _check_pickled(file: Path, config: SPPConfig) -> None:
     check_factors(file, _factors(kinds), config)
     for name, tensor in content.items():
         _check_finite(file, name, tensor)
+    return frozenset(content)

@@ -15,6 +15,7 @@ from ..functional import Factors
 from ..functional.combine import RankOneBlocks, rank_one_blocks
 from .config import SPPConfig
 from .layer import SPPLayer
+from .param_wrapper import ParamWrapper
 from .settings import check_rank
 
 
@@ -75,6 +76,11 @@ def add_weighted_adapter(
         for layer in _layers(model)
         if any(name in layer.spp_A for name in adapters)
     }
+    parameters = {layer.module_name for layer in _layers(model) if isinstance(layer, ParamWrapper)}
+    # adapters that have target parameters have the same ones
+    target_parameters = next(
+        (config.target_parameters for config in configs.values() if config.target_parameters), None
+    )
     model.peft_config[adapter_name] = replace(
         configs[adapters[0]],
         r=r,
@@ -82,7 +88,8 @@ def add_weighted_adapter(
         rank_pattern={},
         alpha_pattern={},
         # by name, as the adapters may have chosen their layers each in its own way
-        target_modules=set(combined),
+        target_modules=set(combined) - parameters,
+        target_parameters=target_parameters,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -111,7 +118,7 @@ def _combine(layer: SPPLayer, adapters: Sequence[str], weights: Sequence[float],
                 )
             # the scaling that the adapter was trained with: a weight that is set for the exact sum does not count
             factors.append(Factors(A, B, weight * layer.spp_alpha[name] / layer.r[name]))
-    return rank_one_blocks(factors, min(r, layer.out_features))
+    return rank_one_blocks(factors, min(r, layer.out_features), layer.num_experts)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ..durable import publish, working_folder
 from ..model_card import update_model_card
 from ..sparsity.safetensors_files import read_json
 from .adapter_file import check_weights, find_weights
+from .saved_modules import SavedNames
 from .saving import write_settings_id
 from .settings import check_choice, check_settings
 
@@ -217,9 +218,9 @@ class SPPConfig(PeftConfig):
     def __post_init__(self, weights_id: str | None) -> None:
         super().__post_init__()
         check_settings({**vars(self), "weights_id": weights_id})
-        # neither is a field: they are not saved and not compared. SPPModel takes an adapter back if its weights do not
-        # fit.
+        # no fields: they are not saved and not compared. SPPModel takes an adapter back if its weights do not fit.
         self.saved_weights_id = weights_id
+        self.saved_names: SavedNames | None = None
         self.is_from_pretrained = False
         self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
         self.target_modules = (
@@ -282,7 +283,7 @@ class SPPConfig(PeftConfig):
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_arguments)
         if weights is not None:
             is_local = Path(pretrained_model_name_or_path).is_dir()
-            check_weights(weights, config, weights_only=kwargs.get("weights_only", is_local))
+            config.saved_names = check_weights(weights, config, weights_only=kwargs.get("weights_only", is_local))
         if "check_base" in kwargs:
             # PEFT lets what is saved win; what to do about a base model is for the one who loads to say
             config.check_base = kwargs["check_base"]

@@ -37,33 +37,29 @@ def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def call_inside(
-    modules: Sequence[nn.Module], compute: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def call_inside(modules: Sequence[nn.Module], compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
-    `compute(x, *args, **kwargs)`, run in place of the forward passes of some modules, each inside the call of the one
+    `compute(*args, **kwargs)`, run in place of the forward passes of some modules, each inside the call of the one
     before it. All their parameters are in memory then, and what acts on a module's inputs, outputs and gradients acts
     on those of `compute`.
 
     Args:
         modules (`Sequence[nn.Module]`): The modules whose parameters `compute` reads, outermost first.
-        compute (`Callable[..., torch.Tensor]`): What to run.
-        x (`torch.Tensor`): Its input.
-        args, kwargs: Its other arguments; the modules' hooks see them too.
+        compute (`Callable`): What to run.
+        args, kwargs: Its arguments; the modules' hooks see them too.
 
     Returns:
-        `torch.Tensor`: The result, as the hooks of the modules leave it.
+        `Any`: The result, as the hooks of the modules leave it.
     """
     if not modules:
-        return compute(x, *args, **kwargs)
+        return compute(*args, **kwargs)
     inner = modules[1:]
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return call_inside(inner, compute, x, *args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call_inside(inner, compute, *args, **kwargs)
 
     with _forward_replaced(modules[0], forward):
-        result: torch.Tensor = modules[0](x, *args, **kwargs)
-    return result
+        return modules[0](*args, **kwargs)
 
 
 def without_fsdp_wrappers(name: str) -> str:
@@ -72,7 +68,7 @@ def without_fsdp_wrappers(name: str) -> str:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     module, slot = _forward_slot(module)
     own = module.__dict__.get(slot)
     module.__dict__[slot] = forward

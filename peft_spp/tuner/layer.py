@@ -41,7 +41,8 @@ class SPPLayer(BaseTunerLayer):
         self.module_name = module_name
         self.r: dict[str, int] = {}
         self.spp_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        # tensors where `prepare_model_for_compiled_hotswap` has been called
+        self.scaling: dict[str, float | torch.Tensor] = {}
         self.spp_dropout = nn.ModuleDict({})
         self.spp_A = nn.ModuleDict({})
         self.spp_B = nn.ModuleDict({})
@@ -115,8 +116,14 @@ class SPPLayer(BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def get_factors(self, adapter_names: Sequence[str]) -> list[Factors]:
-        """The factors of those of `adapter_names` that this layer has."""
-        return [Factors(*self._factors(name), self.scaling[name]) for name in adapter_names if name in self.spp_A]
+        """
+        The factors of those of `adapter_names` that this layer has.
+
+        They come in the order of the alphabet, in which they are added up: so the sum has the same bits in the forward
+        pass and in a merge, whichever order the adapters are named or merged in.
+        """
+        names = sorted(name for name in adapter_names if name in self.spp_A)
+        return [Factors(*self._factors(name), self.scaling[name]) for name in names]
 
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return cast(nn.Linear, self.spp_A[adapter_name]).weight, cast(nn.Linear, self.spp_B[adapter_name]).weight
@@ -130,7 +137,7 @@ class SPPLayer(BaseTunerLayer):
             scale (`float`): The factor.
         """
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.spp_alpha[adapter] / self.r[adapter]
+            self.set_scaling(adapter, scale * self.spp_alpha[adapter] / self.r[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """
@@ -141,7 +148,7 @@ class SPPLayer(BaseTunerLayer):
         """
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] *= scale
+                self.set_scaling(name, float(self.scaling[name]) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """
@@ -154,7 +161,21 @@ class SPPLayer(BaseTunerLayer):
             if scale is None:
                 self.set_scale(name, 1.0)
             elif name in self.scaling:
-                self.scaling[name] /= scale
+                self.set_scaling(name, float(self.scaling[name]) / scale)
+
+    def set_scaling(self, adapter: str, value: float) -> None:
+        """
+        Set the number that the update of an adapter is multiplied by.
+
+        Args:
+            adapter (`str`): The name of the adapter.
+            value (`float`): The number; a scaling that is a tensor is overwritten in place.
+        """
+        scaling = self.scaling[adapter]
+        if isinstance(scaling, torch.Tensor):
+            scaling.fill_(value)
+        else:
+            self.scaling[adapter] = value
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT's conversion factorizes an update that is added to the weight. SPP's update is a multiple of the weight
@@ -338,7 +359,8 @@ class Linear(nn.Module, SPPLayer):
             # a tuner layer in between calls the base layer itself, on other inputs perhaps
             base_result = self.base_layer(x, *args, **kwargs)
             forward = lambda *_, **__: base_result  # noqa: E731
-        return call_inside(hooked, partial(self._adapted_linear, forward, names), x, *args, **kwargs)
+        result: torch.Tensor = call_inside(hooked, partial(self._adapted_linear, forward, names), x, *args, **kwargs)
+        return result
 
     def _adapted_linear(
         self,
@@ -415,8 +437,7 @@ class Linear(nn.Module, SPPLayer):
                 "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
                 "process, for example with `peft-spp merge`."
             )
-        # sorted: a sum of three does not depend on the order of the merges either
-        return merged_weight(weight, self.get_factors(sorted(adapter_names)))
+        return merged_weight(weight, self.get_factors(adapter_names))
 
     def _check_merged_weight(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():

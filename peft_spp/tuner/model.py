@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,44 +18,18 @@ from ..sparsity.mask_record import MaskRelation
 from .base_record import check_base, record_base, relate_base
 from .combination import activate_weighted_adapters, add_weighted_adapter
 from .config import SPPConfig
+from .injection import Injection
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
+from .mixed_batches import passed_to_layers
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
-from .quantized import Backend, QuantizedLinear, find_backend, unload_dequantized
+from .quantized import QuantizedLinear, find_backend, unload_dequantized
+from .saved_modules import check_saved_modules
 from .settings import expressions
-from .targets import fused_experts, transformer_block_linear_targets
-from .whole_parameters import is_tensor_parallel
-
-
-class _Injection:
-    """
-    What adding one adapter did to a model, and how to undo it.
-
-    Args:
-        model (`nn.Module`): The model, before the adapter is added.
-        adapter_name (`str`): The name of the adapter.
-    """
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.model = model
-        self.adapter_name = adapter_name
-        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.steps: list[Callable[[], None]] = []
-        self.one_block_a_row: list[str] = []
-
-    def on_undo(self, step: Callable[[], None]) -> None:
-        self.steps.append(step)
-
-    def undo(self) -> None:
-        for step in reversed(self.steps):
-            step()
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper) and set(module._adapters) == {self.adapter_name}:
-                parent_name, _, child_name = name.rpartition(".")
-                setattr(self.model.get_submodule(parent_name), child_name, module.original_module)
-        for parameter, requires_grad in self.requires_grad:
-            parameter.requires_grad_(requires_grad)
+from .target_checks import check_layer, check_weight, warn_of_fused_experts
+from .targets import transformer_block_linear_targets
+from .tied_weights import untie_adapted_weights
 
 
 class SPPModel(BaseTuner):
@@ -96,8 +69,8 @@ class SPPModel(BaseTuner):
     # the default targets are read off the model itself, see _prepare_adapter_config
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as in PEFT)
     # the injection in progress, and those of saved adapters whose weights have not been loaded yet
-    _injection: _Injection | None = None
-    _injections_to_load: dict[str, _Injection] = {}  # noqa: RUF012  (replaced, never changed in place)
+    _injection: Injection | None = None
+    _injections_to_load: dict[str, Injection] = {}  # noqa: RUF012  (replaced, never changed in place)
 
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
@@ -105,7 +78,7 @@ class SPPModel(BaseTuner):
             if not targets and not peft_config.target_parameters:
                 raise ValueError("Please specify `target_modules` or `target_parameters` in `peft_config`")
             if peft_config.target_parameters is None:
-                _warn_of_fused_experts(self.model)
+                warn_of_fused_experts(self.model)
             peft_config.target_modules = targets or None
         return peft_config
 
@@ -126,9 +99,10 @@ class SPPModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_patterns(expressions(vars(self.peft_config[adapter_name])), [name for name, _ in model.named_modules()])
+        check_saved_modules(model, cast(SPPConfig, self.peft_config[adapter_name]))
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
-        injection = self._injection = _Injection(model, adapter_name)
+        injection = self._injection = Injection(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -254,13 +228,12 @@ class SPPModel(BaseTuner):
                 "`target_parameters` only.)"
             )
 
-        injection = cast(_Injection, self._injection)
+        injection = cast(Injection, self._injection)
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
         wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
         if isinstance(target, Linear) and not wrap_target_param:
-            active_adapters = target.active_adapters
+            injection.adds_to(target)
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
-            injection.on_undo(partial(_remove_adapter, target, adapter_name, active_adapters))
             new_module = target
         else:
             new_module = self._create_new_module(
@@ -292,7 +265,7 @@ class SPPModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if parameter_name is not None:
             parameter = getattr(base_layer, parameter_name)
-            _check_weight(parameter, f"Target parameter {module_name!r}", dimensions=(2, 3))
+            check_weight(parameter, f"Target parameter {module_name!r}", dimensions=(2, 3))
             types = model_types(self.get_model_config(self.model))
             return ParamWrapper(
                 target,
@@ -304,7 +277,7 @@ class SPPModel(BaseTuner):
                 **kwargs,
             )
         backend = find_backend(base_layer)
-        _check_layer(base_layer, module_name, backend)
+        check_layer(base_layer, module_name, backend)
         is_conv1d = isinstance(base_layer, Conv1D)
         fan_in_fan_out = spp_config.fan_in_fan_out
         if fan_in_fan_out is not is_conv1d:
@@ -331,32 +304,7 @@ class SPPModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, ParamWrapper):
                 module.check_merge_allowed()
-        self._untie_adapted_weights()
-
-    def _untie_adapted_weights(self) -> None:
-        """
-        Give adapted layers that share their weight with another module a weight of their own.
-
-        A merge writes W' where W was. Other users of W, and other adapters on it, must not see that.
-        """
-        users: dict[int, int] = {}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                users[id(parameter)] = users.get(id(parameter), 0) + 1
-        for module in self.model.modules():
-            if not isinstance(module, SPPLayer) or isinstance(module, QuantizedLinear):
-                continue  # a merge gives a quantised layer a new weight
-            base_layer, name = module.get_base_layer(), module.parameter_name
-            weight = getattr(base_layer, name)
-            if users.get(id(weight), 0) > 1:
-                users[id(weight)] -= 1
-                copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-                setattr(base_layer, name, copy)
-                warnings.warn(
-                    f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
-                    "which the adapter is merged into.",
-                    stacklevel=2,
-                )
+        untie_adapted_weights(self.model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer") and not isinstance(new_module, ParamWrapper):
@@ -499,114 +447,5 @@ class SPPModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
 
-        # Check that users only passed actually existing adapters. Not every layer has every adapter, but a name that
-        # no layer knows is a typo.
-        layers = [module for module in self.modules() if isinstance(module, SPPLayer)]
-        expected_adapters = {name for layer in layers for name in layer.spp_A}
-        unexpected_adapters = set(adapter_names) - {"__base__"} - expected_adapters
-        if unexpected_adapters:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
-
-        num_beams = kwargs.get("num_beams")
-        per_module: dict[nn.Module, list[str]] = {}
-        hooked = (SPPLayer, AuxiliaryTrainingWrapper)
-        beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
-        if beams > 1 and not isinstance(adapter_names, (list, tuple)):
-            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
-        # With beam search each input is repeated once a beam, and so is its adapter name. The encoder of an
-        # encoder-decoder model still sees every input once.
-        encoder = _get_encoder(self.model) if beams > 1 else None
-        encoder_modules = set(encoder.modules()) if encoder is not None else set()
-        for module in self.modules():
-            if isinstance(module, hooked):
-                repeats = 1 if module in encoder_modules else beams
-                per_module[module] = [name for name in adapter_names for _ in range(repeats)]
-
-        handles = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=names), with_kwargs=True)
-            for module, names in per_module.items()
-        ]
-        try:
+        with passed_to_layers(self, self.model, adapter_names, kwargs.get("num_beams")):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
-
-
-def _get_encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model; Transformers 5 returns the model itself where there is none."""
-    get_encoder: Callable[[], nn.Module] | None = getattr(model, "get_encoder", None)
-    encoder = get_encoder() if get_encoder is not None else None
-    return None if encoder is model else encoder
-
-
-def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[str]) -> None:
-    layer.set_adapter(active_adapters)
-    layer.delete_adapter(adapter_name)
-
-
-def _check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
-    """Raise a `ValueError` if it is not a linear layer whose weight is a plain floating-point matrix, or quantised."""
-    if is_tensor_parallel(layer):
-        raise ValueError(
-            f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
-            "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
-            "is too large; or leave the module out of `target_modules`."
-        )
-    if backend is not None:
-        try:
-            backend.check(layer)
-        except ValueError as error:
-            raise ValueError(f"Target module {module_name!r} is not supported: {error}.") from error
-        return
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise ValueError(
-            f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
-            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantised linear layers of "
-            "bitsandbytes, torchao, HQQ and others. For the layers of another quantisation package see "
-            "`peft_spp.tuner.quantized.register_backend`."
-        )
-    kind = f"{type(layer).__module__}.{type(layer).__name__}"
-    _check_weight(getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})")
-
-
-def _check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
-    """Raise a `ValueError` if a weight is not a plain floating-point matrix, or a stack of them where that may be."""
-    # ZeRO-3 leaves an empty weight in the place of a partitioned one
-    shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
-    supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or len(shape) not in dimensions or _is_foreign(weight):
-        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
-        if weight is not None and _is_foreign(weight):
-            found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
-        wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
-        raise ValueError(
-            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
-            "in one of these, leave it out of the targets, or, for a quantisation that is not supported, tell how its "
-            "weights are read with `peft_spp.tuner.quantized.register_backend`."
-        )
-
-
-def _is_foreign(weight: torch.Tensor) -> bool:
-    """Whether it is a tensor type of another package, with operators of its own; a quantised one that is not known."""
-    kind = type(weight)
-    has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return has_own_operators and not kind.__module__.startswith("torch.")
-
-
-def _warn_of_fused_experts(model: nn.Module) -> None:
-    experts = fused_experts(model)
-    if not experts:
-        return
-    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
-    warnings.warn(
-        f"The default targets are linear layers. The model has {len(experts)} parameters that hold the weights of "
-        f"experts, which are not adapted: {', '.join(kinds)}. Pass `target_parameters={kinds}` to adapt them too, or "
-        "`target_parameters=[]` if this is intended.",
-        stacklevel=2,
-    )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from ..functional import scaled_weight
 from ..sparsity.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
 from .config import SPPConfig
+from .inside_calls import call_inside, is_hooked
 from .layer import Linear, SPPLayer
 from .replaced_parameter import replaced_parameter
+from .whole_parameters import whole_shape
 
 
 class ParamWrapper(Linear):
@@ -67,9 +69,7 @@ class ParamWrapper(Linear):
         self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
 
     def _read_features(self) -> None:
-        parameter = self._base_weight()
-        # ZeRO-3 leaves an empty parameter, and says here how large it is when it is gathered
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = whole_shape(self._base_weight())
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"spp.{type(self).__name__} was initialized with {len(shape)} dimensional Parameter "
@@ -128,10 +128,16 @@ class ParamWrapper(Linear):
         kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        factors = self.get_factors(self.active_adapters)
-        if self.disable_adapters or self.merged or not factors:
+        names = [name for name in self.active_adapters if name in self.spp_A]
+        if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
-        with replaced_parameter(self.get_base_layer(), self.parameter_name, partial(self._scaled, factors=factors)):
+        # the parameter itself is in memory whenever the base layer uses it
+        hooked = [factor for name in names for factor in (self.spp_A[name], self.spp_B[name]) if is_hooked(factor)]
+        return call_inside(hooked, partial(self._with_scaled_parameter, names), *args, **kwargs)
+
+    def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        compute = partial(self._scaled, factors=self.get_factors(names))
+        with replaced_parameter(self.get_base_layer(), self.parameter_name, compute):
             return self.base_layer(*args, **kwargs)
 
     def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
@@ -160,7 +166,7 @@ def is_stored_transposed(module: nn.Module, parameter: torch.Tensor, model_types
         `bool`: For a stack what the module's attribute `is_transposed` says, which Transformers sets on its experts,
         or else what is known of the `model_type`; for a weight whether the module is a `Conv1D`.
     """
-    if parameter.ndim != 3:
+    if len(whole_shape(parameter)) != 3:
         return isinstance(module, Conv1D)
     said = getattr(module, "is_transposed", None)
     return said if isinstance(said, bool) else not TRANSPOSED_EXPERTS_MODEL_TYPES.isdisjoint(model_types)

@@ -56,6 +56,20 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return _is_partitioned(tensor) or is_dtensor(tensor)
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a tensor when it is whole; DeepSpeed ZeRO-3 leaves an empty one in place of a partitioned one."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, in memory of the tensor's own: of one that is not sharded, all of it."""
+    if _is_partitioned(tensor):
+        partition: torch.Tensor = cast(Any, tensor).ds_tensor
+        return partition
+    with torch.no_grad():  # of a tensor with a gradient it would be a view
+        return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def is_tensor_parallel(layer: nn.Module) -> bool:
     """Whether the layer computes with a part of its weight, as Transformers' tensor parallel plans have it."""
     if getattr(layer, "_hf_tp_plan", None) is not None:

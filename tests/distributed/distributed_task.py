@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from peft_spp import SPPConfig
@@ -13,9 +15,9 @@ STEPS = 5
 ADAM = {"lr": 2e-2, "weight_decay": 0.0}
 
 
-def adapter_config() -> SPPConfig:
+def adapter_config(**settings: Any) -> SPPConfig:
     # 48 and 16 rows do not divide by 5: the blocks are of different lengths
-    return SPPConfig(r=5, task_type="CAUSAL_LM")
+    return SPPConfig(r=5, task_type="CAUSAL_LM", **settings)
 
 
 def token_ids(rows: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 from tiny import prune_, tiny_llama
+from tiny_moe import PARAMETERS, tiny_moe
 
 
 HERE = Path(__file__).parent
@@ -44,10 +46,9 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def one_process(base) -> tuple[list[float], PeftModel]:
+def run_in_one_process(base: Path, **adapter: Any) -> tuple[list[float], PeftModel]:
     """The losses of the steps and the trained model, from a plain loop over the global batch."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(**adapter))
     model.load_state_dict(factors(model), strict=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAM)
     ids = token_ids(GLOBAL_BATCH)
@@ -61,7 +62,17 @@ def one_process(base) -> tuple[list[float], PeftModel]:
     return losses, model
 
 
+@pytest.fixture(scope="module")
+def one_process(base) -> tuple[list[float], PeftModel]:
+    return run_in_one_process(base)
+
+
 def launch(*command: str) -> None:
+    run = started(*command)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+
+
+def started(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -69,15 +80,25 @@ def launch(*command: str) -> None:
         "ACCELERATE_TORCH_DEVICE": "cpu",
         "DS_ACCELERATOR": "cpu",
     }
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=600
     )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
 
 
-def check(config: str, base: Path, output: Path, one_process: tuple[list[float], PeftModel], **settings: bool) -> None:
-    accelerate = ("accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0")
-    launch(*accelerate, str(HERE / "train.py"), str(base), str(output), json.dumps(settings))
+def accelerate(config: str, script: str, *arguments: object) -> tuple[str, ...]:
+    launcher = ("accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0")
+    return *launcher, str(HERE / script), *map(str, arguments)
+
+
+def check(
+    config: str,
+    base: Path,
+    output: Path,
+    one_process: tuple[list[float], PeftModel],
+    adapter: dict[str, Any] | None = None,
+    **settings: bool,
+) -> None:
+    launch(*accelerate(config, "train.py", base, output, json.dumps(adapter or {}), json.dumps(settings)))
     losses, reference = one_process
     torch.testing.assert_close(json.loads((output / "losses.json").read_text()), losses, **LOSSES)
     assert losses[-1] < 0.9 * losses[0]
@@ -95,7 +116,8 @@ def check(config: str, base: Path, output: Path, one_process: tuple[list[float],
 
     merged = load_file(output / "merged.safetensors")
     expected = loaded.merge_and_unload().state_dict()
-    assert merged.keys() == {f"{name}.weight" for name in record["masks"]}
+    assert merged.keys() == {name for name, weight in expected.items() if ".layers." in name and weight.ndim > 1}
+    assert {name.removesuffix(".weight") for name in merged} >= record["masks"].keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
 
 
@@ -128,6 +150,54 @@ def test_deepspeed_zero3(base, tmp_path, one_process):
 @needs_deepspeed
 def test_deepspeed_zero3_with_gradient_checkpointing(base, tmp_path, one_process):
     check("deepspeed_zero3.yaml", base, tmp_path, one_process, gradient_checkpointing=True)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A mixture whose experts are stored (in, out), which is not to be seen on a partitioned parameter."""
+    folder = tmp_path_factory.mktemp("mixture")
+    tiny_moe("gpt_oss", pattern="2:4").save_pretrained(folder)
+    return folder
+
+
+SHARDED = pytest.mark.parametrize(
+    "config", ["fsdp2.yaml", pytest.param("deepspeed_zero3.yaml", marks=needs_deepspeed)], ids=["fsdp2", "zero3"]
+)
+
+
+@pytest.mark.slow
+@SHARDED
+def test_experts_with_sharded_parameters(mixture, tmp_path, config):
+    adapter = {"target_parameters": PARAMETERS}
+    check(config, mixture, tmp_path, run_in_one_process(mixture, **adapter), adapter)
+
+
+@pytest.mark.slow
+@SHARDED
+@pytest.mark.parametrize("case", ["sound", "zeros", "values", "factor"])
+def test_the_guard_watches_sharded_parameters(base, tmp_path, config, case):
+    launch(*accelerate(config, "guard.py", base, tmp_path, case))
+    assert {file.name for file in tmp_path.glob("*-?")} == {f"{case}-0", f"{case}-1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    ["ddp.yaml", "fsdp2.yaml", pytest.param("deepspeed_zero3.yaml", marks=needs_deepspeed)],
+    ids=["ddp", "fsdp2", "zero3"],
+)
+def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_not_been(base, tmp_path, config):
+    launch(*accelerate(config, "resume.py", base, tmp_path / "unbroken", "null"))
+    assert started(*accelerate(config, "resume.py", base, tmp_path / "killed", "3")).returncode != 0
+    assert not (tmp_path / "killed" / "adapter").exists()
+    assert (tmp_path / "killed" / "trainer" / "checkpoint-2").is_dir()
+    launch(*accelerate(config, "resume.py", base, tmp_path / "killed", "null"))
+    unbroken, resumed = (json.loads((tmp_path / run / "losses.json").read_text()) for run in ("unbroken", "killed"))
+    assert resumed["resumed"] and not unbroken["resumed"]
+    assert len(unbroken["losses"]) == STEPS and resumed["losses"] == unbroken["losses"]
+    expected = load_file(tmp_path / "unbroken" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "killed" / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.slow

@@ -41,22 +41,22 @@ def use_cpu() -> None:
 
 
 def arguments(output: Path, **settings: Any) -> TrainingArguments:
-    args = TrainingArguments(
-        output_dir=str(output / "trainer"),
-        per_device_train_batch_size=GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
-        max_steps=STEPS,
-        learning_rate=ADAM["lr"],
-        weight_decay=ADAM["weight_decay"],
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not IS_DEEPSPEED,
-        accelerator_config={"use_configured_state": True},
-        **settings,
-    )
+    defaults = {
+        "output_dir": str(output / "trainer"),
+        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
+        "max_steps": STEPS,
+        "learning_rate": ADAM["lr"],
+        "weight_decay": ADAM["weight_decay"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not IS_DEEPSPEED,
+        "accelerator_config": {"use_configured_state": True},
+    }
+    args = TrainingArguments(**{**defaults, **settings})
     if IS_DEEPSPEED:
         # partition also what is small
         args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -83,7 +83,7 @@ def merge(trainer: Trainer) -> dict[str, torch.Tensor]:
         try:
             model.merge_adapter()
         except RuntimeError as error:
-            assert "q_proj" in str(error) and ("summon_full_params" if is_fsdp1 else "merge_and_unload") in str(error)
+            assert "_proj" in str(error) and ("summon_full_params" if is_fsdp1 else "merge_and_unload") in str(error)
         else:
             raise AssertionError("a sharded weight was merged, with an unmerge to come")
     if is_fsdp1:
@@ -95,17 +95,20 @@ def merge(trainer: Trainer) -> dict[str, torch.Tensor]:
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+        if ".layers." in name and not any(module.children()):
             with whole_parameters(module):
-                found[f"{name.replace('_fsdp_wrapped_module.', '')}.weight"] = module.weight.detach().cpu().clone()
+                for parameter_name, parameter in module.named_parameters():
+                    if parameter.ndim > 1:
+                        key = f"{name.replace('_fsdp_wrapped_module.', '')}.{parameter_name}"
+                        found[key] = parameter.detach().cpu().clone()
     return found
 
 
-def main(base: str, output: Path, **settings: Any) -> None:
+def main(base: str, output: Path, adapter: dict[str, Any], settings: dict[str, Any]) -> None:
     use_cpu()
     # the arguments come first: they say how the model is to be partitioned while it is loaded
     args = arguments(output, **settings)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(**adapter))
     model.load_state_dict(factors(model), strict=False)
     data = [{"input_ids": row, "labels": row} for row in token_ids(GLOBAL_BATCH)]
     trainer = Trainer(model, args, train_dataset=data)
@@ -122,4 +125,4 @@ def main(base: str, output: Path, **settings: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), **json.loads(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4]))

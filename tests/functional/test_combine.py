@@ -76,6 +76,24 @@ def test_more_blocks_come_closer():
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
 
 
+@pytest.mark.parametrize(("ranks", "r", "m"), [((4, 2), 4, 8), ((3, 5), 4, 17)])
+def test_the_layers_of_a_stack_are_combined_each_on_its_own(ranks, r, m):
+    like = draw(ranks, m, 6)
+    layers = [[Factors(torch.randn_like(A), torch.randn_like(B), s) for A, B, s in like] for _ in range(3)]
+    stack = [
+        Factors(torch.cat([one.A for one in parts]), torch.cat([one.B for one in parts]), parts[0].scaling)
+        for parts in zip(*layers, strict=True)
+    ]
+    combined = rank_one_blocks(stack, r, layers=3)
+    totals = [dense(factors, m, 6) for factors in layers]
+    best = torch.cat([dense_best(total, r)[0] for total in totals])
+    parts = zip(combined.A.chunk(3), combined.B.chunk(3), strict=True)
+    found = torch.cat([dense([Factors(A, B, 1.0)], m, 6) for A, B in parts])
+    torch.testing.assert_close(found, best, atol=1e-10, rtol=0)
+    total = torch.cat(totals)
+    assert combined.relative_error == pytest.approx(((total - best).norm() / total.norm()).item(), abs=1e-10)
+
+
 @pytest.mark.parametrize("zero", ["A", "B"])
 def test_a_sum_of_nothing_is_nothing(zero):
     (first,) = draw((4,), 16, 8)
@@ -90,3 +108,7 @@ def test_factors_of_different_weights_are_refused():
         rank_one_blocks([*draw((4,), 16, 8), *draw((4,), 16, 9)], 4)
     with pytest.raises(ValueError, match="r=17"):
         rank_one_blocks(draw((4,), 16, 8), 17)
+    with pytest.raises(ValueError, match="3 layers"):
+        rank_one_blocks(draw((3,), 16, 8), 1, layers=3)
+    with pytest.raises(ValueError, match="r=9"):
+        rank_one_blocks(draw((4,), 16, 8), 9, layers=2)

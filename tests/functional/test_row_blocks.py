@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_spp.functional import expand_row_blocks, row_block_index
-from peft_spp.functional.row_blocks import row_tiles
+from peft_spp.functional.row_blocks import refine_row_blocks, row_tiles
 
 from reference import block_sizes
 
@@ -72,3 +74,24 @@ def test_impossible_splits_are_refused(r):
 def test_the_index_is_on_the_device_asked_for():
     for rows in (12, 13):
         assert row_block_index(rows, 4, device="meta").device.type == "meta"
+
+
+@given(rows_and_r, st.integers(1, 60), st.integers(1, 3))
+def test_more_blocks_repeat_over_the_rows_as_the_blocks_did_or_are_refused(rows_r, r, layers):
+    rows, own = rows_r
+    A = torch.arange(layers * own * 2.0).view(layers * own, 2)
+    ends = list(itertools.accumulate(block_sizes(rows, own)))
+    finer = list(itertools.accumulate(block_sizes(rows, r))) if r <= rows else []
+    if not set(ends) <= set(finer):
+        with pytest.raises(ValueError, match=str(own if r <= rows else r)):
+            refine_row_blocks(A, rows, r, layers)
+        return
+    refined = refine_row_blocks(A, rows, r, layers)
+    assert refined.shape == (layers * r, 2)
+    for before, after in zip(A.chunk(layers), refined.chunk(layers), strict=True):
+        assert torch.equal(expand_row_blocks(after, rows), expand_row_blocks(before, rows))
+
+
+@pytest.mark.parametrize(("rows", "own", "r"), [(16, 4, 8), (15, 5, 15), (7, 3, 7), (6, 6, 6), (48, 4, 16)])
+def test_blocks_that_are_made_up_of_whole_ones_can_be_refined(rows, own, r):
+    assert refine_row_blocks(torch.randn(own, 2), rows, r).shape == (r, 2)

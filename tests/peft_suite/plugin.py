@@ -83,7 +83,7 @@ _NOT_ASKED = {
     "test_target_multiple_parameters_on_same_module": "counts the calls of a class of LoRA's",
     "test_target_parameters_forward_under_autocast": "counts the calls of a class of LoRA's",
     "test_target_parameter_result_caching_works": "counts the calls of a class of LoRA's",
-    "test_weighted_combination_of_adapters": "SPP has no add_weighted_adapter",
+    "test_weighted_combination_of_adapters": "asserts that experts cannot be combined, which SPP's can",
     "stable_diffusion": "the model is on the Hub only",
     "layers_diffusion": "the model is on the Hub only",
     "test_transformers_model": "the adapter is on the Hub only",

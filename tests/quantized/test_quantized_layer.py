@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import weakref
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +59,20 @@ def test_output_and_gradients_are_the_formula(kind):
     for i, (A, B, _) in enumerate(factors):
         assert relative_error(A.grad, expected["A"][i]) < 1e-5
         assert relative_error(B.grad, expected["B"][i]) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4"])
+def test_hira_fails_on_the_tensors_of_torchao_and_spp_does_not(kind):
+    x = torch.randn(3, IN)
+    hira = get_peft_model(OneLayer(quantized(kind, pruned_linear())), peft.HiraConfig(r=4, target_modules=["lin"]))
+    with pytest.raises(NotImplementedError, match=r"aten\.mul"):
+        hira(x)
+    model, layer = spp_on(kind)
+    randomize(model)
+    base_layer = layer.get_base_layer()
+    expected = reference.linear(x, dequantized_weight(base_layer), base_layer.bias, layer.get_factors(["default"]))
+    assert relative_error(model(x), expected) < 1e-6
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])

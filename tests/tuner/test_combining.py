@@ -10,6 +10,7 @@ from peft_spp.functional import Factors
 
 from reference import effective_weight, linear
 from tiny import MLP, randomize, tiny_llama
+from tiny_moe import IDS, MOE, PARAMETERS, oriented_experts, tiny_moe
 
 
 # name: configuration, weight
@@ -139,6 +140,39 @@ def test_the_new_adapter_is_frozen_and_saved_like_any_other(tmp_path):
     model.set_weighted_adapters(["first", "second"], [0.5, 0.5])
     exact = model(input_ids=ids).logits
     assert not torch.allclose(exact, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list(MOE))
+def test_experts_are_combined_each_on_its_own(name, tmp_path):
+    settings = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
+    model = get_peft_model(tiny_moe(name), SPPConfig(r=5, **settings), "first").eval()
+    model.add_adapter("second", SPPConfig(r=3, **{**settings, "target_modules": ["k_proj"]}))
+    randomize(model)
+    weights = {"first": 0.7, "second": -1.25}
+    errors = model.add_weighted_adapter(list(weights), list(weights.values()), "sum", svd_rank=4)
+    layers = {m.module_name: m for m in model.modules() if hasattr(m, "spp_A") and "sum" in m.spp_A}
+    assert errors.keys() == layers.keys() and len(layers) == 2 * 4
+    for key, stack in oriented_experts(model, name).items():
+        layer, totals, closes = layers[key], [], []
+        for e, weight in enumerate(stack):
+
+            def factors(adapter, e=e, layer=layer):
+                A, B = (
+                    getattr(layer, part)[adapter].weight.chunk(layer.num_experts)[e] for part in ("spp_A", "spp_B")
+                )
+                return Factors(A, B, weights.get(adapter, 1.0) * layer.scaling[adapter])
+
+            ones = torch.ones_like(weight)
+            totals.append(effective_weight(ones, [factors("first"), factors("second")], identity=False))
+            closes.append(effective_weight(ones, [factors("sum")], identity=False))
+        total, close = torch.stack(totals), torch.stack(closes)
+        assert ((total - close).norm() / total.norm()).item() == pytest.approx(errors[key], abs=1e-6)
+        assert 0.05 < errors[key] < 1
+    model.set_adapter("sum")
+    expected = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(tiny_moe(name), tmp_path / "sum").eval()
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, expected)
 
 
 def snapshot(model):

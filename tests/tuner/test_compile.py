@@ -54,6 +54,14 @@ def test_evaluation_without_gradients_is_one_graph(grad_mode):
     torch.testing.assert_close(compiled, expected)
 
 
+def test_a_frozen_adapter_is_one_graph_where_gradients_are_on():
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4, init_weights=False)).eval().requires_grad_(False)
+    ids = torch.randint(0, 64, (2, 8))
+    expected = model(input_ids=ids).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids).logits
+    torch.testing.assert_close(compiled, expected)
+
+
 def test_no_more_recompilation_than_lora():
     def compilations(config):
         torch._dynamo.reset()

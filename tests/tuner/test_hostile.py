@@ -16,7 +16,7 @@ from peft_spp import SPPConfig
 from peft_spp.tuner.patterns import check_patterns
 from peft_spp.tuner.settings import Expression
 
-from tiny import MLP, randomize, tiny_llama
+from tiny import MLP, randomize, tiny, tiny_llama
 
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -226,6 +226,62 @@ def test_half_an_adapter_is_named(adapter, key):
     assert_refused(adapter, WEIGHTS, "lin0")
 
 
+@pytest.mark.parametrize("missing", ["lm_head.weight", "lm_head.bias"])
+@pytest.mark.parametrize("form", ["safetensors", "pickled"])
+def test_trained_modules_that_are_not_in_the_file_are_named(tmp_path, missing, form):
+    def base():
+        model = MLP()
+        model.lm_head = torch.nn.Linear(6, 4)
+        return model
+
+    folder = tmp_path / "adapter"
+    settings = {"r": 2, "target_modules": ["lin0"], "modules_to_save": ["lm_head", "not_in_this_model"]}
+    get_peft_model(base(), SPPConfig(**settings)).save_pretrained(folder)
+    PeftModel.from_pretrained(base(), folder)
+    edit_weights(folder, **{f"base_model.model.{missing}": None})
+    if form == "pickled":
+        pickled(folder)
+    file = WEIGHTS if form == "safetensors" else PICKLED
+    first = base()
+    before = structure(first)
+    with pytest.raises(ValueError, match=f"{file}.*lm_head.*{missing.rpartition('.')[2]}"):
+        PeftModel.from_pretrained(first, folder)
+    assert structure(first) == before and not hasattr(first, "peft_config")
+    for own in ({}, {"modules_to_save": ["lm_head"]}):
+        other = get_peft_model(base(), SPPConfig(r=2, target_modules=["lin1"], **own))
+        before, trainable = structure(other), [p.requires_grad for p in other.parameters()]
+        with pytest.raises(ValueError, match="lm_head"):
+            other.load_adapter(folder, "second")
+        assert structure(other) == before and list(other.peft_config) == ["default"]
+        assert [p.requires_grad for p in other.parameters()] == trainable
+
+
+def test_trained_tokens_that_are_not_in_the_file_are_named(tmp_path):
+    config = SPPConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 3], task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    (name,) = (name for name in load_file(tmp_path / WEIGHTS) if "token_adapter" in name)
+    edit_weights(tmp_path, **{name: None})
+    base = tiny_llama()
+    before = structure(base)
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.*trainable_token_indices"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert structure(base) == before
+
+
+def test_a_classification_head_that_is_not_in_the_file_is_named(tmp_path):
+    settings = {**tiny_llama().config.to_dict(), "num_labels": 3}
+    base = tiny("LlamaForSequenceClassification", **settings)
+    get_peft_model(base, SPPConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny("LlamaForSequenceClassification", **settings), tmp_path)
+    edit_weights(tmp_path, **{"base_model.model.score.weight": None})
+    base = tiny("LlamaForSequenceClassification", **settings)
+    before = structure(base)
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.*score"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert structure(base) == before
+
+
 def header(**tensors) -> bytes:
     text = json.dumps(tensors).encode()
     return struct.pack("<Q", len(text)) + text + bytes(16)
@@ -370,6 +426,22 @@ def test_an_adapter_from_the_hub_is_checked_before_the_model_is_changed(hub, dam
     with pytest.raises(ValueError, match="adapter_model"):
         PeftModel.from_pretrained(base, "me/adapter", **options)
     assert structure(base) == before
+
+
+def test_pickled_weights_from_the_hub_are_loaded_into_a_model_with_adapters_in_two_steps(hub):
+    folder, options = hub
+    x, base = torch.randn(2, 12), MLP()
+    expected = PeftModel.from_pretrained(MLP_like(base), "me/adapter", **options)(x)
+    pickled(folder)
+    model = get_peft_model(MLP_like(base), SPPConfig(r=2, target_modules=["lin1"]))
+    # `load_adapter` passes the flag on to nothing
+    with pytest.raises(ValueError, match=PICKLED):
+        model.load_adapter("me/adapter", "second", weights_only=True, **options)
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("second", SPPConfig.from_pretrained("me/adapter", weights_only=True, **options))
+    model.load_adapter("me/adapter", "second", **options)
+    model.set_adapter("second")
+    assert torch.equal(model(x), expected)
 
 
 @pytest.fixture

@@ -125,6 +125,19 @@ def test_merged_and_unmerged_logits_agree(dtype):
     assert torch.equal(model.merge_and_unload()(input_ids=ids).logits, unmerged)
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(["default", "b", "c"])))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_and_unmerged_logits_of_several_adapters_agree_in_any_order(order, dtype):
+    model = get_peft_model(pruned_llama("2:4", dtype), SPPConfig(r=4, init_weights=False)).eval()
+    model.add_adapter("b", SPPConfig(r=3, init_weights=False))
+    model.add_adapter("c", SPPConfig(r=7, init_weights=False, target_modules=["q_proj", "up_proj"]))
+    model.base_model.set_adapter(list(order))
+    ids = torch.randint(0, 64, (2, 10))
+    unmerged = model(input_ids=ids).logits
+    model.merge_adapter(list(order)[::-1])
+    assert torch.equal(model(input_ids=ids).logits, unmerged)
+
+
 def test_merge_and_unload_keeps_no_backup():
     model = get_peft_model(pruned_llama("2:4"), SPPConfig(r=4, init_weights=False))
     layers = [m for m in model.modules() if hasattr(m, "_unmerged_weight")]

@@ -121,7 +121,7 @@ class QuantizedLinear(Linear):
 
     def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         weight = self.unmerged_weight()
-        return merged_weight(weight, self.get_factors(sorted(adapter_names))) if adapter_names else weight
+        return merged_weight(weight, self.get_factors(adapter_names)) if adapter_names else weight
 
     def _quantize_merged(self, new_adapters: list[str]) -> Any:
         """The packed merged weight, checked: it is finite and every zero of the base layer is kept."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adding an adapter to a model such that it can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import SPPLayer
+
+
+class Injection:
+    """
+    What adding one adapter did to a model, and how to undo it.
+
+    Args:
+        model (`nn.Module`): The model, before the adapter is added.
+        adapter_name (`str`): The name of the adapter.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.steps: list[Callable[[], None]] = []
+        self.one_block_a_row: list[str] = []
+
+    def on_undo(self, step: Callable[[], None]) -> None:
+        """Tell how to undo what is about to be done. The steps are undone in reverse order."""
+        self.steps.append(step)
+
+    def adds_to(self, layer: SPPLayer) -> None:
+        """Tell that a layer which is there already is about to get the adapter."""
+        self.on_undo(partial(_remove_adapter, layer, self.adapter_name, layer.active_adapters))
+
+    def undo(self) -> None:
+        """Leave the model as it was before."""
+        for step in reversed(self.steps):
+            step()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and set(module._adapters) == {self.adapter_name}:
+                parent_name, _, child_name = name.rpartition(".")
+                setattr(self.model.get_submodule(parent_name), child_name, module.original_module)
+        for parameter, requires_grad in self.requires_grad:
+            parameter.requires_grad_(requires_grad)
+
+
+def _remove_adapter(layer: SPPLayer, adapter_name: str, active_adapters: list[str]) -> None:
+    layer.set_adapter(active_adapters)
+    layer.delete_adapter(adapter_name)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers and parameters can be adapted."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .quantized import Backend
+from .targets import fused_experts
+from .whole_parameters import is_tensor_parallel, whole_shape
+
+
+def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
+    """
+    Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantised.
+
+    Args:
+        layer (`nn.Module`): The layer that an adapter targets.
+        module_name (`str`): Its name, for the message.
+        backend ([`Backend`], *optional*): How to read its weight, if that is quantised.
+
+    Raises:
+        ValueError: If it is another layer.
+    """
+    if is_tensor_parallel(layer):
+        raise ValueError(
+            f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
+            "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
+            "is too large; or leave the module out of `target_modules`."
+        )
+    if backend is not None:
+        try:
+            backend.check(layer)
+        except ValueError as error:
+            raise ValueError(f"Target module {module_name!r} is not supported: {error}.") from error
+        return
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
+            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantised linear layers of "
+            "bitsandbytes, torchao, HQQ and others. For the layers of another quantisation package see "
+            "`peft_spp.tuner.quantized.register_backend`."
+        )
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    check_weight(getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})")
+
+
+def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
+    """
+    Check that a weight is a plain floating-point matrix, or a stack of them where that may be.
+
+    Args:
+        weight (`torch.Tensor`, *optional*): The weight.
+        name (`str`): What it is called, for the message.
+        dimensions (`tuple[int, ...]`): The numbers of dimensions that it may have.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    shape = () if weight is None else whole_shape(weight)
+    supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if weight is None or weight.dtype not in supported or len(shape) not in dimensions or _is_foreign(weight):
+        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
+        if weight is not None and _is_foreign(weight):
+            found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
+        wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
+        raise ValueError(
+            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
+            "in one of these, leave it out of the targets, or, for a quantisation that is not supported, tell how its "
+            "weights are read with `peft_spp.tuner.quantized.register_backend`."
+        )
+
+
+def _is_foreign(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor type of another package, with operators of its own; a quantised one that is not known."""
+    kind = type(weight)
+    has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return has_own_operators and not kind.__module__.startswith("torch.")
+
+
+def warn_of_fused_experts(model: nn.Module) -> None:
+    """Warn of the experts that the default targets leave out. See [`fused_experts`]."""
+    experts = fused_experts(model)
+    if not experts:
+        return
+    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
+    warnings.warn(
+        f"The default targets are linear layers. The model has {len(experts)} parameters that hold the weights of "
+        f"experts, which are not adapted: {', '.join(kinds)}. Pass `target_parameters={kinds}` to adapt them too, or "
+        "`target_parameters=[]` if this is intended.",
+        stacklevel=2,
+    )
