@@ -8,8 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsity_tiny_models import keep_n_m
 
+from peft_spp.functional.kernels.cpu.library import load_library
 from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
 from peft_spp.sparsity import mask_record as module
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "pytorch"])
+def way(request):
+    """Everything here holds for the compiled pass and for PyTorch's operations."""
+    if request.param == "compiled" and load_library() is None:
+        pytest.skip("no C++ compiler that works with this PyTorch")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pytorch":
+            patch.setattr(module, "mask_sums", lambda *_: None)
+        yield request.param
 
 
 def pruned(rows, inputs, sparsity=0.5, seed=0):
@@ -48,6 +60,47 @@ def test_the_mask_alone_counts(monkeypatch):
     monkeypatch.setattr(module, "_PIECE_ELEMENTS", {"cpu": 300})
     for other in (weight, *others):
         assert record_mask(other) == record
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_are_told_from_all_other_values_of_a_dtype(dtype):
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, info.max, info.min, info.smallest_normal, -info.smallest_normal, float("nan"), 1.0]
+    values = [*values, info.smallest_normal * info.eps, 0.0]  # the smallest number that is not zero
+    weight = torch.tensor(values * 30, dtype=torch.float64).view(20, 15).to(dtype)
+    expected = record_mask((weight.double() != 0).float())
+    assert expected.zeros == 90
+    assert record_mask(weight) == expected
+    assert record_mask(weight.T.contiguous().T) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (700, 70), (70, 700), (1100, 129), (3, 1025), (513, 8), (1, 64), (64, 1)])
+@pytest.mark.parametrize("dtype", DTYPES[:4])
+def test_the_fingerprint_is_the_sum_that_the_format_says(shape, dtype):
+    weight = pruned(*shape, sparsity=0.6).to(dtype)
+    words = max(1, -(-shape[1] // 64))
+    factors = [[module._pseudo_random(n, s, weight.device) for n, s in ((words, seed), (shape[0], ~seed))]
+               for seed in module._SEEDS]
+    sums = [0, 0]
+    for row, values in enumerate((weight != 0).tolist()):
+        for word in range(words):
+            bits = sum(1 << place for place, value in enumerate(values[64 * word : 64 * word + 64]) if value)
+            for seed, (of_word, of_row) in enumerate(factors):
+                sums[seed] += bits * int(of_word[word]) * int(of_row[row])
+    fingerprint = "".join(f"{value % 2**64:016x}" for value in sums)
+    wide = torch.ones(shape[0], shape[1] + 5, dtype=dtype)
+    wide[:, 3:-2] = weight
+    for layout in (weight, weight.T.contiguous().T, wide[:, 3:-2], wide.T.contiguous().T[:, 3:-2]):
+        assert record_mask(layout).fingerprint == fingerprint
+
+
+def test_repeated_rows_and_columns_need_no_memory_of_their_own():
+    weight = pruned(70, 130)
+    for view in (weight[:1].expand(70, 130), weight[:, :1].expand(70, 130)):
+        assert record_mask(view) == record_mask(view.clone(memory_format=torch.contiguous_format))
 
 
 @given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 1000), st.sampled_from([64, 1000, 1 << 20]))
