@@ -82,8 +82,10 @@ def test_zeros_are_told_from_all_other_values_of_a_dtype(dtype):
 def test_the_fingerprint_is_the_sum_that_the_format_says(shape, dtype):
     weight = pruned(*shape, sparsity=0.6).to(dtype)
     words = max(1, -(-shape[1] // 64))
-    factors = [[module._pseudo_random(n, s, weight.device) for n, s in ((words, seed), (shape[0], ~seed))]
-               for seed in module._SEEDS]
+    factors = [
+        [module._pseudo_random(n, s, weight.device) for n, s in ((words, seed), (shape[0], ~seed))]
+        for seed in module._SEEDS
+    ]
     sums = [0, 0]
     for row, values in enumerate((weight != 0).tolist()):
         for word in range(words):
