@@ -89,7 +89,7 @@ def test_the_delta_has_the_shape_and_dtype_of_the_weight(fan_in_fan_out):
     assert weight.shape == (8, 6) and not weight.requires_grad
     delta = layer.get_delta_weight("a")
     assert delta.shape == base.weight.shape and delta.dtype == torch.bfloat16
-    expected = reference.scaled_weight(weight.double(), layer.get_factors(["a"]), identity=False)
+    expected = reference.effective_weight(weight.double(), layer.get_factors(["a"]), identity=False)
     delta = delta.t() if fan_in_fan_out else delta
     torch.testing.assert_close(delta.double(), expected, rtol=2**-8, atol=0.0)
 
