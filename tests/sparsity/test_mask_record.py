@@ -191,9 +191,64 @@ def test_what_cannot_be_recorded_is_refused(weight):
 
 
 @pytest.mark.parametrize(
-    "change", [{"shape": [1]}, {"shape": [1, -1]}, {"zeros": "1"}, {"fingerprint": None}, {"sample": "%"}]
+    "change",
+    [
+        *({"shape": shape} for shape in (None, "ab", [1], [1, 2, 3], [1, -1], [-1, 1], [4, 8.0], ["4", 8])),
+        *({"zeros": zeros} for zeros in ("1", None, 1.0, -1, 33)),
+        *({name: value} for name in ("pattern", "fingerprint", "sample") for value in (None, 1)),
+        *({"sample": sample} for sample in ("%", "AAA=", "AAAAAAA=", "")),
+    ],
 )
 def test_a_malformed_record_is_refused(change):
     data = record_mask(pruned(4, 8)).to_dict()
-    with pytest.raises(ValueError, match=next(iter(change))):
+    (name,) = change
+    with pytest.raises(ValueError, match=name):
         MaskRecord.from_dict({**data, **change})
+    del data[name]
+    with pytest.raises(ValueError, match=name):
+        MaskRecord.from_dict(data)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 9), (1, 1), (32, 32), (32, 33), (0, 5), (5, 0)])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_record_is_plain_data_and_comes_back(shape, value):
+    record = record_mask(torch.full(shape, value))
+    data = record.to_dict()
+    assert set(data) == {"shape", "zeros", "pattern", "fingerprint", "sample"}
+    assert data["shape"] == list(shape) and data["zeros"] == (0 if value else shape[0] * shape[1])
+    assert MaskRecord.from_dict(json.loads(json.dumps(data))) == record
+    assert MaskRecord.from_dict({**data, "shape": shape, "more": 1}) == record
+    assert record.sparsity == (0.0 if value or 0 in shape else 1.0)
+
+
+def test_sparsity_is_the_share_of_zeros():
+    weight = torch.ones(4, 8)
+    weight[0, :3] = 0.0
+    assert record_mask(weight).sparsity == 3 / 32
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (32, 32)])
+def test_up_to_as_many_places_as_samples_each_has_its_bit(shape):
+    weight = pruned(*shape)
+    bits = int.from_bytes(base64.b64decode(record_mask(weight).sample), "little")
+    assert [bits >> place & 1 for place in range(weight.numel())] == (weight == 0).flatten().int().tolist()
+    assert bits >> weight.numel() == 0
+
+
+def test_refined_needs_more_zeros_and_each_that_was_there():
+    def record(zeros, sampled, fingerprint):
+        return MaskRecord((2, 8), zeros, "unstructured", fingerprint, base64.b64encode(bytes(sampled)).decode())
+
+    then = record(5, [0b11, 0b1], "0")
+    assert then.relation_of(record(6, [0b11, 0b1], "1")) == "refined"  # the new one is not among the samples
+    assert then.relation_of(record(6, [0b111, 0b1], "1")) == "refined"
+    assert then.relation_of(record(6, [0b11, 0b10], "1")) == "different"
+    assert then.relation_of(record(5, [0b11, 0b1], "1")) == "different"
+    assert then.relation_of(record(4, [0b11, 0b1], "1")) == "different"
+    assert then.relation_of(record(5, [0b11, 0b1], "0")) == "same"
+    assert then.relation_of(MaskRecord((8, 2), 6, "unstructured", "0", then.sample)) == "different"
+
+
+def test_a_parameter_is_recorded_without_a_graph():
+    weight = pruned(4, 8)
+    assert record_mask(torch.nn.Parameter(weight)) == record_mask(weight)
