@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from peft_spp.durable import write_text
+
 from .competitors import COMPETITORS
 from .harness import BenchmarkResult, Case, format_bytes
 from .mask_record import LAYOUTS as MASK_LAYOUTS
@@ -44,7 +46,7 @@ def main(
             if path.is_file():
                 text = put(text, name, make(BenchmarkResult.load(path, name)))
                 typer.echo(f"{name}: from {path}")
-        file.write_text(text)
+        write_text(file, text)
 
 
 def put(text: str, name: str, table: str) -> str:

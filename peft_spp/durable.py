@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,19 @@ def publish(written: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """
+    Let a function write a file that is either complete or as it was.
+
+    Args:
+        path (`Path`): The file.
+        write (`Callable`): Writes it to the path that it is given, which has the same name.
+    """
+    with working_folder(path.parent) as working:
+        write(working / path.name)
+        publish(working / path.name, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """
     Write a text file that is either complete or as it was.
@@ -77,9 +90,7 @@ def write_text(path: Path, text: str) -> None:
         path (`Path`): The file.
         text (`str`): Its content.
     """
-    with working_folder(path.parent) as working:
-        (working / path.name).write_text(text, encoding="utf-8")
-        publish(working / path.name, path)
+    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def sync_file(path: Path) -> None:

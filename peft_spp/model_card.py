@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-from .durable import publish, working_folder
+from .durable import write_file
 from .sparsity.mask_record import MaskRecord
 
 
@@ -92,9 +92,7 @@ def update_model_card(folder: str | Path, config: SPPConfig) -> None:
         more = "" if name == "default" else f', subfolder="{name}"'
         usage = _USAGE.format(auto_class=_auto_class(config), place=PLACEHOLDER, more=more)
         card.text = _put(card.text, "usage", usage)
-    with working_folder(path.parent) as working:
-        card.save(working / path.name)
-        publish(working / path.name, path)
+    write_file(path, card.save)
 
 
 def new_model_card(base_model: str | None, task_type: str | None, tags: list[str], text: str) -> ModelCard:

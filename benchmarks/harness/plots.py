@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from peft_spp.durable import write_file
+
 from .statistics import Summary
 
 
@@ -143,8 +145,7 @@ def machine_note(environment: Mapping[str, Any]) -> str:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write the picture as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    write_file(path, lambda aside: figure.savefig(aside, dpi=DPI, facecolor="white"))
 
 
 def grouped_bars(

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_spp.durable import write_text
+
 from .statistics import Summary, ratio_summary, summarize
 
 
@@ -60,8 +62,7 @@ class BenchmarkResult:
             written["summaries"] = {name: asdict(case.summary(name)) for name in case.samples}
             if self.reference in case.samples:
                 written["ratios"] = {name: asdict(case.ratio(name, self.reference)) for name in case.samples}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path, benchmark: str) -> BenchmarkResult:

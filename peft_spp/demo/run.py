@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from peft_spp import SPPConfig
+from peft_spp.durable import write_text
 from peft_spp.pruning import prune_wanda
 
 from .checks import SavedModelCheck, check_saved_models
@@ -43,7 +44,7 @@ def run_demo(output: OutputFolder, config: DemoConfig, console: Console) -> dict
         set_seed(config.seed)
         with show_step(progress, "Train a small tokenizer"):
             train_texts, held_out_texts = split_topics(topics, config.held_out_fraction, config.seed)
-            output.held_out_text.write_text(join_texts(held_out_texts), encoding="utf-8")
+            write_text(output.held_out_text, join_texts(held_out_texts))
             tokenizer = train_tokenizer(train_texts, config.vocab_size)
             dataset = token_blocks(tokenizer, join_texts(train_texts), config.block_size)
 
@@ -73,18 +74,12 @@ def run_demo(output: OutputFolder, config: DemoConfig, console: Console) -> dict
         with show_step(progress, "Check the saved models"):
             checks = check_saved_models(output, config)
 
-    output.results.write_text(
-        json.dumps(
-            {
-                "python": sys.version.split()[0],
-                "config": asdict(config),
-                "models": {name: asdict(check) for name, check in checks.items()},
-            },
-            indent=2,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    results = {
+        "python": sys.version.split()[0],
+        "config": asdict(config),
+        "models": {name: asdict(check) for name, check in checks.items()},
+    }
+    write_text(output.results, json.dumps(results, indent=2) + "\n")
     show_results(console, output, checks, seconds=time.perf_counter() - started)
     return checks
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ..durable import write_file
 from ..sparsity.table import kind_of
 from .adapter import AdapterInspection
 from .checkpoint import CheckpointInspection
@@ -49,7 +50,7 @@ def plot_checkpoint(inspection: CheckpointInspection, path: Path, module: str | 
     left.set_title(f"Sparsity: {100 * inspection.total_sparsity:.1f} % of {inspection.numel:,} weights")
     _draw_whole(figure, whole, (~nonzero).float(), name, "share of zeros", vmin=0.0, vmax=1.0)
     _draw_corner(corner, nonzero)
-    figure.savefig(path, dpi=_DPI)
+    write_file(path, lambda aside: figure.savefig(aside, dpi=_DPI))
 
 
 def plot_adapter(inspection: AdapterInspection, path: Path, module: str | None = None) -> None:
@@ -80,7 +81,7 @@ def plot_adapter(inspection: AdapterInspection, path: Path, module: str | None =
     left.set_title("What training changed: s · P(A) ⊙ B")
     _draw_whole(figure, whole, change.abs(), name, "mean |change|", vmin=0.0)
     _draw_rows(rows, change, inspection[name].r)
-    figure.savefig(path, dpi=_DPI)
+    write_file(path, lambda aside: figure.savefig(aside, dpi=_DPI))
 
 
 def _first(modules: Iterable[str], source: str) -> str:

@@ -13,11 +13,11 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_
 from peft.utils.other import get_pattern_key
 
 from ..functional import Factors
+from ..sparsity.bits import FORMATS, look_at
 from ..sparsity.names import is_adapter
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
 from ..tuner.adapter_file import FACTOR, check_belongs, check_factors
-from .counting import count_non_finite
 from .tensor_file import StoredTensor, open_tensor_file, read_bytes
 
 
@@ -174,7 +174,9 @@ def _check_finite(tensor: StoredTensor) -> None:
     if not isinstance(tensor.dtype, torch.dtype):
         return
     for start, stop in _ranges(tensor):
-        if count_non_finite(read_bytes(tensor.file, start, stop).view(tensor.dtype)):
+        values = read_bytes(tensor.file, start, stop).view(tensor.dtype)
+        finite = look_at(values).non_finite == 0 if values.dtype in FORMATS else values.float().isfinite().all()
+        if not finite:
             raise ValueError(
                 f"The adapter file {tensor.file} is broken: tensor {tensor.name!r} has values that are NaN or "
                 "infinite. Nothing was written; use an earlier checkpoint of the adapter."

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..functional import Factors, merged_weight
 from ..functional.row_blocks import row_tiles
-from .counting import ZeroCounts, count_non_finite, count_zeros
+from ..sparsity.bits import look_at
+from ..sparsity.counting import PairCounts, count_pair
 from .plan import Merge, Plan
 from .tensor_file import TensorFile, read_bytes
 
@@ -57,12 +58,12 @@ class Written:
     Args:
         piece (`Piece`): The piece.
         data (`torch.Tensor`): uint8, its bytes.
-        counts (`ZeroCounts`): What became of its zeros, if it is a part of a merged weight.
+        counts (`PairCounts`): What became of its zeros, if it is a part of a merged weight.
     """
 
     piece: Piece
     data: Tensor
-    counts: ZeroCounts = field(default_factory=ZeroCounts)
+    counts: PairCounts = field(default_factory=PairCounts)
 
 
 @contextmanager
@@ -171,13 +172,13 @@ def _make(piece: Piece) -> Written:
     stored = data.view(merge.weight.dtype).view(-1, merge.weight.shape[1])
     merged = merged_weight(stored.t() if merge.transposed else stored, [piece.factors])
     merged = merged.t() if merge.transposed else merged
-    counts = count_zeros(stored, merged)
+    counts = count_pair(stored, merged)
     _check(merge, stored, counts)
     return Written(piece, merged.reshape(-1).view(torch.uint8), counts)
 
 
-def _check(merge: Merge, stored: Tensor, counts: ZeroCounts) -> None:
-    if counts.non_finite and count_non_finite(stored):
+def _check(merge: Merge, stored: Tensor, counts: PairCounts) -> None:
+    if counts.non_finite and look_at(stored).non_finite:
         raise ValueError(
             f"tensor {merge.weight.name!r} of {merge.weight.file} has values that are NaN or infinite before anything "
             "is merged into it: the base model is broken. Nothing was merged."

@@ -14,10 +14,10 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..durable import sync_file
+from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
 from .adapter import read_adapter, read_config
 from .checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from .counting import ZeroCounts
 from .hub import local_folder
 from .output import OutputFolder, write_file
 from .pieces import merged_pieces, piece_workers
@@ -117,18 +117,18 @@ class _Counted:
         total (`int`): How many bytes there will be.
         progress (`Callable[[int, int], object]`, *optional*): Called after each piece.
         done (`int`): How many bytes there were.
-        zeros (`dict[str, ZeroCounts]`): The counts of each merged weight, by the name of its tensor.
+        zeros (`dict[str, PairCounts]`): The counts of each merged weight, by the name of its tensor.
     """
 
     total: int
     progress: Progress | None
     done: int = 0
-    zeros: dict[str, ZeroCounts] = field(default_factory=dict)
+    zeros: dict[str, PairCounts] = field(default_factory=dict)
 
     def pieces(self, workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Tensor]:
         for written in merged_pieces(workers, file, plan):
             if written.piece.merge is not None:
-                self.zeros.setdefault(written.piece.merge.weight.name, ZeroCounts()).add(written.counts)
+                self.zeros.setdefault(written.piece.merge.weight.name, PairCounts()).add(written.counts)
             self.done += written.data.numel()
             yield written.data
             if self.progress is not None:
@@ -182,7 +182,7 @@ def _report(
     )
 
 
-def _merged_module(checkpoint: Checkpoint, merge: Merge, zeros: ZeroCounts) -> MergedModule:
+def _merged_module(checkpoint: Checkpoint, merge: Merge, zeros: PairCounts) -> MergedModule:
     weight, module = merge.weight, merge.module
     return MergedModule(
         name=module.name,
@@ -193,8 +193,8 @@ def _merged_module(checkpoint: Checkpoint, merge: Merge, zeros: ZeroCounts) -> M
         transposed=merge.transposed,
         r=module.r,
         scaling=module.scaling,
-        zeros_before=zeros.before,
-        zeros_after=zeros.after,
+        zeros_before=zeros.zeros_before,
+        zeros_after=zeros.zeros_after,
         lost=zeros.lost,
         gained=zeros.gained,
         non_finite=zeros.non_finite,

@@ -222,7 +222,7 @@ def _compare(before: Weight, after: Weight) -> ModuleComparison:
     numel = 1
     for size in before.shape:
         numel *= size
-    return ModuleComparison(before.name, before.shape, numel, **vars(counts))
+    return ModuleComparison(before.name, before.shape, numel, gained=counts.gained, **vars(counts))
 
 
 def compare_sparsity(

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from .bits import CHUNK_ELEMENTS, look_at
+from .bits import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_ACCELERATOR, look_at
 from .pattern import fullest_group
 
 
@@ -38,7 +38,6 @@ class PairCounts:
         zeros_before (`int`): How many values were zero.
         zeros_after (`int`): How many are zero.
         lost (`int`): How many were zero and are not.
-        gained (`int`): How many were not zero and are.
         negative_zeros (`int`): How many are `-0.0`.
         non_finite (`int`): How many are infinite or NaN.
     """
@@ -46,9 +45,18 @@ class PairCounts:
     zeros_before: int = 0
     zeros_after: int = 0
     lost: int = 0
-    gained: int = 0
     negative_zeros: int = 0
     non_finite: int = 0
+
+    @property
+    def gained(self) -> int:
+        """How many were not zero and are."""
+        return self.zeros_after - (self.zeros_before - self.lost)
+
+    def add(self, other: PairCounts) -> None:
+        """Add the counts of another piece."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 def _matrices(weight: Tensor) -> Iterator[Tensor]:
@@ -61,8 +69,9 @@ def _matrices(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _pieces(matrix: Tensor, along: int) -> Iterator[Tensor]:
-    """Cut a matrix along one dimension into pieces of at most `CHUNK_ELEMENTS` (and at least one row or column)."""
-    step = max(1, CHUNK_ELEMENTS // max(1, matrix.shape[1 - along]))
+    """Cut a matrix along one dimension into pieces of few elements, and at least one row or column."""
+    most = CHUNK_ELEMENTS if matrix.device.type == "cpu" else CHUNK_ELEMENTS_ON_ACCELERATOR
+    step = max(1, most // max(1, matrix.shape[1 - along]))
     for start in range(0, matrix.shape[along], step):
         yield matrix.narrow(along, start, min(step, matrix.shape[along] - start))
 
@@ -110,8 +119,7 @@ def count_pair(before: Tensor, after: Tensor) -> PairCounts:
             new = look.nonzero.to(old.device)
             counts.zeros_before += old.numel() - int(torch.count_nonzero(old))
             counts.zeros_after += new.numel() - int(torch.count_nonzero(new))
-            counts.lost += int(torch.count_nonzero(new & ~old))
-            counts.gained += int(torch.count_nonzero(old & ~new))
+            counts.lost += int(torch.count_nonzero(new > old))
             counts.negative_zeros += look.negative_zeros
             counts.non_finite += look.non_finite
     return counts

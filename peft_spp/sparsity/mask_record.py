@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..functional.kernels.cpu.mask import mask_sums
 from .pattern import parse_patterns, pattern_name
 
 
@@ -147,9 +148,18 @@ def record_mask(weight: Tensor) -> MaskRecord:
 def _record(weight: Tensor) -> MaskRecord:
     outputs, inputs = weight.shape
     words_a_row = max(1, -(-inputs // 64))
+    word_factors = torch.stack([_pseudo_random(words_a_row, seed, weight.device) for seed in _SEEDS])
+    row_sums, histogram = mask_sums(weight, word_factors) or _mask_sums(weight, word_factors)
+    row_factors = torch.stack([_pseudo_random(outputs, ~seed, weight.device) for seed in _SEEDS])
+    return _finish(weight, histogram.tolist(), (row_sums * row_factors).sum(dim=1).tolist())
+
+
+def _mask_sums(weight: Tensor, word_factors: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as [`mask_sums`], in PyTorch's operations: for any dtype, on any device."""
+    outputs, inputs = weight.shape
+    words_a_row = word_factors.shape[1]
     histogram = torch.zeros(256, dtype=torch.int64, device=weight.device)
     row_sums = torch.empty(len(_SEEDS), outputs, dtype=torch.int64, device=weight.device)
-    word_factors = [_pseudo_random(words_a_row, seed, weight.device) for seed in _SEEDS]
     most = _PIECE_ELEMENTS.get(weight.device.type, _PIECE_ELEMENTS_DEFAULT)
     step = max(1, most // (words_a_row * 64))
     # zero beyond the inputs, so that a row starts at a word of its own; laid out in memory as the weight is
@@ -159,6 +169,9 @@ def _record(weight: Tensor) -> MaskRecord:
     nonzero = nonzero.t() if transposed else nonzero
     for start in range(0, outputs, step):
         rows = weight[start : start + step]
+        if rows.dtype == torch.float16:
+            # PyTorch converts float16 several times more slowly than integers; all bits but the sign tell a zero
+            rows = rows.view(torch.int16) << 1
         # A copy to bool is the fastest test for zero: 0.5 s for 7B weights in bfloat16 on 2 cores of an EPYC 9004,
         # where `!= 0` took 3.8 s.
         nonzero[: len(rows), :inputs].copy_(rows)
@@ -167,8 +180,7 @@ def _record(weight: Tensor) -> MaskRecord:
         words = bits.view(torch.int64)
         for sums, factors in zip(row_sums, word_factors, strict=True):
             torch.sum(words * factors, dim=1, out=sums[start : start + step])
-    row_factors = torch.stack([_pseudo_random(outputs, ~seed, weight.device) for seed in _SEEDS])
-    return _finish(weight, histogram.tolist(), (row_sums * row_factors).sum(dim=1).tolist())
+    return row_sums, histogram
 
 
 def _bits(nonzero: Tensor) -> Tensor:

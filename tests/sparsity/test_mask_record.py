@@ -8,8 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsity_tiny_models import keep_n_m
 
+from peft_spp.functional.kernels.cpu.library import load_library
 from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
 from peft_spp.sparsity import mask_record as module
+
+
+@pytest.fixture(autouse=True, scope="module", params=["native", "pytorch"])
+def way(request):
+    """Everything here holds for the compiled pass and for PyTorch's operations."""
+    if request.param == "native" and load_library() is None:
+        pytest.skip("no C++ compiler that works with this PyTorch")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pytorch":
+            patch.setattr(module, "mask_sums", lambda *_: None)
+        yield request.param
 
 
 def pruned(rows, inputs, sparsity=0.5, seed=0):
@@ -48,6 +60,49 @@ def test_the_mask_alone_counts(monkeypatch):
     monkeypatch.setattr(module, "_PIECE_ELEMENTS", {"cpu": 300})
     for other in (weight, *others):
         assert record_mask(other) == record
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_are_told_from_all_other_values_of_a_dtype(dtype):
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, info.max, info.min, info.smallest_normal, -info.smallest_normal, float("nan"), 1.0]
+    values = [*values, info.smallest_normal * info.eps, 0.0]  # the smallest number that is not zero
+    weight = torch.tensor(values * 30, dtype=torch.float64).view(20, 15).to(dtype)
+    expected = record_mask((weight.double() != 0).float())
+    assert expected.zeros == 90
+    assert record_mask(weight) == expected
+    assert record_mask(weight.T.contiguous().T) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (700, 70), (70, 700), (1100, 129), (3, 1025), (513, 8), (1, 64), (64, 1)])
+@pytest.mark.parametrize("dtype", DTYPES[:4])
+def test_the_fingerprint_is_the_sum_that_the_format_says(shape, dtype):
+    weight = pruned(*shape, sparsity=0.6).to(dtype)
+    words = max(1, -(-shape[1] // 64))
+    factors = [
+        [module._pseudo_random(n, s, weight.device) for n, s in ((words, seed), (shape[0], ~seed))]
+        for seed in module._SEEDS
+    ]
+    sums = [0, 0]
+    for row, values in enumerate((weight != 0).tolist()):
+        for word in range(words):
+            bits = sum(1 << place for place, value in enumerate(values[64 * word : 64 * word + 64]) if value)
+            for seed, (of_word, of_row) in enumerate(factors):
+                sums[seed] += bits * int(of_word[word]) * int(of_row[row])
+    fingerprint = "".join(f"{value % 2**64:016x}" for value in sums)
+    wide = torch.ones(shape[0], shape[1] + 5, dtype=dtype)
+    wide[:, 3:-2] = weight
+    for layout in (weight, weight.T.contiguous().T, wide[:, 3:-2], wide.T.contiguous().T[:, 3:-2]):
+        assert record_mask(layout).fingerprint == fingerprint
+
+
+def test_views_that_repeat_rows_or_columns():
+    weight = pruned(70, 130)
+    for view in (weight[:1].expand(70, 130), weight[:, :1].expand(70, 130)):
+        assert record_mask(view) == record_mask(view.clone(memory_format=torch.contiguous_format))
 
 
 @given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 1000), st.sampled_from([64, 1000, 1 << 20]))
@@ -136,9 +191,64 @@ def test_what_cannot_be_recorded_is_refused(weight):
 
 
 @pytest.mark.parametrize(
-    "change", [{"shape": [1]}, {"shape": [1, -1]}, {"zeros": "1"}, {"fingerprint": None}, {"sample": "%"}]
+    "change",
+    [
+        *({"shape": shape} for shape in (None, "ab", [1], [1, 2, 3], [1, -1], [-1, 1], [4, 8.0], ["4", 8])),
+        *({"zeros": zeros} for zeros in ("1", None, 1.0, -1, 33)),
+        *({name: value} for name in ("pattern", "fingerprint", "sample") for value in (None, 1)),
+        *({"sample": sample} for sample in ("%", "AAA=", "AAAAAAA=", "")),
+    ],
 )
 def test_a_malformed_record_is_refused(change):
     data = record_mask(pruned(4, 8)).to_dict()
-    with pytest.raises(ValueError, match=next(iter(change))):
+    (name,) = change
+    with pytest.raises(ValueError, match=name):
         MaskRecord.from_dict({**data, **change})
+    del data[name]
+    with pytest.raises(ValueError, match=name):
+        MaskRecord.from_dict(data)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 9), (1, 1), (32, 32), (32, 33), (0, 5), (5, 0)])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_record_is_plain_data_and_comes_back(shape, value):
+    record = record_mask(torch.full(shape, value))
+    data = record.to_dict()
+    assert set(data) == {"shape", "zeros", "pattern", "fingerprint", "sample"}
+    assert data["shape"] == list(shape) and data["zeros"] == (0 if value else shape[0] * shape[1])
+    assert MaskRecord.from_dict(json.loads(json.dumps(data))) == record
+    assert MaskRecord.from_dict({**data, "shape": shape, "more": 1}) == record
+    assert record.sparsity == (0.0 if value or 0 in shape else 1.0)
+
+
+def test_sparsity_is_the_share_of_zeros():
+    weight = torch.ones(4, 8)
+    weight[0, :3] = 0.0
+    assert record_mask(weight).sparsity == 3 / 32
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (32, 32)])
+def test_up_to_as_many_places_as_samples_each_has_its_bit(shape):
+    weight = pruned(*shape)
+    bits = int.from_bytes(base64.b64decode(record_mask(weight).sample), "little")
+    assert [bits >> place & 1 for place in range(weight.numel())] == (weight == 0).flatten().int().tolist()
+    assert bits >> weight.numel() == 0
+
+
+def test_refined_needs_more_zeros_and_each_that_was_there():
+    def record(zeros, sampled, fingerprint):
+        return MaskRecord((2, 8), zeros, "unstructured", fingerprint, base64.b64encode(bytes(sampled)).decode())
+
+    then = record(5, [0b11, 0b1], "0")
+    assert then.relation_of(record(6, [0b11, 0b1], "1")) == "refined"  # the new one is not among the samples
+    assert then.relation_of(record(6, [0b111, 0b1], "1")) == "refined"
+    assert then.relation_of(record(6, [0b11, 0b10], "1")) == "different"
+    assert then.relation_of(record(5, [0b11, 0b1], "1")) == "different"
+    assert then.relation_of(record(4, [0b11, 0b1], "1")) == "different"
+    assert then.relation_of(record(5, [0b11, 0b1], "0")) == "same"
+    assert then.relation_of(MaskRecord((8, 2), 6, "unstructured", "0", then.sample)) == "different"
+
+
+def test_a_parameter_is_recorded_without_a_graph():
+    weight = pruned(4, 8)
+    assert record_mask(torch.nn.Parameter(weight)) == record_mask(weight)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`native.cpp` as a shared library, compiled on first use and kept in the user's cache folder."""
+"""The C++ sources as a shared library, compiled on first use and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "mask.cpp"))
 # One rounding a written operation, so that the results do not depend on the compiler: fused multiply-adds are written
 # out in the source, and -ffp-contract=off leaves it at those.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wall")
@@ -32,7 +32,7 @@ _VECTOR_FLAGS = {
 @cache
 def load_library() -> ctypes.CDLL | None:
     """
-    Compile and load `native.cpp`, once a process; the library is kept, so that later processes only load it.
+    Compile and load the C++ sources, once a process; the library is kept, so that later processes only load it.
 
     The environment variable `PEFT_SPP_NATIVE=0` turns it off, `CXX` names the compiler, and `XDG_CACHE_HOME` the
     folder to keep the library in (by default `~/.cache`).
@@ -71,19 +71,20 @@ def _compiled(compiler: str) -> Path:
     """The path of the library, compiled if it is not there yet."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = [*_FLAGS, *_VECTOR_FLAGS.get(capability, ())]
-    source = _SOURCE.read_bytes()
+    sources = [source.read_bytes() for source in _SOURCES]
     # PyTorch's version stands for its OpenMP runtime
-    key = hashlib.sha256(b"\0".join([source, compiler.encode(), *map(str.encode, [*flags, torch.__version__])]))
+    key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *map(str.encode, [*flags, torch.__version__])]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_spp"
     path = folder / f"native-{key.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # made aside and renamed: several processes may start at once
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            objects, library = Path(aside) / "native.o", Path(aside) / "native.so"
+            objects = {source: str(Path(aside) / f"{source.stem}.o") for source in _SOURCES}
+            library = Path(aside) / "native.so"
             for command in (
-                [compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)],
-                [compiler, "-shared", str(objects), "-o", str(library)],
+                *([compiler, *flags, "-c", str(source), "-o", made] for source, made in objects.items()),
+                [compiler, "-shared", *objects.values(), "-o", str(library)],
             ):
                 subprocess.run(command, check=True, capture_output=True, text=True)
             library.replace(path)
