@@ -72,11 +72,11 @@ def draw() -> str:
         x += width
 
     add(INPUTS, "W", "frozen, pruned 2:4", lambda i, j: if_kept(i, j, shade(BLUE, weight[i][j])))
-    sign("⊙ ( 1 + s ·", 108)
-    add(INPUTS, "P(A)", "each row of A, over its block", lambda i, j: shade(ORANGE, a[block(i)][j]))
-    sign("⊙", 38)
+    sign("⊙ ( 1 + s ·", 118)
+    add(INPUTS, "P(A)", "r rows, repeated", lambda i, j: shade(ORANGE, a[block(i)][j]))
+    sign("⊙", 54)
     add(1, "B", "a column", lambda i, j: shade(ORANGE, b[i]))
-    sign(")  =", 58)
+    sign(")  =", 70)
     add(
         INPUTS,
         "W′",
@@ -86,7 +86,7 @@ def draw() -> str:
     # the border between the two row blocks
     y, start = TOP + CELL * ROWS / BLOCKS - 1, centers[1] - wide / 2
     parts.append(
-        f'<path d="M{start - 6:g} {y:g}h{wide + 10:g}" stroke="{INK}" stroke-width="1.5" stroke-dasharray="4 3"/>'
+        f'<path d="M{start - 5:g} {y:g}h{wide + 8:g}" stroke="{INK}" stroke-width="1.5" stroke-dasharray="4 3"/>'
     )
     width, height = x + LEFT, TOP + CELL * ROWS + 62
     legend = (width - 466) / 2

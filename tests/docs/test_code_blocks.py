@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code in README and on the pages runs, or is checked as far as it goes here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from code_blocks import LANGUAGES, PAGES, check_python, command_lines, languages
+from commands import check_command
+
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CODE = [page for page in DOCUMENTS if {"python", "bash"} & set(languages(page))]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_the_code_of_a_page_works(page: Path, folder_of_models: Path) -> None:
+    document = PAGES.parse(page)
+    lines = (folder_of_models / "texts.jsonl").read_text().splitlines()
+    document.namespace["dataset"] = Dataset.from_list([json.loads(line) for line in lines])
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_every_block_is_in_a_language_that_is_tested_or_needs_no_test(page: Path) -> None:
+    assert set(languages(page)) <= LANGUAGES
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from peft_spp import SPPConfig\nSPPConfig(rank=8)",
+        "from peft_spp import SPPConfigs",
+        "import peft_spp.merging",
+        "from peft_spp.merge import merge_checkpoint\nmerge_checkpoint('a', 'b', out='c')",
+        "import peft_spp\npeft_spp.push_to_the_hub(model)",
+        "SPPConfig(",
+    ],
+)
+def test_a_wrong_block_that_does_not_run_is_found(source: str) -> None:
+    with pytest.raises((AssertionError, AttributeError, ImportError, SyntaxError)):
+        check_python(source, {})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "peft-spp merges my-adapter my-model",
+        "peft-spp merge my-adapter",
+        "peft-spp merge my-adapter my-model --owerwrite",
+        "peft-spp prune a b --method wander",
+        "peft-spp sft --model_name_or_path a --dataset_name b --spp_rank 16",
+        'pip install "peft-spp[trains]"',
+        "python tests/no_such_file.py",
+        "accelerate launch --config_file benchmarks/configs/none.yaml train.py",
+        "peftspp merge a b",
+    ],
+)
+def test_a_wrong_command_is_found(command: str) -> None:
+    (words,) = command_lines(command)
+    with pytest.raises((Exception, SystemExit)):
+        check_command(words)
