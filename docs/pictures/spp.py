@@ -90,9 +90,13 @@ def draw() -> str:
     )
     width, height = x + LEFT, TOP + CELL * ROWS + 62
     legend = (width - 466) / 2
-    parts.append(f'<rect x="{legend:g}" y="{height - 32}" width="14" height="14" rx="3" fill="{PRUNED}" stroke="{LINE}"/>')
+    parts.append(
+        f'<rect x="{legend:g}" y="{height - 32}" width="14" height="14" rx="3" fill="{PRUNED}" stroke="{LINE}"/>'
+    )
     parts.append(text(legend + 22, height - 20, "pruned: zero, whatever A and B are", anchor="start"))
-    parts.append(f'<rect x="{legend + 284:g}" y="{height - 32}" width="14" height="14" rx="3" fill="{shade(ORANGE, 0.8)}"/>')
+    parts.append(
+        f'<rect x="{legend + 284:g}" y="{height - 32}" width="14" height="14" rx="3" fill="{shade(ORANGE, 0.8)}"/>'
+    )
     parts.append(text(legend + 306, height - 20, "trained: r·n + m numbers", anchor="start"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" font-family="system-ui, sans-serif" '

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,7 +38,9 @@ def check_peft_spp(arguments: list[str]) -> None:
     if arguments[:1] == ["sft"] and "--help" not in arguments:
         from peft_spp.sft.arguments import parse_arguments
 
-        parse_arguments(arguments[1:], prog="peft-spp sft")
+        # what a page shows may be meant for a GPU
+        on_cpu = [] if "--use_cpu" in arguments else ["--use_cpu"]
+        parse_arguments([*arguments[1:], *on_cpu], prog="peft-spp sft")
     else:
         parse(app, arguments)
 
@@ -72,9 +73,11 @@ def check_python(arguments: list[str]) -> None:
 def check_pip(arguments: list[str]) -> None:
     """Extras that are named have to be there."""
     assert arguments[0] == "install", arguments
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))
     for found in re.findall(r"(?:peft-spp|\.)\[([\w,-]+)\]", " ".join(arguments)):
-        assert set(found.split(",")) <= set(project["optional-dependencies"]), found
+        assert set(found.split(",")) <= extras, found
 
 
 def check_accelerate(arguments: list[str]) -> None:

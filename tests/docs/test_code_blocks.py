@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset
 
 from code_blocks import LANGUAGES, PAGES, check_python, command_lines, languages
@@ -20,6 +22,13 @@ WITH_CODE = [page for page in DOCUMENTS if {"python", "bash"} & set(languages(pa
 
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(autouse=True)
+def short_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages train for as long as a reader would, on the reader's GPU."""
+    for name in ("SFTConfig", "DPOConfig"):
+        monkeypatch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True, max_steps=2, report_to="none"))
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
