@@ -99,8 +99,9 @@ def draw() -> str:
     )
     parts.append(text(legend + 306, height - 20, "trained: r·n + m numbers", anchor="start"))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" font-family="system-ui, sans-serif" '
-        f'fill="{INK}" role="img">\n<title>SPP multiplies every weight that is left by a factor of its own</title>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" '
+        f'font-family="system-ui, sans-serif" fill="{INK}" role="img">\n'
+        "<title>SPP multiplies every weight that is left by a factor of its own</title>\n"
         f'<rect x="1" y="1" width="{width - 2:g}" height="{height - 2}" rx="10" fill="{PAPER}" stroke="{LINE}"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"

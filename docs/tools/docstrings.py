@@ -16,7 +16,7 @@ LINK = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 
 
 class HuggingFaceLinks(griffe.Extension):
-    """Turns [`name`] into a link to what the reference describes under that name, and into code where there is none."""
+    """Turns [`name`] into a link to what the reference describes under that name, or else into code."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite the docstrings of a package that has been loaded."""

@@ -2,14 +2,14 @@
 """
 What the tests do with the code blocks of a page.
 
-Python blocks run, one after another in one namespace, in a folder with small models under the names that the pages use.
-A comment above a block that no reader sees says why it does not run:
+Python blocks run, one after another in one namespace, in a folder with small models under the names that the pages
+use. A comment above a block that no reader sees says why it does not run:
 
     <!-- not run: it needs a GPU -->
 
-Such a block is compiled, what it imports has to be there, and calls of what it imports have to take the keyword arguments
-that they are given. Commands are parsed by the commands themselves. Below `<!-- commands run -->` those of peft-spp run
-too, and a block of text after them has to be what they print, figures and spaces aside.
+Such a block is compiled, what it imports has to be there, and calls of what it imports have to take the keyword
+arguments that they are given. Commands are parsed by the commands themselves. Below `<!-- commands run -->` those of
+peft-spp run too, and a block of text after them has to be what they print, figures and spaces aside.
 """
 
 from __future__ import annotations

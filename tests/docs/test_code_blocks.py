@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from commands import check_command
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WITH_CODE = [page for page in DOCUMENTS if {"python", "bash"} & set(languages(page))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+WITH_CODE = [page for page in DOCUMENTS if page != TUTORIAL and {"python", "bash"} & set(languages(page))]
 
 
 def name_of(page: Path) -> str:
@@ -27,6 +30,8 @@ def name_of(page: Path) -> str:
 @pytest.fixture(autouse=True)
 def short_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages train for as long as a reader would, on the reader's GPU."""
+    # which has to have the configuration as it is
+    importlib.import_module("peft_spp.sft.arguments")
     for name in ("SFTConfig", "DPOConfig"):
         monkeypatch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True, max_steps=2, report_to="none"))
 
@@ -38,6 +43,20 @@ def test_the_code_of_a_page_works(page: Path, folder_of_models: Path) -> None:
     document.namespace["dataset"] = Dataset.from_list([json.loads(line) for line in lines])
     for example in document.examples():
         example.evaluate()
+
+
+def test_the_tutorial_works_prints_what_it_shows_and_wins_back_what_pruning_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = PAGES.parse(TUTORIAL)
+    for example in document.examples():
+        example.evaluate()
+    right = {
+        folder: int(re.findall(r"\d+", document.namespace["right_sums"](folder))[2])
+        for folder in ("dense", "pruned", "merged")
+    }
+    assert right["pruned"] < right["dense"] / 2 and right["merged"] > 2 * right["pruned"]
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
