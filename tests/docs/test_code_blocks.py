@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code in README and on the pages runs, or is checked as far as it goes here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trl
+from datasets import Dataset
+
+from code_blocks import LANGUAGES, PAGES, check_python, command_lines, languages
+from commands import check_command
+
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+WITH_CODE = [page for page in DOCUMENTS if page != TUTORIAL and {"python", "bash"} & set(languages(page))]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(autouse=True)
+def short_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages train for as long as a reader would, on the reader's GPU."""
+    # which has to have the configuration as it is
+    importlib.import_module("peft_spp.sft.arguments")
+    for name in ("SFTConfig", "DPOConfig"):
+        monkeypatch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True, max_steps=2, report_to="none"))
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_the_code_of_a_page_works(page: Path, folder_of_models: Path) -> None:
+    document = PAGES.parse(page)
+    lines = (folder_of_models / "texts.jsonl").read_text().splitlines()
+    document.namespace["dataset"] = Dataset.from_list([json.loads(line) for line in lines])
+    for example in document.examples():
+        example.evaluate()
+
+
+def test_the_tutorial_works_prints_what_it_shows_and_wins_back_what_pruning_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = PAGES.parse(TUTORIAL)
+    for example in document.examples():
+        example.evaluate()
+    right = {
+        folder: int(re.findall(r"\d+", document.namespace["right_sums"](folder))[2])
+        for folder in ("dense", "pruned", "merged")
+    }
+    assert right["pruned"] < right["dense"] / 2 and right["merged"] > 2 * right["pruned"]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name_of)
+def test_every_block_is_in_a_language_that_is_tested_or_needs_no_test(page: Path) -> None:
+    assert set(languages(page)) <= LANGUAGES
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from peft_spp import SPPConfig\nSPPConfig(rank=8)",
+        "from peft_spp import SPPConfigs",
+        "import peft_spp.merging",
+        "from peft_spp.merge import merge_checkpoint\nmerge_checkpoint('a', 'b', out='c')",
+        "import peft_spp\npeft_spp.push_to_the_hub(model)",
+        "SPPConfig(",
+    ],
+)
+def test_a_wrong_block_that_does_not_run_is_found(source: str) -> None:
+    with pytest.raises((AssertionError, AttributeError, ImportError, SyntaxError)):
+        check_python(source, {})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "peft-spp merges my-adapter my-model",
+        "peft-spp merge my-adapter",
+        "peft-spp merge my-adapter my-model --owerwrite",
+        "peft-spp prune a b --method wander",
+        "peft-spp sft --model_name_or_path a --dataset_name b --spp_rank 16",
+        'pip install "peft-spp[trains]"',
+        "python tests/no_such_file.py",
+        "accelerate launch --config_file benchmarks/configs/none.yaml train.py",
+        "peftspp merge a b",
+    ],
+)
+def test_a_wrong_command_is_found(command: str) -> None:
+    (words,) = command_lines(command)
+    with pytest.raises((Exception, SystemExit)):
+        check_command(words)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site is built strictly, whole, and loads nothing from other hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from peft_spp.cli import app
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("functional", "inference", "inspection", "interchange", "merge", "pruning", "sft", "sparsity")
+
+
+class Resources(HTMLParser):
+    """The addresses of what a page loads, and of what it links to."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        if "id" in values:
+            self.ids.add(values["id"])
+        if tag == "link" and values.get("rel") in ("stylesheet", "icon", "preconnect", "preload", "modulepreload"):
+            self.loaded.append(values["href"])
+        elif tag in ("script", "img", "iframe", "source", "video") and "src" in values:
+            self.loaded.append(values["src"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_page_loads_what_it_shows_from_the_site_itself(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        for address in Resources(page).loaded:
+            assert not re.match(r"(\w+:)?//", address), f"{page}: {address}"
+            # the page for missing pages is shown at any depth, so its addresses begin at the root
+            target = site / address.lstrip("/") if address.startswith("/") else page.parent / address
+            assert target.is_file(), f"{page}: {address}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//|@import", style.read_text(encoding="utf-8")), style
+
+
+def test_the_pictures_of_the_benchmarks_are_on_the_page(site: Path) -> None:
+    shown = [address for address in Resources(site / "performance" / "index.html").loaded if address.endswith(".png")]
+    assert sum("benchmarks/results/" in address for address in shown) >= 7
+
+
+def test_the_reference_has_every_public_name(site: Path) -> None:
+    described = set().union(*(Resources(page).ids for page in (site / "reference").rglob("*.html")))
+    wanted = {"peft_spp." + name for name in import_module("peft_spp").__all__ if name != "__version__"}
+    for package in PACKAGES:
+        wanted |= {f"peft_spp.{package}.{name}" for name in import_module(f"peft_spp.{package}").__all__}
+    assert not wanted - described
+
+
+def test_every_command_is_described(site: Path) -> None:
+    page = (site / "reference" / "cli" / "index.html").read_text(encoding="utf-8")
+    for name, command in get_command(app).commands.items():
+        assert f"peft-spp {name}" in page
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert option in page, f"{name} {option}"
