@@ -71,7 +71,13 @@ class BaseModel:
             pruning (`Pruning`, *optional*): How it is pruned; `None` for the dense one.
             dtype (`torch.dtype`, *optional*): The dtype, by default that of the files.
         """
-        return load_plain(self.source(pruning), self.accelerator.device, dtype or self._dtype)
+        return load_plain(self.source(pruning), self.accelerator.device, self.load_dtype(dtype))
+
+    def load_dtype(self, dtype: torch.dtype | None = None) -> torch.dtype:
+        """The dtype asked for, by default that of the model."""
+        if dtype is not None:
+            return dtype
+        return cast(torch.dtype, getattr(torch, self.spec.dtype)) if isinstance(self.spec, Checkpoint) else torch.float32
 
     def source(self, pruning: Pruning | None) -> str:
         """The folder or the Hub's repository of the model, which is made before where it has to be."""
@@ -144,10 +150,6 @@ class BaseModel:
     @property
     def _dense(self) -> Path:
         return self.folder / "dense"
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return getattr(torch, self.spec.dtype) if isinstance(self.spec, Checkpoint) else torch.float32
 
     def _pruned(self, pruning: Pruning) -> Path:
         folder = self.folder / pruning.name.replace(":", "-")

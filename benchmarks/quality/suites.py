@@ -296,7 +296,7 @@ def _ablation_contenders() -> tuple[Contender, ...]:
     """SPP with one setting after another changed; each gets the grid of learning rates, as far as it goes."""
     low, usual, high = (2e-3, 6e-3, 2e-2), (6e-3, 2e-2, 6e-2), (2e-2, 6e-2, 2e-1)
     return (
-        Contender("spp", {"paper": True}, rates=(4e-3,)),
+        Contender("spp", {"dropout": 0.05, "weight_decay": 0.001}, rates=(4e-3,)),
         Contender("spp", rates=usual),
         Contender("spp", {"r": 4}, rates=usual),
         Contender("spp", {"r": 64}, rates=usual),
