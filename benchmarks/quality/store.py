@@ -75,10 +75,11 @@ class Store:
         key = key_of(kind, settings)
         return next((one.measured for one in self.records if key_of(one.kind, one.settings) == key), None)
 
-    def add(self, kind: str, settings: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-        """Keep a measurement, on the disk when this returns."""
+    def add(self, kind: str, settings: Mapping[str, Any], measured: Mapping[str, Any], write: bool = True) -> None:
+        """Keep a measurement, on the disk when this returns: of several processes one is to `write`."""
         self.records.append(Record(kind, dict(settings), dict(measured), len(self.environments) - 1))
-        self.save()
+        if write:
+            self.save()
 
     def save(self) -> None:
         """Write the file: it is complete or as it was."""

@@ -78,6 +78,12 @@ class Pruning:
         """Its name in results, such as `wanda-2:4`."""
         return f"{self.method}-{self.request}"
 
+    @classmethod
+    def of(cls, name: str) -> Pruning:
+        """The pruning of such a name."""
+        method, _, request = name.partition("-")
+        return cls(method, request if ":" in request else float(request))  # type: ignore[arg-type]
+
     @property
     def pattern(self) -> str | None:
         """The N:M pattern; `None` if it is unstructured."""
