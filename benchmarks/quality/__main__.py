@@ -51,9 +51,12 @@ def main(
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
     work_dir: Annotated[Path, typer.Option(help="Where models are kept between runs.")] = WORK,
     page: Annotated[
-        Path | None, typer.Option(help="The page to write; by default docs/quality.md, of a quick run beside the JSON.")
+        Path | None,
+        typer.Option(help="The page to write; by default docs/quality.md, of a quick run beside the JSON."),
     ] = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Only write the page of what is measured.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Only write the page of what is measured.")
+    ] = False,
     plan_only: Annotated[bool, typer.Option("--plan", help="Only list what would be measured.")] = False,
     quick: opt.QuickOption = False,
 ) -> None:
@@ -103,7 +106,9 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
     models, studies = [], []
     for name in names:
         if name not in known and not Path(name).is_dir():
-            raise typer.BadParameter(f"{name!r} is no folder and not one of: {', '.join(known)}.", param_hint="--model")
+            raise typer.BadParameter(
+                f"{name!r} is no folder and not one of: {', '.join(known)}.", param_hint="--model"
+            )
         model = known.get(name) or Checkpoint(Path(name).name, name)
         studied = model.name if name in known else suite.models[0].name
         models.append(model)

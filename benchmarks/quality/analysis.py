@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, RANKS, SPP_RANK
+from .methods import METHODS, RANKS
 from .plan import contender_name
 from .store import Record, Store
 from .suites import Pruning
@@ -73,6 +73,7 @@ class Outcome:
         parts = [METHODS[self.method].style.label]
         if self.method in RANKS:
             parts[0] += f", r={self.options.get('r', RANKS[self.method])}"
+        parts += [f"{name} {value}" for name, value in self.options.items() if name != "r"]
         if self.method == "lora":
             parts.append(DEPLOYMENTS[self.deployment])
         if self.equal == "time":
@@ -190,9 +191,9 @@ def _outcomes(group: list[Record], losses: Mapping[tuple[str, str | None], float
     if not validation:
         return []
     rate = min(validation, key=validation.__getitem__)
-    runs = [one for one in group if one.settings["rate"] == rate and one.measured["deployments"]]
+    at_rate = sorted((one for one in group if one.settings["rate"] == rate), key=lambda one: one.settings["seed"])
     tried = tuple(sorted({one.settings["rate"] for one in group}))
-    return [
+    outcomes = [
         Outcome(
             settings["model"],
             Pruning.of(settings["pruning"]),
@@ -202,14 +203,15 @@ def _outcomes(group: list[Record], losses: Mapping[tuple[str, str | None], float
             deployment,
             rate,
             tried,
-            tuple(sorted(runs, key=lambda run: run.settings["seed"])),
+            tuple(run for run in at_rate if _is_finite(run, deployment)),
             losses[settings["model"], None],
             losses[settings["model"], settings["pruning"]],
         )
         for deployment in METHODS[settings["method"]].deployments
     ]
+    return [outcome for outcome in outcomes if outcome.runs]
 
 
-def default_options(outcome: Outcome) -> bool:
-    """Whether the outcome is of SPP's defaults or of another method's, and not of a variation of SPP."""
-    return outcome.method != "spp" or set(outcome.options) <= {"r"} and outcome.options.get("r", SPP_RANK) == SPP_RANK
+def _is_finite(run: Record, deployment: str) -> bool:
+    measured = run.measured["deployments"].get(deployment)
+    return measured is not None and measured["test_loss"] is not None

@@ -77,7 +77,9 @@ class BaseModel:
         """The dtype asked for, by default that of the model."""
         if dtype is not None:
             return dtype
-        return cast(torch.dtype, getattr(torch, self.spec.dtype)) if isinstance(self.spec, Checkpoint) else torch.float32
+        return (
+            cast(torch.dtype, getattr(torch, self.spec.dtype)) if isinstance(self.spec, Checkpoint) else torch.float32
+        )
 
     def source(self, pruning: Pruning | None) -> str:
         """The folder or the Hub's repository of the model, which is made before where it has to be."""

@@ -141,9 +141,7 @@ def measure_tuned(
         del adapted
         gc.collect()
         for deployment in method.deployments:
-            measured["deployments"][deployment] = _measure_deployment(
-                base, pruning, method, deployment, folder, dtype
-            )
+            measured["deployments"][deployment] = _measure_deployment(base, pruning, method, deployment, folder, dtype)
     return measured
 
 

@@ -118,7 +118,9 @@ class MaskedMethod(Method):
     def save(self, adapted: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / ADAPTER_FILE)
+        save_file(
+            {name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / ADAPTER_FILE
+        )
 
     def load(self, model: PreTrainedModel, folder: Path) -> nn.Module:
         return self.merge(model, folder)

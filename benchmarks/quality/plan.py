@@ -16,7 +16,7 @@ from .base_models import BaseModel
 from .jobs import measure_base, measure_steps, measure_tuned
 from .methods import METHODS, equal_rank
 from .store import Store
-from .suites import Checkpoint, Contender, Pruning, Study, Suite
+from .suites import Checkpoint, Contender, Study, Suite
 
 
 EXTENSIONS = 2
@@ -119,9 +119,7 @@ class Session:
                 rate = self._rate_of(study, contender.method, options)
             else:
                 grid = contender.rates or METHODS[contender.method].rates
-                rate = choose_rate(
-                    grid, lambda rate, of=(contender, options): self._validation_loss(study, *of, rate)  # noqa: B023
-                )
+                rate = choose_rate(grid, lambda rate, of=(contender, options): self._validation_loss(study, *of, rate))
             chosen[name] = rate
             for seed in study.seeds:
                 self._tune(study, contender, options, rate, seed, steps)
@@ -200,7 +198,9 @@ class Session:
             options["r"] = equal_rank(base.load(None))
         return options
 
-    def _measure(self, kind: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _measure(
+        self, kind: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """What the store has, or what is measured now and then stored, by the first process alone."""
         known = self.store.find(kind, settings)
         if known is not None:
