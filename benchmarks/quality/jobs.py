@@ -89,7 +89,7 @@ def measure_tuned(
     """
     Fine-tune a pruned model and measure what would be deployed.
 
-    Each deployment is made from the saved adapter and the pruned model on disk, and measured after it was loaded again.
+    Each deployment is made from the saved adapter and the pruned model on disk, and measured once it is loaded again.
 
     Args:
         base (`BaseModel`): The model.

@@ -35,7 +35,7 @@ def draw_sparsity(analysis: Analysis, model: str, environment: Mapping[str, Any]
     """
     pruners = [pruner for pruner in PRUNERS if any(p.method == pruner for m, p in analysis.studied if m == model)]
     note = (
-        "Share of the log-perplexity lost by pruning that fine-tuning won back (1 = as good as the dense model), sparse "
+        "Share of the log-perplexity lost by pruning that fine-tuning won back (100% = the dense model), sparse "
         f"models only.\nMean and range over seeds where there are several. {plots.machine_note(environment)}"
     )
     figure, panels = plots.panels(

@@ -85,11 +85,7 @@ def rates_table(analysis: Analysis, model: str, prunings: Sequence[Pruning]) -> 
                 and record.settings["equal"] == one.equal
                 and record.settings["seed"] == one.runs[0].settings["seed"]
             }
-            cells = [
-                f"{'**' if rate == one.rate else ''}{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
-                f"{'**' if rate == one.rate else ''}"
-                for rate, loss in sorted(tried.items())
-            ]
+            cells = [_rate_cell(rate, loss, one.rate) for rate, loss in sorted(tried.items())]
             label = one.label.partition(";")[0] if one.method == "lora" else one.label
             rows.append([pruning.label, label, ", ".join(cells) + (" (edge)" if one.at_edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
@@ -128,6 +124,11 @@ def variations_table(analysis: Analysis, model: str, pruning: Pruning) -> str:
         "largest loss of any run",
     ]
     return table(headings, rows)
+
+
+def _rate_cell(rate: float, loss: float | None, chosen: float) -> str:
+    text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
+    return f"**{text}**" if rate == chosen else text
 
 
 def sparsity_cells(outcome: Outcome) -> list[str]:
