@@ -20,7 +20,7 @@ from .data import load_texts
 from .page import write_report
 from .plan import Session, describe
 from .store import Store
-from .suites import QUICK, SUITES, Checkpoint, Suite
+from .suites import QUICK, SUITES, Checkpoint, Suite, TuningBudget
 
 
 PAGE = Path("docs/quality.md")
@@ -45,6 +45,16 @@ def main(
         list[str] | None,
         typer.Option(help="Of the suite llama only these checkpoints, by name or folder. May be repeated."),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead of those of the suite llama. May be repeated."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.", exists=True, file_okay=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each fine-tuning, instead of the suite's.")
+    ] = None,
     device: opt.DeviceOption = opt.Device.cpu,
     threads: opt.ThreadsOption = None,
     machine: opt.MachineOption = None,
@@ -64,6 +74,7 @@ def main(
     if suite not in SUITES:
         raise typer.BadParameter(f"{suite!r} is not one of: {', '.join(SUITES)}.", param_hint="--suite")
     chosen = QUICK if quick else choose_models(SUITES[suite], model or [])
+    chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
     console = make_console()
     if plan_only:
         for line in describe(chosen):
@@ -114,6 +125,18 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
         models.append(model)
         studies += [replace(study, model=model.name) for study in suite.studies if study.model == studied]
     return replace(suite, models=tuple(models), studies=tuple(studies))
+
+
+def change_budget(
+    budget: TuningBudget, steps: int | None, tasks: list[str] | None, task_folder: Path | None
+) -> TuningBudget:
+    """The budget of a suite with what was asked for on the command line."""
+    return replace(
+        budget,
+        steps=steps or budget.steps,
+        tasks=tuple(tasks) if tasks else budget.tasks,
+        task_folder=str(task_folder) if task_folder else None,
+    )
 
 
 if __name__ == "__main__":

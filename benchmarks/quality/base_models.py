@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -82,16 +83,16 @@ class BaseModel:
         )
 
     def source(self, pruning: Pruning | None) -> str:
-        """The folder or the Hub's repository of the model, which is made before where it has to be."""
+        """The folder of the model, which is made or downloaded before where it has to be."""
         if isinstance(self.spec, Checkpoint):
-            return self.spec.source
+            return self._checkpoint
         return str(self._dense if pruning is None else self._pruned(pruning))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
         if isinstance(self.spec, Checkpoint):
-            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(self.spec.source))
+            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(self._checkpoint))
         folder = self.folder / "tokenizer"
         if not folder.is_dir():
             with new_folder(folder) as new:
@@ -148,6 +149,13 @@ class BaseModel:
         if isinstance(self.spec, Checkpoint):
             return {}
         return cast(dict[str, Any], json.loads((self._dense / "training.json").read_text()))
+
+    @cached_property
+    def _checkpoint(self) -> str:
+        assert isinstance(self.spec, Checkpoint)
+        if Path(self.spec.source).is_dir():
+            return self.spec.source
+        return snapshot_download(self.spec.source, allow_patterns=["*.safetensors", "*.json", "tokenizer*"])
 
     @property
     def _dense(self) -> Path:

@@ -23,7 +23,7 @@ from .base_models import BaseModel, load_plain
 from .evaluation import exact_match, loss_per_token, sparsity_measures
 from .harness_tasks import evaluate_tasks
 from .methods import ADAPTER_FILE, METHODS, Method, remask, trainable_parameters
-from .suites import Pruning
+from .suites import Checkpoint, Pruning
 from .tuning import TuningSettings, train
 
 
@@ -35,7 +35,7 @@ def measure_base(base: BaseModel, pruning: Pruning | None) -> dict[str, Any]:
     source = base.source(pruning)
     model = base.load(pruning)
     measured = {**_quality(base, model), **_tasks(base, source)}
-    if pruning is not None and Path(source).is_dir():
+    if pruning is not None:
         measured |= sparsity_measures(source, Path(source), pruning)
     return measured | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
@@ -110,8 +110,15 @@ def measure_tuned(
     set_seed(seed)
     with _quiet():
         adapted = method.adapt(base.load(pruning, dtype), options)
+    if isinstance(base.spec, Checkpoint):
+        cast(PreTrainedModel, adapted).gradient_checkpointing_enable({"use_reentrant": False})
     settings = TuningSettings(
-        rate, steps, base.budget.batch, seed, **{name: options[name] for name in TUNING_OPTIONS if name in options}
+        rate,
+        steps,
+        base.budget.batch,
+        seed,
+        micro_batch=base.budget.micro_batch,
+        **{name: options[name] for name in TUNING_OPTIONS if name in options},
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -163,9 +170,7 @@ def _measure_deployment(
     base.accelerator.wait_for_everyone()
     model = load_plain(saved, base.accelerator.device, base.load_dtype(dtype))
     measured = {**_quality(base, model), **_tasks(base, str(saved))}
-    if Path(base.source(pruning)).is_dir():
-        measured |= sparsity_measures(base.source(pruning), saved, pruning)
-    return measured
+    return measured | sparsity_measures(base.source(pruning), saved, pruning)
 
 
 def _quality(base: BaseModel, model: nn.Module) -> dict[str, Any]:
@@ -180,7 +185,9 @@ def _quality(base: BaseModel, model: nn.Module) -> dict[str, Any]:
 def _tasks(base: BaseModel, source: str, adapter: Path | None = None) -> dict[str, Any]:
     if not base.budget.tasks:
         return {}
-    return {"tasks": evaluate_tasks(source, base.budget.tasks, base.accelerator.device, adapter=adapter)}
+    folder = None if base.budget.task_folder is None else Path(base.budget.task_folder)
+    device = base.accelerator.device
+    return {"tasks": evaluate_tasks(source, base.budget.tasks, device, adapter=adapter, task_folder=folder)}
 
 
 def _step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -159,6 +159,9 @@ class TuningBudget:
         timing_rounds (`int`): Rounds of the side-by-side timing of the steps.
         exact_match_problems (`int`): GSM8K problems to answer; 0 where the model is too weak to have any right.
         tasks (`tuple[str, ...]`): Tasks of lm-evaluation-harness.
+        task_folder (`str`, *optional*): A folder with tasks that the harness does not have.
+        micro_batch (`int`, *optional*): The most sequences in one forward pass of a process, by default its whole part
+            of the batch. Gradients are summed up to the batch.
     """
 
     steps: int
@@ -169,6 +172,8 @@ class TuningBudget:
     timing_rounds: int
     exact_match_problems: int = 0
     tasks: tuple[str, ...] = ()
+    task_folder: str | None = None
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,7 @@ CHECKPOINTS = Suite(
         timing_rounds=5,
         exact_match_problems=500,
         tasks=PAPER_TASKS,
+        micro_batch=4,
     ),
 )
 

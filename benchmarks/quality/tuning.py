@@ -33,6 +33,7 @@ class TuningSettings:
         weight_decay (`float`): AdamW's.
         B_rate_ratio (`float`): What the rate of SPP's factor B is multiplied by.
         autocast (`bool`): Whether the forward pass runs under bfloat16 autocast.
+        micro_batch (`int`, *optional*): The most sequences in one forward pass.
     """
 
     rate: float
@@ -42,6 +43,7 @@ class TuningSettings:
     weight_decay: float = 0.0
     B_rate_ratio: float = 1.0
     autocast: bool = False
+    micro_batch: int | None = None
 
 
 @dataclass
@@ -119,15 +121,12 @@ def train(
     record = TuningRecord()
     wall, cpu = time.perf_counter(), time.process_time()
     for step, numbers in enumerate(order_of_blocks(len(blocks), settings.steps, settings.batch, settings.seed), 1):
-        ids = blocks[numbers[part]].to(accelerator.device)
-        with _autocast(settings, accelerator.device):
-            loss = wrapped(input_ids=ids, labels=ids).loss
-        accelerator.backward(loss)
+        loss = _backward(wrapped, blocks[numbers[part]], settings, accelerator)
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        record.losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        record.losses.append(accelerator.reduce(loss, "mean").item())
         record.tokens += len(numbers) * blocks.shape[1]
         on_step(step, record.losses[-1])
         if record.diverged:
@@ -144,6 +143,20 @@ def parameter_groups(model: nn.Module, settings: TuningSettings) -> list[dict[st
     B = [parameter for name, parameter in trained.items() if ".spp_B." in name]
     rest = [parameter for name, parameter in trained.items() if ".spp_B." not in name]
     return [{"params": rest}, {"params": B, "lr": settings.rate * settings.B_rate_ratio}]
+
+
+def _backward(
+    model: nn.Module, blocks: torch.Tensor, settings: TuningSettings, accelerator: Accelerator
+) -> torch.Tensor:
+    """Add to the gradients those of the mean loss over blocks, and return that loss."""
+    total = torch.zeros((), device=accelerator.device)
+    for some in blocks.split(settings.micro_batch or len(blocks)):
+        ids = some.to(accelerator.device)
+        with _autocast(settings, accelerator.device):
+            loss = model(input_ids=ids, labels=ids).loss * (len(ids) / len(blocks))
+        accelerator.backward(loss)
+        total += loss.detach()
+    return total
 
 
 def _permutations(count: int, shuffler: random.Random) -> Iterator[int]:
