@@ -62,7 +62,7 @@ def main(
     work_dir: Annotated[Path, typer.Option(help="Where models are kept between runs.")] = WORK,
     page: Annotated[
         Path | None,
-        typer.Option(help="The page to write; by default docs/quality.md, of a quick run beside the JSON."),
+        typer.Option(help="The page to write; by default docs/quality.md, or beside the JSON of a quick run."),
     ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only write the page of what is measured.")

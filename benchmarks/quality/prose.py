@@ -8,22 +8,22 @@ it is written by hand.
 """
 
 HOW_TO_READ = """
-*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. *Of masked full*: what was won
-back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation over
-seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory of a
-step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and masked
-LoRA there is each a variant with the rank that is nearest to SPP's number of parameters, and one with the default rank
-and as many steps as fit in SPP's time.
+*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. *Of masked full*: what was
+won back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation
+over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
+of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
+masked LoRA there is each a variant with the rank that is nearest to SPP's number of parameters, and one with the
+default rank and as many steps as fit in SPP's time.
 """
 
 ALL_PRUNINGS = """
-Perplexity, and in brackets what was won back. Wanda's 2:4 and 75% have three seeds and learning rates of their own; the
-others have one seed, at the rates of whichever of these two is closer in sparsity.
+Perplexity, and in brackets what was won back. Wanda's 2:4 and 75% have three seeds and learning rates of their own;
+the others have one seed, at the rates of whichever of these two is closer in sparsity.
 """
 
 RATES = """
-Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best was
-at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge.
+Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best
+was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge.
 """
 
 TEXT = "Text: {source}. Validation and test text are held out, with no paragraph in common."
@@ -61,9 +61,9 @@ minutes of processor time over all cores. Ratios of steps are from interleaved r
 SETTINGS = """
 One setting changed at a time, each at the best of its learning rates on the validation text, in {steps} steps of
 {batch} sequences. `scaling` is s = alpha / r (2 by default); `B_rate_ratio` is the learning rate of B over that of A,
-as in LoRA+; `A=ones` and `A=positive` start A as ones, or as the absolute values of the usual draws; `dtype` is that of
-the base model and `factors` that of A and B (float32 by default); `B=random` is an adapter that does not start as the
-identity. *Largest loss* is over all steps at all rates: an explosion would show there.
+as in LoRA+; `A=ones` and `A=positive` start A as ones, or as the absolute values of the usual draws; `dtype` is that
+of the base model and `factors` that of A and B (float32 by default); `B=random` is an adapter that does not start as
+the identity. *Largest loss* is over all steps at all rates: an explosion would show there.
 """
 
 NOT_RUN = """
@@ -75,6 +75,6 @@ local task.
 """
 
 PEFT = """
-[`benchmarks/quality/metamathqa`]({folder}) holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP beside
-LoRA and HiRA there. That needs a GPU and has not been done yet.
+[`benchmarks/quality/metamathqa`]({folder}) holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP
+beside LoRA and HiRA there. That needs a GPU and has not been done yet.
 """
