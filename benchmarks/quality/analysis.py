@@ -143,17 +143,17 @@ class Analysis:
         """The pruned models, in the order they were measured."""
         return list(dict.fromkeys((one.model, one.pruning) for one in self.outcomes))
 
-    def steps(self, model: str) -> Mapping[str, Any]:
-        """The costs of the training steps by contender; empty if they were not measured."""
-        return next(
-            (one.measured for one in self.store.records if one.kind == "profile" and one.settings["model"] == model),
-            {},
-        )
+    def steps(self, model: str, name: str) -> Mapping[str, Any]:
+        """The costs of the training steps that were measured side by side with a contender's; empty if none were."""
+        for one in self.store.records:
+            if one.kind == "profile" and one.settings["model"] == model and name in one.measured:
+                return one.measured
+        return {}
 
     def step_ratio(self, model: str, name: str, reference: str = contender_name("spp", {})) -> float | None:
         """The median over rounds of a step's time over that of SPP."""
-        steps = self.steps(model)
-        if name not in steps or reference not in steps:
+        steps = self.steps(model, name)
+        if reference not in steps:
             return None
         pairs = zip(steps[name]["seconds"], steps[reference]["seconds"], strict=True)
         return statistics.median(own / other for own, other in pairs)

@@ -149,7 +149,7 @@ def sparsity_cells(outcome: Outcome) -> list[str]:
 def cost_cells(analysis: Analysis, outcome: Outcome) -> list[str]:
     """The time of a step over SPP's, and the memory that a step takes."""
     ratio = analysis.step_ratio(outcome.model, outcome.name)
-    measured = analysis.steps(outcome.model).get(outcome.name)
+    measured = analysis.steps(outcome.model, outcome.name).get(outcome.name)
     memory = outcome.measured("peak_bytes") if measured is None else measured["bytes"]
     return ["–" if ratio is None else f"{ratio:.2f}", "–" if memory is None else format_bytes(memory)]
 

@@ -143,7 +143,7 @@ def test_a_run_that_was_cut_short_measures_only_what_is_missing(quick_run, data_
 
 
 def test_the_report_has_the_table_and_two_pictures(quick_run):
-    folder, result = quick_run
+    folder, _ = quick_run
     page = (folder / "here" / "quality-small-quick.md").read_text()
     assert "| **Wanda 2:4** | none |" in page and "LoRA, r=16; merged, masked again" in page
     for name in ("sparsity", "parameters"):
@@ -197,21 +197,17 @@ def losses_around(best):
 
 @pytest.mark.parametrize(
     ("best", "expected"),
-    [(1e-2, 1e-2), (3e-2, 3e-2), (9e-2, 9e-2), (27e-2, 27e-2), (10.0, 27e-2), (3.3e-3, 3.3e-3), (1e-9, 1.1e-3)],
+    [(3e-2, 3e-2), (9e-2, 9e-2), (2.7e-1, 2.7e-1), (10.0, 8.1e-1), (3.3e-3, 3.3e-3), (1e-9, 1.1e-3)],
 )
-def test_the_rate_is_the_best_and_the_grid_is_extended_twice_at_an_edge(best, expected):
+def test_the_best_rate_is_chosen_from_a_grid_that_is_extended_twice_at_an_edge(best, expected):
     tried = []
 
     def loss(rate):
         tried.append(rate)
         return losses_around(best)(rate)
 
-    assert plan.choose_rate((1e-2, 3e-2, 9e-2 / 3 / 3 * 1.0), loss) in tried
-    tried.clear()
-    assert plan.choose_rate((1e-2, 2e-2, 3e-2) if best == 2e-2 else (1e-2, 3e-2), loss) == pytest.approx(
-        expected, rel=0.1
-    )
-    assert len(tried) <= 4
+    assert plan.choose_rate((1e-2, 3e-2, 9e-2), loss) == pytest.approx(expected, rel=0.02)
+    assert sorted(tried)[0] >= 1e-3 and len(tried) == len(set(tried)) <= 5
 
 
 def test_a_grid_of_one_rate_is_not_extended_and_divergence_is_never_chosen():
@@ -403,7 +399,7 @@ def made_up_store(tmp_path, losses):
     common = {"base": "b", "model": "llama"}
     for pruning, loss in ((None, 2.0), ("wanda-2:4", 3.0)):
         store.add("base", {**common, "pruning": pruning}, {"test_loss": loss})
-    for (method, deployment), own in losses.items():
+    for (method, _), own in losses.items():
         for seed in range(3):
             settings = {
                 "method": method,
