@@ -56,7 +56,8 @@ def measure_steps(
             the peak of the activations in the first step, above the pruned model.
     """
     ids = base.train_blocks[: base.budget.batch].to(base.accelerator.device)
-    contestants, measured = [], {}
+    contestants: list[Contestant] = []
+    measured: dict[str, Any] = {}
     for name, (method, options) in contenders.items():
         set_seed(0)
         model = base.load(pruning)

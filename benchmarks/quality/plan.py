@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.progress import Progress
@@ -97,7 +98,7 @@ class Session:
                 with _Bar(self.progress, f"Train {base.spec.name} from scratch", base.spec.steps) as bar:
                     base.make(bar)
             settings = {"base": base.fingerprint, "model": base.spec.name, "pruning": None}
-            self._measure("base", settings, lambda base=base: measure_base(base, None) | {"training": base.training()})
+            self._measure("base", settings, partial(_measure_dense, base))
         for study in self.suite.studies:
             self._run_study(study)
 
@@ -119,7 +120,7 @@ class Session:
                 rate = self._rate_of(study, contender.method, options)
             else:
                 grid = contender.rates or METHODS[contender.method].rates
-                rate = choose_rate(grid, lambda rate, of=(contender, options): self._validation_loss(study, *of, rate))
+                rate = choose_rate(grid, partial(self._validation_loss, study, contender, options))
             chosen[name] = rate
             for seed in study.seeds:
                 self._tune(study, contender, options, rate, seed, steps)
@@ -208,6 +209,10 @@ class Session:
         measured = measure()
         self.store.add(kind, settings, measured, write=next(iter(self.bases.values())).accelerator.is_main_process)
         return measured
+
+
+def _measure_dense(base: BaseModel) -> dict[str, Any]:
+    return measure_base(base, None) | {"training": base.training()}
 
 
 def planned_runs(suite: Suite) -> int:

@@ -228,8 +228,8 @@ def other_prunings(model: str, contenders: tuple[Contender, ...], seeds: tuple[i
     )
 
 
-LLAMA = TrainedModel("llama", "llama", 256, 704, 4, 4, 4096, 128, batch=16, steps=1500, rate=3e-3)
-GPT2 = TrainedModel("gpt2", "gpt2", 192, 768, 3, 3, 2048, 128, batch=16, steps=600, rate=3e-3)
+LLAMA = TrainedModel("llama", "llama", 256, 704, 4, 4, 4096, 128, batch=8, steps=1800, rate=2e-3)
+GPT2 = TrainedModel("gpt2", "gpt2", 192, 768, 3, 3, 2048, 128, batch=8, steps=800, rate=2e-3)
 
 SMALL = Suite(
     "small",
@@ -241,7 +241,7 @@ SMALL = Suite(
         Study("gpt2", AT_2_4, FEW),
         Study("gpt2", AT_75, FEW),
     ),
-    TuningBudget(steps=64, batch=8, validation_blocks=64, test_blocks=128, calibration_blocks=64, timing_rounds=10),
+    TuningBudget(steps=48, batch=8, validation_blocks=64, test_blocks=128, calibration_blocks=64, timing_rounds=10),
 )
 
 # for a GPU: 226M parameters, and every cell with a grid and three seeds

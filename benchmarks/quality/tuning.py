@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -135,7 +136,7 @@ def train(
     return record
 
 
-def parameter_groups(model: nn.Module, settings: TuningSettings) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, settings: TuningSettings) -> list[dict[str, Any]]:
     """The trained parameters, SPP's factors B in a group of their own where these have another learning rate."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if settings.B_rate_ratio == 1.0:

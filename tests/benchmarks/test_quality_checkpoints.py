@@ -121,8 +121,7 @@ def test_two_processes_of_accelerate_share_the_work(checkpoint, tmp_path):
         "1",
     ]
     done = subprocess.run(
-        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "benchmarks.quality"]
-        + arguments(checkpoint, tmp_path),
+        [*launch, "-m", "benchmarks.quality", *arguments(checkpoint, tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
