@@ -142,6 +142,7 @@ class Session:
             and record.settings["pruning"] == study.rates_from.name
             and (record.settings["method"], record.settings["options"]) == (method, dict(options))
             and record.settings["seed"] == 0
+            and record.settings["steps"] == self.suite.budget.steps
             and record.settings["equal"] is None
             and record.measured["validation_loss"] is not None
         }
@@ -182,9 +183,9 @@ class Session:
         return self._measure("tune", settings, measure)
 
     def _profile(self, study: Study) -> dict[str, Any] | None:
-        """The costs of the steps, measured once for a model: they do not depend on where the zeros are."""
+        """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""
         base = self.bases[study.model]
-        if isinstance(base.spec, Checkpoint):
+        if isinstance(base.spec, Checkpoint) or len({one.method for one in study.contenders}) == 1:
             return None
         contenders: dict[str, tuple[str, Mapping[str, Any]]] = {}
         for contender in study.contenders:

@@ -53,9 +53,9 @@ GSM8K answers are not scored: models of this size get none right, so an exact ma
 """
 
 MACHINE = """
-{machine}, Python {python}, PEFT {peft}, Transformers {transformers}. Other work ran on the machine meanwhile, so the
-times of whole runs are noisy: all {count} runs of fine-tuning took {wall:.0f} minutes of wall time and {cpu:.0f}
-minutes of processor time over all cores. Ratios of steps are from interleaved rounds, which meet such noise alike.
+{machine}, Python {python}, PEFT {peft}, Transformers {transformers}. All {count} runs of fine-tuning took {cpu:.0f}
+minutes of processor time over all cores, and {wall:.0f} minutes of wall time, which other work on the machine
+lengthens; the evaluations come on top. Ratios of steps are from interleaved rounds, which meet such noise alike.
 """
 
 SETTINGS = """
