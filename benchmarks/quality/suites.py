@@ -241,7 +241,7 @@ SMALL = Suite(
         Study("gpt2", AT_2_4, FEW),
         Study("gpt2", AT_75, FEW),
     ),
-    TuningBudget(steps=48, batch=8, validation_blocks=64, test_blocks=128, calibration_blocks=64, timing_rounds=10),
+    TuningBudget(steps=40, batch=8, validation_blocks=64, test_blocks=128, calibration_blocks=64, timing_rounds=10),
 )
 
 # for a GPU: 226M parameters, and every cell with a grid and three seeds
