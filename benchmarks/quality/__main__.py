@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m benchmarks.quality`, or with many devices `accelerate launch -m benchmarks.quality`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from accelerate import Accelerator
+
+from peft_spp.demo.display import make_progress, quiet_libraries
+
+from ..harness import describe_environment, make_console
+from ..harness import options as opt
+from .base_models import BaseModel
+from .data import load_texts
+from .page import write_report
+from .plan import Session, describe
+from .store import Store
+from .suites import QUICK, SUITES, Checkpoint, Suite, TuningBudget
+
+
+PAGE = Path("docs/quality.md")
+WORK = Path("~/.cache/peft_spp/quality")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")] = "small",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with gsm8k_train.jsonl and gsm8k_test.jsonl, text files (*.txt, *.md, *.rst) or both; by "
+            "default Python's documentation.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the suite llama only these checkpoints, by name or folder. May be repeated."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead of those of the suite llama. May be repeated."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.", exists=True, file_okay=False)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each fine-tuning, instead of the suite's.")
+    ] = None,
+    device: opt.DeviceOption = opt.Device.cpu,
+    threads: opt.ThreadsOption = None,
+    machine: opt.MachineOption = None,
+    output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
+    work_dir: Annotated[Path, typer.Option(help="Where models are kept between runs.")] = WORK,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="The page to write; by default docs/quality.md, or beside the JSON of a quick run."),
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Only write the page of what is measured.")
+    ] = False,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Only list what would be measured.")] = False,
+    quick: opt.QuickOption = False,
+) -> None:
+    """Fine-tune pruned models by SPP and its competitors, and measure what is won back. What is done is kept."""
+    if suite not in SUITES:
+        raise typer.BadParameter(f"{suite!r} is not one of: {', '.join(SUITES)}.", param_hint="--suite")
+    chosen = QUICK if quick else choose_models(SUITES[suite], model or [])
+    chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
+    console = make_console()
+    if plan_only:
+        for line in describe(chosen):
+            console.print(line, markup=False)
+        return
+    run = opt.start_run(f"quality-{suite}", device, machine, output_dir, threads, quick)
+    try:
+        store = Store.open(run.json_path, chosen.name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--output-dir") from error
+    accelerator = Accelerator(cpu=run.device.type == "cpu")
+    if not report_only:
+        texts = load_texts(data, seed=0)
+        about = {"text": texts.source, "suite": asdict(chosen)}
+        store.begin(describe_environment(run.device), about)
+        folder = work_dir.expanduser()
+        bases = {spec.name: BaseModel(spec, texts, chosen.budget, folder, accelerator) for spec in chosen.models}
+        with quiet_libraries(), make_progress(console) as progress:
+            progress.disable = progress.disable or not accelerator.is_main_process
+            Session(chosen, bases, store, progress).run()
+    if accelerator.is_main_process:
+        target = page or (run.json_path.with_suffix(".md") if quick else PAGE)
+        for path in write_report(run.json_path.parent, target, quick):
+            console.print(f"Written: {path}", markup=False)
+
+
+def choose_models(suite: Suite, names: list[str]) -> Suite:
+    """
+    A suite of checkpoints with only some of them. A folder stands for a checkpoint that the suite does not know; it is
+    studied as the first one is.
+
+    Raises:
+        typer.BadParameter: If the suite trains its own models, or a name is neither known nor a folder.
+    """
+    if not names:
+        return suite
+    if not all(isinstance(model, Checkpoint) for model in suite.models):
+        raise typer.BadParameter(f"The suite {suite.name} trains its own models.", param_hint="--model")
+    known = {model.name: model for model in suite.models}
+    models, studies = [], []
+    for name in names:
+        if name not in known and not Path(name).is_dir():
+            raise typer.BadParameter(
+                f"{name!r} is no folder and not one of: {', '.join(known)}.", param_hint="--model"
+            )
+        model = known.get(name) or Checkpoint(Path(name).name, name)
+        studied = model.name if name in known else suite.models[0].name
+        models.append(model)
+        studies += [replace(study, model=model.name) for study in suite.studies if study.model == studied]
+    return replace(suite, models=tuple(models), studies=tuple(studies))
+
+
+def change_budget(
+    budget: TuningBudget, steps: int | None, tasks: list[str] | None, task_folder: Path | None
+) -> TuningBudget:
+    """The budget of a suite with what was asked for on the command line."""
+    return replace(
+        budget,
+        steps=steps or budget.steps,
+        tasks=tuple(tasks) if tasks else budget.tasks,
+        task_folder=str(task_folder) if task_folder else None,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_interop_threads(1)
+    app()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts: to train on, to choose learning rates by, and to measure on, with no paragraph in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import typer
+from transformers import PreTrainedTokenizerBase
+
+from peft_spp.demo.data import END_OF_TEXT, split_topics
+
+
+HELD_OUT = 0.1
+"""The share of the text that is held out for validation, and again for the test, where the text has no split."""
+
+TEXT_FILES = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem of GSM8K.
+
+    Args:
+        question (`str`): The question.
+        answer (`str`): The steps, and the result after `####`.
+    """
+
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """What a model is given."""
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def text(self) -> str:
+        """What a model is trained on."""
+        return f"{self.prompt} {self.answer}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts by what they are for.
+
+    Args:
+        train (`tuple[str, ...]`): To train on.
+        validation (`tuple[str, ...]`): To choose learning rates by.
+        test (`tuple[str, ...]`): To measure on.
+        problems (`tuple[Problem, ...]`): The problems among those of the test.
+        source (`str`): Where they are from, for readers.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these texts from others."""
+        content = json.dumps([self.train, self.validation, self.test])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def load_texts(folder: Path | None, seed: int) -> Texts:
+    """
+    Read the texts of a folder, or those that every CPython has.
+
+    Of GSM8K, `gsm8k_train.jsonl` is trained on and the problems of `gsm8k_test.jsonl` are halved between validation
+    and test. All other text files are split by documents: articles of WikiText, whole files otherwise.
+
+    Args:
+        folder (`Path`, *optional*): The folder; without it the topics of Python's `help()` are taken.
+        seed (`int`): The seed of the splits.
+
+    Raises:
+        typer.BadParameter: If the folder has no texts.
+    """
+    if folder is None:
+        return _split_documents(topics, seed, "the documentation that CPython ships (pydoc_data.topics)")
+    documents, names = {}, []
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in TEXT_FILES and path.is_file()):
+        if not file.stem.lower().startswith("readme"):
+            documents.update(_documents(file))
+            names.append(file.name)
+    problems = {part: _read_problems(folder / f"gsm8k_{part}.jsonl") for part in ("train", "test")}
+    if not documents and not problems["train"]:
+        raise typer.BadParameter(
+            f"{folder} has no *.txt, *.md or *.rst files and no gsm8k_train.jsonl.", param_hint="--data"
+        )
+    texts = _split_documents(documents, seed, "") if documents else Texts((), (), (), (), "")
+    held_out = problems["test"]
+    random.Random(seed).shuffle(held_out)
+    middle = len(held_out) // 2
+    names += ["gsm8k_train.jsonl", "gsm8k_test.jsonl"] if problems["train"] else []
+    return Texts(
+        texts.train + tuple(problem.text for problem in problems["train"]),
+        texts.validation + tuple(problem.text for problem in held_out[:middle]),
+        texts.test + tuple(problem.text for problem in held_out[middle:]),
+        tuple(held_out[middle:]),
+        ", ".join(names),
+    )
+
+
+def blocks_of(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], size: int, seed: int) -> list[list[int]]:
+    """
+    Cut texts to blocks of tokens, in a random order.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        texts (`tuple[str, ...]`): The texts; each is closed by the end-of-text token.
+        size (`int`): The tokens in a block.
+        seed (`int`): The seed of the order, in which the texts are joined too.
+
+    Returns:
+        `list[list[int]]`: The blocks, without the rest that fills none.
+    """
+    shuffler = random.Random(seed)
+    end = tokenizer.eos_token or END_OF_TEXT
+    joined = "".join(text + end for text in shuffler.sample(texts, len(texts)))
+    ids = tokenizer(joined, add_special_tokens=False)["input_ids"]
+    blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    shuffler.shuffle(blocks)
+    return blocks
+
+
+def _split_documents(documents: dict[str, str], seed: int, source: str) -> Texts:
+    rest, test = split_topics(documents, HELD_OUT, seed)
+    train, validation = split_topics({str(n): text for n, text in enumerate(rest)}, HELD_OUT, seed)
+    return Texts(tuple(train), tuple(validation), tuple(test), (), source)
+
+
+def _documents(file: Path) -> dict[str, str]:
+    """The articles of a file of WikiText, which begin with a title between single `=`; of other files, the whole."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    articles = re.split(r"(?m)^(?= = [^=\n]+ = *$)", text)
+    return {f"{file.name} {number}": article.strip() for number, article in enumerate(articles) if article.strip()}
+
+
+def _read_problems(file: Path) -> list[Problem]:
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    # the answers have the calculations once more between << and >>, for a calculator
+    return [Problem(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows]

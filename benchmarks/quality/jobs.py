@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The single measurements: of a base model, of the cost of a step, and of a fine-tuned model as it is deployed."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from ..harness import Contestant, Rounds, measure_interleaved
+from ..harness.memory import storage_bytes, trace_memory
+from .base_models import BaseModel, load_plain
+from .evaluation import exact_match, loss_per_token, sparsity_measures
+from .harness_tasks import evaluate_tasks
+from .methods import ADAPTER_FILE, METHODS, Method, remask, trainable_parameters
+from .suites import Checkpoint, Pruning
+from .tuning import TuningSettings, train
+
+
+TUNING_OPTIONS = ("B_rate_ratio", "weight_decay")
+
+
+def measure_base(base: BaseModel, pruning: Pruning | None) -> dict[str, Any]:
+    """The measures of the model before fine-tuning, dense if there is no pruning."""
+    source = base.source(pruning)
+    model = base.load(pruning)
+    measured = {**_quality(base, model), **_tasks(base, source)}
+    if pruning is not None:
+        measured |= sparsity_measures(source, Path(source), pruning)
+    return measured | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def measure_steps(
+    base: BaseModel, pruning: Pruning, contenders: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """
+    The cost of a training step of each contender, side by side: seconds in interleaved rounds, and memory.
+
+    Args:
+        base (`BaseModel`): The model.
+        pruning (`Pruning`): How it is pruned.
+        contenders (`Mapping[str, tuple[str, Mapping[str, Any]]]`): Methods and their options, by name.
+
+    Returns:
+        `dict[str, Any]`: By name `seconds` of each round, and `bytes`: adapter, gradients, state of the optimizer and
+            the peak of the activations in the first step, above the pruned model.
+    """
+    ids = base.train_blocks[: base.budget.batch].to(base.accelerator.device)
+    contestants: list[Contestant] = []
+    measured: dict[str, Any] = {}
+    for name, (method, options) in contenders.items():
+        set_seed(0)
+        model = base.load(pruning)
+        own = list(model.parameters())
+        adapted = METHODS[method].adapt(model, options).train()
+        added = storage_bytes([*adapted.parameters(), *adapted.buffers()]) - storage_bytes(own)
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        step = partial(_step, adapted, ids, torch.optim.AdamW(trained, fused=True))
+        with _quiet():
+            peak = trace_memory(step, base.accelerator.device).peak
+        measured[name] = {"bytes": max(added, 0) + peak}
+        contestants.append(Contestant(name, step))
+    rounds = Rounds(exact=base.budget.timing_rounds, warmup=2)
+    for name, seconds in measure_interleaved(contestants, base.accelerator.device, rounds).items():
+        measured[name]["seconds"] = [round(value, 5) for value in seconds]
+    return measured
+
+
+def measure_tuned(
+    base: BaseModel,
+    pruning: Pruning,
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    rate: float,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, float], object],
+) -> dict[str, Any]:
+    """
+    Fine-tune a pruned model and measure what would be deployed.
+
+    Each deployment is made from the saved adapter and the pruned model on disk, and measured once it is loaded again.
+
+    Args:
+        base (`BaseModel`): The model.
+        pruning (`Pruning`): How it is pruned.
+        method (`Method`): How it is fine-tuned.
+        options (`Mapping[str, Any]`): What differs from the method's defaults.
+        rate (`float`): The learning rate.
+        seed (`int`): Of the factors and the order of the data.
+        steps (`int`): Optimizer steps.
+        on_step (`Callable[[int, float], object]`): Called with the number of steps done and the loss.
+
+    Returns:
+        `dict[str, Any]`: Of the run: `validation_loss`, `diverged`, `first_loss`, `last_loss`, `max_loss`, `tokens`,
+            `seconds`, `cpu_seconds`, `trainable`, `adapter_bytes`, on CUDA `peak_bytes`; and `deployments`.
+    """
+    accelerator, device = base.accelerator, base.accelerator.device
+    dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
+    set_seed(seed)
+    with _quiet():
+        adapted = method.adapt(base.load(pruning, dtype), options)
+    if isinstance(base.spec, Checkpoint):
+        cast(PreTrainedModel, adapted).gradient_checkpointing_enable({"use_reentrant": False})
+    settings = TuningSettings(
+        rate,
+        steps,
+        base.budget.batch,
+        seed,
+        micro_batch=base.budget.micro_batch,
+        **{name: options[name] for name in TUNING_OPTIONS if name in options},
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    record = train(adapted, base.train_blocks, settings, accelerator, on_step)
+    validation = math.inf if record.diverged else loss_per_token(adapted, base.validation_blocks, device)
+    measured: dict[str, Any] = {
+        "validation_loss": _finite(validation),
+        "diverged": record.diverged,
+        "first_loss": _finite(record.losses[0]),
+        "last_loss": _finite(record.losses[-1]),
+        "max_loss": _finite(max(record.losses)),
+        "tokens": record.tokens,
+        "seconds": round(record.seconds, 3),
+        "cpu_seconds": round(record.cpu_seconds, 3),
+        "trainable": trainable_parameters(adapted),
+        "deployments": {},
+    }
+    if device.type == "cuda":
+        measured["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    if record.diverged:
+        return measured
+    with _shared_folder(base) as folder, _quiet():
+        if accelerator.is_main_process:
+            method.save(adapted, folder / "adapter")
+        accelerator.wait_for_everyone()
+        measured["adapter_bytes"] = (folder / "adapter" / ADAPTER_FILE).stat().st_size
+        del adapted
+        gc.collect()
+        for deployment in method.deployments:
+            measured["deployments"][deployment] = _measure_deployment(base, pruning, method, deployment, folder, dtype)
+    return measured
+
+
+def _measure_deployment(
+    base: BaseModel, pruning: Pruning, method: Method, deployment: str, folder: Path, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    adapter = folder / "adapter"
+    if deployment == "unmerged":
+        model = method.load(base.load(pruning, dtype), adapter)
+        return {**_quality(base, model), **_tasks(base, base.source(pruning), adapter)}
+    saved = folder / deployment
+    if base.accelerator.is_main_process:
+        merged = method.merge(base.load(pruning, dtype), adapter)
+        if deployment == "remasked":
+            remask(merged, base.load(pruning, dtype))
+        merged.save_pretrained(saved)
+        base.tokenizer.save_pretrained(saved)
+        del merged
+    base.accelerator.wait_for_everyone()
+    model = load_plain(saved, base.accelerator.device, base.load_dtype(dtype))
+    measured = {**_quality(base, model), **_tasks(base, str(saved))}
+    return measured | sparsity_measures(base.source(pruning), saved, pruning)
+
+
+def _quality(base: BaseModel, model: nn.Module) -> dict[str, Any]:
+    device = base.accelerator.device
+    measured = {"test_loss": _finite(loss_per_token(model, base.test_blocks, device))}
+    problems = base.texts.problems[: base.budget.exact_match_problems]
+    if problems:
+        measured["exact_match"] = exact_match(model, base.tokenizer, problems, device)
+    return measured
+
+
+def _tasks(base: BaseModel, source: str, adapter: Path | None = None) -> dict[str, Any]:
+    if not base.budget.tasks:
+        return {}
+    folder = None if base.budget.task_folder is None else Path(base.budget.task_folder)
+    device = base.accelerator.device
+    return {"tasks": evaluate_tasks(source, base.budget.tasks, device, adapter=adapter, task_folder=folder)}
+
+
+def _step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    cast(PreTrainedModel, model)(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@contextmanager
+def _shared_folder(base: BaseModel) -> Iterator[Path]:
+    """A folder that all processes see, removed afterwards."""
+    with tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        if base.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(folders)
+        yield Path(folders[0])
+        base.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # of models without a name on the Hub, and of the profiler
+        warnings.filterwarnings("ignore", module=r"(peft|torch\.profiler)(\.|$)")
+        yield

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which measurements a suite needs, in which order; those that the store has are not made again."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich.progress import Progress
+
+from peft_spp.demo.display import add_bar
+
+from .base_models import BaseModel
+from .jobs import measure_base, measure_steps, measure_tuned
+from .methods import METHODS, equal_rank
+from .store import Store
+from .suites import Checkpoint, Contender, Study, Suite
+
+
+EXTENSIONS = 2
+"""How often a grid of learning rates is extended where the best is at its edge."""
+
+
+def choose_rate(grid: tuple[float, ...], validation_loss: Callable[[float], float]) -> float:
+    """
+    The learning rate with the lowest loss on the validation text.
+
+    Where the best is at an edge of the grid, the grid is extended beyond it by the step at that edge, at most
+    [`EXTENSIONS`] times. A grid of one rate is a choice already.
+
+    Args:
+        grid (`tuple[float, ...]`): Rates to try.
+        validation_loss (`Callable[[float], float]`): Measures a rate; infinite where training diverges.
+    """
+    losses = {rate: validation_loss(rate) for rate in sorted(grid)}
+    for _ in range(EXTENSIONS):
+        beyond = rate_beyond(losses)
+        if beyond is None:
+            break
+        losses[beyond] = validation_loss(beyond)
+    return min(losses, key=losses.__getitem__)
+
+
+def rate_beyond(losses: Mapping[float, float]) -> float | None:
+    """The rate beyond the edge at which the best one is; `None` if it is inside, or alone."""
+    rates = sorted(losses)
+    best = min(losses, key=losses.__getitem__)
+    if len(rates) == 1 or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.2g}")
+
+
+def equal_time_steps(steps: int, seconds: Mapping[str, Any], reference: str, name: str) -> int:
+    """
+    How many steps of a contender take as long as the steps of another.
+
+    Args:
+        steps (`int`): The steps of the other.
+        seconds (`Mapping[str, Any]`): By name the `seconds` of each interleaved round.
+        reference (`str`): The other.
+        name (`str`): The contender.
+    """
+    pairs = zip(seconds[name]["seconds"], seconds[reference]["seconds"], strict=True)
+    return max(1, round(steps / statistics.median(own / other for own, other in pairs)))
+
+
+def contender_name(method: str, options: Mapping[str, Any]) -> str:
+    """A short name that tells contenders apart, such as `hira r=8`."""
+    return " ".join([method, *(f"{name}={options[name]}" for name in sorted(options))])
+
+
+@dataclass
+class Session:
+    """
+    A run of a suite.
+
+    Args:
+        suite (`Suite`): What to measure.
+        bases (`Mapping[str, BaseModel]`): Its models by name.
+        store (`Store`): What is measured already, and where the rest goes.
+        progress (`Progress`): The display.
+    """
+
+    suite: Suite
+    bases: Mapping[str, BaseModel]
+    store: Store
+    progress: Progress
+
+    def run(self) -> None:
+        """Measure what is missing."""
+        self._total = self.progress.add_task(f"Suite {self.suite.name}", total=planned_runs(self.suite), note="")
+        for base in self.bases.values():
+            if not isinstance(base.spec, Checkpoint):
+                with _Bar(self.progress, f"Train {base.spec.name} from scratch", base.spec.steps) as bar:
+                    base.make(bar)
+            settings = {"base": base.fingerprint, "model": base.spec.name, "pruning": None}
+            self._measure("base", settings, partial(_measure_dense, base))
+        for study in self.suite.studies:
+            self._run_study(study)
+
+    def _run_study(self, study: Study) -> None:
+        base = self.bases[study.model]
+        settings = {"base": base.fingerprint, "model": study.model, "pruning": study.pruning.name}
+        self._measure("base", settings, lambda: measure_base(base, study.pruning))
+        profile = self._profile(study) if study.rates_from is None else None
+        chosen: dict[str, float] = {}
+        for contender in sorted(study.contenders, key=lambda one: one.equal == "time"):
+            options = self._options(contender, base)
+            name = contender_name(contender.method, options)
+            steps = self.suite.budget.steps
+            if contender.equal == "time":
+                assert profile is not None, "steps at equal time need a study with a grid of learning rates"
+                steps = equal_time_steps(steps, profile, "spp", name)
+                rate = chosen[name]
+            elif study.rates_from is not None:
+                rate = self._rate_of(study, contender.method, options)
+            else:
+                grid = contender.rates or METHODS[contender.method].rates
+                rate = choose_rate(grid, partial(self._validation_loss, study, contender, options))
+            chosen[name] = rate
+            for seed in study.seeds:
+                self._tune(study, contender, options, rate, seed, steps)
+                self.progress.advance(self._total)
+
+    def _validation_loss(self, study: Study, contender: Contender, options: Mapping[str, Any], rate: float) -> float:
+        measured = self._tune(study, contender, options, rate, study.seeds[0], self.suite.budget.steps)
+        loss = measured["validation_loss"]
+        return float("inf") if loss is None else float(loss)
+
+    def _rate_of(self, study: Study, method: str, options: Mapping[str, Any]) -> float:
+        """The rate that was chosen for another pruning of the same model."""
+        assert study.rates_from is not None
+        losses = {
+            record.settings["rate"]: record.measured["validation_loss"]
+            for record in self.store.records
+            if record.kind == "tune"
+            and record.settings["base"] == self.bases[study.model].fingerprint
+            and record.settings["pruning"] == study.rates_from.name
+            and (record.settings["method"], record.settings["options"]) == (method, dict(options))
+            and record.settings["seed"] == 0
+            and record.settings["steps"] == self.suite.budget.steps
+            and record.settings["equal"] is None
+            and record.measured["validation_loss"] is not None
+        }
+        return float(min(losses, key=losses.__getitem__))
+
+    def _tune(
+        self, study: Study, contender: Contender, options: Mapping[str, Any], rate: float, seed: int, steps: int
+    ) -> dict[str, Any]:
+        base = self.bases[study.model]
+        settings = {
+            "base": base.fingerprint,
+            "model": study.model,
+            "pruning": study.pruning.name,
+            "method": contender.method,
+            "options": dict(options),
+            "equal": contender.equal,
+            "rate": rate,
+            "seed": seed,
+            "steps": steps,
+            "batch": self.suite.budget.batch,
+        }
+        name = contender_name(contender.method, options)
+        label = f"{study.model}, {study.pruning.label}: {name}, rate {rate:g}, seed {seed}"
+
+        def measure() -> dict[str, Any]:
+            with _Bar(self.progress, label, steps) as bar:
+                return measure_tuned(
+                    base,
+                    study.pruning,
+                    METHODS[contender.method],
+                    options,
+                    rate=rate,
+                    seed=seed,
+                    steps=steps,
+                    on_step=bar,
+                )
+
+        return self._measure("tune", settings, measure)
+
+    def _profile(self, study: Study) -> dict[str, Any] | None:
+        """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""
+        base = self.bases[study.model]
+        if isinstance(base.spec, Checkpoint) or len({one.method for one in study.contenders}) == 1:
+            return None
+        contenders: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        for contender in study.contenders:
+            options = self._options(contender, base)
+            contenders[contender_name(contender.method, options)] = (contender.method, options)
+        settings = {"base": base.fingerprint, "model": study.model, "contenders": sorted(contenders)}
+        return self._measure("profile", settings, lambda: measure_steps(base, study.pruning, contenders))
+
+    def _options(self, contender: Contender, base: BaseModel) -> dict[str, Any]:
+        options = dict(contender.options)
+        if contender.equal == "parameters":
+            options["r"] = equal_rank(base.load(None))
+        return options
+
+    def _measure(
+        self, kind: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What the store has, or what is measured now and then stored, by the first process alone."""
+        known = self.store.find(kind, settings)
+        if known is not None:
+            return known
+        measured = measure()
+        self.store.add(kind, settings, measured, write=next(iter(self.bases.values())).accelerator.is_main_process)
+        return measured
+
+
+def _measure_dense(base: BaseModel) -> dict[str, Any]:
+    return measure_base(base, None) | {"training": base.training()}
+
+
+def planned_runs(suite: Suite) -> int:
+    """How many runs of fine-tuning are reported; choosing learning rates takes more."""
+    return sum(len(study.contenders) * len(study.seeds) for study in suite.studies)
+
+
+def describe(suite: Suite) -> list[str]:
+    """A line for each study: what it compares."""
+    lines = []
+    for study in suite.studies:
+        names = [
+            contender_name(one.method, one.options) + (f" (equal {one.equal})" if one.equal else "")
+            for one in study.contenders
+        ]
+        rates = f", rates of {study.rates_from.label}" if study.rates_from else ", rates from a grid"
+        lines.append(f"{study.model}, {study.pruning.label}{rates}, {len(study.seeds)} seeds: {', '.join(names)}")
+    return lines
+
+
+class _Bar:
+    """The bar of one run, removed at its end; calling it moves it."""
+
+    def __init__(self, progress: Progress, description: str, steps: int) -> None:
+        self.progress, self.description, self.steps = progress, description, steps
+
+    def __enter__(self) -> _Bar:
+        self.task = add_bar(self.progress, self.description, self.steps)
+        return self
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.progress.update(self.task, completed=step, note=f"loss {loss:.3f}")
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.remove_task(self.task)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sentences of the page that do not depend on results. Line breaks do not matter: they are filled again."""
+
+OPENING = """
+Pruning costs a model quality. How much of it does SPP win back, with the zeros kept, and how much do the methods that
+it competes with? This page is written by `python -m benchmarks.quality` from the JSON files that it names; nothing on
+it is written by hand.
+"""
+
+HOW_TO_READ = """
+*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. *Of masked full*: what was
+won back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation
+over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
+of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
+masked LoRA there is each a variant with the rank that is nearest to SPP's number of parameters, and one with the
+default rank and as many steps as fit in SPP's time.
+"""
+
+ALL_PRUNINGS = """
+Perplexity, and in brackets what was won back. Wanda's 2:4 and 75% have three seeds and learning rates of their own;
+the others have one seed, at the rates of whichever of these two is closer in sparsity.
+"""
+
+RATES = """
+Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best
+was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge.
+"""
+
+TEXT = "Text: {source}. Validation and test text are held out, with no paragraph in common."
+
+BASES = """
+Base models are trained from scratch by the benchmark (AdamW, cosine, bfloat16 autocast) and pruned in one shot,
+calibrated on {calibration} sequences of training text. All seeds share one base model: they differ in the factors and
+the order of the data.
+"""
+
+TUNING = """
+Every method gets the same {tokens:,} tokens in the same order ({steps} steps of {batch} sequences, in float32; AdamW,
+10% warm-up, cosine to zero, gradients clipped to 1, no weight decay, no dropout). It adapts all linear layers inside
+the transformer blocks; embeddings, norms and head stay as they are. The text is that of the base model's training, so
+this measures recovery and not the learning of something new.
+"""
+
+DEPLOYED = """
+Measured is the deployed model: the adapter is saved, merged into the pruned model from disk, the result saved as
+safetensors and loaded again by plain Transformers. LoRA is trained once and deployed in three ways.
+"""
+
+PERPLEXITY = "Perplexity is over {test} sequences of test text."
+
+NO_ANSWERS = """
+GSM8K answers are not scored: models of this size get none right, so an exact match would say nothing.
+"""
+
+MACHINE = """
+{machine}, Python {python}, PEFT {peft}, Transformers {transformers}. All {count} runs of fine-tuning took {cpu:.0f}
+minutes of processor time over all cores, and {wall:.0f} minutes of wall time, which other work on the machine
+lengthens; the evaluations come on top. Ratios of steps are from interleaved rounds, which meet such noise alike.
+"""
+
+SETTINGS = """
+One setting changed at a time, each at the best of its learning rates on the validation text, in {steps} steps of
+{batch} sequences. `scaling` is s = alpha / r (2 by default); `B_rate_ratio` is the learning rate of B over that of A,
+as in LoRA+; `A=ones` and `A=positive` start A as ones, or as the absolute values of the usual draws; `dtype` is that
+of the base model and `factors` that of A and B (float32 by default); `B=random` is an adapter that does not start as
+the identity. *Largest loss* is over all steps at all rates: an explosion would show there.
+"""
+
+NOT_RUN = """
+`accelerate launch -m benchmarks.quality --suite llama --device cuda --data FOLDER` fine-tunes published pruned
+checkpoints (Llama-3.1-8B by Wanda at 2:4 and at 50%, Sparse-Llama-3.1-8B-2of4, Llama-2-7b-pruned70-retrained) by SPP,
+HiRA, LoRA and masked LoRA, and evaluates them on the tasks of the paper by lm-evaluation-harness (`pip install
+"peft-spp[quality]"`). **It has not been run on these checkpoints yet**; the tests run it on a tiny local model with a
+local task.
+"""
+
+PEFT = """
+[`benchmarks/quality/metamathqa`]({folder}) holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP
+beside LoRA and HiRA there. That needs a GPU and has not been done yet.
+"""

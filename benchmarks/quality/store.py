@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements that are done: one JSON file, written anew and whole after each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_spp.durable import write_text
+
+
+@dataclass(frozen=True)
+class Record:
+    """A measurement.
+
+    Args:
+        kind (`str`): `"base"`, `"profile"` or `"tune"`.
+        settings (`dict[str, Any]`): What tells it from all others of its kind.
+        measured (`dict[str, Any]`): What came out. Infinite and NaN are `None`.
+        environment (`int`): Where it was measured: the number of one of the store's environments.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    measured: dict[str, Any]
+    environment: int
+
+
+@dataclass
+class Store:
+    """
+    The measurements of a suite.
+
+    Args:
+        suite (`str`): The name of the suite.
+        path (`Path`): The file.
+        about (`dict[str, Any]`): What is common to all, for readers.
+        environments (`list[dict[str, Any]]`): Of each run, as the harness describes it.
+        records (`list[Record]`): In the order they were measured.
+    """
+
+    suite: str
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    environments: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, suite: str) -> Store:
+        """
+        The store of a file, empty if that is not there.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        if not path.is_file():
+            return cls(suite, path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = (content.get("benchmark"), content.get("suite")) if isinstance(content, dict) else None
+        if found != ("quality", suite):
+            raise ValueError(f"{path} does not hold results of the suite {suite!r}, but of {found}: move it away.")
+        records = [Record(**record) for record in content["records"]]
+        return cls(suite, path, content["about"], content["environments"], records)
+
+    def begin(self, environment: dict[str, Any], about: dict[str, Any]) -> None:
+        """Note a new run. What is measured from now on is measured there."""
+        self.environments.append(environment)
+        self.about = about
+
+    def find(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was measured with these settings; `None` if it has not been."""
+        key = key_of(kind, settings)
+        return next((one.measured for one in self.records if key_of(one.kind, one.settings) == key), None)
+
+    def add(self, kind: str, settings: Mapping[str, Any], measured: Mapping[str, Any], write: bool = True) -> None:
+        """Keep a measurement, on the disk when this returns: of several processes one is to `write`."""
+        self.records.append(Record(kind, dict(settings), dict(measured), len(self.environments) - 1))
+        if write:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file: it is complete or as it was."""
+        content = {
+            "benchmark": "quality",
+            "suite": self.suite,
+            "about": self.about,
+            "environments": self.environments,
+            "records": [vars(record) for record in self.records],
+        }
+        write_text(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def key_of(kind: str, settings: Mapping[str, Any]) -> str:
+    """The same for the same settings, whatever their order."""
+    return f"{kind} {json.dumps(settings, sort_keys=True)}"

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run: the same loop for every method, and for the training from scratch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+
+WARMUP_SHARE = 0.1
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How to train.
+
+    Args:
+        rate (`float`): The peak learning rate, after a linear warm-up and before a cosine to zero.
+        steps (`int`): Optimizer steps.
+        batch (`int`): Sequences in a batch, over all processes.
+        seed (`int`): The seed of the order of the data.
+        weight_decay (`float`): AdamW's.
+        B_rate_ratio (`float`): What the rate of SPP's factor B is multiplied by.
+        autocast (`bool`): Whether the forward pass runs under bfloat16 autocast.
+        micro_batch (`int`, *optional*): The most sequences in one forward pass.
+    """
+
+    rate: float
+    steps: int
+    batch: int
+    seed: int
+    weight_decay: float = 0.0
+    B_rate_ratio: float = 1.0
+    autocast: bool = False
+    micro_batch: int | None = None
+
+
+@dataclass
+class TuningRecord:
+    """What happened in training.
+
+    Args:
+        losses (`list[float]`): The loss of each step, before it.
+        seconds (`float`): Wall time of the steps.
+        cpu_seconds (`float`): Time of the process on all cores.
+        tokens (`int`): Tokens trained on.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss was infinite or NaN."""
+        return not all(map(math.isfinite, self.losses))
+
+
+def order_of_blocks(count: int, steps: int, batch: int, seed: int) -> list[list[int]]:
+    """
+    Which blocks each step trains on: every block once before any comes again.
+
+    It depends on nothing else, so that all methods see the same tokens in the same order.
+
+    Args:
+        count (`int`): The number of blocks.
+        steps (`int`): The number of steps.
+        batch (`int`): Blocks in a step.
+        seed (`int`): The seed.
+
+    Returns:
+        `list[list[int]]`: The numbers of the blocks by step.
+    """
+    endless = _permutations(count, random.Random(seed))
+    return [list(itertools.islice(endless, batch)) for _ in range(steps)]
+
+
+def train(
+    model: nn.Module,
+    blocks: torch.Tensor,
+    settings: TuningSettings,
+    accelerator: Accelerator,
+    on_step: Callable[[int, float], object] = lambda step, loss: None,
+) -> TuningRecord:
+    """
+    Train the parameters that are to be trained with AdamW.
+
+    Gradients are clipped to a norm of 1. A run whose loss is not finite is stopped at once.
+
+    Args:
+        model (`nn.Module`): A causal language model, changed in place.
+        blocks (`torch.Tensor`): Token ids of shape (blocks, tokens).
+        settings (`TuningSettings`): How to train.
+        accelerator (`Accelerator`): The device; and the other processes, among which each batch is divided.
+        on_step (`Callable[[int, float], object]`): Called with the number of steps done and the loss.
+
+    Raises:
+        ValueError: If the number of processes does not divide the batch.
+    """
+    if settings.batch % accelerator.num_processes:
+        raise ValueError(f"{accelerator.num_processes} processes do not divide a batch of {settings.batch} sequences.")
+    groups = parameter_groups(model, settings)
+    optimizer = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
+    warmup = round(WARMUP_SHARE * settings.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
+    trained = [parameter for group in groups for parameter in group["params"]]
+    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    part = slice(accelerator.process_index, None, accelerator.num_processes)
+    record = TuningRecord()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for step, numbers in enumerate(order_of_blocks(len(blocks), settings.steps, settings.batch, settings.seed), 1):
+        loss = _backward(wrapped, blocks[numbers[part]], settings, accelerator)
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        record.losses.append(accelerator.reduce(loss, "mean").item())
+        record.tokens += len(numbers) * blocks.shape[1]
+        on_step(step, record.losses[-1])
+        if record.diverged:
+            break
+    record.seconds, record.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return record
+
+
+def parameter_groups(model: nn.Module, settings: TuningSettings) -> list[dict[str, Any]]:
+    """The trained parameters, SPP's factors B in a group of their own where these have another learning rate."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if settings.B_rate_ratio == 1.0:
+        return [{"params": list(trained.values())}]
+    B = [parameter for name, parameter in trained.items() if ".spp_B." in name]
+    rest = [parameter for name, parameter in trained.items() if ".spp_B." not in name]
+    return [{"params": rest}, {"params": B, "lr": settings.rate * settings.B_rate_ratio}]
+
+
+def _backward(
+    model: nn.Module, blocks: torch.Tensor, settings: TuningSettings, accelerator: Accelerator
+) -> torch.Tensor:
+    """Add to the gradients those of the mean loss over blocks, and return that loss."""
+    total = torch.zeros((), device=accelerator.device)
+    for some in blocks.split(settings.micro_batch or len(blocks)):
+        ids = some.to(accelerator.device)
+        with _autocast(settings, accelerator.device):
+            loss = model(input_ids=ids, labels=ids).loss * (len(ids) / len(blocks))
+        accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _permutations(count: int, shuffler: random.Random) -> Iterator[int]:
+    while True:
+        yield from shuffler.sample(range(count), count)
+
+
+def _autocast(settings: TuningSettings, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if settings.autocast else nullcontext()
+
+
+def as_tensor(blocks: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Blocks of tokens of one length as a tensor."""
+    return torch.tensor(blocks, dtype=torch.long)
