@@ -98,3 +98,10 @@ def test_a_wrong_command_is_found(command: str) -> None:
     (words,) = command_lines(command)
     with pytest.raises((Exception, SystemExit)):
         check_command(words)
+
+
+def test_the_files_that_contributors_are_sent_to_exist() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:peft_spp|tests|benchmarks|docs)/[\w/.]*)`", page)
+    assert len(named) > 20
+    assert not [path for path in named if not (ROOT / path).exists()]
