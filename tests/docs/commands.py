@@ -101,4 +101,4 @@ def run_command(words: list[str]) -> str:
     """Run a command of peft-spp in this process, and return what it prints."""
     result = CliRunner().invoke(app, words[1:], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
-    return result.stdout
+    return result.output

@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 if importlib.util.find_spec("mkdocs") is None:
     collect_ignore = ["test_site.py"]
 
-TEXTS = [f"Line {number} is about the number {number * number % 17}." for number in range(24)]
+TEXTS = [f"Line {number} is about the number {number * number % 17}." for number in range(1000)]
 PRUNED = ("my-pruned-model", "vuiseng9/Meta-Llama-3.1-8B-wanda-2of4", "RedHatAI/Sparse-Llama-3.1-8B-2of4")
 
 
