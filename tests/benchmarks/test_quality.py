@@ -287,7 +287,7 @@ def test_a_merged_model_computes_what_the_trained_one_did(spec, name, quick_run,
     method = METHODS[name]
     torch.manual_seed(0)
     adapted = method.adapt(base.load(AT_2_4), {})
-    settings = TuningSettings(1e-2, steps=3, batch=2, seed=0)
+    settings = TuningSettings(5e-2, steps=3, batch=2, seed=0)
     train(adapted, base.train_blocks, settings, base.accelerator)
     method.save(adapted, tmp_path / "adapter")
     ids = base.test_blocks
@@ -349,7 +349,7 @@ def test_the_loss_is_the_mean_over_all_predicted_tokens(quick_run, data_folder):
     with torch.no_grad():
         scores = model(input_ids=blocks).logits[:, :-1].log_softmax(-1)
     expected = -scores.gather(2, blocks[:, 1:, None]).mean().item()
-    assert loss_per_token(model, blocks, torch.device("cpu")) == pytest.approx(expected, rel=1e-9)
+    assert loss_per_token(model, blocks, torch.device("cpu")) == pytest.approx(expected, rel=1e-6)
 
 
 def test_texts_are_split_without_an_overlap(data_folder):
