@@ -108,14 +108,15 @@ class Session:
         self._measure("base", settings, lambda: measure_base(base, study.pruning))
         profile = self._profile(study) if study.rates_from is None else None
         chosen: dict[str, float] = {}
-        for contender in sorted(study.contenders, key=lambda one: one.equal == "time"):
+        for contender in sorted(study.contenders, key=lambda one: one.equal is not None):
             options = self._options(contender, base)
             name = contender_name(contender.method, options)
             steps = self.suite.budget.steps
-            if contender.equal == "time":
-                assert profile is not None, "steps at equal time need a study with a grid of learning rates"
-                steps = equal_time_steps(steps, profile, "spp", name)
-                rate = chosen[name]
+            if contender.equal is not None:
+                rate = chosen[contender_name(contender.method, contender.options)]
+                if contender.equal == "time":
+                    assert profile is not None, "equal time needs several methods that are timed side by side"
+                    steps = equal_time_steps(steps, profile, "spp", name)
             elif study.rates_from is not None:
                 rate = self._rate_of(study, contender.method, options)
             else:

@@ -115,8 +115,8 @@ class Contender:
         options (`Mapping[str, Any]`): What differs from the method's defaults.
         equal (`str`, *optional*):
             `"parameters"` chooses the rank so that it trains as many parameters as SPP with its defaults, as near as
-            it goes; `"time"` chooses the steps so that it takes SPP's time, at the rate that was chosen at equal
-            tokens.
+            it goes; `"time"` chooses the steps so that it takes SPP's time. Both are run at the learning rate that was
+            chosen for the method without this.
         rates (`tuple[float, ...]`): The grid of learning rates; empty for that of the method.
     """
 
@@ -209,7 +209,7 @@ EQUAL = (
     Contender("hira", equal="time"),
     Contender("masked_lora", equal="time"),
 )
-ALL = tuple(map(Contender, ("spp", "hira", "ia3", "lora", "masked_lora", "masked_full")))
+ALL = tuple(map(Contender, ("spp", "masked_full", "lora", "ia3", "hira", "masked_lora")))
 FEW = tuple(map(Contender, ("spp", "lora", "masked_full")))
 
 
@@ -340,7 +340,9 @@ QUICK = Suite(
     (QUICK_LLAMA, QUICK_GPT2),
     (
         Study("llama", AT_2_4, tuple(Contender(one.method, rates=(1e-3,)) for one in ALL), SEEDS[:2]),
-        Study("llama", AT_75, (Contender("spp", rates=(1e-3,)), *EQUAL[1:2])),
+        Study(
+            "llama", AT_75, (*(Contender(name, rates=(1e-3,)) for name in ("spp", "masked_lora")), EQUAL[1], EQUAL[3])
+        ),
         Study("llama", Pruning("sparsegpt", "2:8"), FEW[:1], rates_from=AT_75),
         Study("gpt2", AT_2_4, (Contender("spp", rates=(1e-3,)), Contender("masked_full", rates=(1e-3,)))),
     ),
