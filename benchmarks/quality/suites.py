@@ -335,6 +335,7 @@ ABLATION = Suite(
 
 QUICK_LLAMA = TrainedModel("llama", "llama", 32, 64, 2, 2, 320, 16, batch=2, steps=3, rate=3e-3)
 QUICK_GPT2 = TrainedModel("gpt2", "gpt2", 32, 64, 1, 2, 320, 16, batch=2, steps=2, rate=3e-3)
+QUICK_SPP = Contender("spp", rates=(1e-3, 1e-2))
 QUICK = Suite(
     "quick",
     (QUICK_LLAMA, QUICK_GPT2),
@@ -344,7 +345,7 @@ QUICK = Suite(
             "llama", AT_75, (*(Contender(name, rates=(1e-3,)) for name in ("spp", "masked_lora")), EQUAL[1], EQUAL[3])
         ),
         Study("llama", Pruning("sparsegpt", "2:8"), FEW[:1], rates_from=AT_75),
-        Study("gpt2", AT_2_4, (Contender("spp", rates=(1e-3,)), Contender("masked_full", rates=(1e-3,)))),
+        Study("gpt2", AT_2_4, (QUICK_SPP, Contender("masked_full", rates=(1e-3,)))),
     ),
     TuningBudget(steps=2, batch=2, validation_blocks=2, test_blocks=2, calibration_blocks=2, timing_rounds=1),
 )

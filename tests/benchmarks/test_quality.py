@@ -24,7 +24,7 @@ from benchmarks.quality import base_models, jobs, plan
 from benchmarks.quality.analysis import analyse
 from benchmarks.quality.claims import claims_of
 from benchmarks.quality.data import load_texts
-from benchmarks.quality.evaluation import final_number, loss_per_token
+from benchmarks.quality.evaluation import exact_match, final_number, loss_per_token
 from benchmarks.quality.methods import METHODS, SPP_RANK, equal_rank, remask, replace_conv1d, trainable_parameters
 from benchmarks.quality.store import Store
 from benchmarks.quality.suites import AT_2_4, AT_75, QUICK, QUICK_GPT2, QUICK_LLAMA, SMALL, SUITES, Pruning
@@ -467,3 +467,29 @@ def test_the_runner_for_metamathqa_lets_a_script_load_the_settings(tmp_path):
     run = [sys.executable, METAMATHQA / "run_with_spp.py", "-v", experiment]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["run.py", "SPP"], done.stderr
+
+
+class Answering:
+    """A model that answers prompts from a list, whatever they are padded with."""
+
+    def __init__(self, tokenizer, answers):
+        self.tokenizer, self.answers = tokenizer, answers
+
+    def eval(self):
+        return self
+
+    def generate(self, input_ids, attention_mask, **settings):
+        prompts = [row[mask.bool()] for row, mask in zip(input_ids, attention_mask, strict=True)]
+        answers = [self.answers[self.tokenizer.decode(prompt)] for prompt in prompts]
+        tokens = self.tokenizer(answers, return_tensors="pt", padding=True, padding_side="right")["input_ids"]
+        return torch.cat([input_ids, tokens], dim=1)
+
+
+def test_exact_match_counts_the_answers_with_the_right_result(quick_run, data_folder):
+    base = quick_base(QUICK_LLAMA, quick_run[0], data_folder)
+    problems = load_texts(data_folder, seed=0).problems
+    wrong, missing = problems[0], problems[3]
+    answers = {problem.prompt: f" It is {problem.answer}" for problem in problems}
+    answers[wrong.prompt], answers[missing.prompt] = " #### 999", " I do not know."
+    model = Answering(base.tokenizer, answers)
+    assert exact_match(model, base.tokenizer, problems, torch.device("cpu")) == pytest.approx(10 / 12)
