@@ -114,6 +114,16 @@ class BaseModel:
         """The text to measure on."""
         return self._some(self.texts.test, self.budget.test_blocks)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether it needs no training: it has been trained, or is a checkpoint."""
+        return isinstance(self.spec, Checkpoint) or self._dense.is_dir()
+
+    @property
+    def training_steps(self) -> int:
+        """The steps of the training from scratch."""
+        return 0 if isinstance(self.spec, Checkpoint) else self.spec.steps
+
     def make(self, on_step: Callable[[int, float], object]) -> None:
         """
         Train the model, if it has not been.
@@ -121,7 +131,7 @@ class BaseModel:
         Args:
             on_step (`Callable[[int, float], object]`): Called with the number of steps done and the loss.
         """
-        if isinstance(self.spec, Checkpoint) or self._dense.is_dir():
+        if isinstance(self.spec, Checkpoint) or self.is_made:
             return
         set_seed(self.spec.seed)
         model = new_model(self.spec, self.tokenizer).to(self.accelerator.device)

@@ -93,14 +93,17 @@ class Session:
     def run(self) -> None:
         """Measure what is missing."""
         self._total = self.progress.add_task(f"Suite {self.suite.name}", total=planned_runs(self.suite), note="")
-        for base in self.bases.values():
-            if not isinstance(base.spec, Checkpoint):
-                with _Bar(self.progress, f"Train {base.spec.name} from scratch", base.spec.steps) as bar:
-                    base.make(bar)
-            settings = {"base": base.fingerprint, "model": base.spec.name, "pruning": None}
-            self._measure("base", settings, partial(_measure_dense, base))
         for study in self.suite.studies:
+            self._prepare(self.bases[study.model])
             self._run_study(study)
+
+    def _prepare(self, base: BaseModel) -> None:
+        """Train the model, if it has not been, and measure it dense."""
+        if not base.is_made:
+            with _Bar(self.progress, f"Train {base.spec.name} from scratch", base.training_steps) as bar:
+                base.make(bar)
+        settings = {"base": base.fingerprint, "model": base.spec.name, "pruning": None}
+        self._measure("base", settings, partial(_measure_dense, base))
 
     def _run_study(self, study: Study) -> None:
         base = self.bases[study.model]
@@ -108,14 +111,15 @@ class Session:
         self._measure("base", settings, lambda: measure_base(base, study.pruning))
         profile = self._profile(study) if study.rates_from is None else None
         chosen: dict[str, float] = {}
-        for contender in sorted(study.contenders, key=lambda one: one.equal == "time"):
+        for contender in sorted(study.contenders, key=lambda one: one.equal is not None):
             options = self._options(contender, base)
             name = contender_name(contender.method, options)
             steps = self.suite.budget.steps
-            if contender.equal == "time":
-                assert profile is not None, "steps at equal time need a study with a grid of learning rates"
-                steps = equal_time_steps(steps, profile, "spp", name)
-                rate = chosen[name]
+            if contender.equal is not None:
+                rate = chosen[contender_name(contender.method, contender.options)]
+                if contender.equal == "time":
+                    assert profile is not None, "equal time needs several methods that are timed side by side"
+                    steps = equal_time_steps(steps, profile, "spp", name)
             elif study.rates_from is not None:
                 rate = self._rate_of(study, contender.method, options)
             else:
@@ -187,7 +191,8 @@ class Session:
         base = self.bases[study.model]
         if isinstance(base.spec, Checkpoint) or len({one.method for one in study.contenders}) == 1:
             return None
-        contenders: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        # SPP is always among them: times are told as ratios to its
+        contenders: dict[str, tuple[str, Mapping[str, Any]]] = {contender_name("spp", {}): ("spp", {})}
         for contender in study.contenders:
             options = self._options(contender, base)
             contenders[contender_name(contender.method, options)] = (contender.method, options)

@@ -12,8 +12,8 @@ HOW_TO_READ = """
 won back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation
 over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
 of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
-masked LoRA there is each a variant with the rank that is nearest to SPP's number of parameters, and one with the
-default rank and as many steps as fit in SPP's time.
+masked LoRA there is each a variant whose rank is nearest to SPP's number of parameters, and one with as many steps as
+fit in SPP's time, both at the learning rate chosen for the method itself.
 """
 
 ALL_PRUNINGS = """

@@ -115,8 +115,8 @@ class Contender:
         options (`Mapping[str, Any]`): What differs from the method's defaults.
         equal (`str`, *optional*):
             `"parameters"` chooses the rank so that it trains as many parameters as SPP with its defaults, as near as
-            it goes; `"time"` chooses the steps so that it takes SPP's time, at the rate that was chosen at equal
-            tokens.
+            it goes; `"time"` chooses the steps so that it takes SPP's time. Both are run at the learning rate that was
+            chosen for the method without this.
         rates (`tuple[float, ...]`): The grid of learning rates; empty for that of the method.
     """
 
@@ -209,7 +209,9 @@ EQUAL = (
     Contender("hira", equal="time"),
     Contender("masked_lora", equal="time"),
 )
-ALL = tuple(map(Contender, ("spp", "hira", "ia3", "lora", "masked_lora", "masked_full")))
+CLAIMED = tuple(map(Contender, ("spp", "masked_full", "lora", "ia3")))
+RIVALS = (Contender("hira"), Contender("masked_lora"), *EQUAL)
+ALL = CLAIMED + RIVALS
 FEW = tuple(map(Contender, ("spp", "lora", "masked_full")))
 
 
@@ -235,8 +237,10 @@ SMALL = Suite(
     "small",
     (LLAMA, GPT2),
     (
-        Study("llama", AT_2_4, ALL + EQUAL, SEEDS),
-        Study("llama", AT_75, ALL + EQUAL, SEEDS),
+        Study("llama", AT_2_4, CLAIMED, SEEDS),
+        Study("llama", AT_75, CLAIMED, SEEDS),
+        Study("llama", AT_2_4, RIVALS, SEEDS),
+        Study("llama", AT_75, RIVALS, SEEDS),
         *other_prunings("llama", FEW, SEEDS[:1]),
         Study("gpt2", AT_2_4, FEW),
         Study("gpt2", AT_75, FEW),
@@ -251,7 +255,7 @@ FULL = Suite(
     "full",
     (FULL_LLAMA, FULL_GPT2),
     tuple(
-        Study(model, Pruning(method, request), ALL + EQUAL if model == "llama" else FEW, SEEDS)
+        Study(model, Pruning(method, request), ALL if model == "llama" else FEW, SEEDS)
         for model in ("llama", "gpt2")
         for request in REQUESTS
         for method in PRUNERS
@@ -335,14 +339,15 @@ ABLATION = Suite(
 
 QUICK_LLAMA = TrainedModel("llama", "llama", 32, 64, 2, 2, 320, 16, batch=2, steps=3, rate=3e-3)
 QUICK_GPT2 = TrainedModel("gpt2", "gpt2", 32, 64, 1, 2, 320, 16, batch=2, steps=2, rate=3e-3)
+QUICK_RATES = {one.method: Contender(one.method, rates=(1e-3,)) for one in ALL}
 QUICK = Suite(
     "quick",
     (QUICK_LLAMA, QUICK_GPT2),
     (
-        Study("llama", AT_2_4, tuple(Contender(one.method, rates=(1e-3,)) for one in ALL), SEEDS[:2]),
-        Study("llama", AT_75, (Contender("spp", rates=(1e-3,)), *EQUAL[1:2])),
+        Study("llama", AT_2_4, tuple(QUICK_RATES.values()), SEEDS[:2]),
+        Study("llama", AT_75, (Contender("spp"), QUICK_RATES["masked_lora"], EQUAL[1], EQUAL[3])),
         Study("llama", Pruning("sparsegpt", "2:8"), FEW[:1], rates_from=AT_75),
-        Study("gpt2", AT_2_4, (Contender("spp", rates=(1e-3,)), Contender("masked_full", rates=(1e-3,)))),
+        Study("gpt2", AT_2_4, (QUICK_RATES["spp"], QUICK_RATES["masked_full"])),
     ),
     TuningBudget(steps=2, batch=2, validation_blocks=2, test_blocks=2, calibration_blocks=2, timing_rounds=1),
 )
