@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,10 +220,7 @@ class SparsityComparison(ByModule[ModuleComparison]):
 def _compare(before: Weight, after: Weight) -> ModuleComparison:
     with torch.no_grad():
         counts = count_pair(before.load(), after.load())
-    numel = 1
-    for size in before.shape:
-        numel *= size
-    return ModuleComparison(before.name, before.shape, numel, gained=counts.gained, **vars(counts))
+    return ModuleComparison(before.name, before.shape, math.prod(before.shape), gained=counts.gained, **vars(counts))
 
 
 def compare_sparsity(

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the C++ sources become a library: with a compiler that notes what it is asked for, and writes a file."""
+
+import ctypes
+import logging
+import os
+import stat
+import sys
+
+import pytest
+import torch
+
+from peft_spp.functional.kernels.cpu import library
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="compiled on Linux only")
+
+NOTES = """#!/bin/sh
+echo "$@" >> {log}
+while [ "$1" != -o ]; do shift; done
+echo compiled > "$2"
+"""
+FAILS = """#!/bin/sh
+echo "it is broken" >&2
+exit 1
+"""
+
+load = library.load_library.__wrapped__
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("PEFT_SPP_NATIVE", raising=False)
+    noting = script(tmp_path / "compiler", NOTES.format(log=tmp_path / "log"))
+    monkeypatch.setenv("CXX", noting)
+    return noting
+
+
+def asked_for(tmp_path):
+    log = tmp_path / "log"
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_each_source_is_compiled_and_all_are_linked(tmp_path, compiler):
+    path = library._compiled(compiler)
+    *compiling, linking = asked_for(tmp_path)
+    assert [arguments[arguments.index("-c") + 1] for arguments in compiling] == list(map(str, library._SOURCES))
+    made = [arguments[arguments.index("-o") + 1] for arguments in compiling]
+    vector_flags = library._VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+    for arguments in compiling:
+        assert {*library._FLAGS, *vector_flags} <= set(arguments)
+    assert linking[:-2] == ["-shared", *made] and len(set(made)) == len(library._SOURCES)
+    assert path.parent == tmp_path / "cache" / "peft_spp" and path.read_text() == "compiled\n"
+    assert path.name.startswith("native-") and path.suffix == ".so"
+    assert list(path.parent.iterdir()) == [path]
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_it_is_compiled_once(tmp_path, compiler):
+    path = library._compiled(compiler)
+    before = asked_for(tmp_path)
+    assert library._compiled(compiler) == path and asked_for(tmp_path) == before
+
+
+def test_another_compiler_processor_source_or_pytorch_has_a_library_of_its_own(tmp_path, compiler, monkeypatch):
+    paths = {library._compiled(compiler)}
+    paths.add(library._compiled(script(tmp_path / "other", NOTES.format(log=tmp_path / "log"))))
+    for capability in ("DEFAULT", "AVX2", "AVX512"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+            paths.add(library._compiled(compiler))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.0")
+        paths.add(library._compiled(compiler))
+    source = tmp_path / "other.cpp"
+    source.write_text("int x;")
+    monkeypatch.setattr(library, "_SOURCES", (source, *library._SOURCES[1:]))
+    paths.add(library._compiled(compiler))
+    # this processor has one of the three capabilities, or another one
+    assert len(paths) in (6, 7)
+
+
+def test_by_default_it_is_kept_below_the_home_folder(tmp_path, compiler, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for unset in (True, False):
+        if unset:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", "")
+        assert library._compiled(compiler).parent == tmp_path / "home" / ".cache" / "peft_spp"
+
+
+def test_compilers_are_looked_for_in_this_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert library._compiler() is None
+    for name in ("clang++", "g++", "c++"):
+        found = script(tmp_path / name, FAILS)
+        assert library._compiler() == found
+    mine = script(tmp_path / "mine", FAILS)
+    monkeypatch.setenv("CXX", "mine")
+    assert library._compiler() == mine
+    monkeypatch.setenv("CXX", "not-there")
+    assert library._compiler() is None
+    monkeypatch.setenv("CXX", "")
+    assert library._compiler() == str(tmp_path / "c++")
+
+
+def test_it_can_be_turned_off_and_is_off_elsewhere(tmp_path, compiler, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("PEFT_SPP_NATIVE", "0")
+        assert load() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert load() is None
+    assert asked_for(tmp_path) == []
+
+
+def test_where_it_cannot_be_had_the_reason_is_logged(tmp_path, compiler, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=library.logger.name)
+    assert load() is None  # what the compiler above writes is no library
+    script(tmp_path / "compiler", FAILS)
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert load() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert load() is None
+    monkeypatch.setenv("CXX", "not-there")
+    assert load() is None
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3 + [logging.INFO]
+    assert all(compiler in record.getMessage() for record in caplog.records[:3])
+    assert "it is broken" in caplog.records[1].getMessage()
+    assert not [path for path in (tmp_path / "cache" / "peft_spp").iterdir() if path.is_dir()]  # left of what failed
+
+
+@pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
+def test_a_library_that_is_loaded_returns_sizes_as_such():
+    assert library.load_library().grad_B_parts.restype is ctypes.c_int64
