@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads links in the Hugging Face style of the docstrings, such as [`SPPConfig`]."""
+"""Reads docstrings in the Hugging Face style: links such as [`SPPConfig`], and types in backticks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ import griffe
 # the packages whose public names the reference describes, the shortest path to a name first
 PACKAGES = ("functional", "sparsity", "merge", "pruning", "interchange", "inspection", "inference", "tuner")
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
+# "name (`type`, *optional*, defaults to `0`): ..." and, of what is returned, "`type`: ..."; signatures have defaults
+PARAMETER = re.compile(r"^(\s*\**\w+ )\((.+?)(?:, [*`]optional[*`].*?)?\):", re.MULTILINE)
+RETURNED = re.compile(r"((?:Returns|Yields):\n\s+)`([^`]+)`:")
 
 
-class HuggingFaceLinks(griffe.Extension):
-    """Turns [`name`] into a link to what the reference describes under that name, or else into code."""
+class HuggingFaceStyle(griffe.Extension):
+    """Takes types out of their backticks, and links [`name`] to what the reference describes under that name."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite the docstrings of a package that has been loaded."""
         targets = dict(_public_names(pkg))
         for obj in _objects(pkg):
             if obj.docstring is not None:
-                obj.docstring.value = LINK.sub(lambda match: _link(match[1], targets), obj.docstring.value)
+                text = PARAMETER.sub(lambda match: f"{match[1]}({_plain(match[2])}):", obj.docstring.value)
+                text = RETURNED.sub(r"\1\2:", text)
+                obj.docstring.value = LINK.sub(lambda match: _link(match[1], targets), text)
 
 
 def _public_names(pkg: griffe.Module) -> Iterator[tuple[str, str]]:
@@ -39,6 +44,10 @@ def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:
     for member in obj.members.values():
         if not member.is_alias:
             yield from _objects(member)
+
+
+def _plain(type_: str) -> str:
+    return LINK.sub(r"\1", type_).replace("`", "")
 
 
 def _link(name: str, targets: dict[str, str]) -> str:

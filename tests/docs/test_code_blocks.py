@@ -45,6 +45,7 @@ def test_the_code_of_a_page_works(page: Path, folder_of_models: Path) -> None:
         example.evaluate()
 
 
+@pytest.mark.slow
 def test_the_tutorial_works_prints_what_it_shows_and_wins_back_what_pruning_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
