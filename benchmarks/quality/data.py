@@ -143,7 +143,7 @@ def _split_documents(documents: dict[str, str], seed: int, source: str) -> Texts
 
 
 def _documents(file: Path) -> dict[str, str]:
-    """The articles of a file of WikiText, which begin with a title between single `=`; of others, parts of the text."""
+    """The articles of a file of WikiText, each after a title between single `=`; of other files, parts of the text."""
     text = file.read_text(encoding="utf-8", errors="replace")
     articles = re.split(r"(?m)^(?= = [^=\n]+ = *$)", text)
     parts = articles if len(articles) > 1 else _parts(text)
