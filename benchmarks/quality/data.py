@@ -20,6 +20,9 @@ from peft_spp.demo.data import END_OF_TEXT, split_topics
 HELD_OUT = 0.1
 """The share of the text that is held out for validation, and again for the test, where the text has no split."""
 
+PART = 1000
+"""The characters after which a file is divided, at the end of a paragraph, so that a part of it can be held out."""
+
 TEXT_FILES = (".txt", ".md", ".rst")
 
 
@@ -76,7 +79,7 @@ def load_texts(folder: Path | None, seed: int) -> Texts:
     Read the texts of a folder, or those that every CPython has.
 
     Of GSM8K, `gsm8k_train.jsonl` is trained on and the problems of `gsm8k_test.jsonl` are halved between validation
-    and test. All other text files are split by documents: articles of WikiText, whole files otherwise.
+    and test. All other text files are split by documents: articles of WikiText, some paragraphs of other files.
 
     Args:
         folder (`Path`, *optional*): The folder; without it the topics of Python's `help()` are taken.
@@ -140,10 +143,21 @@ def _split_documents(documents: dict[str, str], seed: int, source: str) -> Texts
 
 
 def _documents(file: Path) -> dict[str, str]:
-    """The articles of a file of WikiText, which begin with a title between single `=`; of other files, the whole."""
+    """The articles of a file of WikiText, each after a title between single `=`; of other files, parts of the text."""
     text = file.read_text(encoding="utf-8", errors="replace")
     articles = re.split(r"(?m)^(?= = [^=\n]+ = *$)", text)
-    return {f"{file.name} {number}": article.strip() for number, article in enumerate(articles) if article.strip()}
+    parts = articles if len(articles) > 1 else _parts(text)
+    return {f"{file.name} {number}": part.strip() for number, part in enumerate(parts) if part.strip()}
+
+
+def _parts(text: str) -> list[str]:
+    """Whole paragraphs, joined to parts of at least [`PART`] characters."""
+    parts = [""]
+    for paragraph in text.split("\n\n"):
+        if len(parts[-1]) >= PART:
+            parts.append("")
+        parts[-1] += paragraph + "\n\n"
+    return parts
 
 
 def _read_problems(file: Path) -> list[Problem]:

@@ -204,6 +204,8 @@ def _facts(analysis: Analysis) -> list[str]:
 
 
 def _models_table(analysis: Analysis) -> str:
+    on_cpu = analysis.store.environments[-1]["hardware"]["gpu"] is None
+    clock, heading = ("cpu_seconds", "processor time") if on_cpu else ("seconds", "time")
     rows = []
     for record in analysis.store.records:
         name = record.settings["model"]
@@ -215,12 +217,12 @@ def _models_table(analysis: Analysis) -> str:
                 name,
                 f"{record.measured['parameters'] / 1e6:.1f}M",
                 f"{training['tokens'] / 1e6:.1f}M",
-                f"{training['seconds'] / 60:.1f} min",
+                f"{training[clock] / 60:.1f} min",
                 f"{math.exp(record.measured['test_loss']):.2f}",
                 *(_pruned_cell(analysis, name, pruning) for pruning in ("wanda-2:4", "wanda-0.75")),
             ]
         )
-    headings = ["model", "parameters", "trained on", "in", "perplexity", "Wanda 2:4", "Wanda 75%"]
+    headings = ["model", "parameters", "tokens", heading, "perplexity", "Wanda 2:4", "Wanda 75%"]
     return table(headings, rows, numbers_from=1)
 
 

@@ -237,10 +237,10 @@ SMALL = Suite(
     "small",
     (LLAMA, GPT2),
     (
-        Study("llama", AT_2_4, CLAIMED, SEEDS),
         Study("llama", AT_75, CLAIMED, SEEDS),
-        Study("llama", AT_2_4, RIVALS, SEEDS),
+        Study("llama", AT_2_4, CLAIMED, SEEDS),
         Study("llama", AT_75, RIVALS, SEEDS),
+        Study("llama", AT_2_4, RIVALS, SEEDS),
         *other_prunings("llama", FEW, SEEDS[:1]),
         Study("gpt2", AT_2_4, FEW),
         Study("gpt2", AT_75, FEW),

@@ -362,6 +362,15 @@ def test_texts_are_split_without_an_overlap(data_folder):
     assert texts == load_texts(data_folder, seed=0) and texts.fingerprint != load_texts(data_folder, 1).fingerprint
 
 
+def test_one_long_file_is_split_by_paragraphs(tmp_path):
+    paragraphs = [f"Paragraph {n} of the file. " * 5 for n in range(200)]
+    (tmp_path / "long.txt").write_text("\n\n".join(paragraphs))
+    texts = load_texts(tmp_path, seed=0)
+    assert texts.validation and texts.test
+    together = "\n\n".join((*texts.train, *texts.validation, *texts.test))
+    assert sorted(part.strip() for part in together.split("\n\n")) == sorted(part.strip() for part in paragraphs)
+
+
 def test_without_a_folder_the_text_is_pythons_documentation():
     texts = load_texts(None, seed=0)
     assert sum(map(len, texts.train)) > 100_000 and texts.test and texts.validation and not texts.problems
