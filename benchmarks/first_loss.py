@@ -20,10 +20,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import cast
 
 import torch
 import typer
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from peft_spp import SPPConfig, SPPLayer
@@ -124,28 +126,32 @@ def measure(
     return Case({"start": name}, values={name: {"first": losses[0], "largest": max(losses), **others}})
 
 
+def _factor(factors: nn.ModuleDict) -> torch.Tensor:
+    return cast(torch.Tensor, factors["default"].weight)
+
+
 def _as_it_is(layer: SPPLayer) -> None:
     pass
 
 
 def _random_b(layer: SPPLayer) -> None:
-    layer.spp_B["default"].weight.uniform_(-1, 1)
+    _factor(layer.spp_B).uniform_(-1, 1)
 
 
 def _no_scaling(layer: SPPLayer) -> None:
-    layer.spp_B["default"].weight.uniform_(-1, 1)
+    _factor(layer.spp_B).uniform_(-1, 1)
     layer.scaling["default"] = layer.spp_alpha["default"]
 
 
 def _normal_factors(layer: SPPLayer) -> None:
-    layer.spp_A["default"].weight.normal_()
-    layer.spp_B["default"].weight.normal_()
+    _factor(layer.spp_A).normal_()
+    _factor(layer.spp_B).normal_()
 
 
 def _left_in_memory(layer: SPPLayer) -> None:
     """Factors as they may be found in memory that nobody has set."""
-    layer.spp_A["default"].weight.normal_(std=1e6)
-    layer.spp_B["default"].weight.normal_(std=1e6)
+    _factor(layer.spp_A).normal_(std=1e6)
+    _factor(layer.spp_B).normal_(std=1e6)
 
 
 STARTS: dict[str, Callable[[SPPLayer], None]] = {
