@@ -62,7 +62,7 @@ def test_columns_are_aligned_and_as_wide_as_their_cells():
     wide = "w" * 300
     text = plain_table(("first", "second"), [(wide, "1"), ("[red]n", "1000")], right=["second"])
     head, rule, first, second = text.splitlines()
-    assert first == f"{wide}       1" and second.endswith("1000") and len(first) == len(second)
+    assert first.split() == [wide, "1"] and second.endswith("1000") and len(first) == len(second)
     assert second.startswith("[red]n ") and head.split() == ["first", "second"] and set(rule) != {" "}
 
 
@@ -207,7 +207,7 @@ def test_a_comparison_shows_what_was_lost():
     assert "h.0" not in found
     assert numbers(text.splitlines()[1]) == ["3", "257", "3,072", "8.37", "7", "7", "1"]
     for name in ("gone", "new", "shape", "bytes"):
-        (told,) = (line for line in text.splitlines() if re.search(rf"\b{name}\b", line.partition(":")[2]))
+        (told,) = (line for line in text.splitlines()[2:] if re.search(rf"\b{name}\b", line.partition(":")[2]))
         assert numbers(told)[0] == "1"
     assert "(2, 2) -> (2, 3)" in text and "(unreadable: uint8, after)" in text
 
