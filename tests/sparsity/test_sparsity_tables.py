@@ -62,32 +62,10 @@ def test_columns_are_aligned_and_as_wide_as_their_cells():
     wide = "w" * 300
     text = plain_table(("first", "second"), [(wide, "1"), ("[red]n", "1000")], right=["second"])
     head, rule, first, second = text.splitlines()
-    assert first == f"{wide}       1" and second.endswith("1000") and len(first) == len(second)
-    assert second.startswith("[red]n ") and head.split() == ["first", "second"] and set(rule) != {" "}
-
-
-def test_each_module_has_its_row():
-    state = {"a.weight": half(8, 16), "b.weight": half(4, 8).T.contiguous().bfloat16(), "c.weight": torch.ones(2, 2)}
-    text = str(sparsity_report(state, conv1d=["b"]))
-    found = cells(text)
-    assert found["module"] == ["shape", "dtype", "sparsity", "pattern"]
-    assert found["a"] == ["8 x 16", "float32", "50.00 %", "2:4"]
-    assert found["b"] == ["8 x 4 (in, out)", "bfloat16", "50.00 %", "2:4"]
-    assert found["c"] == ["2 x 2", "float32", "0.00 %", "dense"]
-    assert numbers(text.splitlines()[-1]) == ["3", "164", "48.78"]
-
-
-def test_negative_zeros_and_what_is_not_finite_have_columns_where_there_are_any():
-    state = {"a.weight": half(8, 256), "b.weight": half(8, 16)}
-    state["a.weight"][state["a.weight"] == 0] *= -1.0
-    state["b.weight"][0] = float("nan")
-    text = str(sparsity_report(state))
-    found = cells(text)
-    assert found["module"][4:] == ["-0.0", "non-finite"]
-    assert found["a"][4:] == ["1,024", "0"] and found["b"][4:] == ["0", "16"]
-    assert numbers(text.splitlines()[-1])[-3:] == ["1,024", "0.0", "16"]
-    only = cells(str(sparsity_report({"a.weight": state["a.weight"]})))
-    assert only["module"][4:] == ["-0.0"] and only["a"][4:] == ["1,024"]
+    assert first.split() == [wide, "1"] and second.split() == ["[red]n", "1000"]
+    assert head.split() == ["first", "second"] and set(rule) != {" "}
+    assert len(first) == len(second) == len(head)  # all end where the right-aligned column does
+    assert second.startswith("[red]n ")
 
 
 @pytest.mark.parametrize("count", [MAX_ROWS, MAX_ROWS + 1])
