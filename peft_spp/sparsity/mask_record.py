@@ -42,8 +42,9 @@ class MaskRecord:
         pattern (`str`): 2:8, 2:4 or 4:8, else `"unstructured"` or `"dense"`, as [`sparsity_report`] calls it.
         fingerprint (`str`):
             128 bits in hexadecimal: two sums, modulo 2^64, of the mask in words of 64 bits, each word times a
-            pseudo-random number of its row and one of its column. That another mask has the same one by chance is
-            not to be feared; it is not made to withstand forgery.
+            pseudo-random number of its row and one of its column. Masks that were made independently of each other
+            differ in it. It is no cryptographic hash, and weak in the high bits of the words: of masks that differ in
+            one or two places, each of which is among the last few of 64 inputs, some have the same.
         sample (`str`):
             The mask at `SAMPLES` evenly spread places (or all, if there are no more), in base64, a bit each.
     """
@@ -74,7 +75,7 @@ class MaskRecord:
         """
         if other.shape != self.shape:
             return "different"
-        if other.fingerprint == self.fingerprint:
+        if (other.fingerprint, other.zeros, other.sample) == (self.fingerprint, self.zeros, self.sample):
             return "same"
         zeros_here, zeros_there = self._sampled_zeros(), other._sampled_zeros()
         refined = other.zeros > self.zeros and zeros_here & ~zeros_there == 0

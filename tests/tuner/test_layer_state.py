@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -192,3 +194,65 @@ def test_without_any_adapter_the_base_layer_is_called():
     layer._active_adapter = "not here"
     x = torch.randn(3, 6, dtype=torch.double)
     assert torch.equal(layer(x), layer.base_layer(x))
+
+
+class Scaling(nn.Linear):
+    """A linear layer whose call takes more than its input."""
+
+    def forward(self, x, factor=1.0, *, shift=0.0):
+        return super().forward(x) * factor + shift
+
+
+def hooked(layer):
+    calls = []
+    layer.get_base_layer().register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_hooks_change_no_bit():
+    layer = built(nn.Linear(200, 80))
+    x = torch.randn(50, 200)
+    expected = layer(x)
+    calls = hooked(layer)
+    assert torch.equal(layer(x), expected) and calls == [1]
+
+
+def test_dropout_of_nothing_changes_no_bit():
+    layer = built(nn.Linear(200, 80), SPPConfig(init_weights=False, spp_dropout=0.5))
+    x = torch.randn(50, 200)
+    expected = layer.eval()(x)
+    layer.train().spp_dropout["a"].p = 0.0
+    assert torch.equal(layer(x), expected)
+
+
+def test_hooks_run_with_all_that_the_base_layer_takes():
+    layer = built(Scaling(6, 8).double())
+    x = torch.randn(3, 6, dtype=torch.double)
+    expected = layer(x, 2.0, shift=1.0)
+    calls = hooked(layer)
+    torch.testing.assert_close(layer(x, 2.0, shift=1.0), expected)
+    assert calls == [1]
+
+
+def test_hooks_below_another_tuner_layer_run_and_change_nothing():
+    inner = LoraLinear(Scaling(6, 8).double(), "a", LoraConfig(r=2, init_lora_weights=False), r=2, lora_alpha=4)
+    layer = built(inner.double())
+    x = torch.randn(3, 6, dtype=torch.double)
+    update = x @ layer.get_delta_weight("a").T
+    expected = inner(x, 2.0, shift=1.0) + update
+    torch.testing.assert_close(layer(x, 2.0, shift=1.0), expected)
+    calls = hooked(layer)
+    torch.testing.assert_close(layer(x, 2.0, shift=1.0), expected)
+    assert calls
+
+
+def test_the_unmerged_weight_has_the_dtype_that_the_layer_has_now():
+    layer = built()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    assert layer.unmerged_weight().dtype == layer.get_delta_weight("a").dtype == torch.bfloat16
+
+
+def test_an_error_of_the_rank_names_it():
+    with pytest.raises(ValueError, match=r"\br\b"):
+        built(r=0)
