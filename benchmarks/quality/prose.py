@@ -8,8 +8,8 @@ it is written by hand.
 """
 
 INCOMPLETE = """
-**The suite has not run to its end yet.** What follows is what has been measured so far; the command below measures what
-is missing and writes this page anew.
+**The suite has not run to its end yet.** What follows is what has been measured so far; the command below measures
+what is missing and writes this page anew.
 """
 
 HOW_TO_READ = """
