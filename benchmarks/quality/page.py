@@ -73,7 +73,9 @@ def read_stores(folder: Path, quick: bool) -> dict[str, Store]:
 def main_parts(analysis: Analysis, pictures: Mapping[str, str]) -> list[str]:
     """What the suite found on the models that were trained here."""
     model, *others = dict.fromkeys(one.model for one in analysis.outcomes)
+    others_table = prunings_table(analysis, model)
     parts = [
+        "" if analysis.store.about.get("complete") else paragraph(prose.INCOMPLETE),
         "## What was found",
         bullets(
             f"{'**Holds.**' if claim.holds else '**Does not hold.**'} {claim.text}: {claim.evidence}."
@@ -87,11 +89,14 @@ def main_parts(analysis: Analysis, pictures: Mapping[str, str]) -> list[str]:
         paragraph(prose.HOW_TO_READ),
         main_table(analysis, model, gridded(analysis, model)),
         f"![Won back, by trained parameters]({pictures['parameters']})",
-        "## All prunings",
-        paragraph(prose.ALL_PRUNINGS) if analysis.store.suite == "small" else "",
-        prunings_table(analysis, model),
-        f"![Won back, by sparsity]({pictures['sparsity']})",
     ]
+    if others_table.count("\n") > 1:
+        parts += [
+            "## All prunings",
+            paragraph(prose.ALL_PRUNINGS) if analysis.store.suite == "small" else "",
+            others_table,
+            f"![Won back, by sparsity]({pictures['sparsity']})",
+        ]
     for other in others:
         parts += [f"## {TITLES.get(other, other)}", main_table(analysis, other, gridded(analysis, other))]
     parts += ["## Learning rates", paragraph(prose.RATES)]

@@ -60,7 +60,8 @@ def draw_parameters(analysis: Analysis, model: str, environment: Mapping[str, An
         environment (`Mapping[str, Any]`): Where it was measured.
         path (`Path`): The picture.
     """
-    prunings = [p for m, p in analysis.studied if m == model and analysis.find(m, p, "hira") is not None]
+    own_rates = {one.pruning for one in analysis.outcomes if one.model == model and len(one.rates) > 1}
+    prunings = [pruning for name, pruning in analysis.studied if name == model and pruning in own_rates]
     note = (
         "Share of the log-perplexity lost by pruning that was won back, at equal tokens, and range over seeds.\n"
         f"Hollow: the merged model is dense. {plots.machine_note(environment)}"

@@ -96,6 +96,7 @@ class Session:
         for study in self.suite.studies:
             self._prepare(self.bases[study.model])
             self._run_study(study)
+        self.store.finish(write=self._is_main)
 
     def _prepare(self, base: BaseModel) -> None:
         """Train the model, if it has not been, and measure it dense."""
@@ -213,8 +214,12 @@ class Session:
         if known is not None:
             return known
         measured = measure()
-        self.store.add(kind, settings, measured, write=next(iter(self.bases.values())).accelerator.is_main_process)
+        self.store.add(kind, settings, measured, write=self._is_main)
         return measured
+
+    @property
+    def _is_main(self) -> bool:
+        return next(iter(self.bases.values())).accelerator.is_main_process
 
 
 def _measure_dense(base: BaseModel) -> dict[str, Any]:

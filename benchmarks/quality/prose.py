@@ -7,6 +7,11 @@ it competes with? This page is written by `python -m benchmarks.quality` from th
 it is written by hand.
 """
 
+INCOMPLETE = """
+**The suite has not run to its end yet.** What follows is what has been measured so far; the command below measures
+what is missing and writes this page anew.
+"""
+
 HOW_TO_READ = """
 *Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. *Of masked full*: what was
 won back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation

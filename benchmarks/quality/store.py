@@ -68,7 +68,13 @@ class Store:
     def begin(self, environment: dict[str, Any], about: dict[str, Any]) -> None:
         """Note a new run. What is measured from now on is measured there."""
         self.environments.append(environment)
-        self.about = about
+        self.about = {**about, "complete": False}
+
+    def finish(self, write: bool = True) -> None:
+        """Note that nothing is missing: of several processes one is to `write`."""
+        self.about["complete"] = True
+        if write:
+            self.save()
 
     def find(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was measured with these settings; `None` if it has not been."""

@@ -26,6 +26,7 @@ from benchmarks.quality.claims import claims_of
 from benchmarks.quality.data import load_texts
 from benchmarks.quality.evaluation import exact_match, final_number, loss_per_token
 from benchmarks.quality.methods import METHODS, SPP_RANK, equal_rank, remask, replace_conv1d, trainable_parameters
+from benchmarks.quality.page import write_report
 from benchmarks.quality.store import Store
 from benchmarks.quality.suites import AT_2_4, AT_75, QUICK, QUICK_GPT2, QUICK_LLAMA, SMALL, SUITES, Pruning
 from benchmarks.quality.tuning import TuningSettings, order_of_blocks, parameter_groups, train
@@ -150,7 +151,17 @@ def test_the_report_has_the_table_and_two_pictures(quick_run):
         picture = folder / "here" / f"quality-small-quick-{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG") and f"]({picture.name})" in page
     assert "Learning rates" in page and "not been run on these checkpoints" in page
-    assert str(folder) not in page
+    assert str(folder) not in page and "has not run to its end" not in page
+
+
+def test_the_page_of_a_suite_that_is_not_done_says_so(quick_run, tmp_path):
+    folder, _ = quick_run
+    content = json.loads((folder / "here" / "quality-small-quick.json").read_text())
+    content["about"]["complete"] = False
+    content["records"] = content["records"][: len(content["records"]) // 2]
+    (tmp_path / "quality-small-quick.json").write_text(json.dumps(content))
+    write_report(tmp_path, tmp_path / "page.md", quick=True)
+    assert "has not run to its end" in (tmp_path / "page.md").read_text()
 
 
 def test_results_of_another_suite_are_not_overwritten(quick_run, data_folder, tmp_path):
