@@ -25,7 +25,6 @@ from .tables import main_table, prunings_table, rates_table, table, variations_t
 MAIN_SUITES = ("full", "small", "quick")
 """Which suite the page is about: the first of these that there are results of."""
 TITLES = {"gpt2": "GPT-2, with `Conv1D` in place of linear layers"}
-METAMATHQA = Path(__file__).with_name("metamathqa")
 
 
 def write_report(folder: Path, page: Path, quick: bool = False) -> list[Path]:
@@ -54,7 +53,7 @@ def write_report(folder: Path, page: Path, quick: bool = False) -> list[Path]:
     if "ablation" in stores:
         parts += ablation_parts(analyse(stores["ablation"]))
     parts += llama_parts(stores.get("llama"))
-    parts += ["## PEFT's own comparison", paragraph(prose.PEFT.format(folder=_relative(METAMATHQA, page)))]
+    parts += ["## PEFT's own comparison", paragraph(prose.PEFT)]
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, "\n\n".join(part for part in parts if part) + "\n")
     return written

@@ -80,6 +80,6 @@ local task.
 """
 
 PEFT = """
-[`benchmarks/quality/metamathqa`]({folder}) holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP
-beside LoRA and HiRA there. That needs a GPU and has not been done yet.
+`benchmarks/quality/metamathqa` holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP beside LoRA and
+HiRA there. That needs a GPU and has not been done yet.
 """
