@@ -65,7 +65,10 @@ def check_python(arguments: list[str]) -> None:
     elif arguments[0] != "-m":
         assert (ROOT / arguments[0]).is_file(), arguments[0]
     elif arguments[1].startswith("benchmarks.") and importlib.util.find_spec("matplotlib"):
-        parse(importlib.import_module(arguments[1]).app, arguments[2:])
+        module = importlib.import_module(arguments[1])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{arguments[1]}.__main__")
+        parse(module.app, arguments[2:])
     else:
         assert importlib.util.find_spec(arguments[1].partition(".")[0]), arguments[1]
 

@@ -57,8 +57,10 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     metadata = {name for name in names if name.startswith(f"peft_spp-{__version__}.dist-info/")}
     assert {"peft_spp/py.typed", "peft_spp/functional/kernels/cpu/native.cpp"} < names
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_spp").rglob("*.py")}
-    assert names - metadata == sources | {"peft_spp/py.typed", "peft_spp/functional/kernels/cpu/native.cpp"}
+    sources = {
+        path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cpp") for path in (ROOT / "peft_spp").rglob(kind)
+    }
+    assert names - metadata == sources | {"peft_spp/py.typed"}
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
