@@ -50,18 +50,19 @@ class SPPModel(BaseTuner):
 
     Example:
 
-        ```py
-        >>> from transformers import AutoModelForCausalLM
-        >>> from peft import get_peft_model
-        >>> from peft_spp import SPPConfig
+    ```py
+    >>> from transformers import AutoModelForCausalLM
+    >>> from peft import get_peft_model
+    >>> from peft_spp import SPPConfig
 
-        >>> model = AutoModelForCausalLM.from_pretrained("vuiseng9/Meta-Llama-3.1-8B-wanda-2of4")
-        >>> model = get_peft_model(model, SPPConfig(task_type="CAUSAL_LM"))
-        ```
+    >>> model = AutoModelForCausalLM.from_pretrained("vuiseng9/Meta-Llama-3.1-8B-wanda-2of4")
+    >>> model = get_peft_model(model, SPPConfig(task_type="CAUSAL_LM"))
+    ```
 
     **Attributes**:
-        - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
-        - **peft_config** ([`SPPConfig`]): The configuration of the SPP model.
+
+    - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
+    - **peft_config** ([`SPPConfig`]): The configuration of the SPP model.
     """
 
     prefix: str = "spp_"
