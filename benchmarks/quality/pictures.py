@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from ..harness import plots
 from .analysis import Analysis, Outcome
@@ -67,7 +67,13 @@ def draw_parameters(analysis: Analysis, model: str, environment: Mapping[str, An
         f"Hollow: the merged model is dense. {plots.machine_note(environment)}"
     )
     figure, panels = plots.panels(
-        1, max(len(prunings), 1), "Won back, by trained parameters", note, panel_height=PANEL_HEIGHT, share_y=True
+        1,
+        max(len(prunings), 1),
+        "Won back, by trained parameters",
+        note,
+        panel_height=PANEL_HEIGHT,
+        share_x=True,
+        share_y=True,
     )
     shown: dict[str, plots.Style] = {}
     for axes, pruning in zip(panels[0], prunings, strict=False):
@@ -78,6 +84,7 @@ def draw_parameters(analysis: Analysis, model: str, environment: Mapping[str, An
             shown[outcome.method] = style
             _point(axes, outcome.measured("trainable"), outcome, style)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("trained parameters")
         axes.set_title(pruning.label, loc="left")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -18,7 +18,8 @@ won back over what full fine-tuning with masked gradients won back, with the sam
 over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
 of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
 masked LoRA there is each a variant whose rank is nearest to SPP's number of parameters, and one with as many steps as
-fit in SPP's time, both at the learning rate chosen for the method itself.
+fit in SPP's time, both at the learning rate chosen for the method itself. A share of masked full fine-tuning above
+100% says that it had too few steps to be an upper bound.
 """
 
 ALL_PRUNINGS = """
@@ -29,6 +30,7 @@ the others have one seed, at the rates of whichever of these two is closer in sp
 RATES = """
 Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best
 was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge.
+The rate of LoRA is chosen before merging, and serves all its deployments.
 """
 
 TEXT = "Text: {source}. Validation and test text are held out, with no paragraph in common."

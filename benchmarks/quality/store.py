@@ -47,6 +47,7 @@ class Store:
     about: dict[str, Any] = field(default_factory=dict)
     environments: list[dict[str, Any]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    _new_environment: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path, suite: str) -> Store:
@@ -66,8 +67,8 @@ class Store:
         return cls(suite, path, content["about"], content["environments"], records)
 
     def begin(self, environment: dict[str, Any], about: dict[str, Any]) -> None:
-        """Note a new run. What is measured from now on is measured there."""
-        self.environments.append(environment)
+        """Begin a run. What is measured from now on is measured there; a run that measures nothing leaves no trace."""
+        self._new_environment = environment
         self.about = {**about, "complete": False}
 
     def finish(self, write: bool = True) -> None:
@@ -83,6 +84,9 @@ class Store:
 
     def add(self, kind: str, settings: Mapping[str, Any], measured: Mapping[str, Any], write: bool = True) -> None:
         """Keep a measurement, on the disk when this returns: of several processes one is to `write`."""
+        if self._new_environment is not None:
+            self.environments.append(self._new_environment)
+            self._new_environment = None
         self.records.append(Record(kind, dict(settings), dict(measured), len(self.environments) - 1))
         if write:
             self.save()

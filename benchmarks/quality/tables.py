@@ -132,13 +132,13 @@ def _rate_cell(rate: float, loss: float | None, chosen: float) -> str:
 
 
 def sparsity_cells(outcome: Outcome) -> list[str]:
-    """The sparsity of the deployed model, and how many zeros it has lost."""
+    """The sparsity of the deployed model, and how many zeros it has lost, with whichever seed these are most."""
     if outcome.deployment == "unmerged":
         return ["dense factors beside it", "0"]
     sparsity = outcome.deployed("sparsity")[0]
     if sparsity is None:
         return ["–", "–"]
-    lost = sum(count or 0 for count in outcome.deployed("zeros_lost"))
+    lost = max(count or 0 for count in outcome.deployed("zeros_lost"))
     kept = outcome.deployed("pattern_kept")
     pattern = (
         "" if kept[0] is None or sparsity == 0 else f", {outcome.pruning.pattern}" if all(kept) else ", no pattern"
