@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 
-import torch
 from torch import Tensor
 
-from .bits import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_ACCELERATOR, look_at
+from .bits import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_ACCELERATOR, count_true, look_at
 from .pattern import fullest_group
 
 
@@ -92,7 +91,7 @@ def count(weight: Tensor, *, transposed: bool, group_sizes: Iterable[int]) -> Co
     for matrix in _matrices(weight):
         for piece in _pieces(matrix, along=1 if transposed else 0):
             look = look_at(piece)
-            counts.zeros += piece.numel() - int(torch.count_nonzero(look.nonzero))
+            counts.zeros += piece.numel() - count_true(look.nonzero)
             counts.negative_zeros += look.negative_zeros
             counts.non_finite += look.non_finite
             rows = (look.nonzero.T if transposed else look.nonzero).contiguous()
@@ -117,9 +116,10 @@ def count_pair(before: Tensor, after: Tensor) -> PairCounts:
             old = look_at(old_piece).nonzero
             look = look_at(new_piece)
             new = look.nonzero.to(old.device)
-            counts.zeros_before += old.numel() - int(torch.count_nonzero(old))
-            counts.zeros_after += new.numel() - int(torch.count_nonzero(new))
-            counts.lost += int(torch.count_nonzero(new > old))
+            nonzeros_after = count_true(new)
+            counts.zeros_before += old.numel() - count_true(old)
+            counts.zeros_after += new.numel() - nonzeros_after
+            counts.lost += nonzeros_after - count_true(new & old)
             counts.negative_zeros += look.negative_zeros
             counts.non_finite += look.non_finite
     return counts

@@ -217,6 +217,8 @@ class SPPConfig(PeftConfig):
 
     def __post_init__(self, weights_id: str | None) -> None:
         super().__post_init__()
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")  # as of LoRA's configuration
         check_settings({**vars(self), "weights_id": weights_id})
         # no fields: they are not saved and not compared. SPPModel takes an adapter back if its weights do not fit.
         self.saved_weights_id = weights_id
@@ -231,8 +233,6 @@ class SPPConfig(PeftConfig):
         )
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         _check_format_version(self.format_version)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

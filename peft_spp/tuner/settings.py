@@ -179,6 +179,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": (_is_names, "a string or a list of strings"),
     "exclude_modules": (_is_names, "a string or a list of strings"),
     "modules_to_save": (_is_names, "a list of strings"),
+    "target_parameters": (_any_of(_is_none, _is_list_of(_is_string)), "a list of strings"),
     "layers_pattern": (_is_names, "a string or a list of strings"),
     "layers_to_transform": (_any_of(_is_none, _is_integer, _is_integers), "an integer or a list of integers"),
     "rank_pattern": (_any_of(_is_none, _is_map_to(_anything)), "a dictionary from names to ranks"),
