@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 CHUNK_ELEMENTS = 1 << 19
-"""How many weights are looked at together on CPU: temporaries stay in the caches, and the calls cost little beside them."""
+"""How many weights are looked at together on CPU: temporaries stay in the caches, and the calls cost little."""
 
 CHUNK_ELEMENTS_ON_ACCELERATOR = 1 << 23
 """The same elsewhere, where few large kernels beat many small ones; temporaries stay below 128 MB."""
