@@ -230,7 +230,7 @@ def other_prunings(model: str, contenders: tuple[Contender, ...], seeds: tuple[i
     )
 
 
-LLAMA = TrainedModel("llama", "llama", 256, 704, 4, 4, 4096, 128, batch=8, steps=1800, rate=2e-3)
+LLAMA = TrainedModel("llama", "llama", 256, 704, 4, 4, 4096, 128, batch=8, steps=5400, rate=2e-3)
 GPT2 = TrainedModel("gpt2", "gpt2", 192, 768, 3, 3, 2048, 128, batch=8, steps=800, rate=2e-3)
 
 SMALL = Suite(
@@ -322,6 +322,12 @@ def _ablation_contenders() -> tuple[Contender, ...]:
         Contender("spp", {"dropout": 0.05}, rates=usual),
         Contender("spp", {"A": "ones"}, rates=usual),
         Contender("spp", {"A": "positive"}, rates=usual),
+    )
+
+
+def _dtype_contenders() -> tuple[Contender, ...]:
+    """SPP in 16 bits at the authors' learning rate and at a higher one, and a start that is not the identity."""
+    return (
         Contender("spp", {"dtype": "bfloat16"}, rates=(4e-3, 2e-2)),
         Contender("spp", {"dtype": "bfloat16", "factors": "bfloat16"}, rates=(4e-3, 2e-2)),
         Contender("spp", {"dtype": "float16"}, rates=(4e-3, 2e-2)),
@@ -333,7 +339,7 @@ def _ablation_contenders() -> tuple[Contender, ...]:
 ABLATION = Suite(
     "ablation",
     (LLAMA,),
-    (Study("llama", AT_75, _ablation_contenders()),),
+    (Study("llama", AT_75, _ablation_contenders(), SEEDS), Study("llama", AT_75, _dtype_contenders())),
     SMALL.budget,
 )
 
