@@ -230,7 +230,7 @@ def other_prunings(model: str, contenders: tuple[Contender, ...], seeds: tuple[i
     )
 
 
-LLAMA = TrainedModel("llama", "llama", 256, 704, 4, 4, 4096, 128, batch=8, steps=5400, rate=2e-3)
+LLAMA = TrainedModel("llama", "llama", 256, 704, 4, 4, 4096, 128, batch=8, steps=1800, rate=2e-3)
 GPT2 = TrainedModel("gpt2", "gpt2", 192, 768, 3, 3, 2048, 128, batch=8, steps=800, rate=2e-3)
 
 SMALL = Suite(
