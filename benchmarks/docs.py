@@ -20,6 +20,7 @@ from peft_spp.durable import write_text
 from .competitors import COMPETITORS
 from .harness import BenchmarkResult, Case, format_bytes
 from .mask_record import LAYOUTS as MASK_LAYOUTS
+from .passes import LABELS as PASSES
 
 
 PAGE = Path("docs/performance.md")
@@ -69,6 +70,26 @@ def layer_table(result: BenchmarkResult) -> str:
             [f"{m}×{n}", tokens, case.parameters["precision"], *_ratios(case, names, result), f"{max(share, 0):.0%}"]
         )
     return _table(["W", "tokens", "", *map(_label, names), "SPP beyond the matmuls"], rows, result)
+
+
+def passes_table(result: BenchmarkResult) -> str:
+    rows = []
+    for case in result.cases:
+        (m, n), cells = case.parameters["shape"], []
+        for name in PASSES:
+            ratio = case.ratio(name, result.reference)
+            spread = (
+                ""
+                if name == result.reference
+                else f"; {ratio.median:.1f} ({ratio.lower_quartile:.1f}–{ratio.upper_quartile:.1f})"
+            )
+            cells.append(f"{case.summary(name).median * 1e3:.2f} ms{spread}")
+        rows.append([f"{m}×{n}", case.parameters["precision"], *cells])
+    return _table(
+        ["W", "", *(f"{label}{'' if name == result.reference else '; ÷ copy'}" for name, label in PASSES.items())],
+        rows,
+        result,
+    )
 
 
 def training_step_table(result: BenchmarkResult) -> str:
@@ -147,6 +168,7 @@ def merge_table(result: BenchmarkResult) -> str:
 TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
     "layer": layer_table,
     "layer_long": layer_table,
+    "passes": passes_table,
     "training_step": training_step_table,
     "step_profile": step_profile_table,
     "memory": memory_table,

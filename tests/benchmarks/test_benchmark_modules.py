@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import decode, layer, mask_record, memory, step_profile, training_step
+from benchmarks import decode, layer, mask_record, memory, passes, step_profile, training_step
 from benchmarks.competitors import COMPETITORS
 
 
@@ -113,6 +113,17 @@ def test_mask_record(tmp_path):
         seconds = case["summaries"]["record"]["median"] / (rows * columns) * 6_476_005_376
         assert case["values"]["record"]["seconds_llama_7b"] == pytest.approx(seconds)
     assert run(mask_record, "--shape", "30").exit_code == 2
+
+
+def test_passes(tmp_path):
+    result, _, output = quick(passes, tmp_path)
+    assert [case["parameters"]["precision"] for case in result["cases"]] == passes.MAIN_PRECISIONS
+    for case in result["cases"]:
+        bytes_moved = 2 * 32 * 16 * (4 if case["parameters"]["precision"] == "fp32" else 2)
+        for name in passes.LABELS:
+            speed = bytes_moved / case["summaries"][name]["median"] / 1e9
+            assert case["values"][name]["gb_per_second"] == pytest.approx(speed)
+            assert passes.LABELS[name] in output
 
 
 @pytest.mark.parametrize("name", MODULES)

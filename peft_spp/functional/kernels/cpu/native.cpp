@@ -14,6 +14,10 @@ using Size = std::int64_t;
 
 // Strips of a line and their intermediates stay in the first-level cache.
 constexpr Size kStrip = 512;
+// Longer stretches of memory at a time keep the hardware's prefetching going: the gradients over 2048x2048 in bfloat16
+// take 0.8 ms by these and 1.6 ms by the others. With few row blocks the others give the threads more tasks.
+constexpr Size kWideStrip = 2048;
+constexpr Size kWideStripBlocks = 8;
 constexpr Size kGroup = 128;
 // Below this many elements waking the other threads costs more than they save.
 constexpr Size kParallelElements = 1 << 15;
@@ -98,6 +102,20 @@ inline void add_terms(const float* w, const float* a, const float* b, float* tot
   for (Size i = 0; i < count; i++) total[i] = add_term<kFirst>(total[i], w[i] * a[i], b[i]);
 }
 
+// A strip of a row of W' with one adapter: nothing is put aside, which took 1.6 times as long.
+template <class Weight, class Out>
+inline void scale_row(const Weight* weight, const float* a, float b, Out* out, Size count) {
+  for (Size j = 0; j < count; j++) {
+    float w = load(weight + j);
+    store(out + j, add_term<false>(w, w * a[j], b));
+  }
+}
+
+// P(A)[row, column:], as long as the row.
+inline const float* expanded_row(const Adapter& adapter, const Region& region, Size row, Size column) {
+  return adapter.A + block_of(row, region.m, adapter.r) * region.n + column;
+}
+
 template <class Weight, class Out>
 void scale(const Weight* weight, Out* out, const Region& region, const Adapter* adapters, Size count, bool identity) {
   Size lines = region.transposed ? region.columns : region.rows;
@@ -106,8 +124,14 @@ void scale(const Weight* weight, Out* out, const Region& region, const Adapter* 
   for (Size line = 0; line < lines; line++) {
     for (Size start = 0; start < length; start += kStrip) {
       Size width = std::min(kStrip, length - start);
-      float w[kStrip], total[kStrip], expanded[kStrip];
       const Weight* source = weight + line * region.stride + start;
+      Out* target = out + line * region.other_stride + start;
+      if (count == 1 && identity && !region.transposed) {
+        Size row = region.row + line;
+        scale_row(source, expanded_row(adapters[0], region, row, region.column + start), adapters[0].B[row], target, width);
+        continue;
+      }
+      float w[kStrip], total[kStrip], expanded[kStrip];
       for (Size j = 0; j < width; j++) w[j] = load(source + j);
       if (identity) std::memcpy(total, w, width * sizeof(float));
       for (Size q = 0; q < count; q++) {
@@ -120,34 +144,36 @@ void scale(const Weight* weight, Out* out, const Region& region, const Adapter* 
           first ? add_terms<true>(w, expanded, b, total, width) : add_terms<false>(w, expanded, b, total, width);
         } else {
           Size row = region.row + line;
-          const float* a = adapter.A + block_of(row, region.m, adapter.r) * region.n + region.column + start;
+          const float* a = expanded_row(adapter, region, row, region.column + start);
           float b = adapter.B[row];
           first ? add_terms<true>(w, a, b, total, width) : add_terms<false>(w, a, b, total, width);
         }
       }
-      Out* target = out + line * region.other_stride + start;
       for (Size j = 0; j < width; j++) store(target + j, total[j]);
     }
   }
 }
 
+inline Size gradient_strip(Size r) { return r < kWideStripBlocks ? kStrip : kWideStrip; }
+
 // A part of grad_B for each strip of columns; a task is a row block in a strip, so that no two write the same sums.
 template <class Weight, class Product>
 void add_gradients_by_rows(const Weight* weight, const Product* product, const Region& region, const Adapter& adapter) {
-  Size strips = (region.columns + kStrip - 1) / kStrip;
+  Size strip_columns = gradient_strip(adapter.r), strips = (region.columns + strip_columns - 1) / strip_columns;
   Size last_row = region.row + region.rows;
   Size first_block = block_of(region.row, region.m, adapter.r);
   Size blocks = block_of(last_row - 1, region.m, adapter.r) - first_block + 1;
 #pragma omp parallel for schedule(static) if (region.rows * region.columns > kParallelElements)
   for (Size task = 0; task < blocks * strips; task++) {
-    Size block = first_block + task / strips, strip = task % strips, start = strip * kStrip;
-    Size width = std::min(kStrip, region.columns - start);
+    Size block = first_block + task / strips, strip = task % strips, start = strip * strip_columns;
+    Size width = std::min(strip_columns, region.columns - start);
     const float* a = adapter.A + block * region.n + region.column + start;
     float* grad_a = adapter.grad_A + block * region.n + region.column + start;
     Size row = std::max(region.row, block_start(block, region.m, adapter.r));
     Size stop = std::min(last_row, block_start(block + 1, region.m, adapter.r));
     while (row < stop) {
-      float group[kStrip] = {};
+      float group[kWideStrip];
+      std::fill(group, group + width, 0.0f);
       for (Size group_stop = std::min(stop, row + kGroup); row < group_stop; row++) {
         Size line = row - region.row;
         const Weight* w = weight + line * region.stride + start;
@@ -210,9 +236,9 @@ void add_gradients(
 
 }  // namespace
 
-// The number of parts of grad_B that a region has.
-extern "C" Size grad_B_parts(const Region* region) {
-  Size width = region->transposed ? kGroup : kStrip;
+// The number of parts of grad_B that a region has for an adapter of r row blocks.
+extern "C" Size grad_B_parts(const Region* region, Size r) {
+  Size width = region->transposed ? kGroup : gradient_strip(r);
   return (region->columns + width - 1) / width;
 }
 

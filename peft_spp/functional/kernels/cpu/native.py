@@ -78,8 +78,12 @@ class NativeElementwise(Elementwise):
 
     def add_factor_gradients(self, product: torch.Tensor, rows: slice, columns: slice) -> None:
         region = self._region(product, rows, columns)
-        count = _library().grad_B_parts(ctypes.byref(region))
-        parts = [torch.empty(count, rows.stop - rows.start) for _ in self.factors]
+        parts = [
+            torch.empty(
+                _library().grad_B_parts(ctypes.byref(region), ctypes.c_int64(A.shape[0])), rows.stop - rows.start
+            )
+            for A, _ in self.scaled_factors
+        ]
         adapters = self._adapters([(grad_A, part) for (grad_A, _), part in zip(self.gradients, parts, strict=True)])
         self._call("add_gradients", product, region, adapters)
         for (_, grad_B), part in zip(self.gradients, parts, strict=True):
