@@ -197,9 +197,8 @@ def _mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor]:
         nonzero[: len(rows), :inputs].copy_(rows)
         bits = (_bits_transposed if transposed else _bits)(nonzero[: len(rows)])
         histogram += torch.bincount(bits.flatten(), minlength=256)
-        words = bits.view(torch.int64)
-        for sums, numbers in zip(row_sums, word_numbers, strict=True):
-            torch.sum(_mix_(words ^ numbers), dim=1, out=sums[start : start + step])
+        words = _mix_(bits.view(torch.int64) ^ word_numbers.unsqueeze(1))
+        torch.sum(words, dim=2, out=row_sums[:, start : start + step])
     return row_sums, histogram
 
 
