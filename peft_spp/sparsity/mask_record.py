@@ -187,11 +187,12 @@ def _mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor]:
     shape = (min(step, outputs), words_a_row * 64)
     nonzero = torch.zeros(shape[::-1] if transposed else shape, dtype=torch.bool, device=weight.device)
     nonzero = nonzero.t() if transposed else nonzero
+    integers = torch.empty_like(weight[: step if weight.dtype == torch.float16 else 0], dtype=torch.int16)
     for start in range(0, outputs, step):
         rows = weight[start : start + step]
         if rows.dtype == torch.float16:
             # PyTorch converts float16 several times more slowly than integers; all bits but the sign tell a zero
-            rows = rows.view(torch.int16) << 1
+            rows = torch.bitwise_left_shift(rows.view(torch.int16), 1, out=integers[: len(rows)])
         # A copy to bool is the fastest test for zero: 0.5 s for 7B weights in bfloat16 on 2 cores of an EPYC 9004,
         # where `!= 0` took 3.8 s.
         nonzero[: len(rows), :inputs].copy_(rows)
