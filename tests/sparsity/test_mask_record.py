@@ -191,6 +191,18 @@ def test_many_exchanges_between_two_words_give_row_sums_of_their_own():
         assert len((half - other_half).abs_().unique()) == rows
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [63, 62, 61, 32, 0])
+def test_changes_of_a_place_do_not_cancel_each_other(place):
+    # 2^26 of them, that is 2^51 pairs, each of which may cancel in two ways. With the last two rounds alone a few do.
+    torch.manual_seed(place)
+    words = torch.randint(-(2**63), 2**63 - 1, (1 << 26,))
+    changed = module._mix_(words ^ module._signed(1 << place))
+    changes = changed.sub_(module._mix_(words)).abs_().numpy()
+    changes.sort()
+    assert (changes[1:] != changes[:-1]).all()
+
+
 def test_words_and_their_complements_are_mixed_apart():
     torch.manual_seed(0)
     words = torch.randint(-(2**63), 2**63 - 1, (100_000,))
