@@ -21,8 +21,8 @@ from .saving import write_settings_id
 from .settings import check_choice, check_settings
 
 
-FORMAT_VERSION = 1
-"""The version of the format that adapters are saved in."""
+FORMAT_VERSION = 2
+"""The version of the format that adapters are saved in: 2 has other fingerprints of masks than 1."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class SPPConfig(PeftConfig):
             and how the base model was quantised. It is filled in when the adapter is added to a model and saved with
             the adapter.
         format_version (`int`):
-            The version of the adapter's format. It is not to be set.
+            The version of the adapter's format. It is not to be set; an adapter of an older one is saved in this one.
 
     Raises:
         ValueError: If a value cannot be used; the message names the field and the value.
@@ -234,6 +234,8 @@ class SPPConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         _check_format_version(self.format_version)
+        # that of the next save: masks that are recorded from now on are recorded as of this version
+        self.format_version = FORMAT_VERSION
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """

@@ -1,24 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import socket
-from collections.abc import Iterator
 
 import pytest
-import torch
 from demo_smoke import SMOKE_CONFIG, SmokeRun
+from one_thread import one_thread as one_thread
 from rich.console import Console
 
 from peft_spp.demo.output import OutputFolder
 from peft_spp.demo.run import run_demo
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other at these sizes, for long where other processes use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from one_thread import one_thread as one_thread
 
 
 HERE = Path(__file__).parent
@@ -24,15 +23,6 @@ if importlib.util.find_spec("mkdocs") is None:
 
 TEXTS = [f"Line {number} is about the number {number * number % 17}." for number in range(1000)]
 PRUNED = ("my-pruned-model", "vuiseng9/Meta-Llama-3.1-8B-wanda-2of4", "RedHatAI/Sparse-Llama-3.1-8B-2of4")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other at these sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,8 @@ from quantized_cases import ALL, EXACT_ZERO, IN, OUT, OneLayer, pruned_linear, q
 from torch import nn
 
 from peft_spp import SPPConfig
-from peft_spp.tuner.quantized import QuantizedLinear, dequantized_weight, find_backend, register_backend
+from peft_spp.tuner.quantized import Applied, QuantizedLinear, dequantized_weight, find_backend, register_backend
 from peft_spp.tuner.quantized import registry as backends
-from peft_spp.tuner.quantized.applied import Applied
 
 import reference
 from tiny import randomize

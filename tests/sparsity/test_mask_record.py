@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,22 +78,30 @@ def test_zeros_are_told_from_all_other_values_of_a_dtype(dtype):
     assert record_mask(weight.T.contiguous().T) == expected
 
 
+def mixed(word):
+    """What the format says, in plain integers."""
+    for shift, factor in ((32, 0x9E3779B97F4A7C15), (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        word = (word ^ word >> shift) * factor % 2**64
+    return word ^ word >> 31
+
+
+def number(place, seed):
+    return mixed(((place + 1) * 0x9E3779B97F4A7C15 + seed) % 2**64)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (700, 70), (70, 700), (1100, 129), (3, 1025), (513, 8), (1, 64), (64, 1)])
 @pytest.mark.parametrize("dtype", DTYPES[:4])
 def test_the_fingerprint_is_the_sum_that_the_format_says(shape, dtype):
     weight = pruned(*shape, sparsity=0.6).to(dtype)
-    words = max(1, -(-shape[1] // 64))
-    factors = [
-        [module._pseudo_random(n, s, weight.device) for n, s in ((words, seed), (shape[0], ~seed))]
-        for seed in module._SEEDS
-    ]
+    seeds = (0x243F6A8885A308D3, 0x13198A2E03707344)
     sums = [0, 0]
     for row, values in enumerate((weight != 0).tolist()):
-        for word in range(words):
-            bits = sum(1 << place for place, value in enumerate(values[64 * word : 64 * word + 64]) if value)
-            for seed, (of_word, of_row) in enumerate(factors):
-                sums[seed] += bits * int(of_word[word]) * int(of_row[row])
-    fingerprint = "".join(f"{value % 2**64:016x}" for value in sums)
+        words = [values[start : start + 64] for start in range(0, shape[1], 64)]
+        words = [sum(1 << place for place, value in enumerate(word) if value) for word in words]
+        for half, seed in enumerate(seeds):
+            of_row = sum(mixed(word ^ number(index, seed)) for index, word in enumerate(words))
+            sums[half] += mixed(of_row % 2**64 ^ number(row, ~seed))
+    fingerprint = "mix:" + "".join(f"{value % 2**64:016x}" for value in sums)
     wide = torch.ones(shape[0], shape[1] + 5, dtype=dtype)
     wide[:, 3:-2] = weight
     for layout in (weight, weight.T.contiguous().T, wide[:, 3:-2], wide.T.contiguous().T[:, 3:-2]):
@@ -124,14 +133,81 @@ def test_any_place_that_changes_is_noticed(rows, inputs, seed, data):
     assert record_mask(weight).relation_of(record_mask(other)) != "same"
 
 
-def test_the_last_places_of_a_word_are_noticed_too():
-    weight = pruned(4, 61, seed=0)
-    other = weight.clone()
-    other[3, 60] = 0.0
-    # the fingerprint alone does not tell: 2^60 times a multiple of 16 is a multiple of 2^64
-    assert weight[3, 60] != 0 and record_mask(other).fingerprint == record_mask(weight).fingerprint
-    assert record_mask(weight).relation_of(record_mask(other)) == "refined"
-    assert record_mask(other).relation_of(record_mask(weight)) == "different"
+def halves(weight):
+    """Both halves of the fingerprint, to be looked at each for itself."""
+    kind, digits = record_mask(weight).fingerprint.split(":")
+    assert kind == "mix" and len(digits) == 32
+    return digits[:16], digits[16:]
+
+
+def assert_all_differ(fingerprints):
+    """No two are alike in either half: by the birthday, many more pairs than fingerprints."""
+    for half in zip(*fingerprints, strict=True):
+        assert len(set(half)) == len(half)
+
+
+@pytest.mark.parametrize("shape", [(5, 128), (3, 61), (40, 3)])
+def test_no_two_masks_that_differ_from_one_in_a_place_agree_in_a_half(shape):
+    weight = pruned(*shape)
+    fingerprints = [halves(weight)]
+    for place in range(weight.numel()):
+        weight.view(-1)[place] = 1.0 if weight.view(-1)[place] == 0 else 0.0
+        fingerprints.append(halves(weight))
+        weight.view(-1)[place] = 1.0 if weight.view(-1)[place] == 0 else 0.0
+    assert_all_differ(fingerprints)
+
+
+@pytest.mark.parametrize("shape", [(3, 192), (12, 64), (1, 640), (9, 62)])
+def test_no_two_exchanges_of_the_last_places_of_words_agree_in_a_half(shape):
+    """A zero for a weight, in one word, in two of a row, and in two rows."""
+    weight = pruned(*shape)
+    mask = (weight != 0).float()
+    last = [(row, place) for row in range(shape[0]) for place in range(shape[1]) if place % 64 >= 58]
+    zeros, others = ([at for at in last if bool(mask[at] == 0) is is_zero] for is_zero in (True, False))
+    fingerprints = [halves(mask)]
+    for zero in zeros:
+        for other in others:
+            mask[zero], mask[other] = 1.0, 0.0
+            fingerprints.append(halves(mask))
+            mask[zero], mask[other] = 0.0, 1.0
+    assert len(fingerprints) > 300
+    assert_all_differ(fingerprints)
+
+
+def test_many_exchanges_between_two_words_give_row_sums_of_their_own():
+    # each row is a mask of its own, and differs from that of the same number below in the last places of two words
+    torch.manual_seed(0)
+    rows = 1 << 18
+    numbers = torch.stack([module._pseudo_random(2, seed, torch.device("cpu")) for seed in module._SEEDS])
+    weight = torch.randint(2, (rows, 128), dtype=torch.int8).to(torch.bfloat16)
+    places = 60 + torch.randint(4, (rows, 1)), 124 + torch.randint(4, (rows, 1))
+    weight.scatter_(1, places[0], 1.0).scatter_(1, places[1], 0.0)
+    exchanged = weight.scatter(1, places[0], 0.0).scatter_(1, places[1], 1.0)
+    sums, other_sums = (
+        (module.mask_sums(w, numbers) or module._mask_sums(w, numbers))[0] for w in (weight, exchanged)
+    )
+    for half, other_half in zip(sums, other_sums, strict=True):
+        assert len(torch.cat((half, other_half)).unique()) == 2 * rows
+        assert len((half - other_half).abs_().unique()) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [63, 62, 61, 32, 0])
+def test_changes_of_a_place_do_not_cancel_each_other(place):
+    # 2^26 of them, that is 2^51 pairs, each of which may cancel in two ways. With the last two rounds alone a few do.
+    torch.manual_seed(place)
+    words = torch.randint(-(2**63), 2**63 - 1, (1 << 26,))
+    changed = module._mix_(words ^ module._signed(1 << place))
+    changes = changed.sub_(module._mix_(words)).abs_().numpy()
+    changes.sort()
+    assert (changes[1:] != changes[:-1]).all()
+
+
+def test_words_and_their_complements_are_mixed_apart():
+    torch.manual_seed(0)
+    words = torch.randint(-(2**63), 2**63 - 1, (100_000,))
+    words = torch.cat((words, ~words, torch.arange(-1000, 1000)))
+    assert len(module._mix_(words.clone()).unique()) == len(words.unique()) == 202_000
 
 
 @given(st.integers(2, 30), st.integers(20, 150), st.integers(0, 1000), st.sampled_from([0.3, 0.5, 0.8]))
@@ -191,7 +267,7 @@ def test_the_format_is_kept():
     record = record_mask(weight)
     assert record == MaskRecord.from_dict(json.loads(json.dumps(record.to_dict())))
     assert (record.zeros, record.pattern) == (400, "unstructured")
-    assert record.fingerprint == "65b40c7ca9fdf2994182dc74a658fb09"
+    assert record.fingerprint == "mix:875824182be949a169d50ec529175714"
     assert record.sample.startswith("Y4QYIcaIMWKMGCPGiDFCjBBjxBgxRowRY8QYIUaIMWKM")
 
 
@@ -263,6 +339,22 @@ def test_refined_needs_more_zeros_and_each_that_was_there():
     assert then.relation_of(record(4, [0b11, 0b1], "1")) == "different"
     assert then.relation_of(record(5, [0b11, 0b1], "0")) == "same"
     assert then.relation_of(MaskRecord((8, 2), 6, "unstructured", "0", then.sample)) == "different"
+
+
+def test_a_fingerprint_of_another_kind_tells_nothing():
+    weight = pruned(64, 64)
+    record = record_mask(weight)
+    more = weight.clone()
+    more[:, 0] = 0.0
+    for old in ("65b40c7ca9fdf2994182dc74a658fb09", "other:65b40c7ca9fdf2994182dc74a658fb09", ""):
+        then = replace(record, fingerprint=old)
+        assert then.relation_of(record) == record.relation_of(then) == "same"
+        assert then.relation_of(record_mask(more)) == "refined" and record_mask(more).relation_of(then) == "different"
+        for other in (pruned(64, 64, seed=1), weight.flip(0), weight.roll(1, 1), weight[:32], torch.randn(64, 64)):
+            assert then.relation_of(record_mask(other)) == "different"
+        for change in ({"shape": (32, 128)}, {"pattern": "2:4"}, {"zeros": record.zeros - 1}):
+            assert then.relation_of(replace(record, **change)) == "different"
+        assert then.relation_of(replace(then, fingerprint=old + "0")) == "different"
 
 
 def test_a_parameter_is_recorded_without_a_graph():

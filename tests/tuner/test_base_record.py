@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_spp import SPPConfig
 from peft_spp.sparsity import record_mask
+from peft_spp.tuner.config import FORMAT_VERSION
 
 from tiny import randomize, tiny_llama
 
@@ -51,7 +52,7 @@ def test_an_adapter_records_the_masks_it_was_trained_on(tmp_path):
     save_adapter(tmp_path, base)
     config = saved_config(tmp_path)
     assert config["base_record"] == {"quantization": None, "masks": expected}
-    assert config["format_version"] == 1
+    assert config["format_version"] == FORMAT_VERSION
     assert not any(name.startswith("is_") for name in config)
 
 
@@ -172,8 +173,8 @@ def test_a_base_on_the_meta_device_is_not_recorded():
 def test_a_newer_format_is_refused(tmp_path):
     save_adapter(tmp_path, pruned_llama())
     config = saved_config(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": 2}))
-    with pytest.raises(ValueError, match="2"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(ValueError, match=str(FORMAT_VERSION + 1)):
         PeftModel.from_pretrained(pruned_llama(), tmp_path)
 
 

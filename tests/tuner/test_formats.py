@@ -2,6 +2,7 @@
 """An adapter saved in each format there has ever been loads, and gives what it gave then."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,28 @@ def test_an_adapter_of_each_format_loads(folder, recwarn):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
         assert torch.equal(tensor == 0, expected[name] == 0), name
     assert not [warning for warning in recwarn if "peft_spp" in warning.filename or "adapter" in str(warning.message)]
+
+
+@pytest.mark.parametrize("folder", FORMATS, ids=lambda folder: folder.name)
+def test_a_base_that_is_pruned_in_other_places_is_told_whatever_the_format(folder):
+    base = make.Base()
+    pruned = base.q_proj.weight.data
+    pruned[0], pruned[1] = pruned[1].clone(), pruned[0].clone()
+    pruned[2, (pruned[2] != 0).nonzero()[0]] = 0.0  # so that there is one zero more as well
+    base.down_proj.weight.data[0] = 0.0
+    model = PeftModel.from_pretrained(base, folder, check_base="off")
+    assert model.base_model.relate_base("default") == {"q_proj": "different", "down_proj": "refined"}
+    with pytest.raises(ValueError, match="q_proj"):
+        PeftModel.from_pretrained(base, folder, check_base="error")
+
+
+@pytest.mark.parametrize("folder", FORMATS, ids=lambda folder: folder.name)
+def test_an_adapter_of_each_format_is_saved_in_the_newest_and_keeps_its_record(folder, tmp_path):
+    PeftModel.from_pretrained(make.Base(), folder).save_pretrained(tmp_path)
+    then, now = (json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path))
+    assert now["format_version"] == FORMAT_VERSION and now["base_record"] == then["base_record"]
+    again = PeftModel.from_pretrained(make.Base(), tmp_path)
+    assert set(again.base_model.relate_base("default").values()) == {"same"}
 
 
 def test_what_is_saved_now_is_what_the_newest_format_holds(tmp_path):

@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_spp import SPPConfig
+from peft_spp.tuner.config import FORMAT_VERSION
 from peft_spp.tuner.patterns import check_patterns
 from peft_spp.tuner.settings import Expression
 
@@ -102,7 +103,7 @@ def assert_refused(folder, *named: object, **options) -> None:
         {"task_type": "NOPE"},
         {"check_base": "never"},
         {"weights_id": 3},
-        {"format_version": 2},
+        {"format_version": FORMAT_VERSION + 1},
         {"format_version": "1"},
         {"from_a_newer_version": 1},
     ],
@@ -459,7 +460,7 @@ def test_auto_classes_check_an_adapter_too(llama_adapter):
 
 
 def test_transformers_checks_the_settings(llama_adapter):
-    for changes in ({"r": 10**12}, {"exclude_modules": "(([a-z0-9._]+)+)+!"}, {"format_version": 2}):
+    for changes in ({"r": 10**12}, {"exclude_modules": "(([a-z0-9._]+)+)+!"}, {"format_version": FORMAT_VERSION + 1}):
         text = (llama_adapter / CONFIG).read_text()
         edit(llama_adapter, **changes)
         model = tiny_llama()

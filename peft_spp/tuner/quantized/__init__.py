@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPP on quantised base layers: one interface, a backend a file."""
 
+from .applied import Applied
 from .backend import Backend
 from .layer import QuantizedLinear
 from .registry import dequantized_weight, find_backend, register_backend
@@ -8,6 +9,7 @@ from .unload import unload_dequantized
 
 
 __all__ = [
+    "Applied",
     "Backend",
     "QuantizedLinear",
     "dequantized_weight",

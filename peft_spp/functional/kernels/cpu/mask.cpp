@@ -25,12 +25,12 @@ constexpr Word kGatherBits = 0x0102040810204080;
 
 extern "C" {
 
-// The factors are (kSeeds, words), the sums (kSeeds, rows) of each row's words times their factors, and the histogram
-// tells how often each byte occurs in all words.
+// The numbers are (kSeeds, words), the sums (kSeeds, rows) of each row's words mixed with their numbers, and the
+// histogram tells how often each byte occurs in all words.
 struct Mask {
   Size rows, columns, transposed;
   Size stride;  // of the lines
-  const Word* factors;
+  const Word* numbers;
   Word* sums;
   Size* histogram;
 };
@@ -62,6 +62,14 @@ inline std::uint8_t is_nonzero(Bits value) {
   return Bits(value << 1) != 0;
 }
 
+// A bijection in which every bit depends on all: two rounds of splitmix64, and one before them.
+inline Word mix(Word word) {
+  word = (word ^ (word >> 32)) * 0x9E3779B97F4A7C15;
+  word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9;
+  word = (word ^ (word >> 27)) * 0x94D049BB133111EB;
+  return word ^ (word >> 31);
+}
+
 template <class Bits>
 void sum_rows(const Bits* weight, const Mask& mask) {
   Size words = (mask.columns + kPlaces - 1) / kPlaces;
@@ -86,7 +94,7 @@ void sum_rows(const Bits* weight, const Mask& mask) {
             word |= (places * kGatherBits >> 56) << (8 * byte);
           }
           histogram.count(word);
-          for (Size seed = 0; seed < kSeeds; seed++) sums[seed] += word * mask.factors[seed * words + first + index];
+          for (Size seed = 0; seed < kSeeds; seed++) sums[seed] += mix(word ^ mask.numbers[seed * words + first + index]);
         }
       }
       for (Size seed = 0; seed < kSeeds; seed++) mask.sums[seed * mask.rows + row] = sums[seed];
@@ -120,8 +128,8 @@ void sum_columns(const Bits* weight, const Mask& mask) {
         }
         for (Size i = 0; i < height; i++) histogram.count(row_words[i]);
         for (Size seed = 0; seed < kSeeds; seed++) {
-          Word factor = mask.factors[seed * words + index];
-          for (Size i = 0; i < height; i++) sums[seed][i] += row_words[i] * factor;
+          Word number = mask.numbers[seed * words + index];
+          for (Size i = 0; i < height; i++) sums[seed][i] += mix(row_words[i] ^ number);
         }
       }
       for (Size seed = 0; seed < kSeeds; seed++)

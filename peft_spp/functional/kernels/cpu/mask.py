@@ -21,19 +21,19 @@ class _Mask(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("transposed", ctypes.c_int64),
         ("stride", ctypes.c_int64),
-        ("factors", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("histogram", ctypes.c_void_p),
     )
 
 
-def mask_sums(weight: Tensor, word_factors: Tensor) -> tuple[Tensor, Tensor] | None:
+def mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor] | None:
     """
-    Sum the words of each row of a weight's mask, and count their bytes.
+    Sum the mixed words of each row of a weight's mask, and count the words' bytes.
 
     Args:
         weight (`torch.Tensor`): Floating, shape `(out, in)`; `-0.0` counts as zero and NaN does not.
-        word_factors (`torch.Tensor`): int64, shape `(2, words)`: what each word of 64 places is multiplied by.
+        word_numbers (`torch.Tensor`): int64, shape `(2, words)`: what each word of 64 places is mixed with.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` or `None`: int64: the sums modulo 2^64, of shape `(2, out)`, and how often
@@ -51,7 +51,7 @@ def mask_sums(weight: Tensor, word_factors: Tensor) -> tuple[Tensor, Tensor] | N
         *weight.shape,
         transposed,
         weight.stride(1 if transposed else 0),
-        word_factors.data_ptr(),
+        word_numbers.data_ptr(),
         sums.data_ptr(),
         histogram.data_ptr(),
     )
