@@ -2,9 +2,9 @@
 """
 The passes over a weight that SPP makes beside the three matmuls, on CPU: `python -m benchmarks.passes`.
 
-Making W' reads W once and writes W' once; the sums for the gradients of A and B read W and gyᵀx once. Both move as many
-bytes as copying W does, so the copy, which is `torch.Tensor.copy_`, is the floor for either. Each is timed after the
-matmul that comes before it in a training step and fills the caches with its own data, into memory that is there
+Making W' reads W once and writes W' once; the sums for the gradients of A and B read W and gyᵀx once. Both move as
+many bytes as copying W does, so the copy, which is `torch.Tensor.copy_`, is the floor for either. Each is timed after
+the matmul that comes before it in a training step and fills the caches with its own data, into memory that is there
 already. (`benchmarks.kernels_gpu` measures the Triton cpu.)
 """
 
@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import typer
 
+from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels import cpu
 
 from .harness import (
@@ -90,7 +91,7 @@ def make_contestants(m: int, n: int, tokens: int, dtype: torch.dtype, seed: int)
     """
     weight = build_linear_stack(m, n, 1, dtype, torch.device("cpu"), seed).weight
     x, grad_y = (torch.randn(tokens, size, dtype=dtype) for size in (n, m))
-    factors = [(torch.randn(RANK, n), torch.randn(m, 1), 2.0)]
+    factors: list[Factors] = [(torch.randn(RANK, n), torch.randn(m, 1), 2.0)]
     scaled, product = torch.zeros_like(weight), torch.zeros_like(weight)
     before_scaling = partial(torch.mm, grad_y, scaled)
     return [
