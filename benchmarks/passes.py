@@ -91,7 +91,7 @@ def make_contestants(m: int, n: int, tokens: int, dtype: torch.dtype, seed: int)
     """
     weight = build_linear_stack(m, n, 1, dtype, torch.device("cpu"), seed).weight
     x, grad_y = (torch.randn(tokens, size, dtype=dtype) for size in (n, m))
-    factors: list[Factors] = [(torch.randn(RANK, n), torch.randn(m, 1), 2.0)]
+    factors = [Factors(torch.randn(RANK, n), torch.randn(m, 1), 2.0)]
     scaled, product = torch.zeros_like(weight), torch.zeros_like(weight)
     before_scaling = partial(torch.mm, grad_y, scaled)
     return [
