@@ -339,7 +339,7 @@ def _dtype_contenders() -> tuple[Contender, ...]:
 ABLATION = Suite(
     "ablation",
     (LLAMA,),
-    (Study("llama", AT_75, _ablation_contenders(), SEEDS), Study("llama", AT_75, _dtype_contenders())),
+    (Study("llama", AT_75, _ablation_contenders()), Study("llama", AT_75, _dtype_contenders())),
     SMALL.budget,
 )
 
