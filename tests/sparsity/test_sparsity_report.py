@@ -242,7 +242,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_fused_experts_are_read_expert_by_expert():
     out_in = torch.stack([keep_n_m(torch.randn(8, 16), 2, 4) for _ in range(3)])
     state = {"mlp.experts.gate_up_proj": out_in, "mlp.experts.gate_up_proj_scale": torch.ones(3, 8, 1)}
-    module = sparsity_report(state)["mlp.experts.gate_up_proj"]
+    report = sparsity_report(state)
+    module = report["mlp.experts.gate_up_proj"]
+    assert len(report) == 1 and list(report.skipped) == ["mlp.experts.gate_up_proj_scale"]
+    for name in ("input_linear", "output_linear"):
+        assert list(sparsity_report({f"mlp.{name}.weight": out_in}).modules) == [f"mlp.{name}"]
+    for name in ("input_linear", "experts", "other"):
+        assert not sparsity_report({f"mlp.{name}.scales": out_in, "experts": out_in}).modules
     assert (module.pattern, module.shape, module.in_features, module.out_features) == ("2:4", (3, 8, 16), 16, 8)
     swapped = {"mlp.experts.gate_up_proj": out_in.transpose(1, 2).contiguous()}
     assert sparsity_report(swapped)["mlp.experts.gate_up_proj"].pattern == "unstructured"
