@@ -8,6 +8,7 @@ from sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 from torch import nn
 
 from peft_spp.sparsity import NMPattern, SparsityReport, sparsity_report
+from peft_spp.sparsity.layout import model_types
 
 
 LLAMA_KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -105,6 +106,20 @@ def test_names_of_conv1d_do_not_decide_where_biases_say_otherwise(tmp_path):
     assert sparsity_report(tmp_path, conv1d=False).all_satisfy("2:4")
 
 
+def test_biases_that_contradict_each_other_tell_nothing():
+    weight = keep_n_m(torch.randn(24, 16), 2, 4)
+    straight = {"a.fc.weight": weight, "a.fc.bias": torch.zeros(24)}
+    transposed = {"b.fc.weight": weight, "b.fc.bias": torch.zeros(16)}
+    assert sparsity_report(transposed)["b.fc"].transposed
+    assert not any(module.transposed for module in sparsity_report(straight | transposed))
+
+
+def test_the_model_types_of_a_model_and_of_its_parts_are_known():
+    parts = {"vision": {"model_type": "vit"}, "text": {"model_type": "llama4_text", "more": {"model_type": "gpt2"}}}
+    assert model_types({"model_type": "llama4", **parts}) == {"llama4", "vit", "llama4_text", "gpt2"}
+    assert model_types({"model_type": 3, "a": [1]}) == frozenset()
+
+
 def test_the_model_types_that_use_conv1d_are_those_of_transformers():
     import re
     from pathlib import Path
@@ -189,6 +204,19 @@ def test_a_pattern_is_not_found_where_it_forces_no_zero():
     assert sparsity_report(layer, patterns="2:4")[""].pattern == "unstructured"
 
 
+def test_a_pattern_is_found_in_rows_of_one_group():
+    layer = nn.Linear(4, 50, bias=False)
+    layer.weight.data = keep_n_m(layer.weight, 2, 4)
+    assert sparsity_report(layer)[""].pattern == "2:4"
+
+
+def test_a_single_zero_in_a_small_weight_is_not_dense():
+    weight = torch.ones(4, 4)
+    weight[0, 0] = 0.0
+    assert sparsity_report({"fc.weight": weight})["fc"].pattern == "unstructured"
+    assert sparsity_report({"fc.weight": torch.ones(0, 4)})["fc"].pattern == "dense"
+
+
 @pytest.mark.parametrize(("zeros", "pattern"), [(0, "dense"), (9, "dense"), (10, "unstructured")])
 def test_dense_is_less_than_one_percent_zero(zeros, pattern):
     weight = torch.ones(100, 10)
@@ -233,6 +261,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         report = sparsity_report(source)
         assert list(report.modules) == ["a"]
         assert set(report.skipped) == {"b", "c", "c.table"}
+        assert report.skipped["c"] == report.skipped["c.table"] == "not a linear layer's weight"
         assert "b" in str(report)
     sparse = nn.Linear(4, 4)
     sparse.weight = nn.Parameter(torch.eye(4).to_sparse_csr(), requires_grad=False)
@@ -273,6 +302,8 @@ def test_a_mixture_of_experts_counts_its_experts_and_not_its_router():
         assert sum("experts" in name for name in report.modules) >= 2
         assert "router" in report.skipped.values()
         assert sum(name.endswith("_proj") and "self_attn" in name for name in report.modules) == 4
+    routers = [name for name, reason in report.skipped.items() if reason == "router"]
+    assert list(sparsity_report(model.state_dict(), modules=routers).modules) == routers
 
 
 def test_masks_of_torch_prune_are_seen():
@@ -294,8 +325,13 @@ def test_a_meta_weight_is_refused_by_name():
 
 def test_two_weights_of_one_name_are_refused():
     state = {"fc.weight": torch.ones(4, 4), "base_model.model.fc.weight": torch.ones(4, 4)}
-    with pytest.raises(ValueError, match=r"base_model\.model\.fc\.weight"):
+    with pytest.raises(ValueError, match=r"base_model\.model\.fc\.weight") as error:
         sparsity_report(state)
+    assert "'fc.weight'" in str(error.value)
+
+
+def test_a_state_dict_of_one_layer_has_a_weight_without_a_name():
+    assert list(sparsity_report({"weight": torch.ones(4, 4), "bias": torch.ones(4)}).modules) == [""]
 
 
 def test_a_mapping_without_tensors_is_refused():
