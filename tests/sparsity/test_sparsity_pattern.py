@@ -112,7 +112,7 @@ def test_an_empty_weight_holds_every_pattern(shape):
 
 
 @pytest.mark.parametrize("start", range(9))
-def test_booleans_may_start_anywhere_in_memory(start):
+def test_booleans_may_start_anywhere(start):
     several = torch.tensor([i % 3 != 0 for i in range(start + 32)])[start:].view(2, 16)
     expected = [fullest_by_hand(several.tolist(), m) for m in GROUP_SIZES]
     assert [fullest_group(several, m) for m in GROUP_SIZES] == expected
