@@ -202,6 +202,10 @@ def test_a_pattern_is_not_found_where_it_forces_no_zero():
     layer.weight.data.fill_(1.0)
     layer.weight.data[:10] = 0.0
     assert sparsity_report(layer, patterns="2:4")[""].pattern == "unstructured"
+    conv1d = {"fc.weight": layer.weight.T.contiguous()}
+    assert sparsity_report(conv1d, patterns="2:4", conv1d=True)["fc"].pattern == "unstructured"
+    experts = {"experts.down_proj": torch.stack([layer.weight, layer.weight])}
+    assert sparsity_report(experts, patterns="2:4")["experts.down_proj"].pattern == "unstructured"
 
 
 def test_a_pattern_is_found_in_rows_of_one_group():
@@ -266,6 +270,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
     sparse = nn.Linear(4, 4)
     sparse.weight = nn.Parameter(torch.eye(4).to_sparse_csr(), requires_grad=False)
     assert len(sparsity_report(sparse)) == 0
+
+    class Packed(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, *args):
+            raise NotImplementedError
+
+    assert "Packed" in sparsity_report({"a.weight": torch.ones(4, 4).as_subclass(Packed)}).skipped["a"]
 
 
 def test_fused_experts_are_read_expert_by_expert():

@@ -407,3 +407,5 @@ def test_wrapped_models_are_seen_through():
 def test_a_layer_without_a_shape_yet_holds_no_data():
     with pytest.raises(ValueError, match="'lazy'"):
         sparsity_report(nn.ModuleDict({"lazy": nn.LazyLinear(4)}))
+    report = sparsity_report(nn.ModuleDict({"fine": nn.Linear(4, 4), "other": nn.LazyConv2d(4, 3)}))
+    assert list(report.modules) == ["fine"] and list(report.skipped) == ["other"]
