@@ -76,7 +76,7 @@ def _block_products(
     factors: Sequence[Factors], rows: int, r: int, layers: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """The rows of each block, and L and R, whose product is the sum of the adapters in these rows."""
-    sizes = torch.bincount(_stacked_index(rows, r, layers), minlength=layers * r).tolist()
+    sizes = torch.bincount(_stacked_index(rows, r, layers)).tolist()
     in_float64 = [(A.to("cpu", torch.float64), B.to("cpu", torch.float64) * s) for A, B, s in factors]
     indices = [_stacked_index(rows, A.shape[0] // layers, layers) for A, _ in in_float64]
     start = 0

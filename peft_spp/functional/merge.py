@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .factors import Factors, compute_dtype
+from .factors import Factors
 from .weight import scaled_weight
 
 
@@ -35,13 +35,12 @@ def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Ten
     with torch.no_grad():
         # -0.0 + 0.0 is +0.0: this is for negative zeros of the base weight and of products that underflowed
         merged = scaled_weight(weight, factors).add_(0.0)
-        if not _are_finite(weight, factors):
+        if not _are_finite(factors):
             merged.masked_fill_(weight == 0, 0.0)
     return merged
 
 
-def _are_finite(weight: torch.Tensor, factors: Sequence[Factors]) -> bool:
+def _are_finite(factors: Sequence[Factors]) -> bool:
     """Whether zero times the factors is zero. It is not if one is infinite or NaN, also only once it is scaled."""
-    dtype = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
-    scaled = (t for A, B, s in factors for t in (A.to(dtype), B.to(dtype) * s))
-    return all(bool(torch.isfinite(t).all()) for t in scaled)
+    # scaled in their own dtype, which is no wider than the one W' is computed in and overflows no later
+    return all(bool(torch.isfinite(t).all()) for A, B, s in factors for t in (A, B * s))

@@ -89,7 +89,7 @@ def refine_row_blocks(A: torch.Tensor, rows: int, r: int, layers: int = 1) -> to
     check_row_blocks(rows, own)
     check_row_blocks(rows, r)
     blocks = row_block_index(rows, own)
-    sizes = torch.bincount(row_block_index(rows, r), minlength=r)
+    sizes = torch.bincount(row_block_index(rows, r))
     ends = sizes.cumsum(0)
     first, last = blocks[ends - sizes], blocks[ends - 1]
     if not torch.equal(first, last):

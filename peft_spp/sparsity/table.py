@@ -30,11 +30,11 @@ def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right:
     aligned_right = set(right)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in aligned_right else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in aligned_right else "left")
     for row in rows:
         table.add_row(*map(Text, row))
     out = io.StringIO()
-    console = Console(file=out, width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
+    console = Console(file=out, width=10_000, color_system=None, force_jupyter=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 

@@ -94,7 +94,7 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
                 _join(name, parameter_name),
                 partial(getattr, module, parameter_name),
                 transposed=experts_transposed
-                if parameter.dim() == 3 and isinstance(experts_transposed, bool)
+                if isinstance(experts_transposed, bool) and parameter.dim() == 3
                 else None,
                 linear=False,
             )
@@ -106,9 +106,9 @@ def _join(name: str, last: str) -> str:
 
 def _listed(key: str, load: Any, *, transposed: bool | None = None, linear: bool | None = None) -> Stored:
     tensor: Tensor = load()
-    if is_lazy(tensor):
-        return Stored(key, (0, 0), tensor.dtype, load, transposed, linear, no_data=True)
+    lazy = is_lazy(tensor)
+    shape = (0, 0) if lazy else tuple(tensor.shape)
     problem = None
     if tensor.layout != torch.strided or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         problem = f"unreadable: {type(tensor).__name__}, {tensor.layout}"
-    return Stored(key, tuple(tensor.shape), tensor.dtype, load, transposed, linear, problem, tensor.is_meta)
+    return Stored(key, shape, tensor.dtype, load, transposed, linear, problem, no_data=lazy or tensor.is_meta)

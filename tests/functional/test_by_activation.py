@@ -44,6 +44,33 @@ def test_few_tokens_go_by_activation_and_many_by_weight():
     assert not by_activation.is_cheaper(1, W, one_row_a_block, torch.float32)
 
 
+def most_tokens(weight, factors, dtype=torch.float32):
+    """Up to how many tokens this way is cheaper."""
+    tokens = 0
+    while by_activation.is_cheaper(tokens + 1, weight, factors, dtype):
+        tokens += 1
+    return tokens
+
+
+def test_each_adapter_and_each_row_block_makes_this_way_dearer():
+    W, _, one = make(1024, 512, [4], torch.float32)
+    more_blocks, two = make(1024, 512, [64], torch.float32)[2], [*one, *one]
+    few = [most_tokens(W, factors) for factors in (more_blocks, two)]
+    assert 1 < min(few) and max(few) < most_tokens(W, one) < 100
+    # 64 scaled rows of x for each token, with a weight of 1024
+    assert most_tokens(W, more_blocks) < 1024 / 64
+
+
+def test_the_dtype_and_the_device_count():
+    W, _, factors = make(1024, 512, [4], torch.float32)
+    # a matmul in bfloat16 is the faster one, in float16 PyTorch makes W' more slowly
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    assert [most_tokens(W, factors, dtype) for dtype in dtypes] == sorted(most_tokens(W, factors, d) for d in dtypes)
+    assert len({most_tokens(W, factors, dtype) for dtype in dtypes}) == 3
+    elsewhere = W.detach().to("meta")  # stands for a device that nothing is known of
+    assert by_activation.is_cheaper(1, elsewhere, factors, torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_training_on_few_tokens_has_the_same_gradients_as_on_many(tokens):
     W, bias, factors = make(1024, 512, [16], torch.float32)

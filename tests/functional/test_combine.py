@@ -60,6 +60,15 @@ def test_one_adapter_is_reproduced():
     torch.testing.assert_close(dense([Factors(*combined[:2], 1.0)], 15, 8), dense(factors, 15, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_lower_precision_are_combined_in_float64(dtype):
+    factors = draw((3, 5), 17, 9, dtype)
+    combined = rank_one_blocks(factors, 4)
+    in_float64 = rank_one_blocks([Factors(A.double(), B.double(), s) for A, B, s in factors], 4)
+    assert torch.equal(combined.A, in_float64.A) and torch.equal(combined.B, in_float64.B)
+    assert (combined.A.dtype, combined.B.dtype) == (torch.float64, torch.float64)
+
+
 def test_adapters_that_differ_in_one_factor_only_have_an_exact_sum():
     (first,) = draw((4,), 16, 8)
     other = Factors(first.A, torch.randn_like(first.B), 1.5)

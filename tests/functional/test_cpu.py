@@ -10,6 +10,8 @@ import reference
 from factored import make, relative_error
 
 
+# a result of the wrong shape would be resized, with a warning
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("tile", "chunk"), [(30, 70), (1, 1), (20, 200), (200, 30)])
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("identity", [True, False])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peft_spp.functional.factors import Factors
+from peft_spp.functional.kernels import cpu
 from peft_spp.functional.kernels.cpu import library
 from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
@@ -59,6 +60,22 @@ def test_both_ways_agree(m, n, ranks, weight_dtype, other_dtype, transposed):
     gradients = (work.factor_gradients() for work in (native, tiled, magnitudes))
     for a, b, magnitude in zip(*gradients, strict=True):
         assert ((a - b).abs() <= 1e-6 * magnitude).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_used_where_it_can_be(dtype, transposed, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("PyTorch's operations are used")
+
+    monkeypatch.setattr(TiledElementwise, "write_scaled", refuse)
+    monkeypatch.setattr(TiledElementwise, "add_factor_gradients", refuse)
+    weight, factors = elements(64, 48, [16], dtype, transposed)
+    x, grad_y = torch.randn(200, 48).to(dtype), torch.randn(200, 64).to(dtype)
+    cpu.scaled_weight(weight, factors, True, dtype)
+    cpu.linear(x, weight, None, factors, True, dtype)
+    cpu.linear_backward(grad_y, x, weight, factors, True, dtype, True, True)
+    cpu.factor_gradients(torch.zeros_like(weight), weight, factors)
 
 
 def test_factors_of_any_layout_and_of_lower_precision_are_taken():

@@ -155,3 +155,66 @@ def test_an_operator_that_goes_by_activation_has_the_dtype_asked_for():
     with torch.no_grad():
         y = schema._linear(cpu, torch.randn(1, 512), W, bias, *split(factors), False, True, torch.bfloat16)
     assert y.dtype == torch.bfloat16
+
+
+class Backend:
+    """One that notes what it is asked for, with the layer's passes of its own or without."""
+
+    def __init__(self, whole_layer):
+        self.calls = []
+        if whole_layer:
+            self.linear = self.linear_backward = self._layer
+
+    def _layer(self, *args):
+        self.calls.append("layer")
+        return []
+
+    def scaled_weight(self, weight, factors, identity, dtype, out=None):
+        self.calls.append(("weight", out is weight))
+        return composite.scaled_weight(weight, factors, identity, dtype, out)
+
+    def factor_gradients(self, product, weight, factors):
+        return composite.factor_gradients(product, weight, factors)
+
+
+@pytest.mark.parametrize("whole_layer", [True, False])
+def test_a_backend_is_asked_for_the_layer_if_it_has_it_and_else_for_the_weight(whole_layer):
+    W, bias, factors = make(16, 12, [5, 3], torch.float32)
+    W, A, B, s = W.detach(), *split(factors)
+    x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
+    backend = Backend(whole_layer)
+    with torch.no_grad():
+        schema._linear(backend, x, W, bias, A, B, s, False, True, torch.float32)
+        schema._linear_backward(
+            backend,
+            grad_y,
+            x,
+            W,
+            A,
+            B,
+            s,
+            False,
+            True,
+            torch.float32,
+            needs_x=True,
+            needs_weight=False,
+            needs_factors=True,
+        )
+        schema._linear_in_place(backend, x, W.clone(), bias, A, B, s, True, torch.float32)
+        schema._linear_in_place_backward(
+            backend, grad_y, x, W.clone(), A, B, s, True, torch.float32, needs_x=True, needs_factors=True
+        )
+    # a weight that may be overwritten is where W' is written
+    assert backend.calls == (["layer"] * 4 if whole_layer else [("weight", in_place) for in_place in (0, 0, 1, 1)])
+
+
+@pytest.mark.parametrize("backend", [cpu, composite])
+def test_gradients_have_the_dtypes_of_the_inputs_and_not_of_the_matmul(backend):
+    W, _, factors = make(16, 12, [5, 3], torch.float32)
+    W, A, B, s = W.detach(), *split(factors)
+    x, grad_y = torch.randn(3, 12), torch.randn(3, 16).bfloat16()
+    needs = {"needs_x": True, "needs_weight": True, "needs_factors": True}
+    with torch.no_grad():
+        grads = schema._linear_backward(backend, grad_y, x, W, A, B, s, False, True, torch.bfloat16, **needs)
+        more = schema._scaled_weight_backward(backend, torch.randn(16, 12).bfloat16(), W, A, B, s, True, True, True)
+    assert {grad.dtype for grad in (*grads, *more)} == {torch.float32}

@@ -137,10 +137,12 @@ def test_experts_are_compared():
 def test_pieces_do_not_change_the_counts(before, monkeypatch):
     after = copy(before)
     after["layers.1.fc.weight"][3:] = 1.0
+    after["layers.0.fc.weight"][::2] = -0.0
+    after["layers.0.fc.weight"][1::2] = float("inf")
     expected = compare_sparsity(before, after).to_dict()
     monkeypatch.setattr("peft_spp.sparsity.counting.CHUNK_ELEMENTS", 20)
     assert compare_sparsity(before, after).to_dict() == expected
-    assert expected["lost"] == 40
+    assert (expected["lost"], expected["negative_zeros"], expected["non_finite"]) == (40 + 32, 64, 64)
 
 
 def test_the_comparison_is_data(before):

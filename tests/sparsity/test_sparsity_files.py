@@ -40,8 +40,39 @@ def test_layers_come_in_the_order_of_their_numbers(tmp_path):
     assert list(sparsity_report(tmp_path).modules) == ["layers.1.fc", "layers.9.fc", "layers.10.fc"]
 
 
-def test_a_path_may_be_a_string(shards):
-    assert sparsity_report(str(shards[0])).all_satisfy("2:4")
+def test_names_come_before_numbers(tmp_path):
+    save_file({f"h.{part}.fc.weight": torch.ones(2, 2) for part in ("2", "0", "b", "a")}, tmp_path / "a.safetensors")
+    assert list(sparsity_report(tmp_path).modules) == ["h.a.fc", "h.b.fc", "h.0.fc", "h.2.fc"]
+
+
+def test_a_path_may_be_a_string_and_is_told(shards):
+    report = sparsity_report(str(shards[0]))
+    assert report.all_satisfy("2:4") and report.source == str(shards[0])
+
+
+def test_of_a_shard_only_what_the_index_names_is_read(shards):
+    folder, weight_map = shards
+    del weight_map["layers.5.fc.weight"]
+    write_index(folder, weight_map)
+    assert list(sparsity_report(folder).modules) == [f"layers.{n}.fc" for n in (0, 1, 2, 3, 4, 6, 7)]
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": %s, "n": NaN}', '{"weight_map": %s, "weight_map": {}}'])
+def test_an_index_is_read_as_strict_json(shards, text):
+    folder, weight_map = shards
+    (folder / "model.safetensors.index.json").write_text(text % json.dumps(weight_map))
+    with naming(folder / "model.safetensors.index.json"):
+        sparsity_report(folder)
+
+
+@pytest.mark.parametrize("drive", ["c:", "C:", "z:", "Z:"])
+def test_an_index_that_names_a_drive_is_refused_everywhere(shards, drive):
+    folder, weight_map = shards
+    shard = weight_map["layers.0.fc.weight"]
+    (folder / shard).rename(folder / f"{drive}{shard}")  # a file like any other, but not on Windows
+    write_index(folder, {name: f"{drive}{where}" if where == shard else where for name, where in weight_map.items()})
+    with naming(repr(f"{drive}{shard}")):
+        sparsity_report(folder)
 
 
 def test_links_out_of_the_folder_are_followed(shards, tmp_path_factory):
@@ -68,8 +99,10 @@ def test_an_index_that_names_what_is_not_there_is_refused(shards):
     folder, weight_map = shards
     shard = weight_map["layers.0.fc.weight"]
     write_index(folder, weight_map | {"layers.99.fc.weight": shard})
-    with naming("layers.99.fc.weight"):
+    with naming("layers.99.fc.weight") as error:
         sparsity_report(folder)
+    # it is the index that is wrong, the file is as it should be
+    assert str(folder / shard) in str(error.value) and error.value.__cause__ is None
     write_index(folder, weight_map)
     (folder / shard).unlink()
     with naming(shard):
@@ -116,8 +149,24 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, content):
 def test_a_tensor_in_two_files_is_refused_by_name(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / name)
-    with naming("fc.weight"):
+    with naming("fc.weight") as error:
         sparsity_report(tmp_path)
+    assert "a.safetensors" in str(error.value) and "b.safetensors" in str(error.value)
+
+
+def test_a_header_that_lies_about_a_shape_is_refused_by_name(tmp_path):
+    header = json.dumps({"fc.weight": {"dtype": "F32", "shape": [0, 2**62, 2], "data_offsets": [0, 0]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    with naming(file) as error:
+        sparsity_report(tmp_path)
+    assert "'fc.weight'" in str(error.value)
+
+
+def test_a_dtype_that_cannot_be_read_is_told(tmp_path):
+    state = {"a.weight": torch.ones(2, 2, dtype=torch.uint8), "b.weight": torch.ones(2, 2, dtype=torch.bool)}
+    save_file(state, tmp_path / "model.safetensors")
+    assert sparsity_report(tmp_path).skipped == {"a": "unreadable: U8", "b": "unreadable: BOOL"}
 
 
 def test_only_safetensors_is_read(tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from peft_spp.sparsity import NMPattern, satisfies_n_m
 from peft_spp.sparsity.bits import FORMATS, look_at
 from peft_spp.sparsity.counting import count
+from peft_spp.sparsity.pattern import fullest_group
 
 
 GROUP_SIZES = (1, 2, 3, 4, 5, 8, 16)
@@ -105,6 +106,20 @@ def test_what_is_no_floating_matrix_is_refused(weight):
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
 def test_an_empty_weight_holds_every_pattern(shape):
     assert satisfies_n_m(torch.zeros(shape), "1:4")
+    assert [fullest_group(torch.zeros(shape, dtype=torch.bool), m) for m in GROUP_SIZES] == [0] * len(GROUP_SIZES)
+    look = look_at(torch.zeros(shape))
+    assert (look.nonzero.shape, look.negative_zeros, look.non_finite) == (shape, 0, 0)
+
+
+@pytest.mark.parametrize("start", range(9))
+def test_booleans_may_start_anywhere(start):
+    several = torch.tensor([i % 3 != 0 for i in range(start + 32)])[start:].view(2, 16)
+    expected = [fullest_by_hand(several.tolist(), m) for m in GROUP_SIZES]
+    assert [fullest_group(several, m) for m in GROUP_SIZES] == expected
+
+
+def test_a_single_weight_is_a_group():
+    assert fullest_group(torch.tensor([[True]]), 4) == 1
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)

@@ -8,6 +8,7 @@ from sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 from torch import nn
 
 from peft_spp.sparsity import NMPattern, SparsityReport, sparsity_report
+from peft_spp.sparsity.layout import model_types
 
 
 LLAMA_KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -105,6 +106,20 @@ def test_names_of_conv1d_do_not_decide_where_biases_say_otherwise(tmp_path):
     assert sparsity_report(tmp_path, conv1d=False).all_satisfy("2:4")
 
 
+def test_biases_that_contradict_each_other_tell_nothing():
+    weight = keep_n_m(torch.randn(24, 16), 2, 4)
+    straight = {"a.fc.weight": weight, "a.fc.bias": torch.zeros(24)}
+    transposed = {"b.fc.weight": weight, "b.fc.bias": torch.zeros(16)}
+    assert sparsity_report(transposed)["b.fc"].transposed
+    assert not any(module.transposed for module in sparsity_report(straight | transposed))
+
+
+def test_the_model_types_of_a_model_and_of_its_parts_are_known():
+    parts = {"vision": {"model_type": "vit"}, "text": {"model_type": "llama4_text", "more": {"model_type": "gpt2"}}}
+    assert model_types({"model_type": "llama4", **parts}) == {"llama4", "vit", "llama4_text", "gpt2"}
+    assert model_types({"model_type": 3, "a": [1]}) == frozenset()
+
+
 def test_the_model_types_that_use_conv1d_are_those_of_transformers():
     import re
     from pathlib import Path
@@ -187,6 +202,23 @@ def test_a_pattern_is_not_found_where_it_forces_no_zero():
     layer.weight.data.fill_(1.0)
     layer.weight.data[:10] = 0.0
     assert sparsity_report(layer, patterns="2:4")[""].pattern == "unstructured"
+    conv1d = {"fc.weight": layer.weight.T.contiguous()}
+    assert sparsity_report(conv1d, patterns="2:4", conv1d=True)["fc"].pattern == "unstructured"
+    experts = {"experts.down_proj": torch.stack([layer.weight, layer.weight])}
+    assert sparsity_report(experts, patterns="2:4")["experts.down_proj"].pattern == "unstructured"
+
+
+def test_a_pattern_is_found_in_rows_of_one_group():
+    layer = nn.Linear(4, 50, bias=False)
+    layer.weight.data = keep_n_m(layer.weight, 2, 4)
+    assert sparsity_report(layer)[""].pattern == "2:4"
+
+
+def test_a_single_zero_in_a_small_weight_is_not_dense():
+    weight = torch.ones(4, 4)
+    weight[0, 0] = 0.0
+    assert sparsity_report({"fc.weight": weight})["fc"].pattern == "unstructured"
+    assert sparsity_report({"fc.weight": torch.ones(0, 4)})["fc"].pattern == "dense"
 
 
 @pytest.mark.parametrize(("zeros", "pattern"), [(0, "dense"), (9, "dense"), (10, "unstructured")])
@@ -233,16 +265,30 @@ def test_what_cannot_be_read_is_named(tmp_path):
         report = sparsity_report(source)
         assert list(report.modules) == ["a"]
         assert set(report.skipped) == {"b", "c", "c.table"}
+        assert report.skipped["c"] == report.skipped["c.table"] == "not a linear layer's weight"
         assert "b" in str(report)
     sparse = nn.Linear(4, 4)
     sparse.weight = nn.Parameter(torch.eye(4).to_sparse_csr(), requires_grad=False)
     assert len(sparsity_report(sparse)) == 0
 
+    class Packed(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, *args):
+            raise NotImplementedError
+
+    assert "Packed" in sparsity_report({"a.weight": torch.ones(4, 4).as_subclass(Packed)}).skipped["a"]
+
 
 def test_fused_experts_are_read_expert_by_expert():
     out_in = torch.stack([keep_n_m(torch.randn(8, 16), 2, 4) for _ in range(3)])
     state = {"mlp.experts.gate_up_proj": out_in, "mlp.experts.gate_up_proj_scale": torch.ones(3, 8, 1)}
-    module = sparsity_report(state)["mlp.experts.gate_up_proj"]
+    report = sparsity_report(state)
+    module = report["mlp.experts.gate_up_proj"]
+    assert len(report) == 1 and list(report.skipped) == ["mlp.experts.gate_up_proj_scale"]
+    for name in ("input_linear", "output_linear"):
+        assert list(sparsity_report({f"mlp.{name}.weight": out_in}).modules) == [f"mlp.{name}"]
+    for name in ("input_linear", "experts", "other"):
+        assert not sparsity_report({f"mlp.{name}.scales": out_in, "experts": out_in}).modules
     assert (module.pattern, module.shape, module.in_features, module.out_features) == ("2:4", (3, 8, 16), 16, 8)
     swapped = {"mlp.experts.gate_up_proj": out_in.transpose(1, 2).contiguous()}
     assert sparsity_report(swapped)["mlp.experts.gate_up_proj"].pattern == "unstructured"
@@ -267,6 +313,8 @@ def test_a_mixture_of_experts_counts_its_experts_and_not_its_router():
         assert sum("experts" in name for name in report.modules) >= 2
         assert "router" in report.skipped.values()
         assert sum(name.endswith("_proj") and "self_attn" in name for name in report.modules) == 4
+    routers = [name for name, reason in report.skipped.items() if reason == "router"]
+    assert list(sparsity_report(model.state_dict(), modules=routers).modules) == routers
 
 
 def test_masks_of_torch_prune_are_seen():
@@ -288,8 +336,13 @@ def test_a_meta_weight_is_refused_by_name():
 
 def test_two_weights_of_one_name_are_refused():
     state = {"fc.weight": torch.ones(4, 4), "base_model.model.fc.weight": torch.ones(4, 4)}
-    with pytest.raises(ValueError, match=r"base_model\.model\.fc\.weight"):
+    with pytest.raises(ValueError, match=r"base_model\.model\.fc\.weight") as error:
         sparsity_report(state)
+    assert "'fc.weight'" in str(error.value)
+
+
+def test_a_state_dict_of_one_layer_has_a_weight_without_a_name():
+    assert list(sparsity_report({"weight": torch.ones(4, 4), "bias": torch.ones(4)}).modules) == [""]
 
 
 def test_a_mapping_without_tensors_is_refused():

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What reports and comparisons show, cell by cell, and what they give as data."""
 
+import builtins
 import re
 
 import pytest
 import torch
-from sparsity_tiny_models import keep_n_m
+from peft import PromptTuningConfig, get_peft_model
+from sparsity_tiny_models import keep_n_m, tiny_llama
 from torch import nn
+from transformers import GptOssConfig, LlamaConfig
+from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 from peft_spp.sparsity.counting import PairCounts
@@ -22,6 +26,23 @@ def cells(text: str) -> dict[str, list[str]]:
 
 def half(rows: int, inputs: int) -> torch.Tensor:
     return keep_n_m(torch.rand(rows, inputs) + 1, 2, 4)
+
+
+def blocks(text: str) -> list[list[str]]:
+    """The lines between empty lines."""
+    return [block.split("\n") for block in text.split("\n\n")]
+
+
+def are_aligned_right(table: list[str], first: int) -> bool:
+    """Whether the cells of all columns from the `first` on end where their heads end."""
+    head, _, *rows = table
+    starts = [match.start() for match in re.finditer(r"\S+( \S+)*", head)]
+    ends = [match.end() for match in re.finditer(r"\S+( \S+)*", head)]
+    return all(
+        row[end - 1 : end].strip() and not row[end : end + 1].strip() and len(row[start:end]) == end - start
+        for row in rows
+        for start, end in list(zip(starts, ends, strict=True))[first:]
+    )
 
 
 def numbers(text: str) -> list[str]:
@@ -66,6 +87,22 @@ def test_columns_are_aligned_and_as_wide_as_their_cells():
     assert second.startswith("[red]n ") and head.split() == ["first", "second"] and set(rule) != {" "}
 
 
+def test_the_first_column_may_be_aligned_to_the_right():
+    _, _, *rows = plain_table(("n", "name"), [("1", "a"), ("1000", "b")], right=["n"]).splitlines()
+    assert [row.rpartition(" ")[0].rstrip() for row in rows] == ["   1", "1000"]
+
+
+def test_a_table_is_plain_text_where_colours_are_forced_and_in_a_notebook(monkeypatch):
+    expected = plain_table(("first", "second"), [("1", "2")])
+
+    class ZMQInteractiveShell:
+        pass
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    assert plain_table(("first", "second"), [("1", "2")]) == expected
+
+
 def test_each_module_has_its_row():
     state = {"a.weight": half(8, 16), "b.weight": half(4, 8).T.contiguous().bfloat16(), "c.weight": torch.ones(2, 2)}
     text = str(sparsity_report(state, conv1d=["b"]))
@@ -75,6 +112,11 @@ def test_each_module_has_its_row():
     assert found["b"] == ["8 x 4 (in, out)", "bfloat16", "50.00 %", "2:4"]
     assert found["c"] == ["2 x 2", "float32", "0.00 %", "dense"]
     assert numbers(text.splitlines()[-1]) == ["3", "164", "48.78"]
+    head, table, rest = blocks(text)
+    assert (len(head), len(table), len(rest)) == (1, 5, 1)
+    assert [row[:1] for row in table[2:]] == ["a", "b", "c"] and "state dict" in head[0]
+    column = slice(table[0].index("sparsity"), table[0].index("sparsity") + len("sparsity"))
+    assert [row[column] for row in table[2:]] == [" 50.00 %", " 50.00 %", "  0.00 %"]
 
 
 def test_negative_zeros_and_what_is_not_finite_have_columns_where_there_are_any():
@@ -205,6 +247,8 @@ def test_a_comparison_shows_what_was_lost():
     assert found["module"] == ["lost", "zeros before", "share lost"]
     assert found["h.1"] == ["256", "1,024", "25.00 %"] and found["h.2"] == ["1", "1,024", "0.10 %"]
     assert "h.0" not in found
+    head, table, rest = blocks(text)
+    assert (len(head), len(table), len(rest)) == (2, 4, 5) and are_aligned_right(table, first=1)
     assert numbers(text.splitlines()[1]) == ["3", "257", "3,072", "8.37", "7", "7", "1"]
     for name in ("gone", "new", "shape", "bytes"):
         (told,) = (line for line in text.splitlines()[2:] if re.search(rf"\b{name}\b", line.partition(":")[2]))
@@ -221,8 +265,10 @@ def test_a_comparison_counts_those_that_it_does_not_show(losers):
     comparison = compare_sparsity(before, after)
     text = str(comparison)
     assert len([name for name in cells(text) if name.startswith("h.")]) == min(losers, 10)
-    assert ("2 more" in text) is (losers == 12)
+    assert re.findall(r"and (\d+) more", text) == (["2"] if losers == 12 else [])
     assert [one.name for one in comparison.worst(3)] == [f"h.{n}" for n in range(min(losers, 3))]
+    # the head, the table, how many more, the verdict
+    assert [len(block) for block in blocks(text)] == {0: [3], 10: [2, 12, 1], 12: [2, 13, 1]}[losers]
     kept = [compare_sparsity(*pair) for pair in ((before, after), (before, {}), (before, before))]
     assert len({str(one).splitlines()[-1] for one in kept}) == (3 if losers else 2)
     assert ("infinite" in text) is False
@@ -234,7 +280,9 @@ def test_all_compared_modules_as_a_table(count):
     after = {name: weight.clone() for name, weight in before.items()}
     after["h.0.fc.weight"].zero_()
     after["h.1.fc.weight"].fill_(1.0)
-    found = cells(compare_sparsity(before, after).table())
+    table = compare_sparsity(before, after).table()
+    assert are_aligned_right(table.splitlines(), first=1)
+    found = cells(table)
     assert found["module"] == ["weights", "zeros before", "zeros after", "lost", "new zeros"]
     if count > MAX_ROWS:
         assert found[f"fc x{count}"] == [
@@ -311,6 +359,39 @@ def test_experts_say_themselves_how_they_are_stored(is_transposed):
     assert module.transposed is (is_transposed is True) and module.pattern == "2:4"
     assert (module.in_features, module.out_features, module.numel) == (8, 4, 64)
     assert list(report.skipped) == ["experts.flat"]
+    assert list(sparsity_report(Experts(is_transposed)).skipped) == ["down_proj", "flat"]
+
+
+def test_the_configuration_of_a_model_says_how_its_experts_are_stored():
+    model = nn.ModuleDict({"experts": Experts(None)})
+    model["experts"].down_proj.data = model["experts"].down_proj.data.transpose(1, 2).contiguous()
+    for config, transposed in ((GptOssConfig(), True), (LlamaConfig(), False), ({"model_type": "gpt_oss"}, False)):
+        model.config = config
+        assert sparsity_report(model)["experts.down_proj"].transposed is transposed
+
+
+def test_a_conv1d_is_told_by_its_class_whatever_its_name():
+    class Conv1D(nn.Linear):
+        """Of the same name as transformers', and stored as linear layers are."""
+
+    layer = TransformersConv1D(8, 8)  # square, so that its bias does not tell
+    layer.weight.data = half(8, 8).T.contiguous()
+    other = Conv1D(8, 8)
+    other.weight.data = half(8, 8)
+    report = sparsity_report(nn.ModuleDict({"proj": layer, "other": other}))
+    assert [(one.transposed, one.pattern) for one in report] == [(True, "2:4"), (False, "2:4")]
+
+
+def test_in_a_model_the_class_tells_what_is_a_linear_layer():
+    report = sparsity_report(nn.ModuleDict({"fc": nn.Embedding(4, 8)}))
+    assert not report.modules and list(report.skipped) == ["fc"]
+
+
+def test_prompt_learning_is_seen_through():
+    model = tiny_llama()
+    expected = dict(sparsity_report(model).modules)
+    wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert dict(sparsity_report(wrapped).modules) == expected
 
 
 def test_wrapped_models_are_seen_through():
@@ -326,3 +407,5 @@ def test_wrapped_models_are_seen_through():
 def test_a_layer_without_a_shape_yet_holds_no_data():
     with pytest.raises(ValueError, match="'lazy'"):
         sparsity_report(nn.ModuleDict({"lazy": nn.LazyLinear(4)}))
+    report = sparsity_report(nn.ModuleDict({"fine": nn.Linear(4, 4), "other": nn.LazyConv2d(4, 3)}))
+    assert list(report.modules) == ["fine"] and set(report.skipped) == {"other", "other.bias"}
