@@ -106,7 +106,8 @@ def main_parts(analysis: Analysis, pictures: Mapping[str, str]) -> list[str]:
 def ablation_parts(analysis: Analysis) -> list[str]:
     """What SPP's settings do."""
     store = analysis.store
-    parts = ["## SPP's settings", paragraph(prose.SETTINGS.format(**store.about["suite"]["budget"]))]
+    incomplete = "" if store.about.get("complete") else paragraph(prose.INCOMPLETE)
+    parts = ["## SPP's settings", incomplete, paragraph(prose.SETTINGS.format(**store.about["suite"]["budget"]))]
     for model, pruning in analysis.studied:
         seeds = max(len(one.runs) for one in analysis.of(model, pruning))
         parts += [
