@@ -18,7 +18,7 @@ import typer
 from peft_spp.durable import write_text
 
 from .competitors import COMPETITORS
-from .harness import BenchmarkResult, Case, format_bytes
+from .harness import BenchmarkResult, Case, format_bytes, format_ratio
 from .mask_record import LAYOUTS as MASK_LAYOUTS
 from .passes import LABELS as PASSES
 
@@ -75,21 +75,16 @@ def layer_table(result: BenchmarkResult) -> str:
 def passes_table(result: BenchmarkResult) -> str:
     rows = []
     for case in result.cases:
-        (m, n), cells = case.parameters["shape"], []
+        (m, n), times = (
+            case.parameters["shape"],
+            {name: f"{case.summary(name).median * 1e3:.2f} ms" for name in PASSES},
+        )
         for name in PASSES:
-            ratio = case.ratio(name, result.reference)
-            spread = (
-                ""
-                if name == result.reference
-                else f"; {ratio.median:.1f} ({ratio.lower_quartile:.1f}–{ratio.upper_quartile:.1f})"
-            )
-            cells.append(f"{case.summary(name).median * 1e3:.2f} ms{spread}")
-        rows.append([f"{m}×{n}", case.parameters["precision"], *cells])
-    return _table(
-        ["W", "", *(f"{label}{'' if name == result.reference else '; ÷ copy'}" for name, label in PASSES.items())],
-        rows,
-        result,
-    )
+            if name != result.reference:
+                times[name] += f"; {format_ratio(case.ratio(name, result.reference))}"
+        rows.append([f"{m}×{n}", case.parameters["precision"], *times.values()])
+    labels = [label if name == result.reference else f"{label}; ÷ copy" for name, label in PASSES.items()]
+    return _table(["W", "", *labels], rows, result)
 
 
 def training_step_table(result: BenchmarkResult) -> str:

@@ -5,7 +5,7 @@ The passes over a weight that SPP makes beside the three matmuls, on CPU: `pytho
 Making W' reads W once and writes W' once; the sums for the gradients of A and B read W and gyᵀx once. Both move as
 many bytes as copying W does, so the copy, which is `torch.Tensor.copy_`, is the floor for either. Each is timed after
 the matmul that comes before it in a training step and fills the caches with its own data, into memory that is there
-already. (`benchmarks.kernels_gpu` measures the Triton cpu.)
+already. (`benchmarks.kernels_gpu` measures the Triton kernels.)
 """
 
 from __future__ import annotations
