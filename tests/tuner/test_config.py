@@ -16,6 +16,14 @@ def test_defaults_are_those_the_authors_ran():
     assert config.target_modules is None
 
 
+def test_the_papers_setting_has_a_name_and_takes_other_settings():
+    config = SPPConfig.paper(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    assert (config.r, config.spp_alpha / config.r, config.spp_dropout) == (16, 2, 0.05)
+    assert (config.task_type, config.target_modules) == ("CAUSAL_LM", {"q_proj"})
+    assert SPPConfig.paper(r=4, spp_alpha=8).r == 4
+    assert SPPConfig.paper(spp_dropout=0.0) == SPPConfig()
+
+
 @pytest.mark.parametrize(
     ("settings", "culprit"),
     [
