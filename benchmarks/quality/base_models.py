@@ -141,6 +141,7 @@ class BaseModel:
             self.spec.batch,
             self.spec.seed,
             weight_decay=WEIGHT_DECAY,
+            muon_rate=self.spec.muon_rate,
             autocast=True,
         )
         record = train(model, self.train_blocks, settings, self.accelerator, on_step)

@@ -36,9 +36,9 @@ The rate of LoRA is chosen before merging, and serves all its deployments.
 TEXT = "Text: {source}. Validation and test text are held out, with no paragraph in common."
 
 BASES = """
-Base models are trained from scratch by the benchmark (AdamW, cosine, bfloat16 autocast) and pruned in one shot,
-calibrated on {calibration} sequences of training text. All seeds share one base model: they differ in the factors and
-the order of the data.
+Base models are trained from scratch by the benchmark (the matrices inside the transformer blocks with Muon, the rest
+with AdamW; cosine, bfloat16 autocast) and pruned in one shot, calibrated on {calibration} sequences of training text.
+All seeds share one base model: they differ in the factors and the order of the data.
 """
 
 TUNING = """

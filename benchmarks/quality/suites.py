@@ -25,7 +25,11 @@ class TrainedModel:
         sequence (`int`): The tokens in a sequence, in training and evaluation.
         batch (`int`): The sequences in a batch of the training from scratch.
         steps (`int`): Its optimizer steps.
-        rate (`float`): Its learning rate.
+        rate (`float`): Its learning rate with AdamW: of the embeddings, the norms and the head.
+        muon_rate (`float`): Its learning rate with Muon: of the matrices inside the blocks. Muon moves all directions
+            of a matrix alike. After the same 1800 steps of the Llama of the small suite the loss is lower than with
+            AdamW at 2e-3, and the weights are less redundant, as those of models that have seen far more text: pruning
+            to 2:4 costs more, which is what a recovery can be measured by.
         seed (`int`): The seed of the split of the texts, of the weights and of the order of the data.
     """
 
@@ -40,6 +44,7 @@ class TrainedModel:
     batch: int
     steps: int
     rate: float
+    muon_rate: float = 0.02
     seed: int = 0
 
 

@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from peft_spp.pruning.layers import find_target_layers
+
 
 WARMUP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
@@ -33,6 +35,7 @@ class TuningSettings:
         seed (`int`): The seed of the order of the data.
         weight_decay (`float`): AdamW's.
         B_rate_ratio (`float`): What the rate of SPP's factor B is multiplied by.
+        muon_rate (`float`, *optional*): Train the matrices inside the transformer blocks with Muon, at this peak rate.
         autocast (`bool`): Whether the forward pass runs under bfloat16 autocast.
         micro_batch (`int`, *optional*): The most sequences in one forward pass.
     """
@@ -43,6 +46,7 @@ class TuningSettings:
     seed: int
     weight_decay: float = 0.0
     B_rate_ratio: float = 1.0
+    muon_rate: float | None = None
     autocast: bool = False
     micro_batch: int | None = None
 
@@ -96,7 +100,7 @@ def train(
     on_step: Callable[[int, float], object] = lambda step, loss: None,
 ) -> TuningRecord:
     """
-    Train the parameters that are to be trained with AdamW.
+    Train the parameters that are to be trained, with AdamW or, where the settings say so, matrices with Muon.
 
     Gradients are clipped to a norm of 1. A run whose loss is not finite is stopped at once.
 
@@ -112,21 +116,21 @@ def train(
     """
     if settings.batch % accelerator.num_processes:
         raise ValueError(f"{accelerator.num_processes} processes do not divide a batch of {settings.batch} sequences.")
-    groups = parameter_groups(model, settings)
-    optimizer = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
+    optimizers = make_optimizers(model, settings)
     warmup = round(WARMUP_SHARE * settings.steps)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
-    trained = [parameter for group in groups for parameter in group["params"]]
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    schedules = [get_cosine_schedule_with_warmup(one, warmup, settings.steps) for one in optimizers]
+    trained = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
+    wrapped, *optimizers = accelerator.prepare(model.train(), *optimizers)
     part = slice(accelerator.process_index, None, accelerator.num_processes)
     record = TuningRecord()
     wall, cpu = time.perf_counter(), time.process_time()
     for step, numbers in enumerate(order_of_blocks(len(blocks), settings.steps, settings.batch, settings.seed), 1):
         loss = _backward(wrapped, blocks[numbers[part]], settings, accelerator)
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         record.losses.append(accelerator.reduce(loss, "mean").item())
         record.tokens += len(numbers) * blocks.shape[1]
         on_step(step, record.losses[-1])
@@ -136,14 +140,39 @@ def train(
     return record
 
 
-def parameter_groups(model: nn.Module, settings: TuningSettings) -> list[dict[str, Any]]:
-    """The trained parameters, SPP's factors B in a group of their own where these have another learning rate."""
+def make_optimizers(model: nn.Module, settings: TuningSettings) -> list[torch.optim.Optimizer]:
+    """
+    The optimizers of all parameters that are trained.
+
+    SPP's factors B have a learning rate of their own where the settings say so. With `muon_rate`, the matrices inside
+    the transformer blocks go to Muon (https://kellerjordan.github.io/posts/muon) and the rest to AdamW.
+
+    Args:
+        model (`nn.Module`): The model.
+        settings (`TuningSettings`): How to train.
+
+    Returns:
+        `list[torch.optim.Optimizer]`: One or two optimizers.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if settings.B_rate_ratio == 1.0:
-        return [{"params": list(trained.values())}]
-    B = [parameter for name, parameter in trained.items() if ".spp_B." in name]
-    rest = [parameter for name, parameter in trained.items() if ".spp_B." not in name]
-    return [{"params": rest}, {"params": B, "lr": settings.rate * settings.B_rate_ratio}]
+    for_muon = set(block_matrices(model)) if settings.muon_rate is not None else set()
+    B = {name for name in trained if ".spp_B." in name} if settings.B_rate_ratio != 1.0 else set()
+    groups: list[dict[str, Any]] = [{"params": [trained[name] for name in trained if name not in for_muon | B]}]
+    if B:
+        groups.append({"params": [trained[name] for name in trained if name in B]})
+        groups[-1]["lr"] = settings.rate * settings.B_rate_ratio
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
+    ]
+    if settings.muon_rate is not None:
+        matrices = [parameter for name, parameter in trained.items() if name in for_muon]
+        optimizers.append(torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=settings.weight_decay))
+    return optimizers
+
+
+def block_matrices(model: nn.Module) -> list[str]:
+    """The names of the weights of the linear layers inside the transformer blocks."""
+    return [f"{name}.weight" for name in find_target_layers(model, None)]
 
 
 def _backward(

@@ -29,7 +29,7 @@ from benchmarks.quality.methods import METHODS, SPP_RANK, equal_rank, remask, re
 from benchmarks.quality.page import write_report
 from benchmarks.quality.store import Store
 from benchmarks.quality.suites import AT_2_4, AT_75, QUICK, QUICK_GPT2, QUICK_LLAMA, SMALL, SUITES, Pruning
-from benchmarks.quality.tuning import TuningSettings, order_of_blocks, parameter_groups, train
+from benchmarks.quality.tuning import TuningSettings, make_optimizers, order_of_blocks, train
 from peft_spp import SPPConfig
 from peft_spp.pruning.layers import find_target_layers, weight_matrix
 from peft_spp.sparsity import sparsity_report
@@ -285,11 +285,21 @@ def test_training_that_diverges_is_stopped_and_told():
 def test_B_can_have_another_rate_than_A(quick_run, data_folder):
     base = quick_base(QUICK_LLAMA, quick_run[0], data_folder)
     adapted = METHODS["spp"].adapt(base.load(AT_2_4), {})
-    groups = parameter_groups(adapted, TuningSettings(1e-2, 1, 1, 0, B_rate_ratio=4.0))
-    assert [group.get("lr") for group in groups] == [None, 4e-2]
+    (optimizer,) = make_optimizers(adapted, TuningSettings(1e-2, 1, 1, 0, B_rate_ratio=4.0))
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-2, 4e-2]
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
     layers = find_target_layers(base.load(AT_2_4), None).values()
     assert sizes == [sum(SPP_RANK * one.in_features for one in layers), sum(one.out_features for one in layers)]
+
+
+@pytest.mark.parametrize("spec", [QUICK_LLAMA, QUICK_GPT2], ids=lambda spec: spec.name)
+def test_muon_trains_the_matrices_inside_the_blocks_and_AdamW_the_rest(spec, quick_run, data_folder):
+    model = quick_base(spec, quick_run[0], data_folder).load(None)
+    optimizers = make_optimizers(model, TuningSettings(1e-2, 1, 1, 0, muon_rate=2e-2))
+    trained = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    matrices = {id(layer.weight) for layer in find_target_layers(model, None).values()}
+    assert trained == [{id(p) for p in model.parameters()} - matrices, matrices]
 
 
 @pytest.mark.parametrize("spec", [QUICK_LLAMA, QUICK_GPT2], ids=lambda spec: spec.name)
