@@ -109,11 +109,7 @@ def ablation_parts(analysis: Analysis) -> list[str]:
     incomplete = "" if store.about.get("complete") else paragraph(prose.INCOMPLETE)
     parts = ["## SPP's settings", incomplete, paragraph(prose.SETTINGS.format(**store.about["suite"]["budget"]))]
     for model, pruning in analysis.studied:
-        seeds = max(len(one.runs) for one in analysis.of(model, pruning))
-        parts += [
-            f"{pruning.label}, {seeds} seed{'s' if seeds > 1 else ''}:",
-            variations_table(analysis, model, pruning),
-        ]
+        parts += [f"{model}, {pruning.label}:", variations_table(analysis, model, pruning)]
     return [*parts, f"Measured with `{_command(store)}`."]
 
 

@@ -70,7 +70,8 @@ One setting changed at a time, each at the best of its learning rates on the val
 {batch} sequences. `scaling` is s = alpha / r (2 by default); `B_rate_ratio` is the learning rate of B over that of A,
 as in LoRA+; `A=ones` and `A=positive` start A as ones, or as the absolute values of the usual draws; `dtype` is that
 of the base model and `factors` that of A and B (float32 by default); `B=random` is an adapter that does not start as
-the identity. *Largest loss* is over all steps at all rates: an explosion would show there.
+the identity. With ± there are three seeds, otherwise it is one. *Largest loss* is over all steps at all rates: an
+explosion would show there.
 """
 
 NOT_RUN = """

@@ -99,6 +99,7 @@ def variations_table(analysis: Analysis, model: str, pruning: Pruning) -> str:
             record.measured["max_loss"] or math.inf
             for record in analysis.store.records
             if record.kind == "tune"
+            and record.settings["base"] == one.runs[0].settings["base"]
             and record.settings["options"] == one.options
             and record.settings["equal"] is None
             and record.settings["pruning"] == pruning.name

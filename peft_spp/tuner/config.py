@@ -72,10 +72,11 @@ class SPPConfig(PeftConfig):
             will not produce the same output as the base model would have without adaptation.
         modules_to_save (`List[str]`):
             List of modules apart from adapter layers to be set as trainable and saved in the final checkpoint.
-        init_weights (`bool`):
+        init_weights (`bool` or `Literal["positive"]`):
             How to initialize the weights of the adapter layers. Passing True (default) draws A from a Kaiming-uniform
-            distribution and sets B to zero, so that the adapter is a no-op before training. Passing False draws B at
-            random too; this is intended for debugging purposes.
+            distribution and sets B to zero, so that the adapter is a no-op before training. Passing 'positive' takes
+            the absolute values of the same draws for A, EVIDENCE. Passing False draws B at random too; this is
+            intended for debugging purposes.
         layers_to_transform (`Union[List[int], int]`):
             The layer indices to transform. If a list of ints is passed, it will apply the adapter to the layer indices
             that are specified in this list. If a single integer is passed, it will apply the transformations on the
@@ -148,11 +149,11 @@ class SPPConfig(PeftConfig):
             "the final layer `classifier/score` are randomly initialized and as such need to be trainable and saved."
         },
     )
-    init_weights: bool = field(
+    init_weights: bool | Literal["positive"] = field(
         default=True,
         metadata={
             "help": "Whether to set B to zero, so that the adapter is a no-op before training. False draws it at "
-            "random, for debugging purposes."
+            "random, for debugging purposes. 'positive' starts A from absolute values."
         },
     )
     layers_to_transform: list[int] | int | None = field(
@@ -243,10 +244,9 @@ class SPPConfig(PeftConfig):
         The setting of the paper's experiments, as the authors' training scripts have it: 16 row blocks, a scaling of
         2, and a dropout of 0.05 on the input of the SPP branch.
 
-        It differs from the defaults in the dropout alone, which costs a second matmul in training and changed nothing
-        in our ablation (perplexity 59.16 with it and 59.21 without, a Llama of 5.3M parameters at 75 %, one seed). What
-        no configuration of an adapter holds is up to the trainer: the authors train with AdamW for 3 epochs with a
-        learning rate of 4e-3, batches of 128 and a weight decay of 0.001.
+        It differs from the defaults in the dropout alone, which costs a second matmul in training and changed little
+        in our ablation (docs/quality.md). What no configuration of an adapter holds is up to the trainer: the authors
+        train with AdamW for 3 epochs with a learning rate of 4e-3, batches of 128 and a weight decay of 0.001.
 
         Args:
             settings (additional keyword arguments, *optional*): Other fields, or other values for these.

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -92,16 +92,20 @@ class SPPLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_spp_parameters(self, adapter_name: str, init_weights: bool) -> None:
+    @torch.no_grad()
+    def reset_spp_parameters(self, adapter_name: str, init_weights: bool | Literal["positive"]) -> None:
         """
         Draw the initial factors: A Kaiming-uniform with a = √5, that is U(-1/√n, 1/√n), B zero (SPP, section 3.2).
 
         Args:
             adapter_name (`str`): The name of the adapter.
-            init_weights (`bool`): Whether B is zero; otherwise it is drawn from U(-1, 1).
+            init_weights (`bool` or `"positive"`):
+                Whether B is zero; otherwise it is drawn from U(-1, 1). `"positive"` takes the absolute values of A.
         """
         A, B = self._factors(adapter_name)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if init_weights == "positive":
+            A.abs_()
         if init_weights:
             nn.init.zeros_(B)
         else:

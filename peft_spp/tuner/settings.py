@@ -170,7 +170,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "task_type": (*TaskType, None),
     "bias": ("none", "all", "spp_only"),
     "check_base": ("warn", "error", "off"),
-    "init_weights": (True, False),
+    "init_weights": (True, False, "positive"),
 }
 # what a value of each field may be, and how to say so
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -40,6 +40,17 @@ def test_initial_factors():
     assert abs(A.std() - 0.05 / 3**0.5) < 1e-3
 
 
+def test_a_positive_start_has_the_absolute_values_of_the_usual_draws():
+    factors = []
+    for init_weights in (True, "positive"):
+        torch.manual_seed(0)
+        layer = spp_mlp(r=4, init_weights=init_weights).base_model.model.lin0
+        factors.append((layer.spp_A["default"].weight, layer.spp_B["default"].weight))
+    (usual, _), (positive, B) = factors
+    assert (usual < 0).any() and torch.equal(positive, usual.abs())
+    assert not B.any() and positive.requires_grad and B.requires_grad
+
+
 @pytest.mark.parametrize("r", [1, 3, 16, 20])
 def test_layer_output_is_the_formula(r):
     model = spp_mlp(r=r, init_weights=False, spp_alpha=5)
