@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ def choose_rate(grid: tuple[float, ...], validation_loss: Callable[[float], floa
     The learning rate with the lowest loss on the validation text.
 
     Where the best is at an edge of the grid, the grid is extended beyond it by the step at that edge, at most
-    [`EXTENSIONS`] times. A grid of one rate is a choice already.
+    [`EXTENSIONS`] times. Then the rates halfway between the best and its neighbours are tried: with steps of three a
+    method is up to √3 away from its best rate, which can be more than what two methods differ by. A grid of one rate
+    is a choice already.
 
     Args:
         grid (`tuple[float, ...]`): Rates to try.
@@ -41,6 +44,8 @@ def choose_rate(grid: tuple[float, ...], validation_loss: Callable[[float], floa
         if beyond is None:
             break
         losses[beyond] = validation_loss(beyond)
+    for between in rates_between(losses):
+        losses[between] = validation_loss(between)
     return min(losses, key=losses.__getitem__)
 
 
@@ -52,6 +57,14 @@ def rate_beyond(losses: Mapping[float, float]) -> float | None:
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
     return float(f"{best * best / neighbour:.2g}")
+
+
+def rates_between(losses: Mapping[float, float]) -> list[float]:
+    """The rates halfway, on a logarithmic scale, between the best one and those beside it."""
+    rates = sorted(losses)
+    best = rates.index(min(losses, key=losses.__getitem__))
+    neighbours = rates[max(best - 1, 0) : best] + rates[best + 1 : best + 2]
+    return [float(f"{math.sqrt(rates[best] * neighbour):.2g}") for neighbour in neighbours]
 
 
 def equal_time_steps(steps: int, seconds: Mapping[str, Any], reference: str, name: str) -> int:

@@ -29,7 +29,8 @@ the others have one seed, at the rates of whichever of these two is closer in sp
 
 RATES = """
 Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best
-was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge.
+was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge. Then the
+rates halfway between the best and its neighbours were tried.
 The rate of LoRA is chosen before merging, and serves all its deployments.
 """
 
