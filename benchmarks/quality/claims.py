@@ -14,6 +14,8 @@ from .suites import AT_2_4, AT_75, Pruning
 SHARE = 0.5
 """SPP shall win back at least this share of what full fine-tuning with masked gradients wins back."""
 CLAIMED = (AT_2_4, AT_75)
+VARIANTS = {"spp": "SPP", "spp_positive": "SPP with a positive start"}
+"""Of which methods this is claimed, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +34,32 @@ class Claim:
 
 
 def claims_of(analysis: Analysis, model: str) -> list[Claim]:
-    """The claims for each of the prunings that they are made for and that were measured."""
-    return [claim for pruning in CLAIMED for claim in _claims(analysis, model, pruning)]
+    """The claims for each of the prunings and of SPP's starts that they are made for and that were measured."""
+    return [claim for pruning in CLAIMED for method in VARIANTS for claim in _claims(analysis, model, pruning, method)]
 
 
-def _claims(analysis: Analysis, model: str, pruning: Pruning) -> list[Claim]:
-    spp = analysis.find(model, pruning, "spp")
+def _claims(analysis: Analysis, model: str, pruning: Pruning, method: str) -> list[Claim]:
+    name, spp = VARIANTS[method], analysis.find(model, pruning, method)
     full = analysis.find(model, pruning, "masked_full")
     if spp is None or full is None:
         return []
     share = shares_of_full(spp, full)
     claims = [
         Claim(
-            f"{pruning.label}: SPP wins back at least half of the log-perplexity that full fine-tuning with masked "
+            f"{pruning.label}: {name} wins back at least half of the log-perplexity that full fine-tuning with masked "
             "gradients wins back",
             min(share) >= SHARE,
             f"{_percents(share)} of it, and {_percents(_values(spp))} of what pruning had cost",
         )
     ]
-    for method, deployment in (("lora", "remasked"), ("ia3", "merged")):
-        other = analysis.find(model, pruning, method, deployment)
+    for rival, deployment in (("lora", "remasked"), ("ia3", "merged")):
+        other = analysis.find(model, pruning, rival, deployment)
         if other is not None:
-            claims.append(_beats(spp, other))
+            claims.append(_beats(name, spp, other))
     better = [loss < spp.pruned_loss for loss in spp.losses]
     claims.append(
         Claim(
-            f"{pruning.label}: SPP beats no fine-tuning",
+            f"{pruning.label}: {name} beats no fine-tuning",
             all(better),
             f"perplexity {spp.perplexity.mean:.2f} against {math.exp(spp.pruned_loss):.2f}",
         )
@@ -66,7 +68,7 @@ def _claims(analysis: Analysis, model: str, pruning: Pruning) -> list[Claim]:
     patterns = [kept for kept in spp.deployed("pattern_kept") if kept is not None]
     claims.append(
         Claim(
-            f"{pruning.label}: every pruned place is kept in the merged model",
+            f"{pruning.label}: {name} keeps every pruned place in the merged model",
             all(count == 0 for count in lost) and all(patterns),
             f"{sum(count or 0 for count in lost)} zeros lost in {len(lost)} models"
             + (f", every group is {pruning.pattern}" if patterns and all(patterns) else ""),
@@ -83,10 +85,10 @@ def shares_of_full(outcome: Outcome, full: Outcome) -> list[float]:
     ]
 
 
-def _beats(spp: Outcome, other: Outcome) -> Claim:
+def _beats(name: str, spp: Outcome, other: Outcome) -> Claim:
     wins = [own < theirs for own, theirs in zip(spp.losses, other.losses, strict=False)]
     return Claim(
-        f"{spp.pruning.label}: SPP beats {other.label}",
+        f"{spp.pruning.label}: {name} beats {other.label}",
         all(wins),
         f"perplexity {spp.perplexity.mean:.2f} against {other.perplexity.mean:.2f}, better with {sum(wins)} of "
         f"{len(wins)} seeds",

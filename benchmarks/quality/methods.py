@@ -21,11 +21,11 @@ from peft_spp.pruning.layers import apply_mask, find_target_layers, weight_matri
 
 from ..competitors.block_linears import replace_block_linears
 from ..competitors.masked import MaskedFullLinear, MaskedLoRALinear
-from ..harness.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, YELLOW, Style
+from ..harness.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, YELLOW, Style
 
 
 SPP_RANK = 16
-RANKS = {"spp": SPP_RANK, "hira": 32, "lora": 16, "masked_lora": 16}
+RANKS = {"spp": SPP_RANK, "spp_positive": SPP_RANK, "hira": 32, "lora": 16, "masked_lora": 16}
 """The default rank of each method that has one: HiRA's is that of PEFT."""
 SCALING = 2.0
 """alpha / r, for the methods that have an alpha."""
@@ -148,7 +148,13 @@ def spp_config(model: PreTrainedModel, options: Mapping[str, Any]) -> SPPConfig:
         spp_dropout=options.get("dropout", 0.0),
         fan_in_fan_out=has_conv1d(model),
         target_modules=target_names(model),
+        init_weights="positive" if options.get("A") == "positive" else True,
     )
+
+
+def spp_positive_config(model: PreTrainedModel, options: Mapping[str, Any]) -> SPPConfig:
+    """The same, with A started from absolute values."""
+    return spp_config(model, {**options, "A": "positive"})
 
 
 def hira_config(model: PreTrainedModel, options: Mapping[str, Any]) -> PeftConfig:
@@ -188,6 +194,9 @@ def ia3_config(model: PreTrainedModel, options: Mapping[str, Any]) -> IA3Config:
 
 
 SPP = PeftMethod("spp", Style("SPP", BLUE, "o"), (6e-3, 2e-2, 6e-2), make_config=spp_config)
+SPP_POSITIVE = PeftMethod(
+    "spp_positive", Style("SPP, positive start", SKY_BLUE, "h"), SPP.rates, make_config=spp_positive_config
+)
 HIRA = PeftMethod("hira", Style("HiRA", ORANGE, "^"), (3e-3, 1e-2, 3e-2), make_config=hira_config)
 IA3 = PeftMethod("ia3", Style("IA³", YELLOW, "v"), (1e-2, 3e-2, 1e-1), make_config=ia3_config)
 LORA = PeftMethod(
@@ -200,7 +209,9 @@ LORA = PeftMethod(
 MASKED_LORA = MaskedMethod("masked_lora", Style("Masked LoRA", GREEN, "D"), (1e-3, 3e-3, 1e-2))
 MASKED_FULL = MaskedMethod("masked_full", Style("Masked full fine-tuning", PURPLE, "P"), (3e-4, 1e-3, 3e-3))
 
-METHODS: dict[str, Method] = {method.name: method for method in (SPP, HIRA, IA3, LORA, MASKED_LORA, MASKED_FULL)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (SPP, SPP_POSITIVE, HIRA, IA3, LORA, MASKED_LORA, MASKED_FULL)
+}
 
 
 def target_names(model: nn.Module) -> list[str]:
@@ -247,14 +258,12 @@ def initialize_spp(adapted: nn.Module, options: Mapping[str, Any]) -> None:
 
     Args:
         adapted (`nn.Module`): The adapted model.
-        options (`Mapping[str, Any]`): `"A"` may be `"ones"`, or `"positive"` for the absolute values of the usual
-            ones; `"B"` may be `"random"`, which is not the identity at the start.
+        options (`Mapping[str, Any]`): `"A"` may be `"ones"`; `"B"` may be `"random"`, which is not the identity at
+            the start.
     """
     for name, parameter in adapted.named_parameters():
         if ".spp_A." in name and options.get("A") == "ones":
             parameter.fill_(1.0)
-        elif ".spp_A." in name and options.get("A") == "positive":
-            parameter.abs_()
         elif ".spp_B." in name and options.get("B") == "random":
             parameter.uniform_(-1.0, 1.0)
 

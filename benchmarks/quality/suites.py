@@ -214,7 +214,7 @@ EQUAL = (
     Contender("hira", equal="time"),
     Contender("masked_lora", equal="time"),
 )
-CLAIMED = tuple(map(Contender, ("spp", "masked_full", "lora", "ia3")))
+CLAIMED = tuple(map(Contender, ("spp", "spp_positive", "masked_full", "lora", "ia3")))
 RIVALS = (Contender("hira"), Contender("masked_lora"), *EQUAL)
 ALL = CLAIMED + RIVALS
 FEW = tuple(map(Contender, ("spp", "lora", "masked_full")))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..harness import format_bytes
 from .analysis import Analysis, Outcome, Spread
-from .claims import shares_of_full
+from .claims import VARIANTS, shares_of_full
 from .suites import PRUNERS, REQUESTS, Pruning
 
 
@@ -33,12 +33,12 @@ def main_table(analysis: Analysis, model: str, prunings: Sequence[Pruning]) -> s
         full = analysis.find(model, pruning, "masked_full")
         loss = analysis.losses[model, pruning.name]
         rows.append([f"**{pruning.label}**", "none", *["–"] * 3, f"{math.exp(loss):.2f}", "0%", "0%", *["–"] * 4])
-        for one in analysis.of(model, pruning):
+        for one in sorted(analysis.of(model, pruning), key=lambda one: one.method not in VARIANTS):
             share = "–" if full is None else percent(Spread.of(shares_of_full(one, full)))
             rows.append(
                 [
                     "",
-                    f"**{one.label}**" if one.method == "spp" else one.label,
+                    f"**{one.label}**" if one.method in VARIANTS else one.label,
                     f"{one.rate:g}",
                     f"{one.measured('trainable'):,}",
                     format_kilobytes(one.measured("adapter_bytes")),
