@@ -38,13 +38,14 @@ def test_no_access_is_out_of_bounds(tmp_path):
         "LD_PRELOAD": " ".join(runtimes(plain)),
         # Python frees little at its end
         "ASAN_OPTIONS": f"detect_leaks=0:detect_odr_violation=0:log_path={tmp_path / 'report'}",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
         "XDG_CACHE_HOME": str(tmp_path),
         "CXX": str(tmp_path / "compiler"),
     }
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER.format(compiler=plain))
     compiler.chmod(0o755)
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     files = ["functional/test_cpu_native.py", "sparsity/test_mask_record.py"]
     result = subprocess.run(
         [*command, "-k", "native and not without_a_compiler", *(str(TESTS / file) for file in files)],
