@@ -17,7 +17,17 @@ from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 
 pytestmark = pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
 
-SHAPES = [(64, 48, [16]), (61, 33, [5]), (700, 1300, [16, 7]), (130, 515, [130]), (1, 9, [1]), (300, 1, [1, 300, 4])]
+SHAPES = [
+    (64, 48, [16]),
+    (61, 33, [5]),
+    (700, 1300, [16, 7]),
+    (130, 515, [130]),
+    (1, 9, [1]),
+    (300, 1, [1, 300, 4]),
+    # whole strips and groups: nothing is left for the last one
+    (512, 1024, [5, 3]),
+    (40, 2048, [16]),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -60,6 +70,73 @@ def test_both_ways_agree(m, n, ranks, weight_dtype, other_dtype, transposed):
     gradients = (work.factor_gradients() for work in (native, tiled, magnitudes))
     for a, b, magnitude in zip(*gradients, strict=True):
         assert ((a - b).abs() <= 1e-6 * magnitude).all()
+
+
+def block_sums(matrix, r):
+    return torch.stack([block.sum(0) for block in matrix.tensor_split(r)])
+
+
+class Guarded:
+    """Puts tensors amid other memory: NaN, or where results are written a number that nothing else is."""
+
+    MARGIN, MARK = 3000, 12345.0
+
+    def __init__(self):
+        self.written = []
+
+    def _amid(self, tensor, around):
+        memory = torch.full((tensor.numel() + 2 * self.MARGIN,), around, dtype=tensor.dtype)
+        return memory, memory[self.MARGIN :].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    def read(self, tensor):
+        return self._amid(tensor, float("nan"))[1]
+
+    def write(self, tensor):
+        memory, inner = self._amid(tensor, self.MARK)
+        self.written.append((memory, memory[-1].clone()))
+        return inner
+
+    def assert_untouched(self):
+        assert self.written
+        for memory, mark in self.written:
+            assert (memory[: self.MARGIN] == mark).all() and (memory[-self.MARGIN :] == mark).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "ranks"), SHAPES)
+def test_no_memory_beside_the_tensors_is_used_or_written(m, n, ranks, dtype, transposed, monkeypatch):
+    weight, factors = elements(m, n, ranks, dtype, transposed)
+    guarded = Guarded()
+    native = NativeElementwise(guarded.read(weight), factors)
+    native.scaled_factors = [(guarded.read(A), guarded.read(B)) for A, B in native.scaled_factors]
+    # the same in float64, with P(A) written out
+    W, scaled_B = weight.double(), [factor.B.double() * factor[2] for factor in factors]
+    lengths = [torch.tensor([len(part) for part in torch.arange(m).tensor_split(r)]) for r in ranks]
+    expanded = [f.A.double().repeat_interleave(length, 0) for f, length in zip(factors, lengths, strict=True)]
+    terms = [b * P for b, P in zip(scaled_B, expanded, strict=True)]
+    magnitude = W.abs() * (1 + sum(term.abs() for term in terms))
+    for rows, columns in regions(m, n):
+        layout = native.buffer("layout", rows.stop - rows.start, columns.stop - columns.start, dtype).zero_()
+        for identity in (True, False):
+            out = guarded.write(layout)
+            native.write_scaled(out, rows, columns, identity)
+            difference = out - (W * (sum(terms) + identity))[rows, columns]
+            assert (difference.abs() <= (1e-6 if dtype == torch.float32 else 4e-3) * magnitude[rows, columns]).all()
+        product = guarded.read(layout.normal_())
+        S = torch.zeros(m, n, dtype=torch.float64)
+        S[rows, columns] = product.double() * W[rows, columns]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *shape, of=torch.empty: guarded.write(of(*shape)))
+            patch.setattr(torch, "zeros_like", lambda like, of=torch.zeros_like: guarded.write(of(like)))
+            work = NativeElementwise(native.weight, factors)
+            work.scaled_factors = native.scaled_factors
+            work.add_factor_gradients(product, rows, columns)
+        for (grad_A, grad_B), P, b, r in zip(work.gradients, expanded, scaled_B, ranks, strict=True):
+            of_A, of_B = b * S, P * S
+            assert ((grad_A - block_sums(of_A, r)).abs() <= 1e-6 * block_sums(of_A.abs(), r)).all()
+            assert ((grad_B[:, 0] - of_B.sum(1)).abs() <= 1e-6 * of_B.abs().sum(1)).all()
+    guarded.assert_untouched()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
