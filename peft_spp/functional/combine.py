@@ -58,7 +58,8 @@ def rank_one_blocks(factors: Sequence[Factors], r: int, layers: int = 1) -> Rank
     if m % layers or any(A.shape[0] % layers for A, _, _ in factors):
         raise ValueError(f"factors with {m} rows of B and {[len(A) for A, _, _ in factors]} of A, in {layers} layers")
     check_row_blocks(m // layers, r)
-    A_sum, B_sum = torch.zeros(layers * r, n, dtype=torch.float64), torch.zeros(m, 1, dtype=torch.float64)
+    A_sum = torch.zeros(layers * r, n, dtype=torch.float64, device="cpu")
+    B_sum = torch.zeros(m, 1, dtype=torch.float64, device="cpu")
     squared = missing = 0.0
     for block, (rows, L, R) in enumerate(_block_products(factors, m, r, layers)):
         Q_L, T_L = torch.linalg.qr(L)
@@ -94,5 +95,5 @@ def _block_products(
 
 def _stacked_index(rows: int, r: int, layers: int) -> torch.Tensor:
     """The row of A that each output row of a stack of layers belongs to."""
-    first = torch.arange(layers).unsqueeze(1) * r
+    first = torch.arange(layers, device="cpu").unsqueeze(1) * r
     return (row_block_index(rows // layers, r) + first).flatten()

@@ -21,7 +21,7 @@ class RowTile(NamedTuple):
     rows_per_block: int
 
 
-def row_block_index(rows: int, r: int, device: torch.device | str | None = None) -> torch.Tensor:
+def row_block_index(rows: int, r: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """
     The block that each output row belongs to.
 
@@ -31,7 +31,7 @@ def row_block_index(rows: int, r: int, device: torch.device | str | None = None)
     Args:
         rows (`int`): The number of output rows m.
         r (`int`): The number of row blocks, at most `rows`.
-        device (`torch.device`, *optional*): Where to create the index.
+        device (`torch.device` or `str`, *optional*, defaults to the CPU): Where to create the index.
 
     Returns:
         `torch.Tensor`: int64, shape `(rows,)`, values in `[0, r)`.

@@ -158,9 +158,10 @@ def record_mask(weight: Tensor) -> MaskRecord:
     Raises:
         ValueError: If the weight is not 2-D, or on the meta device.
     """
-    if weight.dim() != 2 or weight.is_meta:
-        where = "on the meta device" if weight.is_meta else f"of shape {tuple(weight.shape)}"
-        raise ValueError(f"a mask is recorded of a weight of shape (out, in) that is in memory, not one {where}")
+    if weight.is_meta:
+        raise ValueError("a mask is recorded of a weight that is in memory, not of one on the meta device")
+    if weight.dim() != 2:
+        raise ValueError(f"a mask is recorded of a weight of shape (out, in), not {tuple(weight.shape)}")
     with torch.no_grad():
         return _record(weight.detach())
 
@@ -187,12 +188,11 @@ def _mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor]:
     shape = (min(step, outputs), words_a_row * 64)
     nonzero = torch.zeros(shape[::-1] if transposed else shape, dtype=torch.bool, device=weight.device)
     nonzero = nonzero.t() if transposed else nonzero
-    integers = torch.empty_like(weight[: step if weight.dtype == torch.float16 else 0], dtype=torch.int16)
     for start in range(0, outputs, step):
         rows = weight[start : start + step]
         if rows.dtype == torch.float16:
             # PyTorch converts float16 several times more slowly than integers; all bits but the sign tell a zero
-            rows = torch.bitwise_left_shift(rows.view(torch.int16), 1, out=integers[: len(rows)])
+            rows = rows.view(torch.int16) << 1
         # A copy to bool is the fastest test for zero: 0.5 s for 7B weights in bfloat16 on 2 cores of an EPYC 9004,
         # where `!= 0` took 3.8 s.
         nonzero[: len(rows), :inputs].copy_(rows)
@@ -243,14 +243,14 @@ def _sample(weight: Tensor) -> str:
         else [((index * _GOLDEN) % 2**64 * numel) >> 64 for index in range(SAMPLES)]
     )
     index = torch.tensor(places, dtype=torch.int64, device=weight.device)
-    zero = (weight[index // weight.shape[1], index % weight.shape[1]] == 0) if numel else index.bool()
+    zero = weight[index // weight.shape[1], index % weight.shape[1]] == 0
     bits = sum(1 << position for position, is_zero in enumerate(zero.tolist()) if is_zero)
     return base64.b64encode(bits.to_bytes(-(-len(places) // 8), "little")).decode()
 
 
 def _pseudo_random(count: int, seed: int, device: torch.device) -> Tensor:
     """The same 64-bit numbers everywhere, as splitmix64 makes them, with the mix used here."""
-    steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+    steps = torch.arange(1, count + 1, device=device)
     return _mix_(steps.mul_(_signed(_GOLDEN)).add_(_signed(seed % 2**64)))
 
 

@@ -36,16 +36,16 @@ class SPPLayer(BaseTunerLayer):
     parameter_name: str = "weight"
     num_experts: int = 1
 
-    def __init__(self, base_layer: nn.Module, module_name: str = "", **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.module_name = module_name
         self.r: dict[str, int] = {}
         self.spp_alpha: dict[str, float] = {}
         # tensors where `prepare_model_for_compiled_hotswap` has been called
         self.scaling: dict[str, float | torch.Tensor] = {}
-        self.spp_dropout = nn.ModuleDict({})
-        self.spp_A = nn.ModuleDict({})
-        self.spp_B = nn.ModuleDict({})
+        self.spp_dropout = nn.ModuleDict()
+        self.spp_A = nn.ModuleDict()
+        self.spp_B = nn.ModuleDict()
         # Mark the weight as unmerged
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -336,7 +336,7 @@ class Linear(nn.Module, SPPLayer):
         return self.get_base_layer()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._check_forward_args(x, *args, **kwargs)
+        self._check_forward_args(x, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -423,7 +423,8 @@ class Linear(nn.Module, SPPLayer):
         return weight.t() if self.fan_in_fan_out else weight
 
     def _base_weight(self) -> torch.Tensor:
-        return cast(torch.Tensor, getattr(self.get_base_layer(), self.parameter_name))
+        weight: torch.Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return weight
 
     def unmerged_weight(self) -> torch.Tensor:
         """The base layer's weight as it was before any merge, shape (out_features, in_features)."""

@@ -135,3 +135,12 @@ def test_a_broken_adapter_is_not_merged_into_offloaded_weights(model):
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj"):
         offloaded.merge_adapter(safe_merge=True)
     assert offloaded.get_model_status().merged_adapters == []
+
+
+def test_merge_and_unmerge_with_layers_on_disk(model, disk_model):
+    unmerged = logits(model)
+    model.merge_adapter()
+    disk_model.merge_adapter()
+    assert torch.equal(logits(disk_model), logits(model))
+    disk_model.unmerge_adapter()
+    assert torch.equal(logits(disk_model), unmerged)

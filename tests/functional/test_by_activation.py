@@ -44,6 +44,12 @@ def test_few_tokens_go_by_activation_and_many_by_weight():
     assert not by_activation.is_cheaper(1, W, one_row_a_block, torch.float32)
 
 
+def test_weights_that_cost_nothing_go_by_weight():
+    _, _, factors = make(512, 512, [4], torch.float32)
+    assert by_activation.is_cheaper(1, torch.empty(512, 512), factors, torch.float32)
+    assert not by_activation.is_cheaper(1, torch.empty(511, 512), factors, torch.float32)
+
+
 def most_tokens(weight, factors, dtype=torch.float32):
     """Up to how many tokens this way is cheaper."""
     tokens = 0

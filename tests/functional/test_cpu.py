@@ -5,6 +5,7 @@ import torch
 from peft_spp.functional import scaled_weight, spp_linear
 from peft_spp.functional.kernels import cpu
 from peft_spp.functional.kernels.cpu import tiled
+from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 
 import reference
 from factored import make, relative_error
@@ -77,3 +78,143 @@ def test_no_tensor_of_the_size_of_the_weight_or_a_converted_input_is_made(monkey
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     # the gradient of x is the largest there is; x in float32 would be twice that in bfloat16
     assert largest == x.numel() * x.element_size() < W.numel() * W.element_size()
+
+
+class Noting(TiledElementwise):
+    """Elementwise work in PyTorch's operations that notes which parts of the weight it is given."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scaled, self.summed = [], []
+
+    def write_scaled(self, out, rows, columns, identity):
+        self.scaled.append((rows, columns))
+        super().write_scaled(out, rows, columns, identity)
+
+    def add_factor_gradients(self, product, rows, columns):
+        self.summed.append((rows, columns))
+        super().add_factor_gradients(product, rows, columns)
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """The work of each pass, of which there is one a weight."""
+    made = []
+
+    def elementwise(weight, factors, *_):
+        made.append(Noting(weight, factors))
+        return made[-1]
+
+    monkeypatch.setattr(cpu, "_elementwise", elementwise)
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "scaling", "both"), [(torch.float32, 1, 2), (torch.bfloat16, 3, 3)])
+def test_scratch_has_the_size_of_a_tile_and_is_used_again(works, monkeypatch, dtype, scaling, both):
+    """How many tiles there are: what is in the dtype of the sums already needs no tile to be converted into."""
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 400)
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 2048)
+    W, _, factors = make(128, 64, [4, 7], dtype, torch.float32)
+    W, x, grad_y = W.detach(), torch.randn(9, 64).to(dtype), torch.randn(9, 128).to(dtype)
+    with torch.no_grad():
+        cpu.scaled_weight(W, factors, True, dtype)
+        cpu.linear(x, W, None, factors, True, dtype)
+        cpu.linear_backward(grad_y, x, W, factors, True, dtype, True, True)
+    chunks = [[size for size in (b.numel() for b in work._scratch.values()) if size > 400] for work in works]
+    assert [len(work._scratch) - len(large) for work, large in zip(works, chunks, strict=True)] == [
+        scaling,
+        scaling,
+        both,
+    ]
+    # W' and gyᵀx have one chunk between them; of columns, 32 are the fewest
+    assert chunks == [[], [2048], [128 * 32]]
+
+
+@pytest.mark.parametrize(("m", "n", "by_rows"), [(1024, 64, True), (64, 1024, False), (256, 256, True)])
+def test_the_longer_side_is_cut_for_the_gradients_and_the_outputs_for_w(works, monkeypatch, m, n, by_rows):
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 16384)
+    for dtype, elements in ((torch.float32, 16384), (torch.bfloat16, 8192), (torch.float64, 16384)):
+        W, _, factors = make(m, n, [4], dtype)
+        W, x, grad_y = W.detach(), torch.randn(9, n).to(dtype), torch.randn(9, m).to(dtype)
+        with torch.no_grad():
+            cpu.linear(x, W, None, factors, True, dtype)
+            cpu.linear_backward(grad_y, x, W, factors, True, dtype, True, True)
+        forward, backward = works[-2:]
+        assert forward.scaled == list(cpu._regions(m, n, True, 16384))
+        assert backward.scaled == list(cpu._regions(m, n, False, 16384))
+        assert backward.summed == list(cpu._regions(m, n, by_rows, elements))
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "elements", "parts"),
+    [
+        (256, 64, 4096, [64] * 4),
+        (200, 64, 4096, [64, 64, 64, 8]),
+        (100, 10, 400, [64, 36]),  # of 34 rows, up to 64
+        (1000, 1, 100, [128] * 7 + [104]),
+        (256, 64, 1 << 23, [256]),
+        (20, 1000, 4096, [20]),  # too few to be cut
+        (33, 1000, 4096, [32, 1]),
+        (260, 64, 4160, [96, 96, 68]),  # of 65
+        (5, 0, 4096, [5]),
+    ],
+)
+def test_parts_are_as_large_as_asked_for_and_multiples_of_32(size, other, elements, parts):
+    by_rows, by_columns = cpu._regions(size, other, True, elements), cpu._regions(other, size, False, elements)
+    ends = [sum(parts[: i + 1]) for i in range(len(parts))]
+    expected = [slice(end - part, end) for end, part in zip(ends, parts, strict=True)]
+    assert list(by_rows) == [(part, slice(0, other)) for part in expected]
+    assert list(by_columns) == [(slice(0, other), part) for part in expected]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tensors_beside_the_weight_may_be_laid_out_in_any_way(transposed):
+    W, _, factors = make(24, 10, [4, 3], torch.float32, fan_in_fan_out=transposed)
+    W = W.detach().T if transposed else W.detach()
+    product = torch.randn(24, 10)
+    with torch.no_grad():
+        weight = cpu.scaled_weight(W, factors, True, torch.float32)
+        grads = cpu.factor_gradients(product, W, factors)
+        for layout in (
+            torch.zeros(24, 10),
+            torch.zeros(24, 20)[:, ::2],
+            torch.zeros(10, 24).T,
+            torch.zeros(30, 10)[:24],
+        ):
+            assert cpu.scaled_weight(W, factors, True, torch.float32, layout) is layout
+            assert torch.equal(layout, weight)
+            torch.testing.assert_close(cpu.factor_gradients(layout.copy_(product), W, factors), grads)
+
+
+@pytest.mark.parametrize("tile", [1, 64, 200])
+def test_tiles_have_whole_rows_and_no_more_elements_than_asked_for(monkeypatch, tile):
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", tile)
+    W, _, factors = make(40, 64, [4], torch.bfloat16, torch.float32)
+    work = TiledElementwise(W.detach(), factors)
+    with torch.no_grad():
+        work.write_scaled(torch.empty(40, 64, dtype=torch.bfloat16), slice(0, 40), slice(0, 64), True)
+    assert {buffer.numel() for buffer in work._scratch.values()} == {max(tile // 64, 1) * 64}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_buffer_is_made_once_for_all_that_fits_into_it(transposed):
+    W, _, factors = make(8, 6, [4], torch.float32, fan_in_fan_out=transposed)
+    work = TiledElementwise(W.detach().T if transposed else W.detach(), factors)
+    first = work.buffer("a", 4, 6, torch.float32)
+    assert first.shape == (4, 6) and first.t().is_contiguous() is transposed
+    for rows, columns in ((4, 6), (2, 3), (8, 3)):
+        again = work.buffer("a", rows, columns, torch.float32)
+        assert again.shape == (rows, columns) and again.data_ptr() == first.data_ptr()
+    others = [work.buffer("b", 4, 6, torch.float32), work.buffer("a", 4, 7, torch.float32)]
+    others += [work.buffer("b", 4, 6, torch.bfloat16)]
+    assert others[-1].dtype == torch.bfloat16
+    assert len({first.data_ptr(), *(other.data_ptr() for other in others)}) == 4
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gradients_of_factors_are_in_their_dtype(dtype, factor_dtype):
+    W, _, factors = make(8, 6, [4, 3], dtype, factor_dtype)
+    with torch.no_grad():
+        pairs = cpu.factor_gradients(torch.randn(8, 6).to(dtype), W, factors)
+    assert [grad.dtype for pair in pairs for grad in pair] == [factor_dtype] * 4

@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,8 @@ def test_each_source_is_compiled_and_all_are_linked(tmp_path, compiler):
     vector_flags = library._VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
     for arguments in compiling:
         assert {*library._FLAGS, *vector_flags} <= set(arguments)
+    # aside, on the same file system
+    assert {Path(file).parent.parent for file in made} == {path.parent}
     assert linking[:-2] == ["-shared", *made] and len(set(made)) == len(library._SOURCES)
     assert path.parent == tmp_path / "cache" / "peft_spp" and path.read_text() == "compiled\n"
     assert path.name.startswith("native-") and path.suffix == ".so"

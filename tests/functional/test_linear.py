@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from peft_spp.functional import Factors, spp_linear
+from peft_spp.functional import Factors, scaled_weight, spp_linear
+from peft_spp.functional.autograd import records_gradients
 from peft_spp.functional.kernels import by_activation, by_weight, composite, cpu
 
 import reference
@@ -247,3 +248,42 @@ def test_each_gradient_is_the_same_whichever_others_are_asked_for(trained, fan_i
         assert (grad is not None) == (name in trained)
         if grad is not None:
             assert torch.equal(grad, everything[name])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "A_dtype", "B_dtype"),
+    [
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float64),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_scaling_that_is_a_tensor_gives_the_same_bits(dtype, A_dtype, B_dtype):
+    W, bias, factors = make(12, 10, [4, 3], dtype)
+    numbers = [
+        Factors(f.A.detach().to(A_dtype).requires_grad_(), f.B.detach().to(B_dtype).requires_grad_(), s)
+        for f, s in zip(factors, (1.3, 0.7), strict=True)
+    ]
+    tensors = [f._replace(scaling=torch.tensor(f.scaling, dtype=torch.float64)) for f in numbers]
+    mixed = [numbers[0], tensors[1]]
+    x = torch.randn(5, 10).to(dtype)
+    inputs = [t for f in numbers for t in f[:2]]
+    expected = spp_linear(x, W, bias, numbers)
+    grads = torch.autograd.grad(expected.sum(), inputs)
+    for given in (tensors, mixed):
+        y = spp_linear(x, W, bias, given)
+        assert y.dtype == dtype and torch.equal(y, expected)
+        assert torch.equal(scaled_weight(W, given), scaled_weight(W, numbers))
+        for found, wanted in zip(torch.autograd.grad(y.sum(), inputs), grads, strict=True):
+            assert found.dtype == wanted.dtype
+            torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_are_recorded_where_an_input_needs_one_and_they_are_on():
+    plain, trained = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert records_gradients(plain, None, trained)
+    assert not records_gradients(plain, None) and not records_gradients(None)
+    with torch.no_grad():
+        assert not records_gradients(trained)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import pytest
 import torch
 
-from peft_spp.functional.kernels import by_weight, composite, cpu, schema
+from peft_spp.functional.kernels import by_activation, by_weight, composite, cpu, schema
 
 import reference
 from factored import make, relative_error
@@ -218,3 +220,40 @@ def test_gradients_have_the_dtypes_of_the_inputs_and_not_of_the_matmul(backend):
         grads = schema._linear_backward(backend, grad_y, x, W, A, B, s, False, True, torch.bfloat16, **needs)
         more = schema._scaled_weight_backward(backend, torch.randn(16, 12).bfloat16(), W, A, B, s, True, True, True)
     assert {grad.dtype for grad in (*grads, *more)} == {torch.float32}
+
+
+@pytest.mark.parametrize("backward", [cpu.linear_backward, partial(by_weight.linear_backward, composite)])
+def test_only_the_gradients_that_are_needed_are_computed(backward):
+    W, _, factors = make(16, 12, [5, 3], torch.float32)
+    x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
+    with torch.no_grad():
+        grad_x, *grads = backward(grad_y, x, W, factors, True, torch.float32, True, True)
+        assert [g.shape for g in (grad_x, *grads)] == [x.shape, *(t.shape for f in factors for t in f[:2])]
+        (only_x,) = backward(grad_y, x, W, factors, True, torch.float32, True, False)
+        no_x = backward(grad_y, x, W, factors, True, torch.float32, False, True)
+        assert backward(grad_y, x, W, factors, True, torch.float32, False, False) == []
+    assert torch.equal(only_x, grad_x) and all(torch.equal(a, b) for a, b in zip(no_x, grads, strict=True))
+
+
+def test_lists_of_different_lengths_are_refused():
+    W, bias, factors = make(16, 12, [5, 3], torch.float32)
+    A, B, s = split(factors)
+    for lists in ((A[:1], B, s), (A, B[:1], s), (A, B, s[:1])):
+        with pytest.raises(ValueError, match=r"shorter|longer"), torch.no_grad():
+            torch.ops.peft_spp.linear(torch.randn(3, 12), W, bias, *lists, False, True, torch.float32)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_layer_goes_by_activation_for_as_many_tokens_as_that_is_cheaper(dtype, fan_in_fan_out):
+    W, bias, factors = make(1024, 512, [4], torch.float32, fan_in_fan_out=fan_in_fan_out)
+    w = W.T if fan_in_fan_out else W
+    tokens = 1
+    while by_activation.is_cheaper(tokens + 1, w, factors, dtype):
+        tokens += 1
+    backend = Backend(whole_layer=True)
+    with torch.no_grad():
+        for shape in ((tokens, 512), (1, tokens, 512), (tokens + 1, 512)):
+            assert backend.calls == []
+            schema._linear(backend, torch.randn(shape), W, bias, *split(factors), fan_in_fan_out, True, dtype)
+    assert backend.calls == ["layer"]

@@ -203,3 +203,15 @@ def test_the_operators_are_what_their_schema_says():
                 (torch.randn_like(weight), weight, A, B, s, True, *needs),
                 test_utils=tests,
             )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "transposed", "parts"), [([4, 2], False, 1), ([4, 5], False, 3), ([5], False, 3), ([4], True, 3)]
+)
+def test_a_stack_is_one_tall_matrix_where_its_row_blocks_and_layout_allow_it(ranks, transposed, parts):
+    weight, factors = make(3, 12, 10, ranks, transposed=transposed)
+    walked = list(stack.walk_layers(factors, weight, torch.empty_like(weight)))
+    assert len(walked) == parts
+    for part, matrices in walked:
+        assert [matrix.shape for matrix in matrices] == [(36 // parts, 10)] * 2
+        assert [len(f.A) for f in part] == [3 * r // parts for r in ranks]

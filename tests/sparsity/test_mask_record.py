@@ -46,6 +46,13 @@ def test_patterns(n, m):
     assert record_mask(keep_n_m(torch.randn(6, 32), n, m)).pattern == f"{n}:{m}"
 
 
+@pytest.mark.parametrize("group", range(4))
+def test_one_group_with_a_weight_too_many_is_no_pattern(group):
+    weight = keep_n_m(torch.randn(1, 16), 2, 4)
+    weight[0, 4 * group : 4 * group + 4] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert record_mask(weight).pattern == "unstructured"
+
+
 def test_the_mask_alone_counts(monkeypatch):
     weight = pruned(70, 130)
     record = record_mask(weight)
@@ -273,13 +280,31 @@ def test_the_format_is_kept():
 
 def test_empty_weights():
     for shape in ((0, 5), (5, 0)):
-        assert record_mask(torch.zeros(shape)).zeros == 0
+        record = record_mask(torch.zeros(shape))
+        assert (record.zeros, record.sample) == (0, "")
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 2, device="meta")])
-def test_what_cannot_be_recorded_is_refused(weight):
-    with pytest.raises(ValueError, match="mask"):
+@pytest.mark.parametrize(
+    ("weight", "why"), [(torch.zeros(3), r"\(3,\)"), (torch.zeros(2, 2, device="meta"), "meta device")]
+)
+def test_what_cannot_be_recorded_is_refused(weight, why):
+    with pytest.raises(ValueError, match=why):
         record_mask(weight)
+
+
+def test_the_compiled_pass_is_taken_where_it_can_be(way):
+    if way == "pytorch":
+        pytest.skip("of the compiled pass alone")
+    weight, numbers = pruned(70, 130), torch.zeros(2, 3, dtype=torch.int64)
+    for dtype in DTYPES[:4]:
+        for layout in (weight.to(dtype), weight.to(dtype).T.contiguous().T):
+            assert module.mask_sums(layout, numbers) is not None
+    for other in (weight.to(DTYPES[4]), weight[:, ::2], weight.T[::2].T, weight.to("meta")):
+        assert module.mask_sums(other, numbers) is None
+
+
+def test_numbers_of_64_bits_are_signed_where_pytorch_takes_them():
+    assert [module._signed(value) for value in (0, 2**63 - 1, 2**63, 2**64 - 1)] == [0, 2**63 - 1, -(2**63), -1]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +324,12 @@ def test_a_malformed_record_is_refused(change):
     del data[name]
     with pytest.raises(ValueError, match=name):
         MaskRecord.from_dict(data)
+
+
+def test_a_sample_is_read_strictly():
+    data = record_mask(pruned(4, 8)).to_dict()
+    with pytest.raises(ValueError, match="sample"):
+        MaskRecord.from_dict({**data, "sample": f"{data['sample'][:2]}%{data['sample'][2:]}"})
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (4, 9), (1, 1), (32, 32), (32, 33), (0, 5), (5, 0)])

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer that is built by itself keeps of its adapters, and how it is changed."""
 
+import copy
 import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
@@ -132,6 +134,17 @@ def test_merging_is_not_safe_unless_asked_and_keeps_the_weight_in_host_memory():
     assert torch.equal(layer.weight, before) and layer._unmerged_weight is None and layer.merged_adapters == []
 
 
+def test_a_weight_that_is_offloaded_is_merged_and_unmerged():
+    layer = built()
+    x = torch.randn(3, 6, dtype=torch.double)
+    unmerged, offloaded = layer(x), cpu_offload(nn.Sequential(copy.deepcopy(layer)), torch.device("cpu"))
+    layer.merge()
+    offloaded[0].merge()
+    assert offloaded[0].weight.is_meta and torch.equal(offloaded(x), layer(x))
+    offloaded[0].unmerge()
+    assert offloaded[0].weight.is_meta and torch.equal(offloaded(x), unmerged)
+
+
 def test_what_is_merged_already_is_not_merged_again():
     layer = built()
     layer.update_layer("b", 4, 8.0, SPPConfig(init_weights=False))
@@ -187,6 +200,44 @@ def test_a_mixed_batch_comes_in_the_dtype_of_the_base_layer():
     assert mixed.dtype == torch.bfloat16
     assert torch.equal(mixed[1:3], layer.base_layer(x[1:3]))
     assert not torch.equal(mixed[0], layer.base_layer(x)[0])
+
+
+class Narrowing(nn.Linear):
+    """A linear layer whose results are of another dtype than its weight, and which counts its calls."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x).bfloat16()
+
+
+def test_a_mixed_batch_comes_in_the_dtype_of_the_results_of_the_base_layer():
+    layer = built(Narrowing(6, 8)).eval()
+    x = torch.randn(4, 6)
+    mixed = layer(x, adapter_names=["a", "__base__", "__base__", "a"])
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed[1:3], layer.base_layer(x[1:3]))
+    assert torch.equal(mixed[::3], layer(x[::3]).bfloat16())
+
+
+def test_adapters_that_no_row_of_a_mixed_batch_asks_for_are_not_computed():
+    layer = built(Narrowing(6, 8)).eval()
+    layer.update_layer("b", 4, 8.0, SPPConfig(init_weights=False))
+    layer(torch.randn(4, 6), adapter_names=["b", "__base__", "__base__", "b"])
+    assert layer.base_layer.calls == 2  # for all rows, and for those of b
+
+
+def test_a_scaling_that_is_a_tensor_is_overwritten_in_place():
+    layer = built(r=2, spp_alpha=3.0)
+    layer.scaling["a"] = tensor = torch.tensor(1.5)
+    layer.set_scale("a", 2.0)
+    assert layer.scaling["a"] is tensor and tensor.item() == 3.0
+    layer.scale_layer(4.0)
+    layer.unscale_layer(3.0)
+    assert layer.scaling["a"] is tensor and tensor.item() == 4.0
+    layer.unscale_layer()
+    assert layer.scaling["a"] is tensor and tensor.item() == 1.5
 
 
 def test_without_any_adapter_the_base_layer_is_called():

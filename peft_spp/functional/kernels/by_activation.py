@@ -96,4 +96,4 @@ def _block_products(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, with
         X[:, :tokens] = x
     torch.mul(A.unsqueeze(1), x, out=X[:, columns - tokens : columns])
     products = torch.bmm(X, weight.unflatten(0, (blocks, -1)).transpose(1, 2))
-    return products[:, :columns].to(A.dtype)
+    return products[:, :columns]

@@ -50,11 +50,11 @@ def factor_gradients(
     """
     m, n = weight.shape
     acc = compute_dtype(product, weight, *(t for A, B, _ in factors for t in (A, B)))
-    S = product.to(acc) * weight.to(acc)
+    S = product.to(acc) * weight
     grads = []
     for A, B, s in factors:
-        grad_B = (S * expand_row_blocks(A.to(acc), m)).sum(dim=1, keepdim=True)
-        weighted = S * B.to(acc)
+        grad_B = (S * expand_row_blocks(A, m)).sum(dim=1, keepdim=True)
+        weighted = S * B
         blocks = [
             weighted[tile.rows].reshape(-1, tile.rows_per_block, n).sum(dim=1) for tile in row_tiles(m, A.shape[0])
         ]

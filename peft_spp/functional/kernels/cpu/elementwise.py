@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -27,7 +28,6 @@ class Elementwise(ABC):
         self.scaled_factors = [(A.to(self.dtype), B.to(self.dtype) * s) for A, B, s in factors]
         # a Conv1D weight comes as a transposed view: everything beside it is laid out alike, to be walked alike
         self.transposed = weight.stride(0) < weight.stride(1)
-        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._scratch: dict[str, torch.Tensor] = {}
 
     @abstractmethod
@@ -56,12 +56,10 @@ class Elementwise(ABC):
             flat += [grad_A.to(A.dtype), grad_B.mul_(s).to(B.dtype)]
         return flat
 
-    @property
+    @cached_property
     def gradients(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The sums so far, of the shapes of A and B."""
-        if not self._gradients:
-            self._gradients = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in self.scaled_factors]
-        return self._gradients
+        return [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in self.scaled_factors]
 
     def buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer that is there already if it was asked for before, laid out in memory as the weight is."""

@@ -45,8 +45,8 @@ def mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor] | N
     library = load_library()
     if library is None:
         return None
-    sums = torch.empty(2, len(weight), dtype=torch.int64)
-    histogram = torch.zeros(256, dtype=torch.int64)
+    sums = torch.empty(2, len(weight), dtype=torch.int64, device=weight.device)
+    histogram = torch.zeros(256, dtype=torch.int64, device=weight.device)
     mask = _Mask(
         *weight.shape,
         transposed,

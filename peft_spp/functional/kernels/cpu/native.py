@@ -66,7 +66,7 @@ class NativeElementwise(Elementwise):
         return (
             weight.dtype in _DTYPES
             and dtype in _DTYPES
-            and compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B))) == torch.float32
+            and compute_dtype(*(t for A, B, _ in factors for t in (A, B))) == torch.float32
             and weight.stride(along) == 1
             and (other is None or other.stride(along) == 1)
             and load_library() is not None
