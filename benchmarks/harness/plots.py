@@ -139,7 +139,8 @@ def machine_note(environment: Mapping[str, Any]) -> str:
     if hardware["gpu"] is not None:
         machine = hardware["gpu"]["name"]
     else:
-        machine = f"{hardware['cpu']} ({hardware['cpu_capability']}), {environment['threads']['torch']} threads"
+        threads = environment["threads"]["torch"]
+        machine = f"{hardware['cpu']} ({hardware['cpu_capability']}), {threads} thread{'s' if threads > 1 else ''}"
     return f"{machine}, PyTorch {environment['versions']['torch']}"
 
 

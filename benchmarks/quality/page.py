@@ -15,7 +15,7 @@ from peft_spp.durable import write_text
 from ..harness.plots import machine_note
 from . import prose
 from .analysis import Analysis, Outcome, analyse
-from .claims import claims_of
+from .claims import VARIANTS, claims_of
 from .pictures import draw_parameters, draw_sparsity
 from .store import Store
 from .suites import Pruning
@@ -80,7 +80,7 @@ def main_parts(analysis: Analysis, pictures: Mapping[str, str]) -> list[str]:
             f"{'**Holds.**' if claim.holds else '**Does not hold.**'} {claim.text}: {claim.evidence}."
             for claim in claims_of(analysis, model)
         ),
-        *(_comparisons(analysis, model, pruning) for pruning in gridded(analysis, model)),
+        *(_comparisons(analysis, model, pruning, name) for pruning in gridded(analysis, model) for name in VARIANTS),
         "## How it was measured",
         bullets(_facts(analysis)),
         _models_table(analysis),
@@ -158,15 +158,15 @@ def first_model(analysis: Analysis) -> str:
     return analysis.outcomes[0].model
 
 
-def _comparisons(analysis: Analysis, model: str, pruning: Pruning) -> str:
+def _comparisons(analysis: Analysis, model: str, pruning: Pruning, method: str) -> str:
     """SPP beside the two methods that keep the zeros too, as measured."""
-    spp = analysis.find(model, pruning, "spp")
+    name, spp = VARIANTS[method], analysis.find(model, pruning, method)
     others = [one for one in analysis.of(model, pruning) if one.method in ("hira", "masked_lora")]
     if spp is None or not others:
         return ""
     measured = "; ".join(_comparison(spp, other) for other in others)
     spread = spp.perplexity
-    return paragraph(f"{pruning.label}, perplexity of SPP {spread.mean:.2f} ± {spread.deviation:.2f}. {measured}.")
+    return paragraph(f"{pruning.label}, perplexity of {name} {spread.mean:.2f} ± {spread.deviation:.2f}. {measured}.")
 
 
 def _comparison(spp: Outcome, other: Outcome) -> str:
@@ -177,7 +177,7 @@ def _comparison(spp: Outcome, other: Outcome) -> str:
     pairs = list(zip(spp.losses, other.losses, strict=False))
     wins = sum(own < theirs for own, theirs in pairs)
     label = other.label.partition(";")[0]
-    return f"{label} {basis}: {other.perplexity.mean:.2f} (SPP better with {wins} of {len(pairs)} seeds)"
+    return f"{label} {basis}: {other.perplexity.mean:.2f} (worse with {wins} of {len(pairs)} seeds)"
 
 
 def _facts(analysis: Analysis) -> list[str]:

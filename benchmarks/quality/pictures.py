@@ -73,7 +73,7 @@ def draw_parameters(analysis: Analysis, model: str, environment: Mapping[str, An
         note,
         panel_height=PANEL_HEIGHT,
         share_x=True,
-        share_y=True,
+        share_y=False,
     )
     shown: dict[str, plots.Style] = {}
     for axes, pruning in zip(panels[0], prunings, strict=False):

@@ -129,11 +129,10 @@ class Session:
             options = self._options(contender, base)
             name = contender_name(contender.method, options)
             steps = self.suite.budget.steps
-            if contender.equal is not None:
-                rate = chosen[contender_name(contender.method, contender.options)]
-                if contender.equal == "time":
-                    assert profile is not None, "equal time needs several methods that are timed side by side"
-                    steps = equal_time_steps(steps, profile, "spp", name)
+            if contender.equal == "time":
+                rate = chosen[name]
+                assert profile is not None, "equal time needs several methods that are timed side by side"
+                steps = equal_time_steps(steps, profile, "spp", name)
             elif study.rates_from is not None:
                 rate = self._rate_of(study, contender.method, options)
             else:

@@ -18,7 +18,8 @@ won back over what full fine-tuning with masked gradients won back, with the sam
 over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
 of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
 masked LoRA there is each a variant whose rank is nearest to SPP's number of parameters, and one with as many steps as
-fit in SPP's time, both at the learning rate chosen for the method itself. A share of masked full fine-tuning above
+fit in SPP's time, at the learning rate chosen for the method without this. *SPP, positive start* is
+`SPPConfig(init_weights="positive")`, which draws A without negative values. A share of masked full fine-tuning above
 100% says that it had too few steps to be an upper bound.
 """
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from peft_spp.sparsity import NMPattern
@@ -120,8 +120,8 @@ class Contender:
         options (`Mapping[str, Any]`): What differs from the method's defaults.
         equal (`str`, *optional*):
             `"parameters"` chooses the rank so that it trains as many parameters as SPP with its defaults, as near as
-            it goes; `"time"` chooses the steps so that it takes SPP's time. Both are run at the learning rate that was
-            chosen for the method without this.
+            it goes; `"time"` chooses the steps so that it takes SPP's time, at the learning rate that was chosen for
+            the method without this.
         rates (`tuple[float, ...]`): The grid of learning rates; empty for that of the method.
     """
 
@@ -373,7 +373,9 @@ QUICK = Suite(
     (QUICK_LLAMA, QUICK_GPT2),
     (
         Study("llama", AT_2_4, tuple(QUICK_RATES.values()), SEEDS[:2]),
-        Study("llama", AT_75, (Contender("spp"), QUICK_RATES["masked_lora"], EQUAL[1], EQUAL[3])),
+        Study(
+            "llama", AT_75, (Contender("spp"), QUICK_RATES["masked_lora"], replace(EQUAL[1], rates=(1e-3,)), EQUAL[3])
+        ),
         Study("llama", Pruning("sparsegpt", "2:8"), FEW[:1], rates_from=AT_75),
         Study("gpt2", AT_2_4, (QUICK_RATES["spp"], QUICK_RATES["masked_full"])),
     ),

@@ -72,7 +72,7 @@ def rates_table(analysis: Analysis, model: str, prunings: Sequence[Pruning]) -> 
     rows = []
     for pruning in prunings:
         for one in analysis.of(model, pruning):
-            if one.equal is not None or one.deployment in ("unmerged", "remasked"):
+            if one.equal == "time" or one.deployment in ("unmerged", "remasked"):
                 continue
             tried = {
                 record.settings["rate"]: record.measured["validation_loss"]
