@@ -469,6 +469,8 @@ def test_claims_are_judged_by_the_figures(tmp_path):
     spp = analysis.find("llama", AT_2_4, "spp")
     assert spp.recovery.mean == pytest.approx(0.59) and spp.recovery.count == 3
     assert spp.recovery_towards(2.2).mean == pytest.approx(0.59 / 0.8)
+    both = claims_of(analyse(made_up_store(tmp_path, {**losses, ("spp_positive", "merged"): 2.55})), "llama")
+    assert [claim.holds for claim in both] == [True] * 6 + [False, True, True, True]
     worse = {**losses, ("spp", "merged"): 2.7}
     failed = [claim.holds for claim in claims_of(analyse(made_up_store(tmp_path, worse)), "llama")]
     assert failed == [False, False, False, True, True]
