@@ -25,7 +25,7 @@ from .mixed_batches import passed_to_layers
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
 from .quantized import QuantizedLinear, find_backend, unload_dequantized
-from .saved_modules import check_saved_modules
+from .saved_modules import check_bias_is_saved, check_saved_modules
 from .settings import expressions
 from .target_checks import check_layer, check_weight, warn_of_fused_experts
 from .targets import transformer_block_linear_targets
@@ -85,6 +85,7 @@ class SPPModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: SPPConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
+        check_bias_is_saved(config)
         if not config.target_parameters:
             return
         # Which parameter a factor belongs to is told by its place in the nested wrappers, so all adapters need the

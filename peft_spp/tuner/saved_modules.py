@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import peft
+from packaging.version import Version
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -14,6 +16,9 @@ from torch import nn
 if TYPE_CHECKING:
     from .config import SPPConfig
 
+
+SAVES_BIASES = Version("0.21")
+"""The first PEFT that saves the biases which other adapters than LoRA's train."""
 
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
@@ -72,3 +77,22 @@ def _to_save(model: nn.Module, names: list[str]) -> Iterator[tuple[str, str]]:
         if module_name.endswith(tuple(names)):
             whole = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
             yield from ((module_name, tensor) for tensor in whole.state_dict())
+
+
+def check_bias_is_saved(config: SPPConfig) -> None:
+    """
+    Refuse to train biases that the installed PEFT would leave out when it saves the adapter.
+
+    Before 0.21 PEFT saves biases of LoRA's relatives alone.
+
+    Args:
+        config (`SPPConfig`): The configuration of a new adapter.
+
+    Raises:
+        ValueError: If biases are to be trained that would not be saved.
+    """
+    if config.bias != "none" and not config.inference_mode and Version(peft.__version__) < SAVES_BIASES:
+        raise ValueError(
+            f"PEFT {peft.__version__} does not save the biases that `bias={config.bias!r}` trains, so they would be "
+            f"lost. Use bias='none', or update PEFT to {SAVES_BIASES} or newer."
+        )

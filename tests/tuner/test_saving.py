@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_spp import SPPConfig
+from peft_spp.tuner.saved_modules import SAVES_BIASES
 
 from tiny import MLP, randomize, tiny_llama
 
@@ -244,3 +247,41 @@ def test_the_merged_model_needs_no_peft_spp(adapter, tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     torch.testing.assert_close(torch.tensor(json.loads(out)), expected)
+
+
+needs_saved_biases = pytest.mark.skipif(
+    Version(peft.__version__) < SAVES_BIASES, reason="this PEFT does not save the biases of SPP's layers"
+)
+
+
+@needs_saved_biases
+@pytest.mark.parametrize("bias", ["all", "spp_only"])
+def test_trained_biases_come_back(bias, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(MLP(), SPPConfig(r=4, target_modules=["lin0"], bias=bias))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "bias" in name}
+    assert len(trained) == (2 if bias == "all" else 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 12)
+    again = PeftModel.from_pretrained(MLP(), tmp_path)
+    named = dict(again.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert name not in trained or torch.equal(named[name], parameter)
+    # what is not trained is the base's own, which is drawn anew here
+    again.load_state_dict({name: p for name, p in model.state_dict().items() if name not in trained}, strict=False)
+    assert torch.equal(again(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("bias", ["all", "spp_only"])
+def test_biases_that_PEFT_would_not_save_are_not_trained(bias, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.20.0")
+    model = MLP()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="bias"):
+        get_peft_model(model, SPPConfig(r=4, target_modules=["lin0"], bias=bias))
+    assert [name for name, _ in model.named_modules()] == names
+    assert get_peft_model(model, SPPConfig(r=4, target_modules=["lin0"])).peft_config["default"].bias == "none"
