@@ -40,7 +40,8 @@ def run(script: str, *arguments: str, command: tuple[str, ...] = ()) -> dict[str
         [*command, sys.executable, str(HERE / script), *arguments], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    # the last line: DeepSpeed, where it is installed, writes to the standard output when it is imported
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def killed(counts: dict[str, int]) -> int:
