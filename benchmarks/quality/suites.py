@@ -27,9 +27,9 @@ class TrainedModel:
         steps (`int`): Its optimizer steps.
         rate (`float`): Its learning rate with AdamW: of the embeddings, the norms and the head.
         muon_rate (`float`): Its learning rate with Muon: of the matrices inside the blocks. Muon moves all directions
-            of a matrix alike. After the same 1800 steps of the Llama of the small suite the loss is lower than with
-            AdamW at 2e-3, and the weights are less redundant, as those of models that have seen far more text: pruning
-            to 2:4 costs more, which is what a recovery can be measured by.
+            of a matrix alike, so that fewer weights are redundant: after the same 1800 steps of the Llama of the small
+            suite the perplexity is 36.1 and Wanda's 2:4 costs 14 % of it; with AdamW at 2e-3 it was 55.9 and 3 %, too
+            little to tell methods apart.
         seed (`int`): The seed of the split of the texts, of the weights and of the order of the data.
     """
 
@@ -337,8 +337,7 @@ def _dtype_contenders() -> tuple[Contender, ...]:
     """
     SPP in 16 bits at the authors' learning rate and at higher ones, and a start that is not the identity.
 
-    float16 gets no grid: without hardware for it a run takes ten times as long as in bfloat16 (200 s on two cores of
-    an AMD EPYC).
+    float16 gets no grid: without hardware for it a run took 208 s of processor time where bfloat16 took 11 (AMD EPYC).
     """
     in_float16 = {"dtype": "float16", "factors": "float16"}
     return (

@@ -155,24 +155,20 @@ def make_optimizers(model: nn.Module, settings: TuningSettings) -> list[torch.op
         `list[torch.optim.Optimizer]`: One or two optimizers.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for_muon = set(block_matrices(model)) if settings.muon_rate is not None else set()
-    B = {name for name in trained if ".spp_B." in name} if settings.B_rate_ratio != 1.0 else set()
-    groups: list[dict[str, Any]] = [{"params": [trained[name] for name in trained if name not in for_muon | B]}]
+    matrices, B = [], []
+    if settings.muon_rate is not None:
+        matrices = [trained.pop(f"{name}.weight") for name in find_target_layers(model, None)]
+    if settings.B_rate_ratio != 1.0:
+        B = [trained.pop(name) for name in [*trained] if ".spp_B." in name]
+    groups: list[dict[str, Any]] = [{"params": list(trained.values())}]
     if B:
-        groups.append({"params": [trained[name] for name in trained if name in B]})
-        groups[-1]["lr"] = settings.rate * settings.B_rate_ratio
+        groups.append({"params": B, "lr": settings.rate * settings.B_rate_ratio})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=settings.rate, weight_decay=settings.weight_decay, fused=True)
     ]
     if settings.muon_rate is not None:
-        matrices = [parameter for name, parameter in trained.items() if name in for_muon]
         optimizers.append(torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=settings.weight_decay))
     return optimizers
-
-
-def block_matrices(model: nn.Module) -> list[str]:
-    """The names of the weights of the linear layers inside the transformer blocks."""
-    return [f"{name}.weight" for name in find_target_layers(model, None)]
 
 
 def _backward(

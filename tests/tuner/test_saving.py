@@ -249,12 +249,7 @@ def test_the_merged_model_needs_no_peft_spp(adapter, tmp_path):
     torch.testing.assert_close(torch.tensor(json.loads(out)), expected)
 
 
-needs_saved_biases = pytest.mark.skipif(
-    Version(peft.__version__) < SAVES_BIASES, reason="this PEFT does not save the biases of SPP's layers"
-)
-
-
-@needs_saved_biases
+@pytest.mark.skipif(Version(peft.__version__) < SAVES_BIASES, reason="this PEFT does not save SPP's biases")
 @pytest.mark.parametrize("bias", ["all", "spp_only"])
 def test_trained_biases_come_back(bias, tmp_path):
     torch.manual_seed(0)
