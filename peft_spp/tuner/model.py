@@ -329,9 +329,6 @@ class SPPModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, ParamWrapper):
-                module.check_merge_allowed()
         untie_adapted_weights(self.model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -391,8 +388,8 @@ class SPPModel(BaseTuner):
                 quantising would lose a zero. The model is as it was before.
         """
         if dequantize:
-            self._check_merge_allowed()
             self._check_merge(adapter_names, safe_merge, quantized=False)
+            self._check_merge_allowed()
             unload_dequantized(self.model, adapter_names, safe_merge)
         return super().merge_and_unload(  # type: ignore[return-value]
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -400,6 +397,10 @@ class SPPModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, Linear) and any(name in module.spp_A for name in names):
+                module.check_writable()
         for module in self.model.modules():
             if isinstance(module, QuantizedLinear):
                 if quantized:  # a weight may not survive quantising, safe merge or not
