@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from .calibration import CalibrationBatch, InputStatistics, calibration_mode, run_calibration
+from .block_calls import CalibrationBatch
+from .calibration import run_calibration
+from .calibration_data import calibration_inputs
+from .calibration_mode import calibration_mode
+from .input_statistics import InputStatistics
 from .layers import LinearLayer, check_prunable, find_blocks, find_target_layers
 from .methods import PruningMethod
 
@@ -41,7 +45,7 @@ def prune_by_block(
 
     with calibration_mode(model):
         dense = method.statistics(layers)
-        batches = run_calibration(model, blocks, calibration_batches, dense)
+        batches = run_calibration(model, blocks, calibration_inputs(calibration_batches), dense)
         # These are not used, as the blocks will get other inputs: this checks them before anything is changed.
         dense.compute()
         del dense
@@ -89,7 +93,6 @@ def prune_block(
         statistics: InputStatistics = method.statistics(layers)
         with statistics:
             for batch in batches:
-                statistics.token_mask = batch.token_mask
                 batch.run_block(index, block)
                 after_batch()
         for name, statistic in statistics.compute().items():

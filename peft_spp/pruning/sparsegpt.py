@@ -21,7 +21,7 @@ from torch import nn
 
 from ..sparsity import NMPattern
 from .by_block import prune_by_block
-from .calibration import InputHessians
+from .input_statistics import InputHessians
 from .layers import LinearLayer, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod

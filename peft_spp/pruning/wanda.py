@@ -9,7 +9,7 @@ from torch import nn
 
 from ..sparsity import NMPattern
 from .by_block import prune_by_block
-from .calibration import InputNorms
+from .input_statistics import InputNorms
 from .layers import LinearLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
