@@ -3,17 +3,14 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..architecture import LinearLayer, find_block_lists, is_linear_layer, linear_layers_in_blocks
 from ..sparsity import NMPattern
 from ..sparsity.names import matches
-
-
-LinearLayer: TypeAlias = nn.Linear | Conv1D
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -31,18 +28,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "Encoder-decoder models have two stacks of blocks; finding the layers to prune is implemented for models "
             "with one. Name the layers with target_modules, where the method allows it."
         )
-    sizes = {
-        name: sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, LinearLayer))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    # Of equal lists `max` takes the first, which is the outermost.
-    name = max(sizes, key=sizes.__getitem__, default=None)
-    if name is None or sizes[name] == 0:
+    lists = find_block_lists(dict(model.named_modules()))
+    if not lists:
         raise ValueError("The model has no transformer blocks: no nn.ModuleList in it holds linear layers.")
-    blocks = model.get_submodule(name)
-    assert isinstance(blocks, nn.ModuleList)
-    return name, blocks
+    name = max(lists, key=lambda name: _linear_weights(lists[name]))
+    return name, lists[name]
 
 
 def find_target_layers(
@@ -55,8 +45,8 @@ def find_target_layers(
         model (`nn.Module`): The model to prune.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. `None` means all linear layers in the transformer blocks, which
-            leaves out the embeddings and the language model head.
+            one must be the layer's name or its end. `None` means all linear layers in the transformer blocks but the
+            routers of a mixture, which leaves out the embeddings and the language model head.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
 
     Returns:
@@ -67,8 +57,9 @@ def find_target_layers(
     if target_modules is None:
         blocks_name, blocks = find_blocks(model)
         _warn_about_stacked_weights(blocks)
-        prefix = blocks_name + "."
-        layers = {name: layer for name, layer in _linear_layers(model).items() if name.startswith(prefix)}
+        in_blocks = linear_layers_in_blocks(dict(model.named_modules()))
+        layers = _linear_layers(model)
+        layers = {name: layers[name] for name, list_name in in_blocks.items() if list_name == blocks_name}
     else:
         layers = {name: layer for name, layer in _linear_layers(model).items() if _matches(name, target_modules)}
     if not layers:
@@ -128,4 +119,8 @@ def _warn_about_stacked_weights(blocks: nn.ModuleList) -> None:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer)}
+    return {name: module for name, module in model.named_modules() if is_linear_layer(module)}
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in module.modules() if is_linear_layer(layer))
