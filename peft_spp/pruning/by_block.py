@@ -13,7 +13,7 @@ from .calibration import run_calibration
 from .calibration_data import calibration_inputs
 from .calibration_mode import calibration_mode
 from .input_statistics import InputStatistics
-from .layers import LinearLayer, check_prunable, find_blocks, find_target_layers
+from .layers import LinearLayer, check_prunable, check_unshared, find_blocks, find_target_layers
 from .methods import PruningMethod
 
 
@@ -41,6 +41,7 @@ def prune_by_block(
     layers = find_target_layers(model, target_modules, exclude_modules)
     check_prunable(layers, method.pattern)
     check_in_blocks(layers, blocks_name, method)
+    check_unshared(model, layers)
     assert method.statistics is not None
 
     with calibration_mode(model):
@@ -59,7 +60,8 @@ def check_in_blocks(names: Iterable[str], blocks_name: str, method: PruningMetho
     for name in names:
         if not name.startswith(f"{blocks_name}."):
             raise ValueError(
-                f"{name} is not in the transformer blocks ({blocks_name}), which is all that {method.name} prunes."
+                f"{name} is not in the transformer blocks ({blocks_name}), which is all that {method.name} prunes. "
+                "Leave it out, or prune it by magnitude."
             )
 
 

@@ -27,7 +27,7 @@ from .calibration import check_repeatable, enter_blocks
 from .calibration_data import CalibrationInputs, calibration_inputs
 from .calibration_file import calibration_sequences
 from .calibration_mode import calibration_mode
-from .layers import LinearLayer, check_divisible, find_target_layers
+from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
 from .model_card import CARD, write_card
@@ -96,7 +96,7 @@ def prune_checkpoint(
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         damping (`float`, *optional*, defaults to 0.01): SparseGPT's λ, as a fraction of the mean of the diagonal of H.
         block_size (`int`, *optional*, defaults to 128): SparseGPT's number of inputs between updates.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
@@ -140,6 +140,7 @@ def prune_checkpoint(
     data: list[CalibrationInputs] = []
     if chosen.statistics is not None and calibration is not None:
         check_in_blocks(layers, skeleton.blocks_name, chosen)
+        check_unshared(skeleton.model, layers)
         batches, used = _calibration_data(skeleton, calibration, samples, sequence_length, seed)
         settings |= used
         data = list(calibration_inputs(batches))
@@ -340,7 +341,7 @@ class _Run:
 
 def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) -> PruneReport:
     checkpoint = run.skeleton.checkpoint
-    linear = find_target_layers(run.skeleton.model, ".*")
+    linear = linear_layers(run.skeleton.model)
     return PruneReport(
         model=str(checkpoint.folder),
         output=str(output),

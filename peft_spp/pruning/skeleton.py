@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ class Skeleton:
         device (`torch.device`): Where weights go when they are loaded, in the dtype that most of them are stored in.
 
     Raises:
-        ValueError: If Transformers has no class for the model, its blocks cannot be found, or it is quantized.
+        ValueError: If Transformers has no class for the model, or it is quantized.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -50,10 +51,16 @@ class Skeleton:
             self.model.named_buffers(remove_duplicate=False)
         )
         self._kept_in_float32 = _kept_in_float32(self.model, self.dtype)
-        try:
-            self.blocks_name, self.blocks = find_blocks(self.model)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
+
+    @cached_property
+    def blocks_name(self) -> str:
+        """The name of the list of the model's blocks; a `ValueError` if they cannot be run one by one."""
+        return find_blocks(self.model)[0]
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The model's blocks."""
+        return find_blocks(self.model)[1]
 
     def find_targets(
         self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
@@ -72,7 +79,10 @@ class Skeleton:
             ValueError: If there is none, or the weight of one is not in the checkpoint as it is in the model, is tied
                 to another module, or of a dtype of its own.
         """
-        layers = find_target_layers(self.model, target_modules, exclude_modules)
+        try:
+            layers = find_target_layers(self.model, target_modules, exclude_modules)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
         tied = TiedNames(self.checkpoint.config)
         for name in layers:
             weight = self.stored(f"{name}.weight")
