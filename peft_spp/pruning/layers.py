@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture import (
@@ -21,7 +22,10 @@ from ..sparsity.names import matches
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
-    Find the transformer blocks of a model: the `nn.ModuleList` that holds the most weights of linear layers.
+    Find the transformer blocks to prune.
+
+    Of several stacks of blocks they are the one of the text model, which calibration text runs through, or else the
+    one with the most weights of linear layers.
 
     Args:
         model (`nn.Module`): A model with one stack of blocks to prune, such as a decoder-only language model.
@@ -37,6 +41,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = find_block_lists(dict(model.named_modules()))
     if not lists:
         raise ValueError("The model has no transformer blocks: no nn.ModuleList in it holds linear layers.")
+    in_text_model = {id(module) for module in _text_model(model).modules()}
+    lists = {name: blocks for name, blocks in lists.items() if id(blocks) in in_text_model} or lists
     name = max(lists, key=lambda name: _linear_weights(lists[name]))
     return name, lists[name]
 
@@ -52,9 +58,8 @@ def find_target_layers(
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. `None` means all linear layers in the transformer blocks but the
-            routers of a mixture, which leaves out the embeddings and the language model head. Of several stacks of
-            blocks, such as those of a vision and a text model, it means the one with the most weights, and of an
-            encoder-decoder model both.
+            routers of a mixture, which leaves out the embeddings and the language model head. Of a multimodal model
+            it means the blocks of the text model, and of an encoder-decoder model those of both stacks.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Returns:
@@ -153,7 +158,22 @@ def _warn_about_stacked_weights(blocks: nn.Module) -> None:
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    config = getattr(model, "config", None)
+    configs = [config, _text_config(config)]
+    return any(getattr(one, "is_encoder_decoder", False) for one in configs)
+
+
+def _text_config(config: object) -> object:
+    """The configuration of the text model that a multimodal model has; of other models, their own."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
+def _text_model(model: nn.Module) -> nn.Module:
+    config = getattr(model, "config", None)
+    if isinstance(model, PreTrainedModel) and _text_config(config) is not config:
+        text_model: nn.Module = model.get_decoder()
+        return text_model
+    return model
 
 
 def _default_targets(model: nn.Module) -> list[str]:
