@@ -26,7 +26,8 @@ import transformers
 from torch import nn
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import every_model
 from plain_wanda import plain_wanda, squared_norms, weights_of, without_cache
