@@ -2,7 +2,7 @@
 """
 Wanda and magnitude pruning of a tiny model of every class of Transformers, against a plain computation in float64.
 
-    python tests/pruning/sweep.py [--out FILE] [--write] [MODEL_TYPE ...]
+    python tests/pruning/pruning_sweep.py [--out FILE] [--write] [MODEL_TYPE ...]
 
 A line of JSON a model type is added to FILE; those that are there are passed over, so that a run can be resumed. With
 `--write` the file becomes the table that the tests go by.
@@ -36,7 +36,7 @@ from peft_spp.pruning import prune_magnitude, prune_wanda
 from peft_spp.pruning.layers import find_target_layers
 
 
-TABLE = Path(__file__).parent / "every_model.json"
+TABLE = Path(__file__).parent / "every_pruned_model.json"
 _SECONDS = 180
 
 Inputs = dict[str, Any]
