@@ -109,11 +109,13 @@ def model_types() -> list[str]:
 
 def model_class(model_type: str) -> type[nn.Module]:
     """The class to build: with a language model's head if there is one, or else the bare model."""
+    found = []
     for names in (*_HEADS, auto.MODEL_MAPPING_NAMES):
         if model_type in names:
             name = names[model_type]
-            return getattr(transformers, name if isinstance(name, str) else name[0])
-    raise KeyError(model_type)
+            found.append(getattr(transformers, name if isinstance(name, str) else name[0]))
+    # for a multimodal type, the mapping of language models names the class of its text model
+    return next((cls for cls in found if cls.config_class is CONFIG_MAPPING[model_type]), found[0])
 
 
 def tiny_config(model_type: str) -> Any:

@@ -23,9 +23,11 @@ from ..merge.tensor_file import StoredTensor
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
 from .by_block import check_in_blocks, layers_of_block, prune_block
-from .calibration import calibration_mode, enter_blocks
+from .calibration import check_repeatable, enter_blocks
+from .calibration_data import CalibrationInputs, calibration_inputs
 from .calibration_file import calibration_sequences
-from .layers import LinearLayer, check_divisible, find_target_layers
+from .calibration_mode import calibration_mode
+from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
 from .model_card import CARD, write_card
@@ -94,7 +96,7 @@ def prune_checkpoint(
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         damping (`float`, *optional*, defaults to 0.01): SparseGPT's λ, as a fraction of the mean of the diagonal of H.
         block_size (`int`, *optional*, defaults to 128): SparseGPT's number of inputs between updates.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
@@ -135,11 +137,13 @@ def prune_checkpoint(
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
     settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
-    batches: Batches = []
+    data: list[CalibrationInputs] = []
     if chosen.statistics is not None and calibration is not None:
         check_in_blocks(layers, skeleton.blocks_name, chosen)
+        check_unshared(skeleton.model, layers)
         batches, used = _calibration_data(skeleton, calibration, samples, sequence_length, seed)
         settings |= used
+        data = list(calibration_inputs(batches))
     if isinstance(chosen, SparseGPT):
         settings |= {"damping": damping, "block_size": block_size}
 
@@ -150,7 +154,7 @@ def prune_checkpoint(
     out.check_space(checkpoint.size)
     with out:
         copies = _copy_files(checkpoint, out)
-        run.prune(list(batches), copies)
+        run.prune(data, copies)
         report = _report(run, out.path, settings, dry_run)
         card = out.new_file(Path(CARD))
         write_card(card, report, chosen, None if Path(model).expanduser().is_dir() else str(model))
@@ -243,10 +247,10 @@ class _Run:
         for name in self._one_by_one():
             self._record(name, self._count(name), None)
 
-    def prune(self, batches: list[Tensor | Mapping[str, Tensor]], copies: Mapping[Path, Path]) -> None:
+    def prune(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
         """Prune the layers, and write them into copies of the weight files."""
         if self.method.statistics is not None:
-            self._prune_by_block(batches, copies)
+            self._prune_by_block(data, copies)
             return
         for name in self._one_by_one():
             before = self._count(name)
@@ -261,7 +265,7 @@ class _Run:
                 yield name
             self._step()
 
-    def _prune_by_block(self, data: list[Tensor | Mapping[str, Tensor]], copies: Mapping[Path, Path]) -> None:
+    def _prune_by_block(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
         last = max(index for index, layers in enumerate(by_block) if layers)
@@ -275,6 +279,7 @@ class _Run:
                 with skeleton.loaded(skeleton.names_of_block(index)):
                     layers = by_block[index]
                     before = {name: self._count(name) for name in layers}
+                    check_repeatable(index, blocks[index], batches[0])
                     prune_block(self.method, index, blocks[index], layers, batches, self._step)
                     for name in layers:
                         self._finish(name, before[name], copies)
@@ -336,7 +341,7 @@ class _Run:
 
 def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) -> PruneReport:
     checkpoint = run.skeleton.checkpoint
-    linear = find_target_layers(run.skeleton.model, ".*")
+    linear = linear_layers(run.skeleton.model)
     return PruneReport(
         model=str(checkpoint.folder),
         output=str(output),

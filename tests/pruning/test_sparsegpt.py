@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
+from every_model import build
+from plain_wanda import without_cache
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft_spp.pruning import prune_sparsegpt
-from peft_spp.pruning.calibration import InputHessians
+from peft_spp.pruning.input_statistics import InputHessians
 from peft_spp.pruning.layers import find_blocks, find_target_layers, weight_matrix
 from peft_spp.pruning.mask import pruning_mask
 from peft_spp.pruning.sparsegpt import SparseGPT, sparsegpt_weight
@@ -159,6 +162,44 @@ def test_block_by_block_matches_the_equations(
             by_hand = reference(dense, X, pattern="2:4", block_size=8)
             torch.testing.assert_close(weight_matrix(layer).detach(), by_hand, rtol=1e-9, atol=1e-9)
         for name, layer in layers.items():
+            expected.get_submodule(name).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["opt", "qwen2_moe", "deepseek_v3", "gemma3", "qwen3_vl", "bloom", "gpt_neo"])
+def test_other_architectures_match_the_equations(kind: str, calibration_batches: list[torch.Tensor]) -> None:
+    """Padded, in float64, against whole forward passes of the sequences alone."""
+    model = build(kind).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3) if parameter.ndim > 1 else None
+    batches = [
+        {"input_ids": ids, "attention_mask": (torch.arange(12) < torch.tensor([[12], [7 + index]])).long()}
+        for index, ids in enumerate(calibration_batches)
+    ]
+    expected = without_cache(model)
+    prune_sparsegpt(model, batches, pattern="2:4", block_size=8)
+
+    blocks_name, blocks = find_blocks(model)
+    for index in range(len(blocks)):
+        names = [name for name in find_target_layers(model, None) if name.startswith(f"{blocks_name}.{index}.")]
+        inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        with ExitStack() as hooks, torch.no_grad():
+            for name in names:
+
+                def add(module: nn.Module, args: tuple[torch.Tensor], seen: list[torch.Tensor] = inputs[name]) -> None:
+                    seen.append(args[0].reshape(-1, args[0].shape[-1]))
+
+                hooks.enter_context(expected.get_submodule(name).register_forward_pre_hook(add))
+            for batch in batches:
+                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                    expected(input_ids=ids[None, : int(mask.sum())])
+        for name in names:
+            layer, dense = model.get_submodule(name), weight_matrix(expected.get_submodule(name)).detach()
+            by_hand = reference(dense, torch.cat(inputs[name]), pattern="2:4", block_size=8)
+            torch.testing.assert_close(weight_matrix(layer).detach(), by_hand, rtol=1e-6, atol=1e-6)
             expected.get_submodule(name).load_state_dict(layer.state_dict())
 
 

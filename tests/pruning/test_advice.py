@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a refusal advises works, and nothing is pruned by what was not measured."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from every_model import build
+from torch import nn
+
+from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt, prune_wanda, pruning_mask
+from peft_spp.pruning.layers import find_target_layers
+from peft_spp.sparsity import sparsity_report
+
+from tiny import tiny_llama
+
+
+DATA = [torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+BY_DATA = [prune_wanda, prune_sparsegpt]
+
+
+def refused(prune, model: nn.Module, message: str, **arguments) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prune(model, DATA, **arguments)
+    pairs = zip(model.state_dict().values(), before.values(), strict=True)
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("prune", BY_DATA)
+@pytest.mark.parametrize(
+    "advised", [{"pattern": "2:4", "exclude_modules": ["down_proj"]}, {"pattern": "1:2"}, {"sparsity": 0.5}]
+)
+def test_inputs_that_m_does_not_divide(prune, advised: dict) -> None:
+    model = tiny_llama(intermediate_size=46)
+    refused(prune, model, r"46 input features of .*down_proj are not divisible by the M of 2:4", pattern="2:4")
+    prune(model, DATA, **advised, **({"block_size": 16} if prune is prune_sparsegpt else {}))
+
+
+class NeverChosen(nn.Module):
+    """A mixture of which one expert gets no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, 32)
+        return torch.cat([self.chosen(tokens), self.other(tokens[:0])]).reshape(x.shape)
+
+
+class NeverCalled(NeverChosen):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.chosen(x)
+
+
+class AllZero(NeverChosen):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.chosen(x) + self.other(torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("prune", BY_DATA)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NeverChosen, r"No calibration data reached model\.layers\.1\.mlp\.other: .*exclude_modules"),
+        (NeverCalled, r"No calibration data reached model\.layers\.1\.mlp\.other: .*exclude_modules"),
+        (AllZero, r"inputs of model\.layers\.1\.mlp\.other are all zero: .*exclude_modules"),
+    ],
+)
+def test_a_layer_without_data_is_refused_and_can_be_excluded(prune, kind: type, message: str) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp = kind()
+    refused(prune, model, message, pattern="2:4")
+    prune(model, DATA, pattern="2:4", exclude_modules=["mlp.other"])
+    assert (model.model.layers[1].mlp.other.weight != 0).all()
+    assert (model.model.layers[1].mlp.chosen.weight == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("prune", BY_DATA)
+def test_activations_that_float16_cannot_hold(prune) -> None:
+    def large(dtype: torch.dtype) -> nn.Module:
+        model = tiny_llama()
+        model.model.layers[1].mlp.up_proj.weight.data.fill_(500.0)
+        model.model.layers[1].mlp.gate_proj.weight.data.fill_(500.0)
+        model.model.layers[1].post_attention_layernorm.weight.data.fill_(10.0)
+        return model.to(dtype)
+
+    model = large(torch.float16)
+    refused(prune, model, r"mlp.down_proj are not finite.*bfloat16.*exclude_modules", pattern="2:4")
+    prune(large(torch.bfloat16), DATA, pattern="2:4")
+
+
+def test_a_dead_input_is_pruned_first() -> None:
+    model = tiny_llama()
+    model.model.layers[0].input_layernorm.weight.data[5] = 0.0
+    prune_wanda(model, DATA, pattern="2:4")
+    assert (model.model.layers[0].self_attn.q_proj.weight[:, 5] == 0).all()
+
+
+def test_a_layer_of_another_map_is_refused_where_it_is_named_and_left_dense_by_default() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).repeat(1, 2)[..., : self.out_features] * 2 + x.abs().sum()
+
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = Doubled(32, 48)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj, a Doubled, is not a linear map"):
+        prune_magnitude(model, pattern="2:4", target_modules=["up_proj"])
+    prune_magnitude(model, pattern="2:4", target_modules=["up_proj"], exclude_modules=["1.mlp.up_proj"])
+    with pytest.warns(UserWarning, match=r"1 layers stay dense. model\.layers\.1\.mlp\.up_proj"):
+        prune_magnitude(model, pattern="2:4")
+    assert (model.model.layers[1].mlp.up_proj.weight != 0).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.97, 0.98, 0.99, 0.999999])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_no_output_loses_all_of_its_weights_to_rounding(method: str, sparsity: float) -> None:
+    model = tiny_llama()
+    if method == "magnitude":
+        prune_magnitude(model, sparsity=sparsity)
+    else:
+        dict(wanda=prune_wanda, sparsegpt=prune_sparsegpt)[method](model, DATA, sparsity=sparsity)
+    for name, layer in find_target_layers(model, None).items():
+        kept = layer.weight != 0
+        assert kept.any(), name
+        if method == "wanda":
+            assert (kept.sum(dim=1) == max(1, layer.in_features - round(sparsity * layer.in_features))).all(), name
+
+
+@pytest.mark.parametrize(("size", "sparsity", "pruned"), [(32, 0.99, 31), (32, 0.01, 0), (2, 0.9, 1), (1, 0.9, 0)])
+def test_how_a_sparsity_is_rounded(size: int, sparsity: float, pruned: int) -> None:
+    assert int((~pruning_mask(torch.rand(3, size), sparsity=sparsity)).sum()) == 3 * pruned
+
+
+def test_a_model_in_two_dtypes_can_be_saved_in_one(tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.model.layers[1].mlp.float()
+    model.save_pretrained(tmp_path / "mixed")
+    request = {"method": "magnitude", "pattern": "2:4"}
+    with pytest.raises(ValueError, match=r"mlp.\w+_proj.weight'.*save the model in one dtype first"):
+        prune_checkpoint(tmp_path / "mixed", tmp_path / "out", **request)
+    type(model).from_pretrained(tmp_path / "mixed", dtype=torch.bfloat16).save_pretrained(tmp_path / "one")
+    assert prune_checkpoint(tmp_path / "one", tmp_path / "out", **request).sparsity == 0.5
+
+
+def test_a_mixture_that_cannot_be_pruned_from_disk_can_be_in_memory(tmp_path: Path) -> None:
+    model = build("qwen2_moe")
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"experts.*Load the model with from_pretrained"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", pattern="2:4", calibration=DATA)
+    loaded = type(model).from_pretrained(tmp_path / "dense")
+    prune_wanda(loaded, DATA, pattern="2:4")
+    loaded.save_pretrained(tmp_path / "out")
+    assert {one.sparsity for one in sparsity_report(tmp_path / "out") if one.zeros} == {0.5}
+
+
+def test_what_only_magnitude_can_prune() -> None:
+    for kind in ("albert", "t5"):
+        model = build(kind)
+        refused(prune_wanda, model, "Only magnitude pruning works for this model", pattern="2:4")
+        prune_magnitude(model, pattern="2:4")
+        assert {one.sparsity for one in sparsity_report(model) if one.zeros} == {0.5}
+
+
+def test_a_layer_outside_of_the_blocks_can_be_pruned_by_magnitude() -> None:
+    model = tiny_llama()
+    refused(
+        prune_wanda,
+        model,
+        "lm_head is not in the transformer blocks .* prune it by magnitude",
+        pattern="2:4",
+        target_modules=["lm_head"],
+    )
+    prune_magnitude(model, pattern="2:4", target_modules=["lm_head"])
+    assert (model.lm_head.weight == 0).float().mean() == 0.5
