@@ -64,10 +64,10 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
         )
     console.print(table)
     if checks["pruned"].perplexity > checks["dense"].perplexity:
-        shares = {name: f"{recovered_share(checks, name):.0%}" for name in ("lora_merged", "lora_masked", "spp_merged")}
+        spp, lora, masked = (f"{recovered_share(checks, n):.0%}" for n in ("spp_merged", "lora_merged", "lora_masked"))
         console.print(
-            f"Of the log-perplexity that pruning cost, SPP recovers {shares['spp_merged']} and stays 2:4. LoRA recovers "
-            f"{shares['lora_merged']} with a dense model, and {shares['lora_masked']} once it is 2:4 again.",
+            f"Of the log-perplexity that pruning cost, SPP recovers {spp} and stays 2:4. LoRA recovers {lora} with a "
+            f"dense model, and {masked} once it is 2:4 again.",
             soft_wrap=True,
         )
     # A path may hold what Rich takes for markup.
