@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -37,7 +37,13 @@ from .harness import options as opt
 
 NAME = "pruning"
 DENSE = "dense"
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "magnitude": ("magnitude", lambda model, batches, **request: prune_magnitude(model, **request)),
+    "wanda": ("Wanda", prune_wanda),
+    "sparsegpt": ("SparseGPT", prune_sparsegpt),
+}
+"""The heading of each method's column, and what prunes a model."""
+
 REQUESTS: tuple[dict[str, Any], ...] = ({"pattern": "2:4"}, {"sparsity": 0.5}, {"pattern": "2:8"}, {"sparsity": 0.75})
 
 # larger than the model of the demo, so that each layer has some weights to spare
@@ -142,12 +148,7 @@ def prune(
 ) -> PreTrainedModel:
     """A copy of the model, pruned."""
     pruned = copy.deepcopy(model)
-    if method == "magnitude":
-        prune_magnitude(pruned, **request)
-    elif method == "wanda":
-        prune_wanda(pruned, batches, **request)
-    else:
-        prune_sparsegpt(pruned, batches, **request)
+    METHODS[method][1](pruned, batches, **request)
     return pruned
 
 
@@ -159,7 +160,7 @@ def report(result: BenchmarkResult) -> None:
         label = request if isinstance(request, str) else f"{request:.0%}"
         cells = [f"{case.values[name]['perplexity']:.2f}" for name in (DENSE, *METHODS)]
         rows.append([str(case.parameters["seed"]), label, *cells])
-    headings = ["seed", "pruned to", "dense", "magnitude", "Wanda", "SparseGPT"]
+    headings = ["seed", "pruned to", "dense", *(heading for heading, _ in METHODS.values())]
     print_table(make_console(), headings, rows, numbers_from=2)
 
 

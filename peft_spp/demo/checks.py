@@ -44,6 +44,7 @@ def check_saved_models(output: OutputFolder, config: DemoConfig) -> dict[str, Sa
         "dense": output.dense,
         "pruned": output.pruned,
         "lora_merged": output.lora_merged,
+        "lora_masked": output.lora_masked,
         "spp_merged": output.spp_merged,
     }
     completed = subprocess.run(

@@ -48,6 +48,7 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
         "dense": "Dense",
         "pruned": "Pruned to 2:4 (Wanda)",
         "lora_merged": "LoRA, merged",
+        "lora_masked": "LoRA, merged and masked again",
         "spp_merged": "SPP, merged",
     }
     table = Table("Model", title="Held-out text, measured on the saved models")
@@ -63,9 +64,12 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
         )
     console.print(table)
     if checks["pruned"].perplexity > checks["dense"].perplexity:
-        for name, method in (("spp_merged", "SPP"), ("lora_merged", "LoRA")):
-            share = recovered_share(checks, name)
-            console.print(f"{method} won back {share:.0%} of the log-perplexity that pruning cost.")
+        spp, lora, masked = (f"{recovered_share(checks, n):.0%}" for n in ("spp_merged", "lora_merged", "lora_masked"))
+        console.print(
+            f"Of the log-perplexity that pruning cost, SPP recovers {spp} and stays 2:4. LoRA recovers {lora} with a "
+            f"dense model, and {masked} once it is 2:4 again.",
+            soft_wrap=True,
+        )
     # A path may hold what Rich takes for markup.
     for line in (
         f"SPP adapter:  {output.spp_adapter}",

@@ -25,6 +25,7 @@ class OutputFolder:
         self.pruned = root / "pruned"
         self.lora_adapter = root / "lora-adapter"
         self.lora_merged = root / "lora-merged"
+        self.lora_masked = root / "lora-merged-and-masked-again"
         self.spp_adapter = root / "spp-adapter"
         self.spp_merged = root / "spp-merged"
 
@@ -50,6 +51,7 @@ class OutputFolder:
             self.pruned,
             self.lora_adapter,
             self.lora_merged,
+            self.lora_masked,
             self.spp_adapter,
             self.spp_merged,
         ):

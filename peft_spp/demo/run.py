@@ -36,7 +36,8 @@ def run_demo(output: OutputFolder, config: DemoConfig, console: Console) -> dict
         console (`Console`): Where progress and results are shown.
 
     Returns:
-        `dict[str, SavedModelCheck]`: The checks of the models `dense`, `pruned`, `lora_merged` and `spp_merged`.
+        `dict[str, SavedModelCheck]`: The checks of the models `dense`, `pruned`, `lora_merged`, `lora_masked` (merged,
+        and the zeros of the pruned model set again) and `spp_merged`.
     """
     started = time.perf_counter()
     output.prepare()
@@ -70,6 +71,7 @@ def run_demo(output: OutputFolder, config: DemoConfig, console: Console) -> dict
             fine_tune(config, pruned, tokenizer, dataset, peft_config, learning_rate, adapter_dir, callback)
             merged = PeftModel.from_pretrained(_load(output.pruned), str(adapter_dir)).merge_and_unload()
             _save(merged, tokenizer, merged_dir)
+        _save(_masked_again(_load(output.lora_merged), _load(output.pruned)), tokenizer, output.lora_masked)
 
         with show_step(progress, "Check the saved models"):
             checks = check_saved_models(output, config)
@@ -88,6 +90,15 @@ def _calibration_batches(dataset: Dataset, config: DemoConfig) -> list[torch.Ten
     size = min(len(dataset), config.calibration_batches * config.batch_size)
     sample = dataset.shuffle(seed=config.seed).select(range(size))
     return [torch.tensor(batch["input_ids"]) for batch in sample.iter(config.batch_size)]
+
+
+@torch.no_grad()
+def _masked_again(merged: PreTrainedModel, pruned: PreTrainedModel) -> PreTrainedModel:
+    """The merged model with the zeros of the pruned one: what is left of a LoRA if the model has to stay sparse."""
+    places = dict(pruned.named_parameters())
+    for name, weight in merged.named_parameters():
+        weight[places[name] == 0] = 0
+    return merged
 
 
 def _load(folder: Path) -> PreTrainedModel:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run another program with SPP registered: `python -m peft_spp MODULE ...` or `python -m peft_spp script.py ...`.
+
+For programs that load adapters themselves and know nothing of peft_spp, such as `python -m peft_spp lm_eval` and
+`accelerate launch -m peft_spp script.py`. What follows the name is passed on.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+
+_USAGE = """\
+Usage: python -m peft_spp MODULE [ARGS]...
+       python -m peft_spp SCRIPT.py [ARGS]...
+
+Import peft_spp and run a module or a script, so that it can load SPP adapters."""
+
+
+def main() -> None:
+    """Read the command line, and run what it names as `python` would."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(_USAGE, file=sys.stderr if len(sys.argv) < 2 else sys.stdout)
+        raise SystemExit(2 if len(sys.argv) < 2 else 0)
+    del sys.argv[0]
+    name = sys.argv[0]
+    if name.endswith(".py") or Path(name).is_file():
+        if not Path(name).is_file():
+            raise SystemExit(f"There is no script {name!r}.")
+        # where `python script.py` looks for modules first, in place of the current folder
+        sys.path[0] = str(Path(name).resolve().parent)
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
