@@ -136,6 +136,7 @@ def take_apart(saved: SavedAdapter) -> Adapter:
     for module in modules.values():
         if not module.A.name.startswith(PREFIX):
             raise ValueError(
-                f"{saved.origin} holds tensor {module.A.name!r}, which is not a part of a single SPP adapter. {INSTEAD}"
+                f"{saved.origin} holds tensor {module.A.name!r}, which is not a part of a single SPP adapter. "
+                f"{INSTEAD}"
             )
     return Adapter(saved.folder, config, modules, trained, saved.base)

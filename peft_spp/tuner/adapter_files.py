@@ -8,7 +8,6 @@ import pickle
 import re
 from collections.abc import Mapping
 from functools import partial
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,8 @@ def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> N
     if None not in (its_id, weights_id) and its_id != weights_id:
         raise ValueError(
             f"{file} was saved with other settings than those in the {CONFIG_NAME} next to it: a save was "
-            "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier checkpoint."
+            "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier "
+            "checkpoint."
         )
 
 

@@ -105,9 +105,9 @@ def _biases(model: nn.Module, config: SPPConfig, inside: tuple[str, ...]) -> Ite
         return
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and getattr(module.get_base_layer(), "bias", None) is not None:
-            depth, base = 1, module._modules["base_layer"]
+            depth, base = 1, getattr(module, "base_layer", None)
             while isinstance(base, BaseTunerLayer):
-                depth, base = depth + 1, base._modules["base_layer"]
+                depth, base = depth + 1, getattr(base, "base_layer", None)
             yield saved_name(f"{name}{'.base_layer' * depth}.bias")
         elif (
             config.bias == "all"
@@ -230,8 +230,8 @@ def restore_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, t
         elif belongs_to(key, adapter_name):
             raise RuntimeError(
                 f"The tensor {key} cannot be saved: it is sharded, and PEFT takes it for one of another adapter, "
-                f"which has the name of a module (of {', '.join(map(repr, others))}). Delete that adapter, and add it again "
-                "under another name."
+                f"which has the name of a module (of {', '.join(map(repr, others))}). Delete that adapter, and "
+                "add it again under another name."
             )
 
 
