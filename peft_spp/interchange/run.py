@@ -9,8 +9,9 @@ from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..merge.adapter import Adapter, read_adapter, read_config
+from ..merge.adapter import Adapter, load_adapter
 from ..merge.hub import local_folder
+from ..tuner.adapter_files import ADAPTER_FILES
 from .authors import read_authors_adapter
 from .content import AdapterContent
 from .folder import check_output, write_adapter
@@ -55,9 +56,9 @@ def export_adapter(
     """
     if to not in TARGETS:
         raise ValueError(f"cannot export to {to!r}: choose one of {', '.join(TARGETS)}")
-    folder = local_folder(adapter, allow=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    folder = local_folder(adapter, allow=ADAPTER_FILES)
     check_output(Path(output).expanduser(), folder, overwrite)
-    content = TARGETS[to](read_adapter(folder, read_config(folder)))
+    content = TARGETS[to](load_adapter(folder))
     return _finish(folder, Path(output).expanduser(), "SPP", content, dry_run)
 
 

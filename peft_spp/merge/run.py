@@ -10,13 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME
 from torch import Tensor
 
 from ..durable import sync_file
 from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
-from .adapter import read_adapter, read_config
+from ..tuner.adapter_files import ADAPTER_FILES
+from ..tuner.saved_adapter import read_settings
+from .adapter import load_adapter
 from .checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from .hub import local_folder
 from .output import OutputFolder, write_file
@@ -77,7 +79,7 @@ def merge_checkpoint(
         OSError: If there is no space for the output.
     """
     adapter_folder = _adapter_folder(adapter, adapter_subfolder)
-    config = read_config(adapter_folder)
+    _, config = read_settings(adapter_folder)
     revision = None
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
@@ -88,7 +90,7 @@ def merge_checkpoint(
     folder.check_apart_from(base_folder, "base model")
     folder.check_apart_from(adapter_folder, "adapter")
     checkpoint = read_checkpoint(base_folder)
-    plan = plan_merge(checkpoint, read_adapter(adapter_folder, config))
+    plan = plan_merge(checkpoint, load_adapter(adapter_folder))
 
     counted = _Counted(sum(file.size for file in checkpoint.files), progress)
     if dry_run:
@@ -105,7 +107,7 @@ def merge_checkpoint(
 
 def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> Path:
     inside = f"{subfolder}/" if subfolder else ""
-    files = [f"{inside}{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    files = [f"{inside}{name}" for name in ADAPTER_FILES]
     return local_folder(adapter, allow=files) / (subfolder or "")
 
 

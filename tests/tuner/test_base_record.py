@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_spp import SPPConfig
 from peft_spp.sparsity import record_mask
+from peft_spp.sparsity.base_masks import BaseRecord
 from peft_spp.tuner.config import FORMAT_VERSION
 
 from tiny import randomize, tiny_llama
@@ -42,6 +43,10 @@ def saved_config(tmp_path):
     return json.loads((tmp_path / "adapter_config.json").read_text())
 
 
+def saved_masks(tmp_path):
+    return json.loads((tmp_path / "base_masks.json").read_text())
+
+
 def test_an_adapter_records_the_masks_it_was_trained_on(tmp_path):
     base = pruned_llama()
     expected = {
@@ -50,10 +55,12 @@ def test_an_adapter_records_the_masks_it_was_trained_on(tmp_path):
         if "layers" in name and weight.dim() == 2
     }
     save_adapter(tmp_path, base)
-    config = saved_config(tmp_path)
-    assert config["base_record"] == {"quantization": None, "masks": expected}
-    assert config["format_version"] == FORMAT_VERSION
-    assert not any(name.startswith("is_") for name in config)
+    assert saved_masks(tmp_path) == {
+        "weights_id": saved_config(tmp_path)["weights_id"],
+        "quantization": None,
+        "masks": expected,
+    }
+    assert saved_config(tmp_path)["format_version"] == FORMAT_VERSION
 
 
 def test_the_same_base_loads_silently(tmp_path):
@@ -100,10 +107,8 @@ def test_error_leaves_the_model_as_it_was(tmp_path):
 def test_error_for_a_second_adapter_leaves_the_first(tmp_path):
     save_adapter(tmp_path, pruned_llama())
     model = get_peft_model(tiny_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
-    config = SPPConfig.from_pretrained(tmp_path)
-    config.check_base = "error"
     with pytest.raises(ValueError, match="'second'"):
-        model.add_adapter("second", config)
+        model.load_adapter(tmp_path, "second", check_base="error")
     assert set(model.peft_config) == {"default"}
     assert not any("second" in name for name, _ in model.named_modules())
 
@@ -123,10 +128,10 @@ def test_check_base_is_checked():
 
 def test_a_record_survives_saving_again_onto_another_base(tmp_path):
     save_adapter(tmp_path / "first", pruned_llama())
-    before = saved_config(tmp_path / "first")["base_record"]
+    before = saved_masks(tmp_path / "first")
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "first", check_base="off")
     model.save_pretrained(tmp_path / "second")
-    assert saved_config(tmp_path / "second")["base_record"] == before
+    assert saved_masks(tmp_path / "second")["masks"] == before["masks"] != {}
 
 
 def test_a_configuration_used_twice_describes_each_base(tmp_path):
@@ -158,7 +163,7 @@ def test_after_a_merge_the_record_shows_that_nothing_was_lost(tmp_path):
 
     model = save_adapter(tmp_path, pruned_llama(dtype=torch.bfloat16))
     merged = model.merge_and_unload()
-    for name, data in saved_config(tmp_path)["base_record"]["masks"].items():
+    for name, data in saved_masks(tmp_path)["masks"].items():
         weight = merged.get_parameter(f"{name}.weight")
         assert MaskRecord.from_dict(data).relation_of(record_mask(weight)) in ("same", "refined")
 
@@ -167,7 +172,7 @@ def test_a_base_on_the_meta_device_is_not_recorded():
     with torch.device("meta"):
         model = tiny_llama()
     model = get_peft_model(model, SPPConfig(r=4, task_type="CAUSAL_LM"))
-    assert model.peft_config["default"].base_record == {"quantization": None, "masks": {}}
+    assert model.peft_config["default"].base_record == BaseRecord()
 
 
 def test_a_newer_format_is_refused(tmp_path):
@@ -178,23 +183,25 @@ def test_a_newer_format_is_refused(tmp_path):
         PeftModel.from_pretrained(pruned_llama(), tmp_path)
 
 
-@pytest.mark.parametrize("record", [{}, {"masks": 3}, {"masks": {"model.layers.0.self_attn.q_proj": {"zeros": 1}}}])
+@pytest.mark.parametrize(
+    "record",
+    [{"masks": 3}, {"quantization": 1, "masks": {}}, {"masks": {"model.layers.0.self_attn.q_proj": {"zeros": 1}}}],
+)
 def test_a_broken_record_is_refused_and_the_model_left_alone(tmp_path, record):
     save_adapter(tmp_path, pruned_llama())
-    config = saved_config(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_record": record}))
+    (tmp_path / "base_masks.json").write_text(json.dumps(record))
     base = pruned_llama()
     names = [name for name, _ in base.named_modules()]
-    with pytest.raises(ValueError, match="base_record"):
+    with pytest.raises(ValueError, match=r"base_masks\.json"):
         PeftModel.from_pretrained(base, tmp_path)
     assert [name for name, _ in base.named_modules()] == names
 
 
 def test_an_adapter_without_a_record_loads(tmp_path):
     save_adapter(tmp_path, pruned_llama())
-    config = saved_config(tmp_path)
-    del config["base_record"], config["format_version"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    (tmp_path / "base_masks.json").unlink()
+    with no_warning_of_the_base():
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert model.peft_config["default"].base_record is None
-    assert model.base_model.relate_base() == {}
+    with pytest.warns(UserWarning, match="no record of its base model"):
+        assert model.base_model.relate_base() == {}
