@@ -9,8 +9,8 @@ from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..checkpoints.hub import local_folder
 from ..merge.adapter import Adapter, read_adapter, read_config
-from ..merge.hub import local_folder
 from .authors import read_authors_adapter
 from .content import AdapterContent
 from .folder import check_output, write_adapter

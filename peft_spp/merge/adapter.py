@@ -12,13 +12,13 @@ import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
+from ..checkpoints.tensor_file import StoredTensor, open_tensor_file, read_bytes
 from ..functional import Factors
 from ..sparsity.bits import FORMATS, look_at
 from ..sparsity.names import is_adapter
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
 from ..tuner.adapter_file import FACTOR, check_belongs, check_factors
-from .tensor_file import StoredTensor, open_tensor_file, read_bytes
 
 
 INSTEAD = "Merge with PeftModel.from_pretrained(model, adapter).merge_and_unload() instead."

@@ -13,17 +13,17 @@ from pathlib import Path
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
+from ..checkpoints.hub import local_folder
+from ..checkpoints.output import OutputFolder, write_file
+from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
 from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
 from .adapter import read_adapter, read_config
-from .checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from .hub import local_folder
-from .output import OutputFolder, write_file
 from .pieces import merged_pieces, piece_workers
 from .plan import Merge, Plan, plan_merge
 from .report import MergedModule, MergeReport
-from .tensor_file import TensorFile
 
 
 Progress = Callable[[int, int], object]

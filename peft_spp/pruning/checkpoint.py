@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
+from ..checkpoints.hub import local_folder
+from ..checkpoints.output import OutputFolder
+from ..checkpoints.tensor_file import StoredTensor
 from ..durable import sync_file
-from ..merge.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from ..merge.hub import local_folder
-from ..merge.output import OutputFolder
-from ..merge.tensor_file import StoredTensor
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
 from .by_block import check_in_blocks, layers_of_block, prune_block

@@ -14,9 +14,9 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..merge.checkpoint import Checkpoint
-from ..merge.tensor_file import StoredTensor
-from ..merge.ties import TiedNames
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.tensor_file import StoredTensor
+from ..checkpoints.ties import TiedNames
 from .layers import LinearLayer, find_blocks, find_target_layers
 
 

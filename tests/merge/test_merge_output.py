@@ -16,7 +16,8 @@ from merge_cases import assert_same_bits, contents, edit_json, llama_case, merge
 from safetensors.torch import save_file
 
 from peft_spp import SPPConfig
-from peft_spp.merge import hub, merge_checkpoint, output
+from peft_spp.checkpoints import hub, output
+from peft_spp.merge import merge_checkpoint
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
