@@ -11,6 +11,7 @@ from typing import Any
 
 from ..sparsity.layout import Layout
 from ..sparsity.safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
+from .own_files import CARD
 from .tensor_file import StoredTensor, TensorFile, open_tensor_file
 
 
@@ -61,6 +62,11 @@ class Checkpoint:
     def layout(self) -> Layout:
         """Tells which weights are stored `(in, out)`."""
         return Layout({name: one.shape for name, one in self.tensors.items()}, self.config, conv1d=None)
+
+    @property
+    def copies(self) -> dict[Path, Path]:
+        """The other files of the model, by their relative path; all but the card, which is written again."""
+        return {one: self.folder / one for one in self.carried if one != Path(CARD)}
 
     @property
     def size(self) -> int:

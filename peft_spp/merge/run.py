@@ -13,14 +13,17 @@ from pathlib import Path
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..checkpoints.card import read_card
 from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from ..checkpoints.hub import local_folder
+from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder, write_file
+from ..checkpoints.own_files import CARD, MODEL
 from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
 from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
 from .adapter import read_adapter, read_config
+from .model_card import merged_card
 from .pieces import merged_pieces, piece_workers
 from .plan import Merge, Plan, plan_merge
 from .report import MergedModule, MergeReport
@@ -84,11 +87,13 @@ def merge_checkpoint(
     if not base:
         raise ValueError(f"{adapter_folder / CONFIG_NAME} does not name the base model: say which one it is")
     base_folder = local_folder(base, revision=revision, ignore=OTHER_WEIGHTS)
-    folder = OutputFolder(Path(output), overwrite)
+    folder = OutputFolder(Path(output), overwrite, MODEL)
     folder.check_apart_from(base_folder, "base model")
     folder.check_apart_from(adapter_folder, "adapter")
     checkpoint = read_checkpoint(base_folder)
+    folder.check(checkpoint.size, checkpoint.copies)
     plan = plan_merge(checkpoint, read_adapter(adapter_folder, config))
+    base_card = read_card(base_folder / CARD)
 
     counted = _Counted(sum(file.size for file in checkpoint.files), progress)
     if dry_run:
@@ -96,11 +101,15 @@ def merge_checkpoint(
             for file in checkpoint.files:
                 for _ in counted.pieces(workers, file, plan):
                     pass
-    else:
-        folder.check_space(checkpoint.size)
-        with folder, piece_workers() as workers:
-            _write(folder, checkpoint, plan, counted, workers)
-    return _report(checkpoint, adapter_folder, folder.path, dry_run, plan, counted)
+        return _report(checkpoint, adapter_folder, folder, dry_run, plan, counted)
+    with folder, piece_workers() as workers:
+        _write(folder, checkpoint, plan, counted, workers)
+        report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted)
+        card = folder.new_file(Path(CARD))
+        card.write_text(str(merged_card(base_card, report, hub_id(base), hub_id(adapter))), encoding="utf-8")
+        sync_file(card)
+        folder.publish()
+    return report
 
 
 def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> Path:
@@ -146,13 +155,12 @@ def _write(
             write_file(path, counted.pieces(workers, file, plan))
             _check_written(file, path)
             syncs.append(syncing.submit(sync_file, path))
-        for one in checkpoint.carried:
+        for one, original in checkpoint.copies.items():
             path = folder.new_file(one)
-            shutil.copyfile(checkpoint.folder / one, path)
+            shutil.copyfile(original, path)
             syncs.append(syncing.submit(sync_file, path))
     for sync in syncs:
         sync.result()
-    folder.publish()
 
 
 def _check_written(file: TensorFile, path: Path) -> None:
@@ -163,14 +171,14 @@ def _check_written(file: TensorFile, path: Path) -> None:
 
 
 def _report(
-    checkpoint: Checkpoint, adapter: Path, output: Path, dry_run: bool, plan: Plan, counted: _Counted
+    checkpoint: Checkpoint, adapter: Path, output: OutputFolder, dry_run: bool, plan: Plan, counted: _Counted
 ) -> MergeReport:
     modules = [_merged_module(checkpoint, merge, counted.zeros[name]) for name, merge in plan.merges.items()]
     stored = sum(len(file.tensors) for file in checkpoint.files)
     return MergeReport(
         base=str(checkpoint.folder),
         adapter=str(adapter),
-        output=str(output),
+        output=str(output.path),
         dry_run=dry_run,
         modules={module.name: module for module in modules},
         replaced=tuple(plan.replaced),
@@ -178,6 +186,7 @@ def _report(
         files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
         carried=tuple(one.as_posix() for one in checkpoint.carried),
         left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        overwritten=output.replaced,
         size=checkpoint.size,
     )
 

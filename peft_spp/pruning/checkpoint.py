@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.card import read_card
 from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from ..checkpoints.hub import local_folder
+from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder
+from ..checkpoints.own_files import CARD, MODEL
 from ..checkpoints.tensor_file import StoredTensor
 from ..durable import sync_file
 from ..sparsity import NMPattern
@@ -28,7 +30,7 @@ from .calibration_file import calibration_sequences
 from .layers import LinearLayer, check_divisible, find_target_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
-from .model_card import CARD, write_card
+from .model_card import pruned_card
 from .report import PrunedModule, PruneReport
 from .skeleton import Skeleton
 from .sparsegpt import BLOCK_SIZE, DAMPING, SparseGPT
@@ -128,9 +130,11 @@ def prune_checkpoint(
             "method='magnitude'"
         )
     folder = local_folder(model, ignore=OTHER_WEIGHTS)
-    out = OutputFolder(Path(output), overwrite)
+    out = OutputFolder(Path(output), overwrite, MODEL)
     out.check_apart_from(folder, "model")
     checkpoint = read_checkpoint(folder)
+    out.check(checkpoint.size, checkpoint.copies)
+    dense_card = read_card(folder / CARD)
     skeleton = Skeleton(checkpoint, _device(device))
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
@@ -146,14 +150,13 @@ def prune_checkpoint(
     run = _Run(chosen, skeleton, layers, progress)
     if dry_run:
         run.look()
-        return _report(run, out.path, settings, dry_run)
-    out.check_space(checkpoint.size)
+        return _report(run, out, settings, dry_run)
     with out:
         copies = _copy_files(checkpoint, out)
         run.prune(list(batches), copies)
-        report = _report(run, out.path, settings, dry_run)
+        report = _report(run, out, settings, dry_run)
         card = out.new_file(Path(CARD))
-        write_card(card, report, chosen, None if Path(model).expanduser().is_dir() else str(model))
+        card.write_text(str(pruned_card(dense_card, report, chosen, hub_id(model))), encoding="utf-8")
         for path in {card, *copies.values()}:
             sync_file(path)
         out.publish()
@@ -211,7 +214,7 @@ def _calibration_data(
 
 def _copy_files(checkpoint: Checkpoint, out: OutputFolder) -> dict[Path, Path]:
     """Copy all files of a model, and tell which is the copy of which."""
-    originals = [*(file.path for file in checkpoint.files), *(checkpoint.folder / one for one in checkpoint.carried)]
+    originals = [*(file.path for file in checkpoint.files), *checkpoint.copies.values()]
     copies = {original: out.new_file(original.relative_to(checkpoint.folder)) for original in originals}
     for original, copy in copies.items():
         shutil.copyfile(original, copy)
@@ -334,12 +337,12 @@ class _Run:
         )
 
 
-def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) -> PruneReport:
+def _report(run: _Run, output: OutputFolder, settings: dict[str, Any], dry_run: bool) -> PruneReport:
     checkpoint = run.skeleton.checkpoint
     linear = find_target_layers(run.skeleton.model, ".*")
     return PruneReport(
         model=str(checkpoint.folder),
-        output=str(output),
+        output=str(output.path),
         dry_run=dry_run,
         settings=settings,
         modules=run.modules,
@@ -347,5 +350,6 @@ def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) ->
         files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
         carried=tuple(one.as_posix() for one in checkpoint.carried),
         left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        overwritten=output.replaced,
         size=checkpoint.size,
     )
