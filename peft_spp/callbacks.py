@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .sparsity.bits import FORMATS
 from .sparsity.mask_record import MaskRecord, record_mask
+from .tuner.adapter_files import PREFIX
 from .tuner.layer import Linear
 from .tuner.whole_parameters import is_sharded, local_part
 
@@ -123,7 +124,7 @@ class SPPGuardCallback(TrainerCallback):
         broken = _of_all_processes([name for name, part in parts.items() if not torch.isfinite(part).all()], args)
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise RuntimeError(
-            f"Step {step}: {broken[0].removeprefix('base_model.model.')}{more} went infinite or NaN. Load the last "
+            f"Step {step}: {broken[0].removeprefix(PREFIX)}{more} went infinite or NaN. Load the last "
             "checkpoint, and train with a lower learning rate, with gradient clipping, or in bfloat16."
         )
 

@@ -11,18 +11,18 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .functional.factors import compute_dtype
 from .functional.row_blocks import refine_row_blocks
 from .tuner import SPPConfig, SPPLayer
+from .tuner.adapter_files import PREFIX
 from .tuner.base_record import check_base
+from .tuner.loading import read_if_ours
 from .tuner.settings import check_choice, check_rank
 
 
-_PREFIX = "base_model.model."
 # how many keys a message names
 _SHOWN = 3
 
@@ -55,14 +55,15 @@ def hotswap_adapter(
             new one is broken.
         RuntimeError: If the new adapter does not fit.
     """
-    hub_kwargs = {name: kwargs.get(name) for name in ("subfolder", "revision", "cache_dir", "token")}
-    peft_type = PeftConfig._get_peft_type(model_name_or_path, **hub_kwargs)
-    if peft_type != "SPP":
+    saved = read_if_ours(model_name_or_path, kwargs)
+    if saved is None:
+        hub_kwargs = {name: kwargs.get(name) for name in ("subfolder", "revision", "cache_dir", "token")}
+        peft_type = PeftConfig._get_peft_type(model_name_or_path, **hub_kwargs)
         raise ValueError(f"Incompatible PEFT types found: SPP and {peft_type} of {model_name_or_path}.")
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(model_name_or_path, **kwargs)
-    weights_kwargs = {name: value for name, value in kwargs.items() if name != "check_base"}
-    state_dict = load_peft_weights(model_name_or_path, device=torch_device, **weights_kwargs)
-    hotswap_adapter_from_state_dict(model, state_dict, adapter_name, cast(SPPConfig, config))
+    saved.config.set_check_base(kwargs)
+    hub, _, _ = PeftConfig._split_kwargs(kwargs)
+    state_dict = load_peft_weights(model_name_or_path, device=torch_device, **hub)
+    hotswap_adapter_from_state_dict(model, state_dict, adapter_name, saved.config)
 
 
 @torch.no_grad()
@@ -87,9 +88,9 @@ def hotswap_adapter_from_state_dict(
     layers = _layers(model, adapter_name)
     loaded = _check_configs(model, layers.values(), adapter_name, config)
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    if not any(key.startswith(_PREFIX) for key in current):
+    if not any(key.startswith(PREFIX) for key in current):
         # a Transformers model has its adapters without a PeftModel around it
-        state_dict = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
+        state_dict = {key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     factors = {name: state_dict.get(f"{name}.spp_A.weight") for name in layers}
     refined = {
         f"{name}.spp_A.weight": _refine(A, layers[name], adapter_name) for name, A in factors.items() if A is not None
@@ -97,6 +98,7 @@ def hotswap_adapter_from_state_dict(
     new = _check_tensors(current, {**state_dict, **refined})
     if config.base_record != loaded.base_record:
         check_base(config, model, adapter_name)
+    loaded.record_of_weights = None
 
     set_peft_model_state_dict(model, new, adapter_name=adapter_name)
     ranks = {

@@ -85,7 +85,7 @@ def update_model_card(folder: str | Path, config: SPPConfig) -> None:
     card = ModelCard.load(path, ignore_metadata_errors=True)
     if card.data.library_name != "peft":
         return
-    masks = _read_masks(config.base_record)
+    masks = [] if config.base_record is None else list(config.base_record.masks.values())
     _update_metadata(card.data, config, {mask.pattern for mask in masks})
     card.text = _put(card.text, f"adapter {name}", _facts(config, name, masks))
     if name == "default" or _comment("adapter default") not in card.text:
@@ -180,20 +180,12 @@ def _fact_rows(config: SPPConfig, masks: list[MaskRecord]) -> Iterator[tuple[str
         yield "Sparsity of the base", f"{zeros / max(numel, 1):.2%} of {numel:,} weights in {len(masks)} modules"
         counts = Counter(mask.pattern for mask in masks).most_common()
         yield "Pattern of the base", ", ".join(f"{pattern} in {count} modules" for pattern, count in counts)
-    quantization = (config.base_record or {}).get("quantization")
-    if quantization:
-        yield "Quantization of the base", f"`{quantization}`"
+    if config.base_record is not None and config.base_record.quantization:
+        yield "Quantization of the base", f"`{config.base_record.quantization}`"
 
 
 def _pattern(pattern: Mapping[str, Any]) -> str:
     return "".join(f", {value:g} in `{key}`" for key, value in pattern.items())
-
-
-def _read_masks(record: Mapping[str, Any] | None) -> list[MaskRecord]:
-    try:
-        return [MaskRecord.from_dict(mask) for mask in ((record or {}).get("masks") or {}).values()]
-    except (ValueError, AttributeError):
-        return []  # loading an adapter with a broken record says so; its card leaves the sparsity out
 
 
 def _auto_class(config: SPPConfig) -> str:

@@ -15,20 +15,23 @@ from typing import Any
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..sparsity.base_masks import BASE_MASKS
 from ..sparsity.safetensors_files import INDEX, SINGLE
+from .merged import MERGED
 
 
 Signature = tuple[int, int, int, int, int]
 """What tells whether an entry of a folder is still the one that was there: device, inode, mode, size and time."""
 
 CARD = "README.md"
+CONFIG = "config.json"
 # the root of a file system may have it, and nobody but the file system writes there
 _OF_FILE_SYSTEM = "lost+found"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CHAT_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _MODEL_FILES = frozenset(
     {
-        "config.json",
+        CONFIG,
         "generation_config.json",
         SINGLE,
         INDEX,
@@ -136,12 +139,12 @@ def _is_model(folder: Path) -> bool:
 
 
 def _is_model_config(folder: Path) -> bool:
-    content = _read_object(folder / "config.json")
-    return any(key in content for key in ("model_type", "architectures", "transformers_version"))
+    content = _read_object(folder / CONFIG)
+    return any(key in content for key in ("model_type", "architectures", "transformers_version", MERGED))
 
 
 def _is_file_of_model(folder: Path, name: str) -> bool:
-    if name == "config.json":
+    if name == CONFIG:
         return _is_model_config(folder)
     if name in _MODEL_FILES or _SHARD.fullmatch(name) or _CHAT_TEMPLATE.fullmatch(name):
         return True
@@ -156,7 +159,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _is_file_of_adapter(folder: Path, name: str) -> bool:
-    return name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD)
+    return name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE_MASKS, CARD)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..functional import Factors, expand_row_blocks, row_block_index
-from ..merge.adapter import AdaptedModule, read_adapter, read_config
+from ..merge.adapter import AdaptedModule, load_adapter
 from ..sparsity import MaskRecord
+from ..sparsity.base_masks import BaseRecord
 from ..sparsity.by_module import ByModule
 from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
-from ..tuner.base_record import read_masks
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,13 @@ def inspect_adapter(source: str | PathLike[str]) -> AdapterInspection:
         ValueError: If it is one of another method, or is damaged or not finite.
     """
     folder = Path(source)
-    config = read_config(folder)
-    adapter = read_adapter(folder, config)
-    record = config.base_record
-    masks = {} if record is None else read_masks(record)
+    adapter = load_adapter(folder)
+    base = adapter.base or BaseRecord()
     return AdapterInspection(
         source=str(folder),
-        base_model=config.base_model_name_or_path,
-        quantization=None if record is None else record.get("quantization"),
-        modules={name: _inspect(module, masks.get(name)) for name, module in adapter.modules.items()},
+        base_model=adapter.config.base_model_name_or_path,
+        quantization=base.quantization,
+        modules={name: _inspect(module, base.masks.get(name)) for name, module in adapter.modules.items()},
         trained=tuple(adapter.trained),
         factors=adapter.modules,
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
+from ..tuner.adapter_files import PREFIX
 from .content import AdapterContent
 from .report import ExchangedModule
 
@@ -31,7 +32,6 @@ from .report import ExchangedModule
 _CARD = """# SPP adapter
 
 Converted by `peft-spp convert` from a checkpoint of the [SPP authors' code](https://github.com/Lucky-Lance/SPP)."""
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_A\.(weight|weight_col)")
 # their scripts leave these as they are, and what they would add to a checkpoint is not read here
 _UNUSED = {"bias": "none", "enable_lora": None, "fan_in_fan_out": False, "modules_to_save": None}
@@ -63,8 +63,8 @@ def read_authors_adapter(folder: Path, base: str | None = None) -> AdapterConten
     tensors: dict[str, Tensor] = {}
     modules = []
     for name, (A, B) in factors.items():
-        tensors[f"{_PREFIX}{name}.spp_A.weight"] = A
-        tensors[f"{_PREFIX}{name}.spp_B.weight"] = B
+        tensors[f"{PREFIX}{name}.spp_A.weight"] = A
+        tensors[f"{PREFIX}{name}.spp_B.weight"] = B
         modules.append(ExchangedModule(name, A.shape[1], B.shape[0], r, scaling, A.numel() + B.numel()))
     config = SPPConfig(
         r=r,
@@ -114,8 +114,8 @@ def _load_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 def _pair_factors(file: Path, stored: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.items():
-        match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
-        if match is None or not key.startswith(_PREFIX):
+        match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
+        if match is None or not key.startswith(PREFIX):
             raise ValueError(
                 f"{file} holds tensor {key!r}, which no adapter of the SPP authors' code has. A LoRA adapter cannot "
                 "be converted: its update does not keep zeros."

@@ -24,6 +24,7 @@ from ..functional import row_block_index
 from ..functional.factors import compute_dtype
 from ..merge.adapter import AdaptedModule, Adapter
 from ..tuner import SPPConfig
+from ..tuner.adapter_files import PREFIX
 from .content import AdapterContent
 from .report import ExchangedModule
 
@@ -33,7 +34,6 @@ _CARD = """# HiRA adapter, exported from SPP
 Exported by `peft-spp export` from an SPP adapter ([Lu et al. 2024](https://arxiv.org/abs/2405.16057)) of a pruned
 model. It computes what that one does, and merging it keeps every zero. PEFT 0.20 or newer loads it; nothing else is
 needed."""
-_PREFIX = "base_model.model."
 # fields of SPPConfig that HiRA's configuration has as well
 _SAME = (
     "auto_mapping",
@@ -51,7 +51,6 @@ _SAME = (
 # those whose meaning is in the tensors, or that only describe an SPP adapter
 _TAKEN_IN = (
     "alpha_pattern",
-    "base_record",
     "check_base",
     "format_version",
     "init_weights",
@@ -84,12 +83,12 @@ def to_hira(adapter: Adapter) -> AdapterContent:
     _check_settings(adapter)
     rank = max((module.r for module in adapter.modules.values()), default=adapter.config.r)
     config = _hira_config(adapter.config, rank)
-    tensors = {f"{_PREFIX}{name}": tensor.load() for name, tensor in adapter.trained.items()}
+    tensors = {f"{PREFIX}{name}": tensor.load() for name, tensor in adapter.trained.items()}
     others = tuple(tensors)
     modules = []
     for name, module in adapter.modules.items():
         A, B = _hira_factors(module, rank)
-        tensors[f"{_PREFIX}{name}.hira_A"], tensors[f"{_PREFIX}{name}.hira_B"] = A, B
+        tensors[f"{PREFIX}{name}.hira_A"], tensors[f"{PREFIX}{name}.hira_B"] = A, B
         modules.append(ExchangedModule(name, A.shape[1], B.shape[0], module.r, module.scaling, A.numel() + B.numel()))
     return AdapterContent(config, tensors, tuple(modules), others, _CARD)
 

@@ -12,7 +12,8 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_
 from ..checkpoints.hub import local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.own_files import ADAPTER
-from ..merge.adapter import Adapter, read_adapter, read_config
+from ..merge.adapter import Adapter, load_adapter
+from ..tuner.adapter_files import ADAPTER_FILES
 from .authors import read_authors_adapter
 from .content import AdapterContent, write_adapter
 from .hira import to_hira
@@ -56,9 +57,9 @@ def export_adapter(
     """
     if to not in TARGETS:
         raise ValueError(f"cannot export to {to!r}: choose one of {', '.join(TARGETS)}")
-    folder = local_folder(adapter, allow=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    folder = local_folder(adapter, allow=ADAPTER_FILES)
     out = _output(output, folder, overwrite)
-    content = TARGETS[to](read_adapter(folder, read_config(folder)))
+    content = TARGETS[to](load_adapter(folder))
     return _finish(folder, out, "SPP", content, dry_run)
 
 

@@ -10,19 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME
 from torch import Tensor
 
 from ..checkpoints.card import read_card
 from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder, write_file
-from ..checkpoints.own_files import CARD, MODEL
+from ..checkpoints.own_files import CARD, CONFIG, MODEL
 from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
 from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
-from .adapter import read_adapter, read_config
+from ..tuner.adapter_files import ADAPTER_FILES
+from ..tuner.saved_adapter import read_settings
+from .adapter import load_adapter
+from .base_check import CHECKS, CheckBase, check_merged_before, mark_merged
+from .base_check import check_base as compare_base
 from .model_card import merged_card
 from .pieces import merged_pieces, piece_workers
 from .plan import Merge, Plan, plan_merge
@@ -39,6 +43,7 @@ def merge_checkpoint(
     output: str | os.PathLike[str],
     *,
     adapter_subfolder: str | None = None,
+    check_base: CheckBase = "warn",
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -50,6 +55,9 @@ def merge_checkpoint(
     `save_pretrained` give of a model that is loaded in the dtypes of its checkpoint. A weight file is read and written
     once, in pieces, so the merge needs a few hundred megabytes, however large the model is. The header of each file
     stays as it is, and so do all tensors that the adapter does not change.
+
+    The base model should be the one that the adapter was trained on: its masks are compared with those that the
+    adapter remembers. The merged model's `config.json` lists the adapter, which is not merged into it again.
 
     Of the base model's folder everything is copied but hidden files and folders, weights in other formats (pickled,
     GGUF, ONNX, ...) and safetensors that are not part of the checkpoint: they would be unmerged.
@@ -64,7 +72,11 @@ def merge_checkpoint(
         adapter (`str` or `os.PathLike`): The adapter, as a local folder or the id of a repository on the Hub.
         output (`str` or `os.PathLike`): The folder to write the merged model to.
         adapter_subfolder (`str`, *optional*): The folder inside of `adapter` that holds the adapter.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
+        check_base (`str`, *optional*, defaults to `"warn"`):
+            What to do if the base model is pruned in other places than the one that the adapter was trained on:
+            `"warn"`, `"error"`, or `"off"` to compare nothing.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to merge, check and count, but write nothing.
         progress (`Callable[[int, int], object]`, *optional*):
             Called with the number of bytes done and of all bytes of the weight files, again and again.
@@ -79,8 +91,10 @@ def merge_checkpoint(
             is broken, so that a merged value would not be finite. The message names the file and the tensor.
         OSError: If there is no space for the output.
     """
+    if check_base not in CHECKS:
+        raise ValueError(f"check_base={check_base!r} is not one of {', '.join(map(repr, CHECKS))}")
     adapter_folder = _adapter_folder(adapter, adapter_subfolder)
-    config = read_config(adapter_folder)
+    _, config = read_settings(adapter_folder)
     revision = None
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
@@ -92,7 +106,10 @@ def merge_checkpoint(
     folder.check_apart_from(adapter_folder, "adapter")
     checkpoint = read_checkpoint(base_folder)
     folder.check(checkpoint.size, checkpoint.copies)
-    plan = plan_merge(checkpoint, read_adapter(adapter_folder, config))
+    loaded = load_adapter(adapter_folder)
+    merged_id = check_merged_before(loaded, checkpoint)
+    plan = plan_merge(checkpoint, loaded)
+    base_masks = compare_base(loaded, checkpoint, check_base)
     base_card = read_card(base_folder / CARD)
 
     counted = _Counted(sum(file.size for file in checkpoint.files), progress)
@@ -101,20 +118,22 @@ def merge_checkpoint(
             for file in checkpoint.files:
                 for _ in counted.pieces(workers, file, plan):
                     pass
-        return _report(checkpoint, adapter_folder, folder, dry_run, plan, counted)
+        return _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
     with folder, piece_workers() as workers:
         _write(folder, checkpoint, plan, counted, workers)
-        report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted)
-        card = folder.new_file(Path(CARD))
-        card.write_text(str(merged_card(base_card, report, hub_id(base), hub_id(adapter))), encoding="utf-8")
-        sync_file(card)
+        report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
+        card = str(merged_card(base_card, report, hub_id(base), hub_id(adapter)))
+        for name, text in ((CARD, card), (CONFIG, mark_merged(checkpoint, merged_id))):
+            path = folder.new_file(Path(name))
+            path.write_text(text, encoding="utf-8")
+            sync_file(path)
         folder.publish()
     return report
 
 
 def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> Path:
     inside = f"{subfolder}/" if subfolder else ""
-    files = [f"{inside}{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+    files = [f"{inside}{name}" for name in ADAPTER_FILES]
     return local_folder(adapter, allow=files) / (subfolder or "")
 
 
@@ -156,6 +175,8 @@ def _write(
             _check_written(file, path)
             syncs.append(syncing.submit(sync_file, path))
         for one, original in checkpoint.copies.items():
+            if one == Path(CONFIG):
+                continue
             path = folder.new_file(one)
             shutil.copyfile(original, path)
             syncs.append(syncing.submit(sync_file, path))
@@ -171,7 +192,13 @@ def _check_written(file: TensorFile, path: Path) -> None:
 
 
 def _report(
-    checkpoint: Checkpoint, adapter: Path, output: OutputFolder, dry_run: bool, plan: Plan, counted: _Counted
+    checkpoint: Checkpoint,
+    adapter: Path,
+    output: OutputFolder,
+    dry_run: bool,
+    plan: Plan,
+    counted: _Counted,
+    base_masks: str,
 ) -> MergeReport:
     modules = [_merged_module(checkpoint, merge, counted.zeros[name]) for name, merge in plan.merges.items()]
     stored = sum(len(file.tensors) for file in checkpoint.files)
@@ -186,6 +213,7 @@ def _report(
         files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
         carried=tuple(one.as_posix() for one in checkpoint.carried),
         left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        base_masks=base_masks,
         overwritten=output.replaced,
         size=checkpoint.size,
     )

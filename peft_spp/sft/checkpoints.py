@@ -8,11 +8,10 @@ import re
 import zipfile
 from pathlib import Path
 
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..tuner import SPPConfig
+from ..tuner.saved_adapter import read_adapter
 from .errors import InputError
 
 
@@ -68,10 +67,10 @@ def incompleteness(checkpoint: Path) -> str | None:
     match = _NAME.fullmatch(checkpoint.name)
     if match and step != int(match[1]):
         return f"{TRAINER_STATE_NAME} is of step {step}"
-    if not any((checkpoint / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-        return "it has no adapter"
     try:
-        SPPConfig.from_pretrained(str(checkpoint))
+        read_adapter(checkpoint, pickled=True)
+    except FileNotFoundError:
+        return "it has no adapter"
     except ValueError as error:
         return str(error)
     # torch.save writes zip archives, whose directory comes at the end

@@ -33,7 +33,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = ((32, _GOLDEN), (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 _SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # hexadecimal digits of pi
-# of the fingerprint; records from before format 2 have another one, without a mark
+# what the fingerprint is made by
 _KIND = "mix"
 
 
@@ -53,7 +53,6 @@ class MaskRecord:
             of the row, and these are added up. So masks that differ within one word of one row, in one place or in
             many, differ in both halves for certain; others agree in a half with a probability of about 2^-64, and in
             both of 2^-128, as far as mixed words behave like random ones. It is no cryptographic hash.
-            Adapters of format 1 have another fingerprint, without `mix:`, which nothing computes any more.
         sample (`str`):
             The mask at `SAMPLES` evenly spread places (or all, if there are no more), in base64, a bit each.
     """
@@ -81,24 +80,14 @@ class MaskRecord:
             rounding to NF4; `"different"` otherwise, also if the other weight is dense or of another shape. That every
             zero is kept is told from the sampled places: if a share f of the zeros were lost, this would be noticed
             with probability `1 - (1 - f)^k`, with k the number of zeros among the samples (about 512 at 50 %).
-
-            Of fingerprints of two kinds, one of them from an adapter of format 1, nothing is told: masks are `"same"`
-            then if their zeros, patterns and samples are. A share f of places that differ is noticed with probability
-            `1 - (1 - f)^1024`, and always if the number of zeros differs.
         """
         if other.shape != self.shape:
             return "different"
-        same = (other.zeros, other.pattern, other.sample) == (self.zeros, self.pattern, self.sample)
-        if same and (other.fingerprint == self.fingerprint or other._kind != self._kind):
+        if other == self:
             return "same"
         zeros_here, zeros_there = self._sampled_zeros(), other._sampled_zeros()
         refined = other.zeros > self.zeros and zeros_here & ~zeros_there == 0
         return "refined" if refined else "different"
-
-    @property
-    def _kind(self) -> str:
-        """Which kind of fingerprint it is: what stands before the colon, if there is one."""
-        return self.fingerprint.rpartition(":")[0]
 
     def _sampled_zeros(self) -> int:
         return int.from_bytes(base64.b64decode(self.sample), "little")

@@ -94,7 +94,6 @@ def add_weighted_adapter(
         layers_to_transform=None,
         layers_pattern=None,
         bias="none",
-        base_record=None,
     )
     try:
         model.inject_adapter(model.model, adapter_name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,15 @@ from peft.utils.peft_types import PeftType
 
 from ..durable import publish, working_folder
 from ..model_card import update_model_card
+from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord
 from ..sparsity.safetensors_files import read_json
-from .adapter_file import check_weights, find_weights
-from .saved_modules import SavedNames
-from .saving import write_settings_id
+from .adapter_files import find_file, read_record
 from .settings import check_choice, check_settings
+from .settings_id import write_settings_id
 
 
-FORMAT_VERSION = 2
-"""The version of the format that adapters are saved in: 2 has other fingerprints of masks than 1."""
+FORMAT_VERSION = 1
+"""The version of the format that adapters are saved in."""
 
 
 @dataclass
@@ -102,13 +102,9 @@ class SPPConfig(PeftConfig):
         check_base (`str`):
             What to do if a saved adapter is loaded onto a base model that is pruned in other places than the one it
             was trained on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
-            places and more, as after rounding to NF4, is taken without a word.
-        base_record (`dict`):
-            What the adapter was trained on: the mask of each adapted weight (its sparsity, pattern and fingerprint)
-            and how the base model was quantised. It is filled in when the adapter is added to a model and saved with
-            the adapter.
+            places and more, as after rounding to NF4, is accepted silently.
         format_version (`int`):
-            The version of the adapter's format. It is not to be set; an adapter of an older one is saved in this one.
+            The version of the adapter's format. Do not set this.
 
     Raises:
         ValueError: If a value cannot be used; the message names the field and the value.
@@ -207,18 +203,12 @@ class SPPConfig(PeftConfig):
             "the one it was trained on. Can be 'warn', 'error' or 'off'"
         },
     )
-    base_record: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "What the adapter was trained on: mask fingerprints and quantisation. Filled in by peft_spp."
-        },
-    )
     format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "The version of the adapter's format. Not to be set."}
+        default=FORMAT_VERSION, metadata={"help": "The version of the adapter's format. Do not set this."}
     )
 
-    # Tells the weights that the settings were saved with. It is in the file and not a field, as it says nothing about
-    # the adapter: see saving.py.
+    # Says which weights the settings were saved with. It is in the file and not a field, as it says nothing about the
+    # adapter: see saving.py.
     weights_id: InitVar[str | None] = None
 
     def __post_init__(self, weights_id: str | None) -> None:
@@ -226,10 +216,11 @@ class SPPConfig(PeftConfig):
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")  # as of LoRA's configuration
         check_settings({**vars(self), "weights_id": weights_id})
-        # no fields: they are not saved and not compared. SPPModel takes an adapter back if its weights do not fit.
-        self.saved_weights_id = weights_id
-        self.saved_names: SavedNames | None = None
-        self.is_from_pretrained = False
+        # The masks that the adapter was trained on, saved in a file next to this. Not a field: it is not a setting,
+        # and people and loggers do not read it.
+        self.base_record: BaseRecord | None = None
+        # the record of the saved adapter whose configuration this is, until weights are loaded
+        self.record_of_weights: BaseRecord | None = None
         self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
@@ -240,8 +231,6 @@ class SPPConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         _check_format_version(self.format_version)
-        # that of the next save: masks that are recorded from now on are recorded as of this version
-        self.format_version = FORMAT_VERSION
 
     @classmethod
     def paper(cls, **settings: Any) -> SPPConfig:
@@ -263,23 +252,25 @@ class SPPConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
-        Save the configuration, and say in the adapter's model card, if there is one, what the adapter is.
+        Save the configuration and the record of the base model's masks, and describe the adapter in its model card, if
+        there is one.
 
-        The file is complete or as it was before, whenever the process is killed.
+        The files are complete or unchanged, whenever the process is killed.
 
         Args:
             save_directory (`str`): The directory where the configuration will be saved.
             kwargs (additional keyword arguments, *optional*): As [`PeftConfig.save_pretrained`] takes them.
 
         Raises:
-            OSError: If the disk is full; what was there is as it was.
+            OSError: If the disk is full; the existing files are unchanged.
         """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         with working_folder(save_directory) as working:
             super().save_pretrained(str(working), **kwargs)
-            write_settings_id(working)
-            publish(working / CONFIG_NAME, Path(save_directory) / CONFIG_NAME)
+            write_settings_id(working, self.base_record)
+            for name in (BASE_MASKS, CONFIG_NAME):
+                publish(working / name, Path(save_directory) / name)
         update_model_card(save_directory, self)
 
     @classmethod
@@ -287,35 +278,45 @@ class SPPConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SPPConfig:
         """
-        Load the configuration of an adapter, and check the weights beside it: in a local folder, or on the Hub, from
-        where they are downloaded for it.
+        Load the configuration of an adapter, and the record of its base model's masks: from a local folder, or from
+        the Hub. The weights are not read; [`PeftModel.from_pretrained`] and the like check them.
 
         Args:
             pretrained_model_name_or_path (`str`): The directory or the Hub repository id where the adapter is saved.
             subfolder (`str`, *optional*): An optional subfolder under `pretrained_model_name_or_path`.
             kwargs (additional keyword arguments, *optional*):
-                As [`PeftConfig.from_pretrained`] takes them; `check_base`; and `weights_only=True`, without which
-                pickled weights from the Hub are refused. Of those in a local folder nothing but weights is unpickled,
-                and with `weights_only=False` they are refused. [`PeftModel.from_pretrained`] passes all of them on.
+                As [`PeftConfig.from_pretrained`] takes them, and `check_base`. [`PeftModel.from_pretrained`] passes
+                all of them on.
 
         Raises:
-            ValueError: If a value of the configuration cannot be used, or the adapter's weights are damaged, pickled,
-                or do not belong to the configuration.
+            ValueError: If a value of the configuration cannot be used, or the record does not belong to it.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, SPPConfig):
             return config  # the adapter of another method, as PEFT loads it too
         hub_arguments, _, _ = cls._split_kwargs(kwargs)
-        weights = find_weights(pretrained_model_name_or_path, subfolder, hub_arguments)
-        if weights is not None:
-            is_local = Path(pretrained_model_name_or_path).is_dir()
-            config.saved_names = check_weights(weights, config, weights_only=kwargs.get("weights_only", is_local))
-        if "check_base" in kwargs:
-            # PEFT lets what is saved win; what to do about a base model is for the one who loads to say
-            config.check_base = kwargs["check_base"]
-            check_choice("check_base", config.check_base, ("warn", "error", "off"))
-        config.is_from_pretrained = True
+        files = [
+            find_file(pretrained_model_name_or_path, name, subfolder, hub_arguments)
+            for name in (CONFIG_NAME, BASE_MASKS)
+        ]
+        if files[0] is not None:
+            config.base_record, _ = read_record(files[0], files[1])
+        config.set_check_base(kwargs)
         return config
+
+    def set_check_base(self, kwargs: Mapping[str, Any]) -> None:
+        """
+        Take `check_base` from the arguments of a call that loads an adapter: what is saved does not override it.
+
+        Args:
+            kwargs (`Mapping[str, Any]`): The keyword arguments of the call.
+
+        Raises:
+            ValueError: If the value is not a choice.
+        """
+        if "check_base" in kwargs:
+            check_choice("check_base", kwargs["check_base"], ("warn", "error", "off"))
+            self.check_base = kwargs["check_base"]
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -326,7 +327,7 @@ class SPPConfig(PeftConfig):
             path_json_file (`str`): The file.
 
         Returns:
-            `dict[str, Any]`: The settings.
+            `dict[str, Any]`: The settings, as [`to_dict`] returns them.
 
         Raises:
             ValueError: If it is not a JSON object, is of a newer version, or has a value that cannot be used; the
@@ -334,32 +335,25 @@ class SPPConfig(PeftConfig):
         """
         file = Path(path_json_file)
         settings = read_json(file, strict=True)
-        method = settings.get("peft_type")
-        if method not in list(PeftType):
+        if "peft_type" in settings and settings["peft_type"] not in list(PeftType):
             raise ValueError(
-                f"{file} has peft_type {method!r}, which PEFT {peft.__version__} does not know: upgrade it, or copy "
-                "the file again"
+                f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not know: "
+                "upgrade it, or copy the file again"
             )
-        if method != "SPP":
-            return super().from_json_file(path_json_file, **kwargs)
-        try:
-            _check_format_version(settings.get("format_version", 1))
-            known = inspect.signature(cls).parameters
-            unknown = sorted(key for key, value in settings.items() if key not in known and value is not None)
-            if unknown:
-                raise ValueError(
-                    f"{', '.join(map(repr, unknown[:3]))} {'is' if len(unknown) == 1 else 'are'} not known here; a "
-                    "newer version of peft-spp or PEFT may have saved it. Upgrade both to load it"
-                )
-            check_settings(settings)
-        except ValueError as error:
-            raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+        if settings.get("peft_type") == "SPP":
+            try:
+                _check_format_version(settings.get("format_version", FORMAT_VERSION))
+                check_settings(settings)
+            except ValueError as error:
+                raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+        settings = super().from_json_file(path_json_file, **kwargs)
+        settings.pop(WEIGHTS_ID, None)
         return settings
 
 
 def _check_format_version(version: Any) -> None:
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
         raise ValueError(
-            f"The adapter has format version {version!r}; this version of peft_spp reads 1 to {FORMAT_VERSION}. "
+            f"The adapter has format version {version!r}; this version of peft_spp reads version {FORMAT_VERSION}. "
             "Upgrade peft-spp to load it."
         )

@@ -41,7 +41,12 @@ class Injection:
         for step in reversed(self.steps):
             step()
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper) and set(module._adapters) == {self.adapter_name}:
+            if not isinstance(module, AuxiliaryTrainingWrapper) or self.adapter_name not in module._adapters:
+                continue
+            if len(module._adapters) > 1:
+                others = [other for other in module.active_adapters if other != self.adapter_name]
+                module.delete_adapter(self.adapter_name, others)
+            else:
                 parent_name, _, child_name = name.rpartition(".")
                 setattr(self.model.get_submodule(parent_name), child_name, module.original_module)
         for parameter, requires_grad in self.requires_grad:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from ..sparsity.layout import model_types
 from ..sparsity.mask_record import MaskRelation
-from .base_record import check_base, record_base, relate_base
+from .adapter_tensors import belongs_to, check_can_be_saved, other_adapters, restore_tensors
+from .base_record import record_base, relate_base
 from .combination import activate_weighted_adapters, add_weighted_adapter
 from .config import SPPConfig
 from .injection import Injection
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
+from .loading import check_fits, check_loaded, loading_of, take_record
 from .mixed_batches import passed_to_layers
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
 from .quantized import QuantizedLinear, find_backend, unload_dequantized
-from .saved_modules import check_bias_is_saved, check_saved_modules
 from .settings import expressions
 from .target_checks import check_layer, check_weight, warn_of_fused_experts
 from .targets import transformer_block_linear_targets
@@ -69,9 +71,8 @@ class SPPModel(BaseTuner):
     tuner_layer_cls = SPPLayer
     # the default targets are read off the model itself, see _prepare_adapter_config
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as in PEFT)
-    # the injection in progress, and those of saved adapters whose weights have not been loaded yet
+    # the injection in progress
     _injection: Injection | None = None
-    _injections_to_load: dict[str, Injection] = {}  # noqa: RUF012  (replaced, never changed in place)
 
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
@@ -85,7 +86,6 @@ class SPPModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: SPPConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
-        check_bias_is_saved(config)
         if not config.target_parameters:
             return
         # Which parameter a factor belongs to is told by its place in the nested wrappers, so all adapters need the
@@ -100,28 +100,27 @@ class SPPModel(BaseTuner):
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_patterns(expressions(vars(self.peft_config[adapter_name])), [name for name, _ in model.named_modules()])
-        check_saved_modules(model, cast(SPPConfig, self.peft_config[adapter_name]))
+        # A copy, as the configuration that was passed may serve other models, or describe a saved adapter: what is
+        # filled in here, the record of the base model included, is this adapter's.
+        passed = cast(SPPConfig, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.deepcopy(passed)
+        check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
+        check_can_be_saved(model, config, adapter_name, self.peft_config)
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = Injection(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._record_or_check_base(model, config, adapter_name)
         except BaseException:
             injection.undo()
             raise
         finally:
             self._injection = None
-        try:
-            self._record_or_check_base(model, adapter_name)
-        except BaseException:
-            injection.undo()
-            raise
-        if getattr(self.peft_config[adapter_name], "is_from_pretrained", False):
-            # its weights are still to come, and may turn out not to fit
-            self._injections_to_load = {**self._injections_to_load, adapter_name: injection}
+        if (loading := loading_of(adapter_name)) is not None:
+            loading.undo.insert(0, partial(self._take_back, adapter_name, injection))
         if injection.one_block_a_row:
-            r = cast(SPPConfig, self.peft_config[adapter_name]).r
+            r = config.r
             warnings.warn(
                 f"These layers have fewer output rows than row blocks (r={r}) and get one block a row: "
                 f"{', '.join(injection.one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` "
@@ -129,16 +128,17 @@ class SPPModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _record_or_check_base(self, model: nn.Module, adapter_name: str) -> None:
-        """Record the base model for a new adapter; compare it with the record that a saved adapter brings."""
-        config = cast(SPPConfig, self.peft_config[adapter_name])
-        # a configuration that was used for another model before still describes a new adapter
-        is_ours = config.base_record is None or getattr(config, "is_base_record_ours", False)
-        if is_ours and not getattr(config, "is_from_pretrained", False):
+    def _record_or_check_base(self, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
+        """Record the base model for a new adapter; for a saved one, check that it fits, and compare its record."""
+        loading = loading_of(adapter_name)
+        if loading is None:
+            # if the weights of the adapter that the configuration describes are loaded later, they bring its record
+            config.record_of_weights = config.base_record
             config.base_record = record_base(model, adapter_name)
-            config.is_base_record_ours = True  # type: ignore[attr-defined]  # not a field: it is not saved
-        elif not is_ours:
-            check_base(config, model, adapter_name)
+            return
+        config.check_base = loading.check_base or config.check_base  # type: ignore[assignment]
+        check_fits(loading.saved, model, config, adapter_name, loading.ignore_shapes)
+        take_record(loading.saved.base, model, config, adapter_name)
 
     def relate_base(self, adapter_name: str = "default") -> dict[str, MaskRelation]:
         """
@@ -150,10 +150,10 @@ class SPPModel(BaseTuner):
         Returns:
             `dict[str, str]`: For each adapted module: `"same"`; `"refined"` if the same places are zero and more are;
             or `"different"`. A module that the adapter has no record of, or whose weight is not in memory, is left
-            out.
+            out. Without any record the result is empty, and a warning says so.
         """
         config = cast(SPPConfig, self.peft_config[adapter_name])
-        return relate_base(config.base_record or {"masks": {}}, self.model, adapter_name)
+        return relate_base(config.base_record, self.model, adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.
@@ -165,9 +165,6 @@ class SPPModel(BaseTuner):
         }
         misfits = [key for key, p in own.items() if key in state_dict and state_dict[key].shape != p.shape]
         if misfits:
-            for adapter_name in list(self._injections_to_load):
-                if any(key.endswith(f".{adapter_name}.weight") for key in misfits):
-                    self._take_back(adapter_name)
             shown = "; ".join(
                 f"{key} is {tuple(state_dict[key].shape)} in the adapter, {tuple(own[key].shape)} in the model"
                 for key in misfits[:3]
@@ -176,14 +173,13 @@ class SPPModel(BaseTuner):
                 f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a base "
                 "model of other shapes, or with another `r`. Nothing was loaded."
             )
-        for adapter_name in list(self._injections_to_load):
-            if any(key.endswith(f".{adapter_name}.weight") and key in state_dict for key in own):
-                del self._injections_to_load[adapter_name]
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
     ) -> dict[str, torch.Tensor]:
+        adapter_name = kwargs["adapter_name"]
+        restore_tensors(model, adapter_name, state_dict)
         # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, the names have
         # parts that the keys of the state dict do not have; the first one, of a wrapper around the model, it knows.
         names = {}
@@ -192,11 +188,23 @@ class SPPModel(BaseTuner):
             names[without_fsdp_wrappers(name)] = layer + base_layer + without_fsdp_wrappers(inside)
         state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        others = other_adapters(model, adapter_name)
+        selected = {key: tensor for key, tensor in selected.items() if not any(belongs_to(key, one) for one in others)}
         return {without_fsdp_wrappers(key): tensor for key, tensor in selected.items()}
 
-    def _take_back(self, adapter_name: str) -> None:
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        check_loaded(model, config, adapter_name, remapped)
+        return remapped
+
+    def _take_back(self, adapter_name: str, injection: Injection) -> None:
         """Undo the injection of an adapter whose weights cannot be loaded."""
-        self._injections_to_load.pop(adapter_name).undo()
+        injection.undo()
         self.peft_config.pop(adapter_name, None)
         if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config

@@ -3,68 +3,37 @@
 
 PEFT writes into the folder that it is given, file after file. It is given a hidden folder inside of it instead, and
 the files are put in their places when all of them are on the disk. Where an old adapter is replaced there is a moment
-in which its settings lie beside the new weights. So both carry the `weights_id` of the settings: it is the same if the
-settings are, and then the two belong together; if it is not, loading tells.
+in which its settings lie next to new files. So all files carry the `weights_id` of the settings and the record of the
+base model: if it is the same they belong together, if not the adapter is refused. Pickled weights cannot carry it; the
+record, which is put in its place before the weights, does.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..durable import OUT_OF_SPACE, no_space, publish, sync_file, sync_folder, working_folder
+from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID
+from .adapter_files import find_weights, list_tensors
+from .adapter_tensors import check_saved
+from .config import SPPConfig
 
-
-WEIGHTS_ID = "weights_id"
-"""The key of the settings' id, in the configuration and in the metadata of the weights."""
 
 _CARD = "README.md"
-# what may differ between two saves of settings that give the same model
-_NOT_IN_ID = (WEIGHTS_ID, "peft_version", "inference_mode", "check_base")
-
-
-def settings_id(settings: Mapping[str, Any]) -> str:
-    """
-    Tell settings that give another meaning to the same weights apart.
-
-    Args:
-        settings (`Mapping[str, Any]`): The content of an adapter's configuration file.
-
-    Returns:
-        `str`: The same for the same settings.
-    """
-    relevant = {key: value for key, value in settings.items() if key not in _NOT_IN_ID}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def write_settings_id(folder: Path) -> None:
-    """
-    Add the id of the settings to a configuration that PEFT has written.
-
-    Args:
-        folder (`Path`): The folder that it is in.
-    """
-    file = folder / CONFIG_NAME
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    # PEFT lists a set in the order of its hashes, which is another in every process
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(settings.get(key), list):
-            settings[key] = sorted(settings[key])
-    settings[WEIGHTS_ID] = settings_id(settings)
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def save_durably(save_pretrained: Callable[..., None]) -> Callable[..., None]:
@@ -96,8 +65,11 @@ def save_durably(save_pretrained: Callable[..., None]) -> Callable[..., None]:
                 shutil.copyfile(os.path.join(folder, _CARD), working / _CARD)  # PEFT adds to it
             call.arguments["save_directory"] = str(working)
             save_pretrained(*call.args, **call.kwargs)
-            for config in working.rglob(CONFIG_NAME):
-                _write_id_into_weights(config.parent)
+            for name in call.arguments["selected_adapters"] or model.peft_config:
+                own = working if name == "default" else working / name
+                if model.peft_config[name].peft_type == "SPP":
+                    _check_all_saved(own, model, name)
+                    _write_id_into_weights(own)
             _publish_all(working, Path(folder))
 
     save.saves_durably = True  # type: ignore[attr-defined]
@@ -118,6 +90,14 @@ def _errors_of_the_disk(folder: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
+def _check_all_saved(folder: Path, model: PeftModel, adapter_name: str) -> None:
+    weights = find_weights(folder)
+    if weights is None:
+        raise RuntimeError(f"PEFT has not written the weights of adapter {adapter_name!r}. Nothing was saved.")
+    tensors, _ = list_tensors(weights, pickled=True)
+    check_saved(tensors, model, cast(SPPConfig, model.peft_config[adapter_name]), adapter_name)
+
+
 def _write_id_into_weights(folder: Path) -> None:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
@@ -131,14 +111,22 @@ def _write_id_into_weights(folder: Path) -> None:
     os.replace(with_id, weights)
 
 
+# the record comes before the weights, and the settings come last: before that they tell that a save was interrupted
+_ORDER = (BASE_MASKS, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CONFIG_NAME)
+_OTHER_FORM = {SAFETENSORS_WEIGHTS_NAME: WEIGHTS_NAME, WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}
+
+
 def _publish_all(working: Path, folder: Path) -> None:
-    """Put all files in their places: each adapter's weights first, then its configuration."""
+    """Put all files in their places, and remove weights that the new ones replace in the other format."""
     files = sorted(path for path in working.rglob("*") if path.is_file())
     for file in files:
         sync_file(file)
-    for file in sorted(files, key=lambda one: (one.parent, one.name == CONFIG_NAME)):
+    for file in sorted(files, key=lambda one: (one.parent, _ORDER.index(one.name) if one.name in _ORDER else -1)):
         place = folder / file.relative_to(working)
         if not place.parent.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
             sync_folder(place.parent.parent)
         publish(file, place)
+        if file.name in _OTHER_FORM:
+            place.with_name(_OTHER_FORM[file.name]).unlink(missing_ok=True)
+            sync_folder(place.parent)

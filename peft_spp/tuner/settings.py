@@ -190,7 +190,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "fan_in_fan_out": (_is_bool, "True or False"),
     "inference_mode": (_is_bool, "True or False"),
-    "base_record": (_any_of(_is_none, _is_map_to(_anything)), "a dictionary"),
     "auto_mapping": (_any_of(_is_none, _is_map_to(_any_of(_is_none, _is_string))), "a dictionary of strings"),
     "base_model_name_or_path": (_any_of(_is_none, _is_string, lambda v: isinstance(v, os.PathLike)), "a string"),
     "revision": (_any_of(_is_none, _is_string), "a string"),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft_spp.tuner.adapter_file import check_weights
 from safetensors.torch import save, save_file
 from torch import nn
 
@@ -29,7 +30,6 @@ from peft_spp.checkpoints.tensor_file import open_tensor_file
 from peft_spp.merge.adapter import read_adapter, read_config
 from peft_spp.sparsity.mask_record import MaskRecord
 from peft_spp.sparsity.safetensors_files import read_header
-from peft_spp.tuner.adapter_file import check_weights
 from peft_spp.tuner.base_record import read_masks
 
 

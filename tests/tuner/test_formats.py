@@ -12,8 +12,8 @@ from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from peft_spp.tuner.adapter_tensors import SAVES_BY_MODULE
 from peft_spp.tuner.config import FORMAT_VERSION
-from peft_spp.tuner.saved_modules import SAVES_BIASES
 
 
 ADAPTERS = Path(__file__).parents[1] / "data" / "adapters"
@@ -65,7 +65,7 @@ def test_an_adapter_of_each_format_is_saved_in_the_newest_and_keeps_its_record(f
     assert set(again.base_model.relate_base("default").values()) == {"same"}
 
 
-@pytest.mark.skipif(Version(peft.__version__) < SAVES_BIASES, reason="this PEFT does not save SPP's biases")
+@pytest.mark.skipif(Version(peft.__version__) < SAVES_BY_MODULE, reason="this PEFT does not save SPP's biases")
 def test_what_is_saved_now_is_what_the_newest_format_holds(tmp_path):
     make.adapted().save_pretrained(tmp_path)
     newest, now = (load_file(f / "adapter_model.safetensors") for f in (FORMATS[-1], tmp_path))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_spp import SPPConfig
-from peft_spp.tuner.saved_modules import SAVES_BIASES
+from peft_spp.tuner.adapter_tensors import SAVES_BY_MODULE
 
 from tiny import MLP, randomize, tiny_llama
 
@@ -249,7 +249,7 @@ def test_the_merged_model_needs_no_peft_spp(adapter, tmp_path):
     torch.testing.assert_close(torch.tensor(json.loads(out)), expected)
 
 
-@pytest.mark.skipif(Version(peft.__version__) < SAVES_BIASES, reason="this PEFT does not save SPP's biases")
+@pytest.mark.skipif(Version(peft.__version__) < SAVES_BY_MODULE, reason="this PEFT does not save SPP's biases")
 @pytest.mark.parametrize("bias", ["all", "spp_only"])
 def test_trained_biases_come_back(bias, tmp_path):
     torch.manual_seed(0)

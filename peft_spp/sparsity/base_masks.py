@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a base model's masks, which is saved next to an adapter, and comparing it with another base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .mask_record import MaskRecord, MaskRelation, record_mask
+from .safetensors_files import read_json
+from .sources import open_weights
+from .weights import Weight
+
+
+BASE_MASKS = "base_masks.json"
+"""The file next to an adapter's `adapter_config.json` that holds the record of its base model."""
+
+WEIGHTS_ID = "weights_id"
+"""The key of the settings' id: in the configuration, in this file and in the metadata of the weights."""
+
+# how many modules a message names
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """
+    What is remembered of the base model that an adapter was trained on.
+
+    Args:
+        quantization (`str`, *optional*): How the adapted layers were quantized, such as `"bitsandbytes nf4"`.
+        masks (`Mapping[str, MaskRecord]`):
+            The mask of each adapted weight, by the name of its module. Of a stack of experts it is the mask of all
+            rows, one expert after the other.
+    """
+
+    quantization: str | None = None
+    masks: Mapping[str, MaskRecord] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data for JSON.
+
+        Returns:
+            `dict[str, Any]`: `"quantization"`, and `"masks"` with a dictionary for each module.
+        """
+        return {
+            "quantization": self.quantization,
+            "masks": {name: mask.to_dict() for name, mask in self.masks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BaseRecord:
+        """Read the result of [`to_dict`].
+
+        Args:
+            data (`Mapping[str, Any]`): The data.
+
+        Returns:
+            [`BaseRecord`]: The record.
+
+        Raises:
+            ValueError: If it is malformed; the message names the module.
+        """
+        masks, quantization = data.get("masks"), data.get("quantization")
+        if not isinstance(masks, Mapping):
+            raise ValueError("the record of the base model has no dictionary 'masks'")
+        if quantization is not None and not isinstance(quantization, str):
+            raise ValueError(f"the record of the base model has the quantization {quantization!r}, not a string")
+        read = {}
+        for name, mask in masks.items():
+            try:
+                read[name] = MaskRecord.from_dict(mask if isinstance(mask, Mapping) else {})
+            except ValueError as error:
+                raise ValueError(f"the record of the base model is broken at module {name!r}: {error}") from error
+        return cls(quantization, read)
+
+    def relate(self, masks: Mapping[str, MaskRecord]) -> dict[str, MaskRelation]:
+        """
+        How other masks relate to those of the record.
+
+        Args:
+            masks (`Mapping[str, MaskRecord]`): The masks of another base model, by module.
+
+        Returns:
+            `dict[str, str]`: For each module in both, `"same"`, `"refined"` (the same places are zero, and more are)
+            or `"different"`.
+        """
+        return {name: then.relation_of(masks[name]) for name, then in self.masks.items() if name in masks}
+
+    def mismatch(self, masks: Mapping[str, MaskRecord], quantization: str | None = None) -> str | None:
+        """
+        Describe where another base model is pruned in other places.
+
+        A base model in full precision passes for a quantized one if it has a part of its zeros: rounding makes zeros.
+
+        Args:
+            masks (`Mapping[str, MaskRecord]`): The masks of the other base model, by module.
+            quantization (`str`, *optional*): How it is quantized.
+
+        Returns:
+            `str`, *optional*: How many modules differ, and the first of them; `None` if none does.
+        """
+        different = [
+            name
+            for name, relation in self.relate(masks).items()
+            if relation == "different"
+            and not (self.quantization and masks[name].relation_of(self.masks[name]) == "refined")
+        ]
+        if not different:
+            return None
+        shown = "; ".join(
+            f"{name}: {_describe(self.masks[name])} then, {_describe(masks[name])} now" for name in different[:_SHOWN]
+        )
+        more = f" and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        if self.quantization or quantization:
+            more += f" (quantization: {self.quantization} then, {quantization} now)"
+        compared = sum(name in masks for name in self.masks)
+        return f"{len(different)} of {compared} modules: {shown}{more}"
+
+
+def _describe(mask: MaskRecord) -> str:
+    return f"{mask.pattern}, {mask.sparsity:.1%} zeros, {mask.shape[0]}x{mask.shape[1]}"
+
+
+def record_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, MaskRecord]:
+    """
+    Record the masks of weights, one at a time.
+
+    Args:
+        weights (`Iterable[tuple[str, torch.Tensor]]`):
+            Names of modules and their weights, shape `(out, in)`, or `(experts, out, in)` for a stack of experts. A
+            generator holds one weight in memory at a time.
+
+    Returns:
+        `dict[str, MaskRecord]`: The mask of each, in the form that [`BaseRecord`] compares.
+    """
+    return {name: record_mask(weight.reshape(-1, weight.shape[-1])) for name, weight in weights}
+
+
+def record_checkpoint(
+    record: BaseRecord, source: str | os.PathLike[str], *, conv1d: bool | None = None
+) -> dict[str, MaskRecord]:
+    """
+    Record the masks of a checkpoint on disk, in the modules that a record has. No model is built, and one tensor is in
+    memory at a time.
+
+    Args:
+        record ([`BaseRecord`]): The record that says which modules count.
+        source (`str` or `os.PathLike`): The safetensors file or folder of the base model.
+        conv1d (`bool`, *optional*): Whether weights are stored `(in, out)`; by default the checkpoint tells.
+
+    Returns:
+        `dict[str, MaskRecord]`: The mask of each module that the checkpoint has, by its name in the record. Modules
+        whose weight is missing, or is quantized on disk, are left out.
+
+    Raises:
+        FileNotFoundError: If there is nothing at the path.
+        ValueError: If a file is damaged.
+    """
+    found = open_weights(source, conv1d=conv1d).found
+    prefix = _prefix(record.masks, found)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name in record.masks:
+            weight = found.get(prefix(name))
+            if weight is not None and weight.unreadable is None:
+                tensor = weight.load()
+                yield name, tensor.transpose(-1, -2) if weight.transposed else tensor
+
+    return record_weights(weights())
+
+
+def relate_checkpoint(
+    record: BaseRecord, source: str | os.PathLike[str], *, conv1d: bool | None = None
+) -> dict[str, MaskRelation]:
+    """
+    How the masks of a checkpoint on disk relate to those that an adapter was trained on; see [`record_checkpoint`].
+
+    Args:
+        record ([`BaseRecord`]): The record of the adapter.
+        source (`str` or `os.PathLike`): The safetensors file or folder of the base model.
+        conv1d (`bool`, *optional*): Whether weights are stored `(in, out)`; by default the checkpoint tells.
+
+    Returns:
+        `dict[str, str]`: `"same"`, `"refined"` or `"different"` for each module that both have.
+    """
+    return record.relate(record_checkpoint(record, source, conv1d=conv1d))
+
+
+def _prefix(names: Iterable[str], found: Mapping[str, Weight]) -> Callable[[str], str]:
+    """Maps names of modules to those of a checkpoint, where a model's body is saved without the model's prefix."""
+    names = list(names)
+    if not names or any(name in found for name in names):
+        return lambda name: name
+    first = names[0]
+    for stored in found:
+        added, removed = stored.removesuffix(f".{first}"), first.removesuffix(f".{stored}")
+        if added != stored and all(f"{added}.{name}" in found for name in names):
+            return partial("{}.{}".format, added)
+        if removed != first and all(name.removeprefix(f"{removed}.") in found for name in names):
+            return partial(_without, removed)
+    return lambda name: name
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(f"{prefix}.")
+
+
+def write_base_masks(folder: Path, record: BaseRecord | None, weights_id: str) -> None:
+    """
+    Write the file of a record: one line for each module.
+
+    Args:
+        folder (`Path`): The folder of the adapter.
+        record ([`BaseRecord`], *optional*): The record. Without one the file only says which settings it belongs to.
+        weights_id (`str`): The id of the adapter's settings.
+    """
+    text = json.dumps({WEIGHTS_ID: weights_id} | ({} if record is None else record.to_dict()))
+    # a line for each module
+    text = text.replace('}, "', '},\n"').replace('"masks": {"', '"masks": {\n"')
+    (folder / BASE_MASKS).write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_base_masks(file: Path) -> tuple[BaseRecord | None, str | None]:
+    """
+    Read the file of a record.
+
+    Args:
+        file (`Path`): The file.
+
+    Returns:
+        `tuple[BaseRecord | None, str | None]`: The record, if it holds one, and the id of the settings it belongs to.
+
+    Raises:
+        ValueError: If it is damaged; the message names the file.
+    """
+    content = read_json(file, strict=True)
+    weights_id = content.get(WEIGHTS_ID)
+    try:
+        if weights_id is not None and not isinstance(weights_id, str):
+            raise ValueError(f"`{WEIGHTS_ID}` should be a string but the value is {weights_id!r}")
+        return (BaseRecord.from_dict(content) if "masks" in content else None), weights_id
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged: {error}. Copy it again, or delete it to load the adapter without a check of its base "
+            "model"
+        ) from error

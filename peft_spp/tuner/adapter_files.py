@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a saved adapter: where they are, in a folder or on the Hub, and the names of the tensors in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord, read_base_masks
+from ..sparsity.safetensors_files import read_header, read_json
+from ..sparsity.weights import Stored
+
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's tensors when it saves an adapter."""
+
+FACTOR = re.compile(r"(.+)\.spp_([AB])\.weight")
+"""The names of the factors in an adapter's weights, without the prefix."""
+
+ADAPTER_FILES = (CONFIG_NAME, BASE_MASKS, SAFETENSORS_WEIGHTS_NAME)
+"""The files that an adapter is made of."""
+
+
+def find_file(
+    source: str | os.PathLike[str], name: str, subfolder: str | None = None, hub: Mapping[str, Any] | None = None
+) -> Path | None:
+    """
+    Find a file of an adapter; from the Hub it is downloaded.
+
+    Args:
+        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
+        name (`str`): The name of the file.
+        subfolder (`str`, *optional*): The folder inside of it.
+        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        `Path`, *optional*: The file, or `None` if the adapter does not have it.
+    """
+    folder = Path(source, subfolder or "")
+    if any((folder / one).is_file() for one in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder, **(hub or {})))
+    except EntryNotFoundError:
+        return None
+
+
+def find_weights(
+    source: str | os.PathLike[str], subfolder: str | None = None, hub: Mapping[str, Any] | None = None
+) -> Path | None:
+    """
+    Find the file that PEFT will load the weights of an adapter from: safetensors if there is one, else pickled.
+
+    Args:
+        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
+        subfolder (`str`, *optional*): The folder inside of it.
+        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        `Path`, *optional*: The file, or `None` if there are no weights.
+    """
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    return next((file for name in names if (file := find_file(source, name, subfolder, hub)) is not None), None)
+
+
+def read_record(config_file: Path, masks_file: Path | None) -> tuple[BaseRecord | None, str | None]:
+    """
+    Read the record of the base model that is next to a configuration, and check that the two belong together.
+
+    Args:
+        config_file (`Path`): The configuration.
+        masks_file (`Path`, *optional*): The record, if there is one.
+
+    Returns:
+        `tuple[BaseRecord | None, str | None]`: The record, and the id of the settings, as far as the files have them.
+
+    Raises:
+        ValueError: If a file is damaged, or the two are of different saves.
+    """
+    weights_id = read_json(config_file, strict=True).get(WEIGHTS_ID)
+    if weights_id is not None and not isinstance(weights_id, str):
+        raise ValueError(f"{config_file}: `{WEIGHTS_ID}` should be a string but the value passed is {weights_id!r}")
+    if masks_file is None:
+        return None, weights_id
+    record, masks_id = read_base_masks(masks_file)
+    check_same_save(masks_file, masks_id, weights_id)
+    return record, weights_id
+
+
+def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> None:
+    """
+    Check that a file was saved with the settings next to it: an interrupted save may have left older ones.
+
+    Args:
+        file (`Path`): The weights, or the record of the base model.
+        its_id (`str`, *optional*): The id of the settings in it.
+        weights_id (`str`, *optional*): The id of the settings in the configuration.
+
+    Raises:
+        ValueError: If both have an id, and they are not the same.
+    """
+    if None not in (its_id, weights_id) and its_id != weights_id:
+        raise ValueError(
+            f"{file} was saved with other settings than those in the {CONFIG_NAME} next to it: a save was "
+            "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier checkpoint."
+        )
+
+
+def list_tensors(file: Path, pickled: bool) -> tuple[dict[str, Stored], str | None]:
+    """
+    List the tensors of an adapter.
+
+    Args:
+        file (`Path`): The weights.
+        pickled (`bool`): Whether pickled weights may be unpickled, and only weights.
+
+    Returns:
+        `tuple[dict[str, Stored], str | None]`: The tensors by name, and the id of the settings they were saved with.
+
+    Raises:
+        ValueError: If the file cannot be read, or is pickled and must not be unpickled.
+    """
+    if file.name != SAFETENSORS_WEIGHTS_NAME:
+        if not pickled:
+            raise ValueError(
+                f"{file} is pickled, which can run code when it is read, so it is not read. Ask for the adapter in "
+                f"safetensors (`save_pretrained` writes {SAFETENSORS_WEIGHTS_NAME}), or load it into a model with "
+                "`weights_only=True`, which unpickles only weights."
+            )
+        return list_loaded(file, _unpickle(file)), None
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            weights_id = (tensors.metadata() or {}).get(WEIGHTS_ID)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter file {file} cannot be read ({error}). It may be truncated; copy it again."
+        ) from error
+    return {one.key: one for one in read_header(file)}, weights_id
+
+
+def list_loaded(origin: object, content: object) -> dict[str, Stored]:
+    """
+    List tensors that are in memory.
+
+    Args:
+        origin (`object`): Where they come from, for messages.
+        content (`object`): What should be a dictionary of tensors.
+
+    Returns:
+        `dict[str, Stored]`: The tensors by name.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise ValueError(f"{origin} does not hold a dictionary of tensors")
+    return {
+        name: Stored(name, tuple(tensor.shape), tensor.dtype, partial(content.__getitem__, name))
+        for name, tensor in content.items()
+    }
+
+
+def _unpickle(file: Path) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The adapter file {file} cannot be read ({error}), at least not without running code that is in it, "
+            "which is never done. Ask for the adapter in safetensors."
+        ) from error

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors an adapter has in a model, counted against those in a file at both ends: loading and saving.
+
+Names are those of a saved adapter without PEFT's prefix, and without the parts that engines add around modules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import peft
+import torch
+from packaging.version import Version
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..sparsity.names import unwrapped_name
+from .adapter_files import FACTOR, PREFIX
+from .layer import SPPLayer
+
+
+if TYPE_CHECKING:
+    from .config import SPPConfig
+
+
+SAVES_BY_MODULE = Version("0.21")
+"""The first PEFT that lets a method select its tensors, and saves the biases that other methods than LoRA train."""
+
+BY_ADAPTER = frozenset(
+    {
+        "spp_A",
+        "spp_B",
+        "spp_dropout",
+        "modules_to_save",
+        "trainable_tokens_delta",
+        "trainable_tokens_original",
+    }
+)
+"""The containers whose entries have the names of adapters."""
+
+# how many tensors a message names
+_SHOWN = 3
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
+    """
+    The layers that an adapter adapts.
+
+    Args:
+        model (`nn.Module`): The model.
+        adapter_name (`str`): The name of the adapter.
+
+    Returns:
+        `dict[str, SPPLayer]`: The layers by name.
+    """
+    return {
+        saved_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, SPPLayer) and adapter_name in module.spp_A
+    }
+
+
+def saved_name(name: str) -> str:
+    """
+    The name of a module or tensor as it is saved, without PEFT's prefix.
+
+    Args:
+        name (`str`): Its name in a model or a file.
+    """
+    return unwrapped_name(name).removeprefix(PREFIX)
+
+
+def expected_tensors(model: nn.Module, config: SPPConfig, adapter_name: str) -> dict[str, tuple[int, ...] | None]:
+    """
+    The tensors that an adapter consists of, read off the model.
+
+    Args:
+        model (`nn.Module`): The model, with the adapter in it.
+        config (`SPPConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter.
+
+    Returns:
+        `dict[str, tuple[int, ...] | None]`: The shapes of the factors by name; `None` for all other tensors.
+    """
+    expected: dict[str, tuple[int, ...] | None] = {}
+    for name, layer in adapter_layers(model, adapter_name).items():
+        rows = layer.num_experts * layer.r[adapter_name], layer.num_experts * layer.out_features
+        expected[f"{name}.spp_A.weight"] = (rows[0], layer.in_features)
+        expected[f"{name}.spp_B.weight"] = (rows[1], 1)
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            inside.append(f"{name}.")
+            expected |= {saved_name(f"{name}.{key}"): None for key in module.adapter_state_dict_load_map(adapter_name)}
+    expected |= dict.fromkeys(_biases(model, config, tuple(inside)))
+    return expected
+
+
+def _biases(model: nn.Module, config: SPPConfig, inside: tuple[str, ...]) -> Iterator[str]:
+    if config.bias == "none":
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and getattr(module.get_base_layer(), "bias", None) is not None:
+            depth, base = 1, module._modules["base_layer"]
+            while isinstance(base, BaseTunerLayer):
+                depth, base = depth + 1, base._modules["base_layer"]
+            yield saved_name(f"{name}{'.base_layer' * depth}.bias")
+        elif (
+            config.bias == "all"
+            and "base_layer" not in name.split(".")
+            and not f"{name}.".startswith(inside or ("\n",))
+        ):
+            if module._parameters.get("bias") is not None:
+                yield saved_name(f"{name}.bias" if name else "bias")
+
+
+def check_count(
+    origin: str,
+    names: Collection[str],
+    model: nn.Module,
+    config: SPPConfig,
+    adapter_name: str,
+    *,
+    may_be_renamed: bool = False,
+) -> None:
+    """
+    Check that the tensors of a saved adapter are all that the model has for it, and that each has a place in it.
+
+    Args:
+        origin (`str`): Where the tensors are, for messages.
+        names (`Collection[str]`): Their names, with the prefix or without it.
+        model (`nn.Module`): The model, with the adapter in it.
+        config (`SPPConfig`): The configuration of the adapter in the model.
+        adapter_name (`str`): The name of the adapter.
+        may_be_renamed (`bool`, *optional*, defaults to `False`):
+            Whether the tensors may still be renamed, as where Transformers has restructured a model: then only the
+            ends of the names have to be the same.
+
+    Raises:
+        ValueError: If tensors are missing or left over; the message counts them and names the first.
+    """
+    have, want = {saved_name(name) for name in names}, expected_tensors(model, config, adapter_name)
+    missing = [name for name in want if name not in have]
+    left = sorted(have - want.keys())
+    left = [name for name in left if not _has_place(name, model, adapter_name)] if left else []
+    if not missing and not left:
+        return
+    if may_be_renamed and _ends(missing) == _ends(left):
+        return
+    problems = []
+    if missing:
+        problems.append(f"lacks {len(missing)} of the {len(want)} tensors of the adapter ({_listed(missing)})")
+    if left:
+        problems.append(f"has {len(left)} tensors that the model has no place for ({_listed(left)})")
+    raise ValueError(
+        f"{origin} {' and '.join(problems)}. The adapter was made for another model or with other settings, or "
+        "the file is not whole: load an earlier checkpoint, or the base model that it was trained on."
+    )
+
+
+def _ends(names: Iterable[str]) -> Counter[str]:
+    return Counter(".".join(name.split(".")[-3:]) for name in names)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
+    """Whether a tensor that is not part of the adapter is loaded into the model all the same, as embeddings are."""
+    if FACTOR.fullmatch(name):
+        return False
+    owner_name, _, tensor = name.rpartition(".")
+    return any(
+        tensor in module._parameters or tensor in module._buffers
+        for other, module in model.named_modules()
+        if saved_name(other) in (owner_name, f"{owner_name}.{adapter_name}")
+    ) or any("_flat_param" in parameter for parameter, _ in model.named_parameters())
+
+
+def check_saved(written: Iterable[str], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
+    """
+    Check that all tensors of an adapter are saved.
+
+    Args:
+        written (`Iterable[str]`): The names of the tensors to be saved.
+        model (`nn.Module`): The model, with the adapter in it.
+        config (`SPPConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter.
+
+    Raises:
+        RuntimeError: If some are missing; the message counts them and names the first.
+    """
+    have, want = {saved_name(name) for name in written}, expected_tensors(model, config, adapter_name)
+    missing = [name for name in want if name not in have]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of the {len(want)} tensors of adapter {adapter_name!r} would not be saved: "
+            f"{_listed(missing)}. Nothing was written. If you pass a `state_dict`, it has to hold all of them."
+        )
+
+
+def restore_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """
+    Put back what PEFT has taken for another adapter's tensors.
+
+    PEFT drops all keys with the name of another adapter between two dots. If that is the name of a module too, such as
+    `mlp`, the tensors of this adapter in and below the module are dropped with them.
+
+    Args:
+        model (`nn.Module`): The model.
+        adapter_name (`str`): The name of the adapter that is saved.
+        state_dict (`dict[str, torch.Tensor]`): What PEFT has left of the model's tensors; changed in place.
+
+    Raises:
+        RuntimeError: If a dropped tensor is not whole in this process.
+    """
+    others = other_adapters(model, adapter_name)
+    if not _module_parts(model).intersection(others):
+        return
+    for key, tensor in model.state_dict().items():
+        if key in state_dict or any(belongs_to(key, other) for other in others):
+            continue
+        if not _is_part(tensor):
+            state_dict[key] = tensor
+        elif belongs_to(key, adapter_name):
+            raise RuntimeError(
+                f"The tensor {key} cannot be saved: it is sharded, and PEFT takes it for one of another adapter, "
+                f"which has the name of a module (of {', '.join(map(repr, others))}). Delete that adapter, and add it again "
+                "under another name."
+            )
+
+
+def other_adapters(model: nn.Module, adapter_name: str) -> list[str]:
+    """The names of a model's other adapters."""
+    return [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+
+
+def belongs_to(key: str, adapter_name: str) -> bool:
+    """
+    Whether a tensor of a model is an adapter's, and not only in a module of the same name.
+
+    Args:
+        key (`str`): The key of the tensor in a state dict.
+        adapter_name (`str`): The name of the adapter.
+    """
+    parts = key.split(".")
+    return any(part == adapter_name and before in BY_ADAPTER for before, part in pairwise(parts))
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a state dict holds only a part of the values, the others being elsewhere."""
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "ds_shape") or tensor.is_meta
+
+
+def _module_parts(model: nn.Module) -> set[str]:
+    """The parts of the names of a model's own modules."""
+    return {
+        part
+        for name, _ in model.named_modules()
+        for before, part in pairwise(["", *name.split(".")])
+        if before not in BY_ADAPTER
+    }
+
+
+def check_can_be_saved(model: nn.Module, config: SPPConfig, adapter_name: str, names: Collection[str]) -> None:
+    """
+    Refuse to add an adapter that the installed PEFT would not save as a whole.
+
+    Args:
+        model (`nn.Module`): The base model.
+        config (`SPPConfig`): The configuration of the new adapter.
+        adapter_name (`str`): Its name.
+        names (`Collection[str]`): The names of all adapters.
+
+    Raises:
+        ValueError: If biases are trained, or an adapter has the name of a module, and PEFT is older than 0.21.
+    """
+    if Version(peft.__version__) >= SAVES_BY_MODULE:
+        return
+    if config.bias != "none" and not config.inference_mode:
+        raise ValueError(
+            f"PEFT {peft.__version__} does not save the biases that `bias={config.bias!r}` trains, so they would be "
+            f"lost. Use bias='none', or update PEFT to {SAVES_BY_MODULE} or newer."
+        )
+    for name in sorted(_module_parts(model).intersection(names)) if len(names) > 1 else ():
+        raise ValueError(
+            f"PEFT {peft.__version__} does not save several adapters of which one has the name of a module, {name!r}: "
+            f"it would drop tensors of the others. Use another name than {name!r}, or update PEFT to "
+            f"{SAVES_BY_MODULE} or newer."
+        )

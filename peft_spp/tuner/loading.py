@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a saved adapter into a model, checked at every entrance before the model is changed.
+
+PEFT and Transformers load an adapter in steps: its settings, the layers for it, its weights. The entrances to that are
+wrapped (see `registration.py`): they read and check the adapter first, and say to the tuner which adapter is being
+loaded. It compares the layers that it has made with the adapter, and whatever fails later is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import CONFIG_NAME
+from torch import nn
+
+from ..sparsity.base_masks import BaseRecord
+from ..sparsity.safetensors_files import read_json
+from .adapter_checks import check_finite
+from .adapter_files import find_file, list_loaded
+from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name
+from .base_record import check_base
+from .config import SPPConfig
+from .saved_adapter import SavedAdapter, read_adapter
+
+
+@dataclass
+class Loading:
+    """
+    An adapter that is being loaded.
+
+    Args:
+        saved ([`SavedAdapter`]): What is loaded.
+        adapter_name (`str`): The name that it gets in the model.
+        ignore_shapes (`bool`): Whether tensors of other shapes are left out, as PEFT's `ignore_mismatched_sizes`.
+        check_base (`str`, *optional*): What the call says for `check_base`.
+        undo (`list[Callable[[], None]]`): How to undo what was done up to now, in this order.
+    """
+
+    saved: SavedAdapter
+    adapter_name: str
+    ignore_shapes: bool = False
+    check_base: str | None = None
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+_loading: ContextVar[Loading | None] = ContextVar("peft_spp_loading", default=None)
+
+
+def loading_of(adapter_name: str) -> Loading | None:
+    """
+    The adapter that is being loaded under a name, if one is.
+
+    Args:
+        adapter_name (`str`): The name.
+    """
+    loading = _loading.get()
+    return loading if loading is not None and loading.adapter_name == adapter_name else None
+
+
+@contextmanager
+def loading(saved: SavedAdapter, adapter_name: str, kwargs: Mapping[str, Any]) -> Iterator[Loading]:
+    """
+    Load an adapter: what is done to a model in the meantime is undone if it fails.
+
+    Args:
+        saved ([`SavedAdapter`]): The adapter.
+        adapter_name (`str`): The name that it gets in the model.
+        kwargs (`Mapping[str, Any]`): The keyword arguments of the call that loads it.
+    """
+    saved.config.set_check_base(kwargs)
+    ignore_shapes = bool(kwargs.get("ignore_mismatched_sizes", False))
+    current = Loading(saved, adapter_name, ignore_shapes, kwargs.get("check_base"))
+    token = _loading.set(current)
+    try:
+        yield current
+    except BaseException:
+        for step in current.undo:
+            step()
+        raise
+    finally:
+        _loading.reset(token)
+
+
+def read_if_ours(source: Any, kwargs: dict[str, Any], config: PeftConfig | None = None) -> SavedAdapter | None:
+    """
+    Read and check the adapter that a call is about to load, if it is an SPP adapter.
+
+    Args:
+        source (`str` or `os.PathLike`): The folder, or the id of a repository on the Hub.
+        kwargs (`dict[str, Any]`): The keyword arguments of the call.
+        config (`PeftConfig`, *optional*): The configuration that the adapter is loaded with.
+
+    Returns:
+        [`SavedAdapter`], *optional*: The adapter; `None` if it is another method's, or there is none to be found,
+        which the call itself reports.
+
+    Raises:
+        ValueError: If the adapter is damaged.
+    """
+    if (config is not None and not isinstance(config, SPPConfig)) or source is None:
+        return None
+    hub, _, _ = PeftConfig._split_kwargs(kwargs)
+    subfolder = hub.pop("subfolder", None)
+    hub = {name: value for name, value in hub.items() if name not in ("repo_id", "filename")}
+    try:
+        file = find_file(source, CONFIG_NAME, subfolder, hub)
+    except (OSError, ValueError):
+        return None  # neither a folder nor a repository
+    if file is None or read_json(file).get("peft_type") != "SPP":
+        return None
+    pickled = kwargs.get("weights_only", Path(source).is_dir()) is True
+    try:
+        return read_adapter(source, subfolder=subfolder, pickled=pickled, hub=hub)
+    except FileNotFoundError as error:
+        raise ValueError(f"Can't find weights for {source}: {error}") from error
+
+
+def check_fits(
+    saved: SavedAdapter, model: nn.Module, config: SPPConfig, adapter_name: str, ignore_shapes: bool
+) -> None:
+    """
+    Check that a saved adapter fills the layers that a model has for it, and that they compute the same with it.
+
+    Args:
+        saved ([`SavedAdapter`]): The adapter.
+        model (`nn.Module`): The model, with layers for it.
+        config (`SPPConfig`): The configuration of these layers.
+        adapter_name (`str`): Their adapter's name.
+        ignore_shapes (`bool`): Whether tensors of other shapes are to be left out.
+
+    Raises:
+        ValueError: If tensors are missing or left over, or a scaling is another.
+        RuntimeError: If factors have other shapes.
+    """
+    check_count(saved.origin, saved.tensors, model, config, adapter_name, may_be_renamed=True)
+    if not ignore_shapes:
+        check_shapes({saved_name(name): one.shape for name, one in saved.tensors.items()}, model, config, adapter_name)
+    for name, layer in adapter_layers(model, adapter_name).items():
+        if name in saved.factors:
+            rows = saved.factors[name]["A"].shape[0] // layer.num_experts
+            own = layer.spp_alpha[adapter_name] / layer.r[adapter_name]
+            other = saved.alpha(layer.module_name) / max(rows, 1)
+            if abs(own - other) > 1e-9 * max(abs(own), abs(other)):
+                raise ValueError(
+                    f"{saved.origin} was saved with other settings than those of adapter {adapter_name!r}: in module "
+                    f"{layer.module_name!r} alpha / r is {other:g} there and {own:g} here. Load it under another "
+                    "name, or without a `config`, so that it keeps its own settings."
+                )
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
+    """
+    Check that factors have the shapes of a model's layers.
+
+    Args:
+        shapes (`dict[str, tuple[int, ...]]`): The shapes of an adapter's tensors by name, without PEFT's prefix.
+        model (`nn.Module`): The model.
+        config (`SPPConfig`): The configuration of the adapter in the model.
+        adapter_name (`str`): The name of the adapter.
+
+    Raises:
+        RuntimeError: If some have others; the message names the first of them.
+    """
+    misfits = [
+        f"{name} is {tuple(shapes[name])} in the adapter, {shape} in the model"
+        for name, shape in expected_tensors(model, config, adapter_name).items()
+        if shape is not None and name in shapes and tuple(shapes[name]) != shape
+    ]
+    if misfits:
+        raise RuntimeError(
+            f"size mismatch for {len(misfits)} tensors of the adapter: {'; '.join(misfits[:3])}. The adapter was "
+            "trained on a base model of other shapes, or with another `r`. Nothing was loaded."
+        )
+
+
+def take_record(record: BaseRecord | None, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
+    """
+    Compare a model with the record of the weights that an adapter gets, and take over the record.
+
+    Args:
+        record ([`~peft_spp.sparsity.base_masks.BaseRecord`], *optional*): The record.
+        model (`nn.Module`): The model.
+        config (`SPPConfig`): The configuration of the adapter in the model.
+        adapter_name (`str`): The name of the adapter in it.
+
+    Raises:
+        ValueError: If a mask is different and `check_base` is `"error"`; the record is not taken over then.
+    """
+    before, config.base_record = config.base_record, record
+    try:
+        check_base(config, model, adapter_name)
+    except ValueError:
+        config.base_record = before
+        raise
+
+
+def check_loaded(
+    model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """
+    Check the tensors that PEFT is about to write into a model, under the names that the model has for them.
+
+    Args:
+        model (`nn.Module`): The model.
+        config (`SPPConfig`): The configuration of the adapter in it.
+        adapter_name (`str`): The name of the adapter.
+        state_dict (`Mapping[str, torch.Tensor]`): The tensors.
+
+    Raises:
+        ValueError: If tensors are missing or left over, or a value is not finite.
+        RuntimeError: If factors have other shapes.
+    """
+    origin = "the state dict of the adapter" if (current := loading_of(adapter_name)) is None else current.saved.origin
+    tensors = {_without_adapter(key, adapter_name): tensor for key, tensor in state_dict.items()}
+    check_count(origin, tensors, model, config, adapter_name)
+    if current is not None:
+        return
+    if not any(isinstance(module, BaseTuner) for module in model.modules()):
+        # a `PeftModel` checks the shapes itself, and knows whether PEFT leaves out what does not fit
+        shapes = {saved_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+        check_shapes(shapes, model, config, adapter_name)
+    for name, one in list_loaded(origin, tensors).items():
+        check_finite(origin, name, one)
+    if config.record_of_weights is not None:
+        take_record(config.record_of_weights, model, config, adapter_name)
+        config.record_of_weights = None
+
+
+def _without_adapter(key: str, adapter_name: str) -> str:
+    """The name under which a tensor of a model is saved."""
+    parts = key.split(".")
+    for at in range(1, len(parts)):
+        if parts[at] == adapter_name and parts[at - 1] in BY_ADAPTER:
+            return ".".join(parts[: at - (parts[at - 1] == "modules_to_save")] + parts[at + 1 :])
+    return key

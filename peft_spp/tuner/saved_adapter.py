@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a saved adapter: one reader for everything that loads, merges, inspects, exports or swaps one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+
+from ..sparsity.base_masks import BASE_MASKS, BaseRecord
+from ..sparsity.safetensors_files import read_json
+from ..sparsity.weights import Stored
+from .adapter_checks import check_factors, check_finite
+from .adapter_files import (
+    FACTOR,
+    PREFIX,
+    check_same_save,
+    find_file,
+    find_weights,
+    list_loaded,
+    list_tensors,
+    read_record,
+)
+from .config import SPPConfig
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """
+    A saved SPP adapter whose files have been read and checked.
+
+    Args:
+        origin (`str`): What to call it in messages: its weights' file.
+        folder (`Path`, *optional*): The local folder it is in; `None` for a state dict.
+        config (`SPPConfig`): Its settings.
+        tensors (`Mapping[str, Stored]`):
+            Its tensors by their names in the file, none of them read yet: `.shape`, `.dtype` and `.load()`.
+        weights_id (`str`, *optional*): The id of the settings that the files were saved with.
+        base (`BaseRecord`, *optional*): The record of the base model that it was trained on, if it has one.
+    """
+
+    origin: str
+    folder: Path | None
+    config: SPPConfig
+    tensors: Mapping[str, Stored] = field(repr=False)
+    weights_id: str | None = None
+    base: BaseRecord | None = field(default=None, repr=False)
+
+    @cached_property
+    def factors(self) -> dict[str, dict[str, Stored]]:
+        """The factors, `"A"` and `"B"`, by the name of their module in the base model."""
+        return group_factors(self.tensors)
+
+    @cached_property
+    def others(self) -> dict[str, Stored]:
+        """The tensors that are not factors (biases, `modules_to_save`, tokens), by name without PEFT's prefix."""
+        names = {name.removeprefix(PREFIX): one for name, one in self.tensors.items()}
+        return {name: one for name, one in names.items() if not FACTOR.fullmatch(name)}
+
+    @property
+    def weights(self) -> Path | None:
+        """The file of the weights."""
+        files = (self.folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)) if self.folder else ()
+        return next((file for file in files if file.is_file()), None)
+
+    def alpha(self, module: str) -> float:
+        """
+        The alpha that the settings give a module.
+
+        Args:
+            module (`str`): The name of the module in the base model.
+        """
+        return alpha_of(self.config, module)
+
+
+def alpha_of(config: SPPConfig, module: str) -> float:
+    """
+    The alpha that a configuration gives a module.
+
+    Args:
+        config (`SPPConfig`): The configuration.
+        module (`str`): The name of the module in the base model.
+    """
+    alpha: float = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.spp_alpha)
+    return alpha
+
+
+def group_factors(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """
+    The factors among the tensors of an adapter.
+
+    Args:
+        tensors (`Mapping[str, Stored]`): The tensors by name, with PEFT's prefix or without it.
+
+    Returns:
+        `dict[str, dict[str, Stored]]`: `"A"` and `"B"`, as far as they are there, by the name of the module.
+    """
+    factors: dict[str, dict[str, Stored]] = {}
+    for name, one in tensors.items():
+        if match := FACTOR.fullmatch(name.removeprefix(PREFIX)):
+            factors.setdefault(match[1], {})[match[2]] = one
+    return factors
+
+
+def read_settings(
+    source: str | os.PathLike[str], *, subfolder: str | None = None, hub: Mapping[str, Any] | None = None
+) -> tuple[Path, SPPConfig]:
+    """
+    Read the settings of a saved adapter.
+
+    Args:
+        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
+        subfolder (`str`, *optional*): The folder inside of it.
+        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        `tuple[Path, SPPConfig]`: The file, and the settings.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If they are those of another method, or cannot be used; the message names the file.
+    """
+    file = find_file(source, CONFIG_NAME, subfolder, hub)
+    if file is None:
+        raise FileNotFoundError(f"{Path(source, subfolder or '')} is not a PEFT adapter: it holds no {CONFIG_NAME}")
+    method = read_json(file, strict=True).get("peft_type")
+    if method != "SPP":
+        raise ValueError(f"{file} is of peft_type {method!r}, and only SPP adapters are read here")
+    try:
+        config = SPPConfig.from_peft_type(**SPPConfig.from_json_file(str(file)))
+    except ValueError as error:
+        if str(file) in str(error):
+            raise
+        raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+    return file, config
+
+
+def read_adapter(
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    pickled: bool = False,
+    hub: Mapping[str, Any] | None = None,
+) -> SavedAdapter:
+    """
+    Read a saved adapter, and check all of it that can be checked without a model.
+
+    Args:
+        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
+        subfolder (`str`, *optional*): The folder inside of it.
+        pickled (`bool`, *optional*, defaults to `False`):
+            Whether pickled weights may be unpickled, and only weights; otherwise they are refused.
+        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        [`SavedAdapter`]: The adapter.
+
+    Raises:
+        FileNotFoundError: If it has no configuration or no weights.
+        ValueError: If a file is damaged, is of another save than the others, or holds something else than a whole SPP
+            adapter of these settings with finite values. The message names the file, and the tensor or the module.
+    """
+    config_file, config = read_settings(source, subfolder=subfolder, hub=hub)
+    masks_file = find_file(source, BASE_MASKS, subfolder, hub)
+    config.base_record, weights_id = read_record(config_file, masks_file)
+    weights = find_weights(source, subfolder, hub)
+    if weights is None:
+        raise FileNotFoundError(f"{config_file.parent} holds no {SAFETENSORS_WEIGHTS_NAME}")
+    tensors, its_id = list_tensors(weights, pickled)
+    check_same_save(weights, its_id, weights_id)
+    saved = SavedAdapter(str(weights), weights.parent, config, tensors, weights_id, config.base_record)
+    check_adapter(saved)
+    return saved
+
+
+def from_state_dict(config: SPPConfig, state_dict: Mapping[str, Any]) -> SavedAdapter:
+    """
+    Read an adapter that is in memory as it is saved, and check it as [`read_adapter`] does.
+
+    Args:
+        config (`SPPConfig`): Its settings.
+        state_dict (`Mapping[str, torch.Tensor]`): Its tensors, by the names that PEFT saves them under.
+
+    Returns:
+        [`SavedAdapter`]: The adapter.
+    """
+    origin = "the state dict of the adapter"
+    saved = SavedAdapter(origin, None, config, list_loaded(origin, state_dict), base=config.base_record)
+    check_adapter(saved)
+    return saved
+
+
+def check_adapter(saved: SavedAdapter) -> None:
+    """
+    Check that an adapter is whole, fits its settings and has only finite values.
+
+    Args:
+        saved ([`SavedAdapter`]): The adapter.
+
+    Raises:
+        ValueError: If it is not; the message names the file, and the tensor or the module.
+    """
+    if not saved.tensors:
+        raise ValueError(
+            f"{saved.origin} holds no tensors. Save the adapter again, or load an earlier checkpoint of it."
+        )
+    check_factors(saved.origin, saved.factors, saved.config)
+    recorded = saved.base.masks if saved.base is not None and not saved.config.target_parameters else {}
+    missing = [module for module in recorded if module not in saved.factors]
+    if missing:
+        raise ValueError(
+            f"{saved.origin} lacks the factors of {len(missing)} of {len(recorded)} modules that the adapter was "
+            f"trained in, the first of them {missing[0]!r}. Copy it again, or load an earlier checkpoint."
+        )
+    for name, one in saved.tensors.items():
+        check_finite(saved.origin, name, one)
