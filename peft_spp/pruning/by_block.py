@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from .calibration import CalibrationBatch, InputStatistics, calibration_mode, run_calibration
-from .layers import LinearLayer, check_prunable, find_blocks, find_target_layers
+from .block_calls import CalibrationBatch
+from .calibration import run_calibration
+from .calibration_data import calibration_inputs
+from .calibration_mode import calibration_mode
+from .input_statistics import InputStatistics
+from .layers import LinearLayer, check_prunable, check_unshared, find_blocks, find_target_layers
 from .methods import PruningMethod
 
 
@@ -37,11 +41,12 @@ def prune_by_block(
     layers = find_target_layers(model, target_modules, exclude_modules)
     check_prunable(layers, method.pattern)
     check_in_blocks(layers, blocks_name, method)
+    check_unshared(model, layers)
     assert method.statistics is not None
 
     with calibration_mode(model):
         dense = method.statistics(layers)
-        batches = run_calibration(model, blocks, calibration_batches, dense)
+        batches = run_calibration(model, blocks, calibration_inputs(calibration_batches), dense)
         # These are not used, as the blocks will get other inputs: this checks them before anything is changed.
         dense.compute()
         del dense
@@ -55,7 +60,8 @@ def check_in_blocks(names: Iterable[str], blocks_name: str, method: PruningMetho
     for name in names:
         if not name.startswith(f"{blocks_name}."):
             raise ValueError(
-                f"{name} is not in the transformer blocks ({blocks_name}), which is all that {method.name} prunes."
+                f"{name} is not in the transformer blocks ({blocks_name}), which is all that {method.name} prunes. "
+                "Leave it out, or prune it by magnitude."
             )
 
 
@@ -89,7 +95,6 @@ def prune_block(
         statistics: InputStatistics = method.statistics(layers)
         with statistics:
             for batch in batches:
-                statistics.token_mask = batch.token_mask
                 batch.run_block(index, block)
                 after_batch()
         for name, statistic in statistics.compute().items():

@@ -1,175 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running calibration data through a model, whole or block by block, and measuring the inputs of its linear layers."""
+"""Running calibration data through a model, whole or up to its blocks."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .layers import LinearLayer
-
-
-class InputStatistics(ABC):
-    """
-    Accumulates what a method wants to know of the inputs of several linear layers over all calibration tokens.
-
-    Use it as a context manager: while it is active, forward hooks on the layers add what passes through them.
-
-    Args:
-        layers (`dict[str, LinearLayer]`): The layers to observe by their names.
-    """
-
-    def __init__(self, layers: dict[str, LinearLayer]) -> None:
-        self._layers = layers
-        self._sums: dict[str, torch.Tensor] = {}
-        self._hooks = ExitStack()
-        # Which tokens of the batch that is run now are not padding; `None` if all of them count.
-        self.token_mask: torch.Tensor | None = None
-
-    @abstractmethod
-    def of_features(self, features: torch.Tensor) -> torch.Tensor:
-        """What some tokens add to the sum, given their inputs of shape `(tokens, in_features)`."""
-
-    def __enter__(self) -> InputStatistics:
-        for name, layer in self._layers.items():
-            self._hooks.enter_context(layer.register_forward_pre_hook(self._make_hook(name)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.close()
-
-    def _make_hook(self, name: str) -> Any:
-        def add_inputs(layer: LinearLayer, inputs: tuple[torch.Tensor, ...]) -> None:
-            features = inputs[0].detach()
-            if self.token_mask is not None and features.shape[:-1] == self.token_mask.shape:
-                features = features[self.token_mask.to(features.device)]
-            added = self.of_features(features.reshape(-1, features.shape[-1]))
-            if name in self._sums:
-                # in place: a Hessian may take hundreds of megabytes
-                self._sums[name] += added
-            else:
-                self._sums[name] = added
-
-        return add_inputs
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        """
-        Check and return the sums.
-
-        Returns:
-            `dict[str, torch.Tensor]`: What was added up for each layer.
-
-        Raises:
-            ValueError: If nothing has reached a layer, or its inputs are not finite.
-        """
-        for name in self._layers:
-            if name not in self._sums:
-                raise ValueError(f"No calibration data reached {name}: cannot tell the importance of its weights.")
-            if not self._sums[name].isfinite().all():
-                raise ValueError(f"The calibration inputs of {name} are not finite, or too large to be squared.")
-        return dict(self._sums)
-
-
-class InputNorms(InputStatistics):
-    """
-    Accumulates ‖X_j‖₂, the norm over all calibration tokens of each input feature j, for several linear layers.
-
-    The squares are accumulated in float32 whatever the dtype of the model.
-
-    Args:
-        layers (`dict[str, LinearLayer]`): The layers to observe by their names.
-    """
-
-    def of_features(self, features: torch.Tensor) -> torch.Tensor:
-        return features.float().square().sum(dim=0)
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        """
-        Check and return the norms.
-
-        Returns:
-            `dict[str, torch.Tensor]`: A float32 vector of `in_features` norms for each layer.
-        """
-        return {name: squares.sqrt() for name, squares in super().compute().items()}
-
-
-class InputHessians(InputStatistics):
-    """
-    Accumulates 2 X Xᵀ, the Hessian of the squared error of each output, for several linear layers.
-
-    Args:
-        layers (`dict[str, LinearLayer]`): The layers to observe by their names.
-    """
-
-    def of_features(self, features: torch.Tensor) -> torch.Tensor:
-        # float32, but for models in float64
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        return 2 * features.T @ features
-
-
-@dataclass
-class CalibrationBatch:
-    """
-    A batch of calibration data on its way through the blocks.
-
-    Args:
-        token_mask (`torch.Tensor`, *optional*): Boolean mask of the tokens that are not padding.
-        hidden_states (`torch.Tensor`): The inputs of the block that is next.
-        block_arguments (`list`):
-            What each block is called with besides the hidden states, positional and by keyword: attention masks,
-            position embeddings and so on.
-    """
-
-    token_mask: torch.Tensor | None
-    hidden_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    block_arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def run_block(self, index: int, block: nn.Module) -> torch.Tensor:
-        """Run `block`, the one numbered `index`, on the hidden states, and return its output."""
-        args, kwargs = self.block_arguments[index]
-        return _first(block(self.hidden_states, *args, **kwargs))
+from .block_calls import (
+    BY_MAGNITUDE,
+    CalibrationBatch,
+    check_independent,
+    entering_states,
+    negated_outputs,
+    record_block_calls,
+)
+from .calibration_data import CalibrationInputs
+from .calibration_mode import accepts
+from .input_statistics import InputStatistics
 
 
 @torch.no_grad()
 def run_calibration(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
-    statistics: InputStatistics,
+    model: nn.Module, blocks: nn.ModuleList, data: Iterable[CalibrationInputs], statistics: InputStatistics
 ) -> list[CalibrationBatch]:
     """
     Run the whole model on the calibration data, recording what its blocks are called with.
 
     Only the hidden states that enter the first block are stored (one tensor for each batch); masks and position
-    embeddings are shared by the blocks as in the model itself.
+    embeddings are shared by the blocks as in the model itself. The first batch is run again block by block, which
+    must give the same: a cache, randomness or any other state between calls would change it.
 
     Args:
         model (`nn.Module`): The model.
         blocks (`nn.ModuleList`): Its transformer blocks.
-        batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
+        data (`Iterable[CalibrationInputs]`): The calibration data.
         statistics (`InputStatistics`): Gets the inputs of its layers.
 
     Returns:
         `list[CalibrationBatch]`: The batches, ready to be run through the first block.
+
+    Raises:
+        ValueError: If the blocks cannot be run one by one.
     """
     device = next(model.parameters()).device
     calibration: list[CalibrationBatch] = []
-    for inputs in batches:
-        model_inputs, batch = _new_batch(inputs, device)
-        statistics.token_mask = batch.token_mask
-        with statistics, _record_block_arguments(blocks, batch):
-            model(**model_inputs)
-        if len(batch.block_arguments) != len(blocks):
-            raise ValueError("The model's forward does not run each of its blocks once: cannot go block by block.")
+    for inputs in data:
+        arguments = _model_arguments(model, blocks, inputs, device)
+        batch = CalibrationBatch()
+        with statistics, record_block_calls(blocks, batch) as outputs:
+            model(**arguments)
+        if not calibration:
+            if not same_output(batch.rerun(blocks), outputs[0]):
+                raise ValueError(
+                    "The model's blocks, run one by one, give another output than in the model's forward: they keep "
+                    f"state between calls, or are random. {BY_MAGNITUDE}"
+                )
+            _check_arguments(model, blocks, arguments, batch)
         calibration.append(batch)
-    if not calibration:
-        raise ValueError("There is no calibration data: calibration_batches is empty.")
     return calibration
 
 
@@ -177,7 +68,7 @@ def run_calibration(
 def enter_blocks(
     stem: nn.Module,
     blocks: nn.ModuleList,
-    batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
+    data: Iterable[CalibrationInputs],
     device: torch.device,
     first_block: Callable[[], nn.Module],
     after_batch: Callable[[], object],
@@ -186,33 +77,98 @@ def enter_blocks(
     Run all of a model but its blocks on the calibration data, recording what the blocks would be called with.
 
     The blocks hold no data. In their places the hidden states pass unchanged, so what is recorded is right for models
-    whose masks and position embeddings do not depend on them.
+    whose masks and position embeddings do not depend on them, which is checked on the first batch.
 
     Args:
         stem (`nn.Module`): The model without its head; all but the blocks is loaded.
         blocks (`nn.ModuleList`): Its transformer blocks, on the meta device.
-        batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
+        data (`Iterable[CalibrationInputs]`): The calibration data.
         device (`torch.device`): Where the stem is.
         first_block (`Callable[[], nn.Module]`): Gives the first block with its weights; called once.
         after_batch (`Callable[[], object]`): Called after each batch.
 
     Returns:
         `list[CalibrationBatch]`: The batches, ready to be run through the first block.
+
+    Raises:
+        ValueError: If the blocks cannot be run one by one.
     """
     calibration: list[CalibrationBatch] = []
     skipped = _SkippedBlocks(first_block)
     with skipped.in_place_of(blocks):
-        for inputs in batches:
-            model_inputs, batch = _new_batch(inputs, device)
-            with _record_block_arguments(blocks, batch):
-                stem(**model_inputs)
-            if len(batch.block_arguments) != len(blocks):
-                raise ValueError("The model's forward does not run each of its blocks once: cannot go block by block.")
+        for inputs in data:
+            arguments = _model_arguments(stem, blocks, inputs, device)
+            batch = CalibrationBatch()
+            with record_block_calls(blocks, batch):
+                stem(**arguments)
+            skipped.check_unused(batch)
+            if not calibration:
+                _check_arguments(stem, blocks, arguments, batch)
             calibration.append(batch)
             after_batch()
-    if not calibration:
-        raise ValueError("There is no calibration data: calibration_batches is empty.")
     return calibration
+
+
+@torch.no_grad()
+def check_repeatable(index: int, block: nn.Module, batch: CalibrationBatch) -> None:
+    """Raise a `ValueError` if `block`, the one numbered `index`, gives another output when it is run again."""
+    if not same_output(batch.run_block(index, block), batch.run_block(index, block)):
+        raise ValueError(
+            f"Block {index} gives another output when it is run again on the same data: it keeps state between "
+            f"calls, or is random. {BY_MAGNITUDE}"
+        )
+
+
+def same_output(output: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two outputs of one computation are the same, up to the order of additions on an accelerator."""
+    if output.shape != expected.shape:
+        return False
+    if not expected.isfinite().all():
+        return not output.isfinite().all()  # the statistics name the layer
+    difference, norm = (output.double() - expected.double()).norm(), expected.double().norm()
+    return bool(difference <= norm * max(1e-5, torch.finfo(expected.dtype).eps))
+
+
+def _check_arguments(
+    model: nn.Module, blocks: nn.ModuleList, arguments: dict[str, Any], batch: CalibrationBatch
+) -> None:
+    changed = CalibrationBatch()
+    with negated_outputs(blocks), record_block_calls(blocks, changed):
+        model(**arguments)
+    check_independent(batch, changed)
+
+
+def _model_arguments(
+    model: nn.Module, blocks: nn.ModuleList, inputs: CalibrationInputs, device: torch.device
+) -> dict[str, Any]:
+    """
+    What to call the model with.
+
+    Where padding on the left was cut off, the tokens have to be what they are behind it: a model may count positions
+    from the start of the padding.
+    """
+    arguments = _on_device(model, inputs.arguments, device)
+    if inputs.padded is None:
+        return arguments
+    choices = [arguments]
+    if accepts(model, "position_ids") and "position_ids" not in arguments:
+        positions = torch.arange(inputs.columns.start, inputs.columns.stop, device=device)
+        choices.append(arguments | {"position_ids": positions.expand(len(inputs.rows), -1)})
+    padded = entering_states(model, blocks, _on_device(model, inputs.padded, device))
+    if padded.shape[:2] == inputs.padded["attention_mask"].shape:
+        expected = padded[inputs.rows, inputs.columns]
+        for choice in choices:
+            if same_output(entering_states(model, blocks, choice), expected):
+                return choice
+    raise ValueError(
+        f"Padding on the left changes what {type(model).__name__} makes of the tokens of a calibration batch. Pad on "
+        "the right, or pass sequences without padding."
+    )
+
+
+def _on_device(model: nn.Module, arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return moved | ({"use_cache": False} if accepts(model, "use_cache") else {})
 
 
 class _SkippedBlocks:
@@ -221,13 +177,25 @@ class _SkippedBlocks:
     def __init__(self, first_block: Callable[[], nn.Module]) -> None:
         self._first_block = first_block
         self._others: int | None = None
+        # what the blocks return besides the hidden states is not known here
+        self._unknown = torch.empty(0)
 
     def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._others is None:
             block = self._first_block()
             output = type(block).forward(block, hidden_states, *args, **kwargs)
             self._others = len(output) - 1 if isinstance(output, tuple) else -1
-        return hidden_states if self._others < 0 else (hidden_states, *[None] * self._others)
+        return hidden_states if self._others < 0 else (hidden_states, *[self._unknown] * self._others)
+
+    def check_unused(self, batch: CalibrationBatch) -> None:
+        """Raise a `ValueError` if a block is called with what another would have returned."""
+        for index, (args, kwargs) in enumerate(batch.block_arguments):
+            if any(value is self._unknown for value in (*args, *kwargs.values())):
+                raise ValueError(
+                    f"Block {index} is called with what the block before it computes besides the hidden states: "
+                    "cannot go block by block from disk. Load the model with from_pretrained, prune it in memory, "
+                    "and save it with save_pretrained instead."
+                )
 
     @contextmanager
     def in_place_of(self, blocks: nn.ModuleList) -> Iterator[None]:
@@ -239,63 +207,3 @@ class _SkippedBlocks:
         finally:
             for block in blocks:
                 del block.forward
-
-
-def _new_batch(
-    inputs: torch.Tensor | Mapping[str, torch.Tensor], device: torch.device
-) -> tuple[dict[str, torch.Tensor], CalibrationBatch]:
-    """What to call the model with, and the batch that will hold its hidden states."""
-    model_inputs = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
-    # Nothing is learnt from the labels here, so the loss need not be computed.
-    model_inputs.pop("labels", None)
-    model_inputs = {name: value.to(device) for name, value in model_inputs.items()}
-    attention_mask = model_inputs.get("attention_mask")
-    return model_inputs, CalibrationBatch(None if attention_mask is None else attention_mask.bool())
-
-
-@contextmanager
-def _record_block_arguments(blocks: nn.ModuleList, batch: CalibrationBatch) -> Iterator[None]:
-    """While active, record in `batch` what `blocks` are called with."""
-    last_output: torch.Tensor | None = None
-
-    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden_states, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if last_output is None:
-            batch.hidden_states = hidden_states
-        elif hidden_states is not last_output:
-            raise ValueError("The model changes the hidden states between its blocks: cannot go block by block.")
-        batch.block_arguments.append((args, kwargs))
-
-    def after_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        nonlocal last_output
-        last_output = _first(output)
-
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
-            hooks.enter_context(block.register_forward_hook(after_block))
-        yield
-
-
-@contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """While active, the model does without dropout and key-value cache."""
-    was_training = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if use_cache is not None:
-            config.use_cache = use_cache  # type: ignore[union-attr]
-        for module, training in was_training.items():
-            module.training = training
-
-
-def _first(output: Any) -> torch.Tensor:
-    # Blocks return their hidden states alone, or first in a tuple.
-    return output[0] if isinstance(output, tuple) else output

@@ -25,12 +25,15 @@ from ..durable import sync_file
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
 from .by_block import check_in_blocks, layers_of_block, prune_block
-from .calibration import calibration_mode, enter_blocks
+from .calibration import check_repeatable, enter_blocks
+from .calibration_data import CalibrationInputs, calibration_inputs
 from .calibration_file import calibration_sequences
-from .layers import LinearLayer, check_divisible, find_target_layers
+from .calibration_mode import calibration_mode
+from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
 from .model_card import pruned_card
+from .preflight import check_finite, check_tokens, choose_device, last_block, needed_tensors
 from .report import PrunedModule, PruneReport
 from .skeleton import Skeleton
 from .sparsegpt import BLOCK_SIZE, DAMPING, SparseGPT
@@ -96,13 +99,15 @@ def prune_checkpoint(
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         damping (`float`, *optional*, defaults to 0.01): SparseGPT's λ, as a fraction of the mean of the diagonal of H.
         block_size (`int`, *optional*, defaults to 128): SparseGPT's number of inputs between updates.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to check everything and to say what would be pruned, but prune and write nothing.
+            Whether to check everything that a run checks before it prunes, and to say what would be pruned and which
+            files replaced, but prune and write nothing.
         progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
 
     Returns:
@@ -135,25 +140,28 @@ def prune_checkpoint(
     checkpoint = read_checkpoint(folder)
     out.check(checkpoint.size, checkpoint.copies)
     dense_card = read_card(folder / CARD)
-    skeleton = Skeleton(checkpoint, _device(device))
+    skeleton = Skeleton(checkpoint, choose_device(device))
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
     settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
-    batches: Batches = []
+    data: list[CalibrationInputs] = []
     if chosen.statistics is not None and calibration is not None:
         check_in_blocks(layers, skeleton.blocks_name, chosen)
+        check_unshared(skeleton.model, layers)
         batches, used = _calibration_data(skeleton, calibration, samples, sequence_length, seed)
         settings |= used
+        data = list(calibration_inputs(batches))
+        check_tokens(skeleton, data)
     if isinstance(chosen, SparseGPT):
         settings |= {"damping": damping, "block_size": block_size}
 
     run = _Run(chosen, skeleton, layers, progress)
+    run.look(0 if dry_run else run.steps(len(data)))
     if dry_run:
-        run.look()
         return _report(run, out, settings, dry_run)
     with out:
         copies = _copy_files(checkpoint, out)
-        run.prune(list(batches), copies)
+        run.prune(data, copies)
         report = _report(run, out, settings, dry_run)
         card = out.new_file(Path(CARD))
         card.write_text(str(pruned_card(dense_card, report, chosen, hub_id(model))), encoding="utf-8")
@@ -173,12 +181,6 @@ def _choose(
     if method == "sparsegpt":
         return SparseGPT(pattern, sparsity, damping, block_size)
     raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def _calibration_data(
@@ -241,34 +243,44 @@ class _Run:
     _done: int = 0
     _total: int = 0
 
-    def look(self) -> None:
-        """Check the weights, and change nothing."""
+    def look(self, steps_to_come: int) -> None:
+        """Check the tensors, and change nothing: what is found here cannot end the run half-way."""
+        others = needed_tensors(self.skeleton, self.layers, self.method)
+        self._total = len(self.layers) + len(others) + steps_to_come
+        for tensor in others:
+            check_finite(tensor)
+            self._step()
         for name in self._one_by_one():
             self._record(name, self._count(name), None)
 
-    def prune(self, batches: list[Tensor | Mapping[str, Tensor]], copies: Mapping[Path, Path]) -> None:
+    def steps(self, batches: int) -> int:
+        """How many steps pruning will take."""
+        if self.method.statistics is None:
+            return len(self.layers)
+        last = last_block(self.skeleton, self.layers)
+        by_block = [layers_of_block(self.layers, self.skeleton.blocks_name, index) for index in range(last + 1)]
+        return batches * (1 + sum(2 if layers else 1 for layers in by_block))
+
+    def prune(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
         """Prune the layers, and write them into copies of the weight files."""
         if self.method.statistics is not None:
-            self._prune_by_block(batches, copies)
+            self._prune_by_block(data, copies)
             return
         for name in self._one_by_one():
-            before = self._count(name)
             self.method.prune(name, self.layers[name], None)
-            self._finish(name, before, copies)
+            self._finish(name, copies)
 
     def _one_by_one(self) -> Iterator[str]:
         """The names of the layers, each while its weight is in memory."""
-        self._total = len(self.layers)
         for name in self.layers:
             with self.skeleton.loaded([f"{name}.weight"]):
                 yield name
             self._step()
 
-    def _prune_by_block(self, data: list[Tensor | Mapping[str, Tensor]], copies: Mapping[Path, Path]) -> None:
+    def _prune_by_block(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
-        last = max(index for index, layers in enumerate(by_block) if layers)
-        self._total = len(data) * (1 + sum(2 if layers else 1 for layers in by_block[: last + 1]))
+        last = last_block(skeleton, self.layers)
         with calibration_mode(skeleton.model):
             with skeleton.loaded(skeleton.names_of_stem()):
                 batches = enter_blocks(
@@ -277,10 +289,10 @@ class _Run:
             for index in range(last + 1):
                 with skeleton.loaded(skeleton.names_of_block(index)):
                     layers = by_block[index]
-                    before = {name: self._count(name) for name in layers}
+                    check_repeatable(index, blocks[index], batches[0])
                     prune_block(self.method, index, blocks[index], layers, batches, self._step)
                     for name in layers:
-                        self._finish(name, before[name], copies)
+                        self._finish(name, copies)
 
     def _load_first_block(self) -> torch.nn.Module:
         for name in self.skeleton.names_of_block(0):
@@ -303,7 +315,7 @@ class _Run:
             )
         return counts.zeros
 
-    def _finish(self, name: str, zeros_before: int, copies: Mapping[Path, Path]) -> None:
+    def _finish(self, name: str, copies: Mapping[Path, Path]) -> None:
         """Check what a layer has become, and write it."""
         counts = self._counts(name)
         pattern = None if self.method.pattern is None else NMPattern.parse(self.method.pattern)
@@ -314,7 +326,7 @@ class _Run:
         with copies[stored.file].open("r+b") as file:
             file.seek(stored.start)
             file.write(data.numpy().data)
-        self._record(name, zeros_before, counts.zeros)
+        self._record(name, self.modules[name].zeros_before, counts.zeros)
 
     def _counts(self, name: str) -> Counts:
         layer = self.layers[name]
@@ -339,7 +351,7 @@ class _Run:
 
 def _report(run: _Run, output: OutputFolder, settings: dict[str, Any], dry_run: bool) -> PruneReport:
     checkpoint = run.skeleton.checkpoint
-    linear = find_target_layers(run.skeleton.model, ".*")
+    linear = linear_layers(run.skeleton.model)
     return PruneReport(
         model=str(checkpoint.folder),
         output=str(output.path),

@@ -3,22 +3,29 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import TypeAlias
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..architecture import (
+    LinearLayer,
+    find_block_lists,
+    is_linear_layer,
+    linear_layers_in_blocks,
+    why_not_linear_map,
+)
 from ..sparsity import NMPattern
 from ..sparsity.names import matches
 
 
-LinearLayer: TypeAlias = nn.Linear | Conv1D
-
-
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
-    Find the transformer blocks of a model: the `nn.ModuleList` that holds the most weights of linear layers.
+    Find the transformer blocks to prune.
+
+    Of several stacks of blocks they are the one of the text model, which calibration text runs through, or else the
+    one with the most weights of linear layers.
 
     Args:
         model (`nn.Module`): A model with one stack of blocks to prune, such as a decoder-only language model.
@@ -26,23 +33,18 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Returns:
         `tuple[str, nn.ModuleList]`: The name of the list in the model, and the list.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _is_encoder_decoder(model):
         raise ValueError(
-            "Encoder-decoder models have two stacks of blocks; finding the layers to prune is implemented for models "
-            "with one. Name the layers with target_modules, where the method allows it."
+            "An encoder-decoder model has two stacks of blocks, which cannot be pruned block by block. Only magnitude "
+            "pruning works for this model."
         )
-    sizes = {
-        name: sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, LinearLayer))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    # Of equal lists `max` takes the first, which is the outermost.
-    name = max(sizes, key=sizes.__getitem__, default=None)
-    if name is None or sizes[name] == 0:
+    lists = find_block_lists(dict(model.named_modules()))
+    if not lists:
         raise ValueError("The model has no transformer blocks: no nn.ModuleList in it holds linear layers.")
-    blocks = model.get_submodule(name)
-    assert isinstance(blocks, nn.ModuleList)
-    return name, blocks
+    in_text_model = {id(module) for module in _text_model(model).modules()}
+    lists = {name: blocks for name, blocks in lists.items() if id(blocks) in in_text_model} or lists
+    name = max(lists, key=lambda name: _linear_weights(lists[name]))
+    return name, lists[name]
 
 
 def find_target_layers(
@@ -55,34 +57,46 @@ def find_target_layers(
         model (`nn.Module`): The model to prune.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. `None` means all linear layers in the transformer blocks, which
-            leaves out the embeddings and the language model head.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+            one must be the layer's name or its end. `None` means all linear layers in the transformer blocks but the
+            routers of a mixture, which leaves out the embeddings and the language model head. Of a multimodal model
+            it means the blocks of the text model, and of an encoder-decoder model those of both stacks.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Returns:
         `dict[str, LinearLayer]`: The `nn.Linear` and `Conv1D` layers by their names.
+
+    Raises:
+        ValueError: If there is none, or one that is named computes something else than a linear map.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
+    layers = linear_layers(model)
     if target_modules is None:
-        blocks_name, blocks = find_blocks(model)
-        _warn_about_stacked_weights(blocks)
-        prefix = blocks_name + "."
-        layers = {name: layer for name, layer in _linear_layers(model).items() if name.startswith(prefix)}
+        layers = {name: layers[name] for name in _default_targets(model)}
     else:
-        layers = {name: layer for name, layer in _linear_layers(model).items() if _matches(name, target_modules)}
+        layers = {name: layer for name, layer in layers.items() if _matches(name, target_modules)}
     if not layers:
         raise ValueError(f"No linear layer of the model matches {target_modules=}.")
     if exclude_modules is not None:
         layers = {name: layer for name, layer in layers.items() if not _matches(name, exclude_modules)}
         if not layers:
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
-    return layers
+    return _linear_maps(layers, named=target_modules is not None)
+
+
+def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
+    """All linear layers of a model by their names."""
+    return {name: module for name, module in model.named_modules() if is_linear_layer(module)}
 
 
 def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
     """Raise a `ValueError` that names the first layer which cannot be pruned (to `pattern`, where one is given)."""
     for name, layer in layers.items():
+        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            raise ValueError(
+                f"The weight of {name} is computed from other tensors, so pruning it would not last. Make it a "
+                "parameter first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
+            )
         if not layer.weight.is_floating_point():
             raise ValueError(f"The weight of {name} is stored as {layer.weight.dtype}: prune before quantizing.")
         if not layer.weight.isfinite().all():
@@ -98,6 +112,22 @@ def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | N
             raise ValueError(
                 f"The {in_features} input features of {name} are not divisible by the M of {pattern}. Exclude it with "
                 "exclude_modules, or use another pattern or a sparsity."
+            )
+
+
+def check_unshared(model: nn.Module, layers: dict[str, LinearLayer]) -> None:
+    """Raise a `ValueError` that names the first layer whose weight another module uses too, for other inputs."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            users.setdefault(id(weight), []).append(name)
+    for name, layer in layers.items():
+        others = [other for other in users.get(id(layer.weight), ()) if other != name]
+        if others:
+            raise ValueError(
+                f"{name} shares its weight with {others[0]}, which gets other inputs. Leave it out with "
+                "exclude_modules, or prune the model by magnitude."
             )
 
 
@@ -117,7 +147,7 @@ def _matches(name: str, wanted: str | Iterable[str]) -> bool:
     return matches(name, wanted if isinstance(wanted, str) else tuple(wanted))
 
 
-def _warn_about_stacked_weights(blocks: nn.ModuleList) -> None:
+def _warn_about_stacked_weights(blocks: nn.Module) -> None:
     # Transformers keeps the experts of a mixture in one parameter with three dimensions, without linear layers.
     stacked = [name for name, parameter in blocks.named_parameters() if parameter.ndim > 2]
     if stacked:
@@ -127,5 +157,47 @@ def _warn_about_stacked_weights(blocks: nn.ModuleList) -> None:
         )
 
 
-def _linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LinearLayer)}
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    configs = [config, _text_config(config)]
+    return any(getattr(one, "is_encoder_decoder", False) for one in configs)
+
+
+def _text_config(config: object) -> object:
+    """The configuration of the text model that a multimodal model has; of other models, their own."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
+def _text_model(model: nn.Module) -> nn.Module:
+    config = getattr(model, "config", None)
+    if isinstance(model, PreTrainedModel) and _text_config(config) is not config:
+        text_model: nn.Module = model.get_decoder()
+        return text_model
+    return model
+
+
+def _default_targets(model: nn.Module) -> list[str]:
+    in_blocks = linear_layers_in_blocks(dict(model.named_modules()))
+    if _is_encoder_decoder(model):
+        names = set(in_blocks.values())
+    else:
+        names = {find_blocks(model)[0]}
+    for name in names:
+        _warn_about_stacked_weights(model.get_submodule(name))
+    return [layer for layer, name in in_blocks.items() if name in names]
+
+
+def _linear_maps(layers: dict[str, LinearLayer], named: bool) -> dict[str, LinearLayer]:
+    """The layers that compute what their class promises; for others, scores and masks would mean nothing."""
+    reasons = {name: reason for name, layer in layers.items() if (reason := why_not_linear_map(layer)) is not None}
+    if reasons:
+        first, reason = next(iter(reasons.items()))
+        what = f"{first}, a {type(layers[first]).__name__}, is not a linear map: {reason}."
+        if named:
+            raise ValueError(f"{what} Leave it out of target_modules, or exclude it with exclude_modules.")
+        warnings.warn(f"{len(reasons)} layers stay dense. {what}", stacklevel=4)
+    return {name: layer for name, layer in layers.items() if name not in reasons}
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in module.modules() if is_linear_layer(layer))

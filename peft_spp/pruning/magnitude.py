@@ -32,11 +32,13 @@ def prune_magnitude(
     Args:
         model (`nn.Module`): The model to prune.
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
-        sparsity (`float`, *optional*): Fraction of the weights of each layer to prune, in [0, 1).
+        sparsity (`float`, *optional*):
+            Fraction of the weights of each layer to prune, in [0, 1). The number is rounded to the nearest integer,
+            but at least one weight is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Example:
 

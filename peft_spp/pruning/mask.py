@@ -19,6 +19,11 @@ def check_pruning_request(pattern: str | NMPattern | None, sparsity: float | Non
         raise ValueError(f"sparsity must be in [0, 1), but is {sparsity}.")
 
 
+def num_to_prune(sparsity: float, size: int) -> int:
+    """How many of `size` weights a sparsity below 1 prunes: the nearest number, but never all."""
+    return min(round(sparsity * size), size - 1)
+
+
 def pruning_mask(
     scores: torch.Tensor,
     *,
@@ -38,7 +43,7 @@ def pruning_mask(
             N:M pattern: the comparison groups are M consecutive weights along the input, of which N are kept.
         sparsity (`float`, *optional*):
             Fraction of the weights of each comparison group to prune, in [0, 1). The number to prune is rounded to
-            the nearest integer.
+            the nearest integer, but at least one weight of a group is kept: `sparsity=0.99` keeps one of 32.
         comparison_group (`str`, *optional*, defaults to `"row"`):
             With `sparsity`, whether weights are compared within their row (`"row"`) or the whole layer (`"layer"`).
 
@@ -55,7 +60,7 @@ def pruning_mask(
     else:
         assert sparsity is not None  # checked above; tells type checkers
         groups = scores if comparison_group == "row" else scores.reshape(1, -1)
-        num_pruned = round(sparsity * groups.shape[-1])
+        num_pruned = num_to_prune(sparsity, groups.shape[-1])
 
     # A stable sort breaks ties by position; a threshold or an unstable top-k would not.
     pruned = groups.argsort(dim=-1, stable=True)[:, :num_pruned]

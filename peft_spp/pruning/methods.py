@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..sparsity import NMPattern
-from .calibration import InputStatistics
+from .input_statistics import InputStatistics
 from .layers import LinearLayer
 from .mask import check_pruning_request
 

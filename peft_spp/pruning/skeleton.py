@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -37,7 +38,7 @@ class Skeleton:
         device (`torch.device`): Where weights go when they are loaded, in the dtype that most of them are stored in.
 
     Raises:
-        ValueError: If Transformers has no class for the model, its blocks cannot be found, or it is quantized.
+        ValueError: If Transformers has no class for the model, or it is quantized.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -45,11 +46,21 @@ class Skeleton:
         self.device = device
         self.dtype = _main_dtype(checkpoint)
         self.model = _empty_model(checkpoint, self.dtype)
-        self._state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        try:
-            self.blocks_name, self.blocks = find_blocks(self.model)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
+        # tied tensors under each of their names, since one may be in a block and another not
+        self._state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
+            self.model.named_buffers(remove_duplicate=False)
+        )
+        self._kept_in_float32 = _kept_in_float32(self.model, self.dtype)
+
+    @cached_property
+    def blocks_name(self) -> str:
+        """The name of the list of the model's blocks; a `ValueError` if they cannot be run one by one."""
+        return find_blocks(self.model)[0]
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The model's blocks."""
+        return find_blocks(self.model)[1]
 
     def find_targets(
         self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
@@ -68,7 +79,10 @@ class Skeleton:
             ValueError: If there is none, or the weight of one is not in the checkpoint as it is in the model, is tied
                 to another module, or of a dtype of its own.
         """
-        layers = find_target_layers(self.model, target_modules, exclude_modules)
+        try:
+            layers = find_target_layers(self.model, target_modules, exclude_modules)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
         tied = TiedNames(self.checkpoint.config)
         for name in layers:
             weight = self.stored(f"{name}.weight")
@@ -82,6 +96,11 @@ class Skeleton:
                 raise ValueError(
                     f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, and most others are "
                     f"{self.dtype}: save the model in one dtype first."
+                )
+            if self._dtype_of(f"{name}.weight") != weight.dtype:
+                raise ValueError(
+                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, and Transformers loads it in "
+                    f"{self._dtype_of(f'{name}.weight')}: leave {name} out with exclude_modules. {INSTEAD}"
                 )
         return layers
 
@@ -139,15 +158,25 @@ class Skeleton:
         if self._state[name].is_meta:
             value = self.stored(name).load()
             set_module_tensor_to_device(
-                self.model, name, self.device, value=value, dtype=self.dtype, clear_cache=False
+                self.model, name, self.device, value=value, dtype=self._dtype_of(name), clear_cache=False
             )
         else:
             set_module_tensor_to_device(self.model, name, self.device, clear_cache=False)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that Transformers loads a tensor in."""
+        if self._kept_in_float32.search(name):
+            return torch.float32
+        return self._state[name].dtype
 
     def drop(self, name: str) -> None:
         """Free the memory of a tensor that [`load`] can load again."""
         if self._state[name].is_meta:
             set_module_tensor_to_device(self.model, name, "meta", clear_cache=False)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a tensor is read from the checkpoint, and not computed, by its name in the model."""
+        return self._state[name].is_meta
 
     def names_of_block(self, index: int) -> list[str]:
         """The tensors of the block numbered `index`, by their names in the model."""
@@ -185,8 +214,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     cls = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        # buffers are no part of a checkpoint, so they are computed
-        with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+        with _default_dtype(dtype), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
     except (ValueError, KeyError) as error:
         raise ValueError(
@@ -194,7 +222,29 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"{checkpoint.config['model_type']!r}): {error}"
         ) from error
     model.requires_grad_(False)
+    _compute_buffers(model)
     return model
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """
+    Compute the buffers that are not part of a checkpoint, as from_pretrained does: in float32, whatever their dtype.
+
+    The class makes them under the dtype of the model, which is too coarse for tables of positions.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # from_pretrained marks what it has loaded, so that it is not drawn at random
+    model.initialize_weights()
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str]:
+    """The tensors that Transformers loads in float32 whatever the dtype of the model."""
+    plan = model._get_dtype_plan(dtype)
+    return re.compile("|".join(f"(?:{name.replace('*', '.*')})" for name in plan) or "(?!)")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..sparsity import NMPattern
 from .by_block import prune_by_block
-from .calibration import InputHessians
+from .input_statistics import InputHessians
 from .layers import LinearLayer, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
@@ -62,18 +62,22 @@ def prune_sparsegpt(
             The model to prune, with one stack of transformer blocks, such as a decoder-only language model.
         calibration_batches (`Iterable`):
             The calibration data: batches of token ids, or of keyword arguments of the model's forward. Tokens that
-            an `attention_mask` marks as padding do not count.
+            an `attention_mask` of shape `(batch, tokens)` marks as padding do not count: they are cut off.
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
-        sparsity (`float`, *optional*): Fraction of the weights to prune, in [0, 1).
+        sparsity (`float`, *optional*):
+            Fraction of the weights of each block of inputs to prune, in [0, 1). The number is rounded to the nearest
+            integer, but at least one weight of each block is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or
             names of which one must be the layer's name or its end. By default all of them.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         damping (`float`, *optional*, defaults to 0.01): λ, as a fraction of the mean of the diagonal of 2 X Xᵀ.
         block_size (`int`, *optional*, defaults to 128): How many inputs are pruned before later ones are updated.
 
     Raises:
-        ValueError: If an argument or a weight cannot be used, or a Hessian cannot be inverted; it names the layer.
+        ValueError:
+            If an argument, a weight or a calibration batch cannot be used, no token reaches a layer, a Hessian cannot
+            be inverted, or the blocks cannot be run one by one; see [`prune_wanda`].
 
     Example:
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..sparsity import NMPattern
 from .by_block import prune_by_block
-from .calibration import InputNorms
+from .input_statistics import InputNorms
 from .layers import LinearLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
@@ -35,22 +35,32 @@ def prune_wanda(
     before it already pruned. The hidden states of the calibration data are kept in memory and pushed through one
     block at a time, so that the cost is that of three forward passes.
 
-    Everything is checked on the dense model, with one forward pass, before the model is changed. Only if a block's
-    inputs are not finite because of the pruning of the blocks before it does the `ValueError` come when those have
-    been pruned.
+    No cache is kept and dropout is off, whatever the model's settings, which are restored.
+
+    Everything is checked on the dense model, with one forward pass of the data, before the model is changed. Only if
+    a block's inputs are not finite, or no token is routed to an expert any more, because of the pruning of the blocks
+    before it does the `ValueError` come when those have been pruned.
 
     Args:
         model (`nn.Module`):
             The model to prune, with one stack of transformer blocks, such as a decoder-only language model.
         calibration_batches (`Iterable`):
             The calibration data: batches of token ids, or of keyword arguments of the model's forward. Tokens that
-            an `attention_mask` marks as padding do not count.
+            an `attention_mask` of shape `(batch, tokens)` marks as padding do not count: they are cut off.
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
-        sparsity (`float`, *optional*): Fraction of the weights of each output to prune, in [0, 1).
+        sparsity (`float`, *optional*):
+            Fraction of the weights of each output to prune, in [0, 1). The number is rounded to the nearest integer,
+            but at least one weight of each output is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or
             names of which one must be the layer's name or its end. By default all of them.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
+
+    Raises:
+        ValueError:
+            If an argument, a weight or a calibration batch cannot be used, no token reaches a layer, or the blocks
+            cannot be run one by one: the model changes the hidden states between them, shares a layer among them, or
+            keeps state. The message names the layer or the batch.
 
     Example:
 
@@ -78,5 +88,5 @@ class Wanda(PruningMethod):
 
     def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None
-        scores = weight_matrix(layer).abs().float() * statistic
+        scores = weight_matrix(layer).abs().to(statistic.dtype) * statistic
         apply_mask(layer, pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity))

@@ -25,7 +25,9 @@ _ADAPTER_PART = re.compile(
 )
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls\.predictions)(\.|$)")
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+# The module that chooses experts or weighs them, and the layers inside it: `mlp.gate`, `router.proj`, `router_gate`,
+# `shared_expert_gate`, `modality_router`. The `gateway.gate` of D-FINE mixes two inputs.
+_ROUTER = re.compile(r"(?<!gateway)(^|\.)(gate|router|\w+_router|router_gate|shared_experts?_gate)(\.|$)")
 _EMBEDDING = re.compile(r"(^|\.)(embed_\w+|\w*_?(embed|embedding|embeddings)|wte|wpe|shared|relative_attention_bias)$")
 _NORM = re.compile(r"(^|\.)(\w*_?(norm|layernorm)\d*|ln_\w+)$")
 # What quantized experts store beside their weights.
@@ -98,7 +100,8 @@ def special_role(name: str) -> str | None:
     Returns:
         `str` or `None`: `"head"`, `"router"`, `"embedding"`, `"norm"`, or `None` for an ordinary linear layer.
     """
-    for role, expression in (("head", _HEAD), ("router", _ROUTER), ("embedding", _EMBEDDING), ("norm", _NORM)):
+    # the router of a Switch Transformer holds a `classifier`
+    for role, expression in (("router", _ROUTER), ("head", _HEAD), ("embedding", _EMBEDDING), ("norm", _NORM)):
         if expression.search(name):
             return role
     return None

@@ -35,6 +35,10 @@ class SPPLayer(BaseTunerLayer):
     # what the base layer calls the weight, and how many weights of separate layers it is a stack of
     parameter_name: str = "weight"
     num_experts: int = 1
+    # whether the code of the parent reads `weight`, and only to describe it; see `only_describes_weight`
+    weight_is_only_described: bool = False
+    # whether a batch with several adapters is on its way through the model
+    in_mixed_batch: bool = False
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -237,6 +241,47 @@ class Linear(nn.Module, SPPLayer):
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """
+        W', for parents that compute with the weight of a layer instead of calling it.
+
+        `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and Mamba's time step do. W' is computed whenever it is
+        read, and is differentiable; where the adapters are merged or disabled it is the base layer's weight.
+        `get_base_layer().weight` is always that.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.spp_A]
+        if not names or self.disable_adapters or self.merged or not self._is_computed_with():
+            weight: torch.Tensor = super().weight
+            return weight
+        if self.in_mixed_batch:
+            raise RuntimeError(
+                f"The module that holds {self.module_name!r} reads its weight and does not call it, so that a batch "
+                "with several adapters cannot pass through it. Call the model once for each adapter."
+            )
+        if any(self._dropout_is_active(name) for name in names):
+            warnings.warn(
+                f"The module that holds {self.module_name!r} reads its weight and does not call it: `spp_dropout` has "
+                "no effect there.",
+                stacklevel=2,
+            )
+        read = [module for name in names for module in (self.spp_A[name], self.spp_B[name])]
+        if is_sharded(self._base_weight()) or self._base_weight().is_meta:
+            read.append(self.get_base_layer())
+        result: torch.Tensor = call_inside(
+            [module for module in read if is_hooked(module)], partial(self._effective_weight, names)
+        )
+        return result
+
+    def _is_computed_with(self) -> bool:
+        """Whether the one who reads `weight` may compute with it."""
+        return self.parameter_name == "weight" and not self.weight_is_only_described
+
+    def _effective_weight(self, names: Sequence[str]) -> torch.Tensor:
+        return self._transpose(scaled_weight(self._transpose(self._base_weight()), self.get_factors(names)))
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """

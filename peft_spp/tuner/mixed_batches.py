@@ -39,13 +39,18 @@ def passed_to_layers(tuner: nn.Module, model: nn.Module, adapter_names: Any, num
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
     if beams > 1 and not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    layers = [module for module in tuner.modules() if isinstance(module, SPPLayer)]
     handles = [
         module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=names), with_kwargs=True)
         for module, names in _names_by_module(tuner, model, adapter_names, beams)
     ]
     try:
+        for layer in layers:
+            layer.in_mixed_batch = True
         yield
     finally:
+        for layer in layers:
+            layer.in_mixed_batch = False
         for handle in handles:
             handle.remove()
 

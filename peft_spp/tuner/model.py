@@ -32,6 +32,7 @@ from .settings import expressions
 from .target_checks import check_layer, check_weight, warn_of_fused_experts
 from .targets import transformer_block_linear_targets
 from .tied_weights import untie_adapted_weights
+from .weight_reads import only_describes_weight
 
 
 class SPPModel(BaseTuner):
@@ -258,6 +259,7 @@ class SPPModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
+            new_module.weight_is_only_described = only_describes_weight(type(parent), target_name)
             injection.on_undo(partial(setattr, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:

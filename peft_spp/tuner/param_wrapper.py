@@ -29,7 +29,8 @@ class ParamWrapper(Linear):
     is stored. A has the shape `(num_experts · r, in_features)` and B `(num_experts · out_features, 1)`, expert after
     expert. The adapted weight of all experts is made once a forward pass, as LoRA's is.
 
-    - When accessing the wrapped parameter directly, e.g. via `module.weight`, the adapter is *not* applied.
+    - When the wrapped parameter is read on the wrapper, the adapter is applied to a `weight`; a parameter of another
+      name is not there.
     - Each `ParamWrapper` adapts exactly one parameter. To target several on the same module, the wrappers are nested.
     - All adapters of a model that use `target_parameters` must target the same parameters.
 

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..sparsity.names import is_fused_experts, plain_name, special_role
+from ..architecture import is_linear_layer, linear_layers_in_blocks
+from ..sparsity.names import is_fused_experts, plain_name
 from .quantized import find_backend
 
 
 def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
     """
-    Names for `target_modules` that select every linear layer inside the model's transformer blocks, and nothing else.
+    Names for `target_modules` that select the linear layers inside the model's transformer blocks, and no others.
 
-    The blocks are the elements of the model's outermost `nn.ModuleList`s that have linear layers inside: `layers` of a
-    Llama, `h` of a GPT-2, `encoder.block` and `decoder.block` of a T5. Embeddings, heads and poolers lie outside them.
+    Embeddings, heads and poolers lie outside the blocks; the routers of a mixture are left out. See
+    [`~peft_spp.architecture.linear_layers_in_blocks`].
 
     Args:
         model (`nn.Module`): The model; it may have adapters already.
@@ -30,20 +30,11 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
         model has no such blocks.
     """
     modules = dict(_modules_outside_adapters(model))
-    block_lists: list[str] = []
-    for name, module in modules.items():
-        inside_another = any(name.startswith(f"{outer}.") for outer in block_lists)
-        if isinstance(module, nn.ModuleList) and not inside_another and _is_block_list(module):
-            block_lists.append(name)
-
     # name of the layer -> its name inside the block
-    targets: dict[str, str] = {}
-    for name, module in modules.items():
-        if is_linear(module) and not _returns_a_choice(name, module):
-            for block_list in block_lists:
-                if name.startswith(f"{block_list}."):
-                    targets[name] = name.removeprefix(f"{block_list}.").partition(".")[2]
-
+    targets = {
+        name: name.removeprefix(f"{block_list}.").partition(".")[2]
+        for name, block_list in linear_layers_in_blocks(modules, is_linear).items()
+    }
     others = [name for name in modules if name not in targets]
     suffixes: set[str] = set()
     for inner_name in sorted(set(targets.values())):
@@ -81,12 +72,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer, quantised or not, or a tuner layer around one."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    return isinstance(module, (nn.Linear, Conv1D)) or find_backend(module) is not None
-
-
-def _returns_a_choice(name: str, module: nn.Module) -> bool:
-    # the routers of some mixtures (Llama 4, PhiMoE) are linear layers that return scores of the experts they choose
-    return special_role(plain_name(name)) == "router" and type(module).forward is not nn.Linear.forward
+    return is_linear_layer(module) or find_backend(module) is not None
 
 
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -97,13 +83,6 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
             continue
         inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
         yield name, module
-
-
-def _is_block_list(module: nn.ModuleList) -> bool:
-    # a list of bare linear layers is a set of heads, not of blocks
-    return not any(is_linear(block) for block in module) and any(
-        is_linear(layer) for block in module for layer in block.modules()
-    )
 
 
 def _shortest_unambiguous_suffix(name: str, others: list[str]) -> str | None:

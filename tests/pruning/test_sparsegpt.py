@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft_spp.pruning import prune_sparsegpt
-from peft_spp.pruning.calibration import InputHessians
+from peft_spp.pruning.input_statistics import InputHessians
 from peft_spp.pruning.layers import find_blocks, find_target_layers, weight_matrix
 from peft_spp.pruning.mask import pruning_mask
 from peft_spp.pruning.sparsegpt import SparseGPT, sparsegpt_weight

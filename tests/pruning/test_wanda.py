@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from peft_spp.pruning import prune_wanda
-from peft_spp.pruning.calibration import InputNorms
+from peft_spp.pruning.input_statistics import InputNorms
 from peft_spp.pruning.layers import find_blocks, find_target_layers, weight_matrix
 
 

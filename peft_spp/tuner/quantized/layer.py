@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ...functional import merged_weight, spp_linear_dequantized
+from ...functional import merged_weight, scaled_weight, spp_linear_dequantized
 from ..layer import Linear
 from .backend import Backend
 
@@ -51,6 +51,16 @@ class QuantizedLinear(Linear):
     def _dequantized_weight(self) -> torch.Tensor:
         base_layer = self.get_base_layer()
         return self.backend.dequantize(base_layer, self.backend.packed(base_layer))
+
+    def _is_computed_with(self) -> bool:
+        # only a weight that looks like a matrix of numbers can be; a packed one is read for what it says of itself
+        weight = getattr(self.get_base_layer(), "weight", None)
+        shape = (self.out_features, self.in_features)
+        is_matrix = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape == shape
+        return is_matrix and super()._is_computed_with()
+
+    def _effective_weight(self, names: Sequence[str]) -> torch.Tensor:
+        return scaled_weight(self._dequantized_weight(), self.get_factors(names))
 
     def merge_dequantized(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> torch.Tensor:
         """

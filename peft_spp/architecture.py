@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a model is made of: its transformer blocks, the linear layers in them, and the routers among these.
+
+The tuner, the pruner and, as far as names go, the reports ask here, so that what one leaves alone the others do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .sparsity.names import plain_name, special_role
+
+
+LinearLayer: TypeAlias = nn.Linear | Conv1D
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights that are not quantized."""
+
+
+def is_linear_layer(module: nn.Module) -> TypeGuard[LinearLayer]:
+    """Whether the module is a linear layer by its class. What it computes, [`why_not_linear_map`] tells."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_router(name: str) -> bool:
+    """
+    Whether a module chooses the experts of a mixture, or weighs them, or is a part of one that does.
+
+    Args:
+        name (`str`): The name of the module in the model, with or without wrappers.
+    """
+    return special_role(plain_name(name)) == "router"
+
+
+def find_block_lists(
+    modules: Mapping[str, nn.Module], is_linear: Callable[[nn.Module], bool] = is_linear_layer
+) -> dict[str, nn.ModuleList]:
+    """
+    Find the transformer blocks of a model: the elements of its outermost `nn.ModuleList`s with linear layers inside.
+
+    They are `layers` of a Llama, `h` of a GPT-2, `encoder.block` and `decoder.block` of a T5. A list of bare linear
+    layers is a set of heads.
+
+    Args:
+        modules (`Mapping[str, nn.Module]`): The model's modules by name, as `named_modules()` lists them.
+        is_linear (`Callable`, *optional*): What counts as a linear layer.
+
+    Returns:
+        `dict[str, nn.ModuleList]`: The lists by name.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in modules.items():
+        inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside_another and _holds_blocks(module, is_linear):
+            found[name] = module
+    return found
+
+
+def linear_layers_in_blocks(
+    modules: Mapping[str, nn.Module], is_linear: Callable[[nn.Module], bool] = is_linear_layer
+) -> dict[str, str]:
+    """
+    Find the linear layers of the transformer blocks, without the routers.
+
+    Args:
+        modules (`Mapping[str, nn.Module]`): The model's modules by name, as `named_modules()` lists them.
+        is_linear (`Callable`, *optional*): What counts as a linear layer.
+
+    Returns:
+        `dict[str, str]`: The name of each layer, and the name of the list of blocks that it is in.
+    """
+    layers: dict[str, str] = {}
+    for block_list in find_block_lists(modules, is_linear):
+        for name, module in modules.items():
+            if name.startswith(f"{block_list}.") and is_linear(module) and not is_router(name):
+                layers[name] = block_list
+    return layers
+
+
+@torch.no_grad()
+def why_not_linear_map(layer: LinearLayer) -> str | None:
+    """
+    Tell why a layer does not compute `x W^T + b`, as its class promises.
+
+    Only a class with its own forward pass has to be asked: by calling it with two inputs of different size. On the
+    meta device only the shape of the result can be compared.
+
+    Args:
+        layer (`nn.Linear` or `Conv1D`): The layer; its parameters are in memory as a whole.
+
+    Returns:
+        `str` or `None`: The reason, or `None` for a linear map.
+    """
+    base: Any = Conv1D if isinstance(layer, Conv1D) else nn.Linear
+    weight = layer.weight
+    if type(layer).forward is base.forward or weight.dtype not in FLOATING or weight.ndim != 2:
+        return None
+    inputs = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
+    # no random numbers, which would change those of the run that asks
+    x = torch.arange(2 * inputs, device=weight.device, dtype=torch.float32).cos().reshape(2, inputs)
+    x = (x * torch.tensor([[1.0], [30.0]], device=weight.device)).to(weight.dtype)
+    expected = base.forward(layer, x)
+    try:
+        actual = type(layer).forward(layer, x)
+    except Exception as error:  # whatever it raises is the answer
+        return f"a call with a matrix raises {type(error).__name__} ({error})"
+    if not isinstance(actual, torch.Tensor):
+        return f"it returns a {type(actual).__name__}"
+    if actual.shape != expected.shape:
+        return f"it makes a result of shape {tuple(actual.shape)} where `x @ weight.T` has {tuple(expected.shape)}"
+    if weight.is_meta:
+        return None
+    off = (actual.double() - expected.double()).norm(dim=1)
+    tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+    if not bool((off <= tolerance * expected.double().norm(dim=1)).all()):
+        return "its result is not `x @ weight.T + bias`"
+    return None
+
+
+def _holds_blocks(module: nn.ModuleList, is_linear: Callable[[nn.Module], bool]) -> bool:
+    return not any(is_linear(block) for block in module) and any(
+        is_linear(layer) for block in module for layer in block.modules()
+    )

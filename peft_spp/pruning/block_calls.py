@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model calls its transformer blocks with, so that they can be run again one by one."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+
+BY_MAGNITUDE = "Only magnitude pruning works for this model."
+
+
+@dataclass
+class CalibrationBatch:
+    """
+    A batch of calibration data on its way through the blocks.
+
+    Args:
+        hidden_states (`torch.Tensor`): The inputs of the block that is next.
+        block_arguments (`list`):
+            What each block is called with besides the hidden states, positional and by keyword: attention masks,
+            position embeddings and so on.
+    """
+
+    hidden_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    block_arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def run_block(self, index: int, block: nn.Module) -> torch.Tensor:
+        """Run `block`, the one numbered `index`, on the hidden states, and return its output."""
+        args, kwargs = self.block_arguments[index]
+        return first(block(self.hidden_states, *args, **kwargs))
+
+    def rerun(self, blocks: nn.ModuleList) -> torch.Tensor:
+        """The output of all blocks, run one by one; the batch stays where it is."""
+        again = CalibrationBatch(self.hidden_states, self.block_arguments)
+        for index, block in enumerate(blocks):
+            again.hidden_states = again.run_block(index, block)
+        return again.hidden_states
+
+
+class _Entered(Exception):
+    """Ends a forward pass where it reaches the first block."""
+
+
+def entering_states(model: nn.Module, blocks: nn.ModuleList, arguments: dict[str, Any]) -> torch.Tensor:
+    """
+    What enters the first block; nothing after that is run.
+
+    Args:
+        model (`nn.Module`): The model.
+        blocks (`nn.ModuleList`): Its transformer blocks.
+        arguments (`dict[str, Any]`): What to call the model with.
+
+    Returns:
+        `torch.Tensor`: The hidden states.
+    """
+    found: list[torch.Tensor] = []
+
+    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_split(block, args, kwargs)[0])
+        raise _Entered
+
+    with blocks[0].register_forward_pre_hook(stop, with_kwargs=True):
+        try:
+            model(**arguments)
+        except _Entered:
+            return found[0]
+    raise _not_each_once()
+
+
+@contextmanager
+def record_block_calls(blocks: nn.ModuleList, batch: CalibrationBatch) -> Iterator[list[torch.Tensor]]:
+    """While active, record in `batch` what `blocks` are called with; yields a list that gets the last output."""
+    outputs: list[torch.Tensor] = []
+
+    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = len(batch.block_arguments)
+        if index >= len(blocks) or block is not blocks[index]:
+            raise _not_each_once()
+        hidden_states, args, kwargs = _split(block, args, kwargs)
+        if not outputs:
+            batch.hidden_states = hidden_states
+        elif hidden_states is not outputs[0]:
+            raise ValueError(
+                f"The model changes the hidden states between its blocks: cannot go block by block. {BY_MAGNITUDE}"
+            )
+        if any(isinstance(value, Cache) for value in _leaves((args, kwargs))):
+            raise ValueError(f"The model gives block {index} a cache although use_cache is False. {BY_MAGNITUDE}")
+        batch.block_arguments.append((args, kwargs))
+
+    def after_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs[:] = [first(output)]
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after_block))
+        yield outputs
+    if len(batch.block_arguments) != len(blocks):
+        raise _not_each_once()
+
+
+@contextmanager
+def negated_outputs(blocks: nn.ModuleList) -> Iterator[None]:
+    """While active, the blocks return other hidden states than they compute."""
+
+    def negate(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (-output[0], *output[1:]) if isinstance(output, tuple) else -output
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(negate, prepend=True))
+        yield
+
+
+def check_independent(calls: CalibrationBatch, others: CalibrationBatch) -> None:
+    """
+    Raise a `ValueError` if what the blocks are called with depends on the hidden states between them.
+
+    Args:
+        calls (`CalibrationBatch`): What they were called with.
+        others (`CalibrationBatch`): What they were called with when those were others.
+    """
+    pairs = zip(_arguments_alone(calls), _arguments_alone(others), strict=True)
+    for index, (leaves, other_leaves) in enumerate(pairs):
+        if len(leaves) != len(other_leaves) or not all(map(_same, leaves, other_leaves)):
+            raise ValueError(
+                f"Block {index} is called with what the model computes from the outputs of the blocks before it: "
+                f"cannot go block by block. {BY_MAGNITUDE}"
+            )
+
+
+def first(output: Any) -> torch.Tensor:
+    """The hidden states that a block returns, alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _split(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a block is called with, and its other arguments."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    name = next(name for name in inspect.signature(type(block).forward).parameters if name != "self")
+    return kwargs[name], (), {other: value for other, value in kwargs.items() if other != name}
+
+
+def _arguments_alone(calls: CalibrationBatch) -> list[list[Any]]:
+    """What each block is called with, without what all share to write to: it is up to date when a block is run."""
+    values = [[*args, *kwargs.values()] for args, kwargs in calls.block_arguments]
+    seen = Counter(id(value) for one in values for value in one if isinstance(value, (dict, list)))
+    return [list(_leaves([value for value in one if seen[id(value)] < 2])) for one in values]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)
+
+
+def _not_each_once() -> ValueError:
+    return ValueError(
+        f"The model's forward does not run each of its blocks once, in their order: cannot go block by block. "
+        f"{BY_MAGNITUDE}"
+    )

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model while it is calibrated: no dropout, no cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """While active, the model is in eval mode and keeps no cache; afterwards, its state is restored."""
+    was_training = {module: module.training for module in model.modules()}
+    use_cache = [(config, config.use_cache) for config in _configs(model) if hasattr(config, "use_cache")]
+    model.eval()
+    for config, _ in use_cache:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in use_cache:
+            config.use_cache = value
+        for module, training in was_training.items():
+            module.training = training
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether the forward of `module` names an argument."""
+    return argument in inspect.signature(module.forward).parameters
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model and its parts: a multimodal model nests that of its text model."""
+    found: dict[int, Any] = {}
+    waiting = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [value for value in getattr(config, "__dict__", {}).values() if _is_config(value)]
+    return list(found.values())
+
+
+def _is_config(value: object) -> bool:
+    return isinstance(value, PreTrainedConfig)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+SPP's default targets and merging on a tiny model of every class of Transformers.
+
+    python tests/architectures/sweep.py [--out FILE] [MODEL_TYPE ...]
+
+A line of JSON a model type is added to FILE; those that are there are passed over, so that a run can be resumed. With
+`--write` the file becomes the table that the tests and `docs/architectures.md` go by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import every_model
+
+from peft_spp import SPPConfig
+from peft_spp.tuner.layer import SPPLayer
+
+from tiny import is_positive_zero, randomize
+
+
+TABLE = Path(__file__).parent / "every_model.json"
+_SECONDS = 120
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+class Unusable(Exception):
+    """The model cannot be built or called like this, with or without an adapter."""
+
+
+def check(model_type: str) -> dict[str, Any]:
+    """
+    What the default targets make of a model type.
+
+    Returns:
+        `dict`: `"status"`: "works", "no blocks" (nothing to adapt by default), "unusable" (not built or called), or
+        "fault"; and the layers, or the reason.
+    """
+    try:
+        model, run, dtype = _usable(model_type)
+    except Unusable as error:
+        return {"status": "unusable", "reason": str(error)}
+    result: dict[str, Any] = {"class": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
+    _prune(model)
+    plain = {mode: _gradients(model, run, mode) for mode in (False, True)}
+    before = _outputs(model, run)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            adapted = get_peft_model(model, SPPConfig(r=2, target_parameters=[]))
+        except ValueError as error:
+            no_blocks = "target_modules" in str(error) and "specify" in str(error)
+            return {**result, "status": "no blocks" if no_blocks else "fault", "reason": str(error)}
+    left_out = [str(one.message) for one in caught if "not adapted" in str(one.message)]
+    adapted.to(dtype)
+    randomize(adapted)
+    layers = {name: one for name, one in adapted.named_modules() if isinstance(one, SPPLayer)}
+    names = {name.removeprefix("base_model.model.") for name in layers}
+    result["layers"] = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name).rpartition("*.")[2] for name in names})
+    if left_out:
+        result["left out"] = left_out
+
+    faults = []
+    unused = set(names)
+    for mode, base_gradients in plain.items():
+        if base_gradients is None:
+            continue
+        learned = _learned(adapted, run, mode, layers)
+        used = {name for name in names if base_gradients.get(name)}
+        unused -= used
+        faults += [f"no gradient (training: {mode}): {name}" for name in sorted(used - learned)]
+    if unused:
+        result["unused"] = len(unused)
+    unmerged = _outputs(adapted, run)
+    if not _differ(before, unmerged, 0.0) and len(unused) < len(names):
+        faults.append("the adapter has no effect")
+    zeros = {name: layer.get_base_layer().weight == 0 for name, layer in layers.items()}
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if difference := _differ(unmerged, _outputs(merged, run), _TOLERANCE[dtype]):
+        faults.append(f"merging changes the output: {difference}")
+    for name, mask in zeros.items():
+        weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+        if not is_positive_zero(weight[mask]).all():
+            faults.append(f"zeros lost: {name}")
+    result["adapted"] = len(names)
+    return {**result, "status": "fault", "faults": faults} if faults else {**result, "status": "works"}
+
+
+def _usable(model_type: str) -> tuple[nn.Module, Callable[[nn.Module], list[torch.Tensor]], torch.dtype]:
+    """A model, a call of it that works and gives the same twice, and the dtype that it works in."""
+    errors = []
+    for dtype in (torch.float64, torch.float32):
+        try:
+            model = every_model.build(model_type).to(dtype)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise Unusable(f"not built: {type(error).__name__}: {_short(error)}") from error
+        for inputs in every_model.inputs_of(model):
+            inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
+
+            def run(model: Any, inputs: dict[str, Any] = inputs) -> list[torch.Tensor]:
+                torch.manual_seed(0)
+                return every_model.floating_outputs(model(**inputs))
+
+            try:
+                first, second = _outputs(model, run), _outputs(model, run)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                errors.append(f"{', '.join(inputs)}: {type(error).__name__}: {_short(error)}")
+                continue
+            if not first:
+                errors.append(f"{', '.join(inputs)}: no floating output")
+            elif any(not t.isfinite().any() for t in first):
+                errors.append(f"{', '.join(inputs)}: no finite output")
+            elif _differ(first, second, 0.0):
+                errors.append(f"{', '.join(inputs)}: another output each time")
+            else:
+                return model, run, dtype
+    raise Unusable(f"not called: {errors[0] if errors else 'no known input'}")
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:160]
+
+
+@torch.no_grad()
+def _prune(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            weight.masked_fill_(torch.rand(weight.shape, generator=generator) < 0.5, 0.0)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]]) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in run(model.eval())]
+
+
+def _backward(model: nn.Module, run: Callable[[nn.Module], list[torch.Tensor]], training: bool) -> None:
+    outputs = [t for t in run(model.train(training)) if t.requires_grad]
+    loss = sum((t * torch.arange(t.numel(), dtype=t.dtype).cos().reshape(t.shape)).nansum() for t in outputs)
+    if outputs:
+        loss.backward()
+
+
+def _gradients(model: nn.Module, run: Any, training: bool) -> dict[str, bool] | None:
+    """Which modules' weights get a gradient in the model without adapters; `None` if it cannot be called like this."""
+    model.requires_grad_(True)
+    try:
+        _backward(model, run, training)
+    except TimeoutError:
+        raise
+    except Exception:
+        return None
+    finally:
+        model.eval()
+    found = {
+        name.removesuffix(".weight"): p.grad is not None and bool((p.grad * p).abs().sum() > 0)
+        for name, p in model.named_parameters()
+        if name.endswith(".weight")
+    }
+    model.zero_grad()
+    return found
+
+
+def _learned(model: nn.Module, run: Any, training: bool, layers: dict[str, Any]) -> set[str]:
+    """Which adapted layers have a gradient for both factors."""
+    _backward(model, run, training)
+    learned = set()
+    for name, layer in layers.items():
+        factors = [layer.spp_A["default"].weight, layer.spp_B["default"].weight]
+        if all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in factors):
+            learned.add(name.removeprefix("base_model.model."))
+    model.zero_grad()
+    return learned
+
+
+def _differ(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float) -> str:
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return "other shapes"
+    for a, b in zip(one, other, strict=True):
+        a, b = a.double().nan_to_num(), b.double().nan_to_num()
+        if a.numel() and (off := (a - b).abs().max().item()) > tolerance * (1 + a.abs().max().item()):
+            return f"off by {off:.1e} of {a.abs().max().item():.1e}"
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model_types", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("every_model.jsonl"))
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    done = dict(json.loads(line) for line in lines)
+    signal.signal(signal.SIGALRM, _out_of_time)
+    for model_type in arguments.model_types or every_model.model_types():
+        if model_type in done and not arguments.model_types:
+            continue
+        signal.alarm(_SECONDS)
+        try:
+            done[model_type] = check(model_type)
+        except TimeoutError:
+            done[model_type] = {"status": "unusable", "reason": f"not done in {_SECONDS} s"}
+        except Exception as error:
+            done[model_type] = {"status": "fault", "faults": [f"{type(error).__name__}: {_short(error)}"]}
+        signal.alarm(0)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps([model_type, done[model_type]]) + "\n")
+        print(model_type, done[model_type], flush=True)
+    if arguments.write:
+        TABLE.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+
+
+def _out_of_time(*_: Any) -> None:
+    raise TimeoutError
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Wanda and magnitude pruning of a tiny model of every class of Transformers, against a plain computation in float64.
+
+    python tests/pruning/sweep.py [--out FILE] [--write] [MODEL_TYPE ...]
+
+A line of JSON a model type is added to FILE; those that are there are passed over, so that a run can be resumed. With
+`--write` the file becomes the table that the tests go by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import every_model
+from plain_wanda import plain_wanda, squared_norms, weights_of, without_cache
+
+from peft_spp.pruning import prune_magnitude, prune_wanda
+from peft_spp.pruning.layers import find_target_layers
+
+
+TABLE = Path(__file__).parent / "every_model.json"
+_SECONDS = 180
+
+Inputs = dict[str, Any]
+
+
+def check(model_type: str) -> dict[str, Any]:
+    """
+    What pruning makes of a model type.
+
+    Returns:
+        `dict`: `"status"`: "agrees" with plain Wanda and magnitude, "refused" (by Wanda; magnitude agrees),
+        "no blocks", "unusable" (not built or called) or "fault"; and how many layers, or the reason.
+    """
+    try:
+        model, batches = _usable(model_type)
+    except (TimeoutError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        return {"status": "unusable", "reason": f"{type(error).__name__}: {_short(error)}"}
+    result: dict[str, Any] = {"class": type(model).__name__}
+    try:
+        names = list(find_target_layers(model, None))
+    except ValueError as error:
+        return {**result, "status": "no blocks", "reason": _short(error)}
+    faults = _magnitude_faults(model, names)
+    reached = squared_norms(without_cache(model), names, batches)
+    silent = [name for name in names if name not in reached or not reached[name].any()]
+    if silent:
+        result["not reached"] = _kinds(silent)
+        faults += _refusal_faults(model, batches, names)
+    if len(silent) == len(names):
+        return {**result, "status": "fault" if faults else "refused", "reason": "no calibration data reaches it"}
+
+    pruned = copy.deepcopy(model)
+    try:
+        prune_wanda(pruned, batches, pattern="2:4", exclude_modules=silent or None)
+    except ValueError as error:
+        if not _same(pruned, model):
+            faults.append(f"changed by a refusal: {_short(error)}")
+        status = {"status": "fault", "faults": faults} if faults else {"status": "refused"}
+        return {**result, **status, "reason": _short(error)}
+    names = [name for name in names if name not in silent]
+    expected, actual = plain_wanda(model, names, batches), weights_of(pruned, names)
+    faults += [f"wrong: {name}" for name in names if not torch.equal(expected[name], actual[name])]
+    result["layers"] = len(names)
+    return {**result, "status": "fault", "faults": faults} if faults else {**result, "status": "agrees"}
+
+
+def _usable(model_type: str) -> tuple[nn.Module, list[Inputs]]:
+    """A model in float64 with weights so large that each layer matters, and two batches that it can be called with."""
+    model = every_model.build(model_type).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others need float32
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.is_floating_point():
+                parameter.normal_(std=0.3, generator=generator)
+    error: Exception | None = None
+    for inputs in every_model.inputs_of(model):
+        batches = [_in_float64(inputs), _other(_in_float64(inputs))]
+        try:
+            for batch in batches:
+                with torch.no_grad():
+                    without_cache(model)(**batch)
+        except TimeoutError:
+            raise
+        except Exception as one:
+            error = error or one
+        else:
+            return model, batches
+    raise error or ValueError("no known input")
+
+
+def _in_float64(inputs: Inputs) -> Inputs:
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def _other(inputs: Inputs) -> Inputs:
+    """Other inputs of the same shapes."""
+    return {name: value if "mask" in name else value.flip(-1) for name, value in inputs.items()}
+
+
+def _magnitude_faults(model: nn.Module, names: list[str]) -> list[str]:
+    pruned = copy.deepcopy(model)
+    prune_magnitude(pruned, pattern="2:4")
+    before, after = weights_of(model, names), weights_of(pruned, names)
+    wrong = []
+    for name in names:
+        groups = before[name].reshape(-1, 4)
+        keep = torch.zeros_like(groups, dtype=torch.bool)
+        keep.scatter_(1, groups.abs().argsort(dim=1, stable=True)[:, 2:], True)
+        if not torch.equal(after[name], (groups * keep).reshape(before[name].shape)):
+            wrong.append(f"wrong by magnitude: {name}")
+    return wrong
+
+
+def _refusal_faults(model: nn.Module, batches: list[Inputs], names: list[str]) -> list[str]:
+    """Layers that no data reaches have to be refused by name, or the whole model has to be, and nothing changed."""
+    pruned = copy.deepcopy(model)
+    try:
+        prune_wanda(pruned, batches, pattern="2:4")
+    except ValueError as error:
+        return [] if _same(pruned, model) else [f"changed by a refusal: {_short(error)}"]
+    return ["pruned without data"]
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def _kinds(names: list[str]) -> list[str]:
+    return sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name).rpartition("*.")[2] for name in names})
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:160]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model_types", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("every_model.jsonl"))
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    done = dict(json.loads(line) for line in lines)
+    signal.signal(signal.SIGALRM, _out_of_time)
+    for model_type in arguments.model_types or every_model.model_types():
+        if model_type in done and not arguments.model_types:
+            continue
+        signal.alarm(_SECONDS)
+        try:
+            done[model_type] = check(model_type)
+        except TimeoutError:
+            done[model_type] = {"status": "unusable", "reason": f"not done in {_SECONDS} s"}
+        except Exception as error:
+            done[model_type] = {"status": "fault", "faults": [f"{type(error).__name__}: {_short(error)}"]}
+        signal.alarm(0)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps([model_type, done[model_type]]) + "\n")
+        print(model_type, done[model_type], flush=True)
+    if arguments.write:
+        TABLE.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+
+
+def _out_of_time(*_: Any) -> None:
+    raise TimeoutError
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
