@@ -17,7 +17,9 @@ def convert(
     base: Annotated[
         str | None, typer.Option(help="The base model to name in it. By default the one that the adapter names.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter in the folder, and nothing else.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:

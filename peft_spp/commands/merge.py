@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .console import JsonOption, errors_as_messages, print_report, progress_bar
+
+
+class CheckBase(str, Enum):
+    warn = "warn"
+    error = "error"
+    off = "off"
 
 
 def merge(
@@ -18,7 +25,13 @@ def merge(
         str | None,
         typer.Option(help="The base model: a folder or a Hub id. By default the one that the adapter names."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the folder.")] = False,
+    check_base: Annotated[
+        CheckBase,
+        typer.Option(help="What to do if the base model is pruned in other places than that of the training."),
+    ] = CheckBase.warn,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge, check and count, but write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -26,10 +39,18 @@ def merge(
     Merge an SPP adapter into a checkpoint, from disk to disk, in a few hundred megabytes of memory.
 
     The result has the bits of `merge_and_unload`, the base model's files and its zeros. Either all of it is written,
-    or nothing.
+    or nothing. The merged model's config.json lists the adapter, which is not merged into it a second time.
     """
     from ..merge import merge_checkpoint
 
     with errors_as_messages(), progress_bar("Checking" if dry_run else "Merging") as progress:
-        report = merge_checkpoint(base, adapter, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
+        report = merge_checkpoint(
+            base,
+            adapter,
+            out,
+            check_base=check_base.value,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
     print_report(report, as_json)

@@ -49,7 +49,9 @@ def prune(
     damping: Annotated[float, typer.Option(help="SparseGPT: what is added to the Hessian's diagonal.")] = 0.01,
     block_size: Annotated[int, typer.Option(help="SparseGPT: the inputs between two updates.")] = 128,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default on a GPU if there is one.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be pruned, but write nothing.")
     ] = False,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..merge.checkpoint import OTHER_WEIGHTS
-from ..merge.hub import local_folder
+from ..checkpoints.checkpoint import OTHER_WEIGHTS
+from ..checkpoints.hub import local_folder
 
 
 def local_source(source: str) -> Path:

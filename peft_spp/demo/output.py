@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder that the demo writes to."""
 
-import shutil
 from pathlib import Path
+
+from ..checkpoints.own_files import ADAPTER, MODEL, FolderKind, scan
+from ..checkpoints.replacing import remove
+from ..sparsity.table import some
 
 
 # Tells a folder that an earlier demo has written from any other.
 MARKER = ".peft-spp-demo"
+
+# a demo that was stopped leaves folders that are not yet models or adapters
+_FILES = FolderKind(
+    "the demo",
+    lambda folder: True,
+    lambda folder, name: MODEL.is_named(folder, name) or ADAPTER.is_named(folder, name) or name == "training_args.bin",
+)
 
 
 class OutputFolder:
@@ -29,6 +39,12 @@ class OutputFolder:
         self.spp_adapter = root / "spp-adapter"
         self.spp_merged = root / "spp-merged"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of the models and adapters."""
+        adapters = self.lora_adapter, self.spp_adapter
+        return self.dense, self.pruned, *adapters, self.lora_merged, self.lora_masked, self.spp_merged
+
     def check(self) -> None:
         """
         Check that the folder can be used: it is new, empty or from an earlier demo.
@@ -40,22 +56,27 @@ class OutputFolder:
             raise FileExistsError(f"{self.root} is not a folder.")
         if self.root.exists() and any(self.root.iterdir()) and not (self.root / MARKER).is_file():
             raise FileExistsError(f"{self.root} has files that are not the demo's. Name another folder.")
+        foreign = [name for folder in self.folders for name in self._foreign(folder)]
+        if foreign:
+            raise FileExistsError(
+                f"{self.root} has files that are not the demo's, and would be lost: {some(foreign)}. Move them "
+                "elsewhere, or name another folder."
+            )
+
+    def _foreign(self, folder: Path) -> list[str]:
+        if folder.is_symlink() or folder.is_file():
+            return [folder.name]
+        if not folder.exists():
+            return []
+        return [f"{folder.name}/{name}" for name in _FILES.foreign(folder, scan(folder))]
 
     def prepare(self) -> None:
         """Create the folder, or remove the files of an earlier demo (and only those) from it, after `check`."""
         self.check()
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / MARKER).touch()
-        for folder in (
-            self.dense,
-            self.pruned,
-            self.lora_adapter,
-            self.lora_merged,
-            self.lora_masked,
-            self.spp_adapter,
-            self.spp_merged,
-        ):
+        for folder in self.folders:
             if folder.exists():
-                shutil.rmtree(folder)
+                remove(folder, scan(folder))
         self.held_out_text.unlink(missing_ok=True)
         self.results.unlink(missing_ok=True)

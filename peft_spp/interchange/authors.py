@@ -144,7 +144,8 @@ def _factors(file: Path, name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor,
             f"{file}: module {name!r} has {B.shape[0]} output rows, which its {A.shape[0]} row blocks do not divide. "
             "The authors' code cuts such rows into blocks in another way in training than in merging."
         )
-    return A.contiguous(), B.contiguous()
+    # pickled tensors may share their memory, which safetensors does not write
+    return tuple(one.detach().clone(memory_format=torch.contiguous_format) for one in (A, B))  # type: ignore[return-value]
 
 
 def _common_rank(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:

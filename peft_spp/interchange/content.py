@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter folder is made of."""
+"""What an adapter folder is made of, and writing it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from huggingface_hub import ModelCard
 from peft import PeftConfig
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.output import OutputFolder
+from ..checkpoints.own_files import CARD
+from ..durable import sync_file
 from ..model_card import new_model_card
 from .report import ExchangedModule
 
@@ -41,3 +47,20 @@ class AdapterContent:
         task_type = getattr(self.config.task_type, "value", self.config.task_type)
         tags = [str(getattr(self.config.peft_type, "value", self.config.peft_type)).lower()]
         return new_model_card(self.config.base_model_name_or_path, task_type, tags, self.text)
+
+
+def write_adapter(out: OutputFolder, content: AdapterContent, card: ModelCard) -> None:
+    """
+    Write the files of an adapter.
+
+    Args:
+        out (`OutputFolder`): Where they go.
+        content (`AdapterContent`): The adapter.
+        card (`ModelCard`): Its card.
+    """
+    weights = out.new_file(Path(SAFETENSORS_WEIGHTS_NAME))
+    save_file(dict(content.tensors), weights, metadata={"format": "pt"})
+    card.save(weights.with_name(CARD))
+    content.config.save_pretrained(str(weights.parent))
+    for file in weights.parent.iterdir():
+        sync_file(file)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.output import overwritten_line
 from ..sparsity.by_module import ByModule
 from ..sparsity.table import MAX_ROWS, kind_of, plain_table
 
@@ -44,6 +45,7 @@ class InterchangeReport(ByModule[ExchangedModule]):
         dry_run (`bool`): Whether nothing was written.
         modules (`Mapping[str, ExchangedModule]`): The adapted modules, by name.
         others (`tuple[str, ...]`): The tensors beside the factors, which were copied (`modules_to_save`).
+        overwritten (`tuple[str, ...]`): The files of an old adapter in the output folder that gave way to the new one.
         size (`int`): How many bytes the tensors take.
     """
 
@@ -54,6 +56,7 @@ class InterchangeReport(ByModule[ExchangedModule]):
     dry_run: bool
     modules: Mapping[str, ExchangedModule]
     others: tuple[str, ...]
+    overwritten: tuple[str, ...]
     size: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +65,12 @@ class InterchangeReport(ByModule[ExchangedModule]):
         Returns:
             `dict[str, Any]`: Numbers, strings, lists and dicts only.
         """
-        return {**vars(self), "modules": [vars(module) for module in self], "others": list(self.others)}
+        return {
+            **vars(self),
+            "modules": [vars(module) for module in self],
+            "others": list(self.others),
+            "overwritten": list(self.overwritten),
+        }
 
     def __str__(self) -> str:
         what = "Would write" if self.dry_run else "Wrote"
@@ -90,4 +98,5 @@ class InterchangeReport(ByModule[ExchangedModule]):
         ]
         if self.others:
             lines.append(f"{len(self.others)} other tensors copied")
+        lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..checkpoints.hub import local_folder
+from ..checkpoints.output import OutputFolder
+from ..checkpoints.own_files import ADAPTER
 from ..merge.adapter import Adapter, load_adapter
-from ..merge.hub import local_folder
 from ..tuner.adapter_files import ADAPTER_FILES
 from .authors import read_authors_adapter
-from .content import AdapterContent
-from .folder import check_output, write_adapter
+from .content import AdapterContent, write_adapter
 from .hira import to_hira
 from .report import InterchangeReport
 
@@ -57,9 +58,9 @@ def export_adapter(
     if to not in TARGETS:
         raise ValueError(f"cannot export to {to!r}: choose one of {', '.join(TARGETS)}")
     folder = local_folder(adapter, allow=ADAPTER_FILES)
-    check_output(Path(output).expanduser(), folder, overwrite)
+    out = _output(output, folder, overwrite)
     content = TARGETS[to](load_adapter(folder))
-    return _finish(folder, Path(output).expanduser(), "SPP", content, dry_run)
+    return _finish(folder, out, "SPP", content, dry_run)
 
 
 def convert_adapter(
@@ -93,22 +94,34 @@ def convert_adapter(
         ValueError: If the adapter is broken or not one of the authors' code.
     """
     folder = local_folder(adapter, allow=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME])
-    check_output(Path(output).expanduser(), folder, overwrite)
+    out = _output(output, folder, overwrite)
     content = read_authors_adapter(folder, base)
-    return _finish(folder, Path(output).expanduser(), "SPP authors'", content, dry_run)
+    return _finish(folder, out, "SPP authors'", content, dry_run)
 
 
-def _finish(folder: Path, output: Path, source: str, content: AdapterContent, dry_run: bool) -> InterchangeReport:
+def _output(output: str | os.PathLike[str], adapter: Path, overwrite: bool) -> OutputFolder:
+    out = OutputFolder(Path(output), overwrite, ADAPTER)
+    out.check_apart_from(adapter, "adapter")
+    return out
+
+
+def _finish(folder: Path, out: OutputFolder, source: str, content: AdapterContent, dry_run: bool) -> InterchangeReport:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in content.tensors.values())
+    out.check(size)
+    card = content.card()
     if not dry_run:
-        write_adapter(output, content)
+        with out:
+            write_adapter(out, content, card)
+            out.publish()
     peft_type = content.config.peft_type
     return InterchangeReport(
         adapter=str(folder),
-        output=str(output),
+        output=str(out.path),
         source=source,
         method=str(getattr(peft_type, "value", peft_type)),
         dry_run=dry_run,
         modules={module.name: module for module in content.modules},
         others=content.others,
-        size=sum(tensor.numel() * tensor.element_size() for tensor in content.tensors.values()),
+        overwritten=out.replaced,
+        size=size,
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.tensor_file import StoredTensor, open_tensor_file
 from ..functional import Factors
 from ..sparsity.base_masks import BaseRecord
 from ..sparsity.names import is_adapter
 from ..tuner import SPPConfig
 from ..tuner.adapter_files import PREFIX
 from ..tuner.saved_adapter import SavedAdapter, read_adapter
-from .tensor_file import StoredTensor, open_tensor_file
 
 
 INSTEAD = "Merge with PeftModel.from_pretrained(model, adapter).merge_and_unload() instead."

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoints.tensor_file import TensorFile, read_bytes
 from ..functional import Factors, merged_weight
 from ..functional.row_blocks import row_tiles
 from ..sparsity.bits import look_at
 from ..sparsity.counting import PairCounts, count_pair
 from .plan import Merge, Plan
-from .tensor_file import TensorFile, read_bytes
 
 
 PIECE_BYTES = 1 << 21

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.tensor_file import StoredTensor
+from ..checkpoints.ties import TiedNames
 from ..functional.row_blocks import check_row_blocks
 from .adapter import INSTEAD, AdaptedModule, Adapter
-from .checkpoint import Checkpoint
-from .tensor_file import StoredTensor
-from .ties import TiedNames
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

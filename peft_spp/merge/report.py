@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.output import overwritten_line
 from ..sparsity.by_module import ByModule
 from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
 
@@ -75,6 +76,8 @@ class MergeReport(ByModule[MergedModule]):
         files (`tuple[str, ...]`): The weight files.
         carried (`tuple[str, ...]`): The other files that were copied.
         left_out (`tuple[str, ...]`): Weights in the base model's folder that were not copied: they are not merged.
+        base_masks (`str`): How the base model's masks relate to those that the adapter was trained on.
+        overwritten (`tuple[str, ...]`): The files of an old model in the output folder that gave way to the new one.
         size (`int`): How many bytes the merged model takes.
     """
 
@@ -88,6 +91,8 @@ class MergeReport(ByModule[MergedModule]):
     files: tuple[str, ...]
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
+    base_masks: str
+    overwritten: tuple[str, ...]
     size: int
 
     @property
@@ -137,6 +142,8 @@ class MergeReport(ByModule[MergedModule]):
             "files": list(self.files),
             "carried": list(self.carried),
             "left_out": list(self.left_out),
+            "base_masks": self.base_masks,
+            "overwritten": list(self.overwritten),
             "size": self.size,
         }
 
@@ -167,6 +174,8 @@ class MergeReport(ByModule[MergedModule]):
         )
         if self.left_out:
             lines.append(f"not copied, since they would be unmerged: {some(self.left_out, 3)}")
+        lines.append(f"masks of the base: {self.base_masks}")
+        lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)
 
 

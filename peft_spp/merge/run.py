@@ -13,19 +13,24 @@ from pathlib import Path
 from peft.utils.constants import CONFIG_NAME
 from torch import Tensor
 
+from ..checkpoints.card import read_card
+from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
+from ..checkpoints.hub import hub_id, local_folder
+from ..checkpoints.output import OutputFolder, write_file
+from ..checkpoints.own_files import CARD, CONFIG, MODEL
+from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
 from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
 from ..tuner.adapter_files import ADAPTER_FILES
 from ..tuner.saved_adapter import read_settings
 from .adapter import load_adapter
-from .checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from .hub import local_folder
-from .output import OutputFolder, write_file
+from .base_check import CHECKS, CheckBase, check_merged_before, mark_merged
+from .base_check import check_base as compare_base
+from .model_card import merged_card
 from .pieces import merged_pieces, piece_workers
 from .plan import Merge, Plan, plan_merge
 from .report import MergedModule, MergeReport
-from .tensor_file import TensorFile
 
 
 Progress = Callable[[int, int], object]
@@ -38,6 +43,7 @@ def merge_checkpoint(
     output: str | os.PathLike[str],
     *,
     adapter_subfolder: str | None = None,
+    check_base: CheckBase = "warn",
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -49,6 +55,9 @@ def merge_checkpoint(
     `save_pretrained` give of a model that is loaded in the dtypes of its checkpoint. A weight file is read and written
     once, in pieces, so the merge needs a few hundred megabytes, however large the model is. The header of each file
     stays as it is, and so do all tensors that the adapter does not change.
+
+    The base model should be the one that the adapter was trained on: its masks are compared with those that the
+    adapter remembers. The merged model's `config.json` lists the adapter, which is not merged into it again.
 
     Of the base model's folder everything is copied but hidden files and folders, weights in other formats (pickled,
     GGUF, ONNX, ...) and safetensors that are not part of the checkpoint: they would be unmerged.
@@ -63,7 +72,11 @@ def merge_checkpoint(
         adapter (`str` or `os.PathLike`): The adapter, as a local folder or the id of a repository on the Hub.
         output (`str` or `os.PathLike`): The folder to write the merged model to.
         adapter_subfolder (`str`, *optional*): The folder inside of `adapter` that holds the adapter.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
+        check_base (`str`, *optional*, defaults to `"warn"`):
+            What to do if the base model is pruned in other places than the one that the adapter was trained on:
+            `"warn"`, `"error"`, or `"off"` to compare nothing.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to merge, check and count, but write nothing.
         progress (`Callable[[int, int], object]`, *optional*):
             Called with the number of bytes done and of all bytes of the weight files, again and again.
@@ -78,6 +91,8 @@ def merge_checkpoint(
             is broken, so that a merged value would not be finite. The message names the file and the tensor.
         OSError: If there is no space for the output.
     """
+    if check_base not in CHECKS:
+        raise ValueError(f"check_base={check_base!r} is not one of {', '.join(map(repr, CHECKS))}")
     adapter_folder = _adapter_folder(adapter, adapter_subfolder)
     _, config = read_settings(adapter_folder)
     revision = None
@@ -86,11 +101,16 @@ def merge_checkpoint(
     if not base:
         raise ValueError(f"{adapter_folder / CONFIG_NAME} does not name the base model: say which one it is")
     base_folder = local_folder(base, revision=revision, ignore=OTHER_WEIGHTS)
-    folder = OutputFolder(Path(output), overwrite)
+    folder = OutputFolder(Path(output), overwrite, MODEL)
     folder.check_apart_from(base_folder, "base model")
     folder.check_apart_from(adapter_folder, "adapter")
     checkpoint = read_checkpoint(base_folder)
-    plan = plan_merge(checkpoint, load_adapter(adapter_folder))
+    folder.check(checkpoint.size, checkpoint.copies)
+    loaded = load_adapter(adapter_folder)
+    merged_id = check_merged_before(loaded, checkpoint)
+    plan = plan_merge(checkpoint, loaded)
+    base_masks = compare_base(loaded, checkpoint, check_base)
+    base_card = read_card(base_folder / CARD)
 
     counted = _Counted(sum(file.size for file in checkpoint.files), progress)
     if dry_run:
@@ -98,11 +118,17 @@ def merge_checkpoint(
             for file in checkpoint.files:
                 for _ in counted.pieces(workers, file, plan):
                     pass
-    else:
-        folder.check_space(checkpoint.size)
-        with folder, piece_workers() as workers:
-            _write(folder, checkpoint, plan, counted, workers)
-    return _report(checkpoint, adapter_folder, folder.path, dry_run, plan, counted)
+        return _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
+    with folder, piece_workers() as workers:
+        _write(folder, checkpoint, plan, counted, workers)
+        report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
+        card = str(merged_card(base_card, report, hub_id(base), hub_id(adapter)))
+        for name, text in ((CARD, card), (CONFIG, mark_merged(checkpoint, merged_id))):
+            path = folder.new_file(Path(name))
+            path.write_text(text, encoding="utf-8")
+            sync_file(path)
+        folder.publish()
+    return report
 
 
 def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> Path:
@@ -148,13 +174,14 @@ def _write(
             write_file(path, counted.pieces(workers, file, plan))
             _check_written(file, path)
             syncs.append(syncing.submit(sync_file, path))
-        for one in checkpoint.carried:
+        for one, original in checkpoint.copies.items():
+            if one == Path(CONFIG):
+                continue
             path = folder.new_file(one)
-            shutil.copyfile(checkpoint.folder / one, path)
+            shutil.copyfile(original, path)
             syncs.append(syncing.submit(sync_file, path))
     for sync in syncs:
         sync.result()
-    folder.publish()
 
 
 def _check_written(file: TensorFile, path: Path) -> None:
@@ -165,14 +192,20 @@ def _check_written(file: TensorFile, path: Path) -> None:
 
 
 def _report(
-    checkpoint: Checkpoint, adapter: Path, output: Path, dry_run: bool, plan: Plan, counted: _Counted
+    checkpoint: Checkpoint,
+    adapter: Path,
+    output: OutputFolder,
+    dry_run: bool,
+    plan: Plan,
+    counted: _Counted,
+    base_masks: str,
 ) -> MergeReport:
     modules = [_merged_module(checkpoint, merge, counted.zeros[name]) for name, merge in plan.merges.items()]
     stored = sum(len(file.tensors) for file in checkpoint.files)
     return MergeReport(
         base=str(checkpoint.folder),
         adapter=str(adapter),
-        output=str(output),
+        output=str(output.path),
         dry_run=dry_run,
         modules={module.name: module for module in modules},
         replaced=tuple(plan.replaced),
@@ -180,6 +213,8 @@ def _report(
         files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
         carried=tuple(one.as_posix() for one in checkpoint.carried),
         left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        base_masks=base_masks,
+        overwritten=output.replaced,
         size=checkpoint.size,
     )
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.card import read_card
+from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
+from ..checkpoints.hub import hub_id, local_folder
+from ..checkpoints.output import OutputFolder
+from ..checkpoints.own_files import CARD, MODEL
+from ..checkpoints.tensor_file import StoredTensor
 from ..durable import sync_file
-from ..merge.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
-from ..merge.hub import local_folder
-from ..merge.output import OutputFolder
-from ..merge.tensor_file import StoredTensor
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
 from .by_block import check_in_blocks, layers_of_block, prune_block
@@ -30,7 +32,8 @@ from .calibration_mode import calibration_mode
 from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
-from .model_card import CARD, write_card
+from .model_card import pruned_card
+from .preflight import check_finite, check_tokens, choose_device, last_block, needed_tensors
 from .report import PrunedModule, PruneReport
 from .skeleton import Skeleton
 from .sparsegpt import BLOCK_SIZE, DAMPING, SparseGPT
@@ -100,9 +103,11 @@ def prune_checkpoint(
         damping (`float`, *optional*, defaults to 0.01): SparseGPT's λ, as a fraction of the mean of the diagonal of H.
         block_size (`int`, *optional*, defaults to 128): SparseGPT's number of inputs between updates.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to check everything and to say what would be pruned, but prune and write nothing.
+            Whether to check everything that a run checks before it prunes, and to say what would be pruned and which
+            files replaced, but prune and write nothing.
         progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
 
     Returns:
@@ -130,10 +135,12 @@ def prune_checkpoint(
             "method='magnitude'"
         )
     folder = local_folder(model, ignore=OTHER_WEIGHTS)
-    out = OutputFolder(Path(output), overwrite)
+    out = OutputFolder(Path(output), overwrite, MODEL)
     out.check_apart_from(folder, "model")
     checkpoint = read_checkpoint(folder)
-    skeleton = Skeleton(checkpoint, _device(device))
+    out.check(checkpoint.size, checkpoint.copies)
+    dense_card = read_card(folder / CARD)
+    skeleton = Skeleton(checkpoint, choose_device(device))
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
     settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
@@ -144,20 +151,20 @@ def prune_checkpoint(
         batches, used = _calibration_data(skeleton, calibration, samples, sequence_length, seed)
         settings |= used
         data = list(calibration_inputs(batches))
+        check_tokens(skeleton, data)
     if isinstance(chosen, SparseGPT):
         settings |= {"damping": damping, "block_size": block_size}
 
     run = _Run(chosen, skeleton, layers, progress)
+    run.look(0 if dry_run else run.steps(len(data)))
     if dry_run:
-        run.look()
-        return _report(run, out.path, settings, dry_run)
-    out.check_space(checkpoint.size)
+        return _report(run, out, settings, dry_run)
     with out:
         copies = _copy_files(checkpoint, out)
         run.prune(data, copies)
-        report = _report(run, out.path, settings, dry_run)
+        report = _report(run, out, settings, dry_run)
         card = out.new_file(Path(CARD))
-        write_card(card, report, chosen, None if Path(model).expanduser().is_dir() else str(model))
+        card.write_text(str(pruned_card(dense_card, report, chosen, hub_id(model))), encoding="utf-8")
         for path in {card, *copies.values()}:
             sync_file(path)
         out.publish()
@@ -174,12 +181,6 @@ def _choose(
     if method == "sparsegpt":
         return SparseGPT(pattern, sparsity, damping, block_size)
     raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def _calibration_data(
@@ -215,7 +216,7 @@ def _calibration_data(
 
 def _copy_files(checkpoint: Checkpoint, out: OutputFolder) -> dict[Path, Path]:
     """Copy all files of a model, and tell which is the copy of which."""
-    originals = [*(file.path for file in checkpoint.files), *(checkpoint.folder / one for one in checkpoint.carried)]
+    originals = [*(file.path for file in checkpoint.files), *checkpoint.copies.values()]
     copies = {original: out.new_file(original.relative_to(checkpoint.folder)) for original in originals}
     for original, copy in copies.items():
         shutil.copyfile(original, copy)
@@ -242,10 +243,23 @@ class _Run:
     _done: int = 0
     _total: int = 0
 
-    def look(self) -> None:
-        """Check the weights, and change nothing."""
+    def look(self, steps_to_come: int) -> None:
+        """Check the tensors, and change nothing: what is found here cannot end the run half-way."""
+        others = needed_tensors(self.skeleton, self.layers, self.method)
+        self._total = len(self.layers) + len(others) + steps_to_come
+        for tensor in others:
+            check_finite(tensor)
+            self._step()
         for name in self._one_by_one():
             self._record(name, self._count(name), None)
+
+    def steps(self, batches: int) -> int:
+        """How many steps pruning will take."""
+        if self.method.statistics is None:
+            return len(self.layers)
+        last = last_block(self.skeleton, self.layers)
+        by_block = [layers_of_block(self.layers, self.skeleton.blocks_name, index) for index in range(last + 1)]
+        return batches * (1 + sum(2 if layers else 1 for layers in by_block))
 
     def prune(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
         """Prune the layers, and write them into copies of the weight files."""
@@ -253,13 +267,11 @@ class _Run:
             self._prune_by_block(data, copies)
             return
         for name in self._one_by_one():
-            before = self._count(name)
             self.method.prune(name, self.layers[name], None)
-            self._finish(name, before, copies)
+            self._finish(name, copies)
 
     def _one_by_one(self) -> Iterator[str]:
         """The names of the layers, each while its weight is in memory."""
-        self._total = len(self.layers)
         for name in self.layers:
             with self.skeleton.loaded([f"{name}.weight"]):
                 yield name
@@ -268,8 +280,7 @@ class _Run:
     def _prune_by_block(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
         skeleton, blocks = self.skeleton, self.skeleton.blocks
         by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
-        last = max(index for index, layers in enumerate(by_block) if layers)
-        self._total = len(data) * (1 + sum(2 if layers else 1 for layers in by_block[: last + 1]))
+        last = last_block(skeleton, self.layers)
         with calibration_mode(skeleton.model):
             with skeleton.loaded(skeleton.names_of_stem()):
                 batches = enter_blocks(
@@ -278,11 +289,10 @@ class _Run:
             for index in range(last + 1):
                 with skeleton.loaded(skeleton.names_of_block(index)):
                     layers = by_block[index]
-                    before = {name: self._count(name) for name in layers}
                     check_repeatable(index, blocks[index], batches[0])
                     prune_block(self.method, index, blocks[index], layers, batches, self._step)
                     for name in layers:
-                        self._finish(name, before[name], copies)
+                        self._finish(name, copies)
 
     def _load_first_block(self) -> torch.nn.Module:
         for name in self.skeleton.names_of_block(0):
@@ -305,7 +315,7 @@ class _Run:
             )
         return counts.zeros
 
-    def _finish(self, name: str, zeros_before: int, copies: Mapping[Path, Path]) -> None:
+    def _finish(self, name: str, copies: Mapping[Path, Path]) -> None:
         """Check what a layer has become, and write it."""
         counts = self._counts(name)
         pattern = None if self.method.pattern is None else NMPattern.parse(self.method.pattern)
@@ -316,7 +326,7 @@ class _Run:
         with copies[stored.file].open("r+b") as file:
             file.seek(stored.start)
             file.write(data.numpy().data)
-        self._record(name, zeros_before, counts.zeros)
+        self._record(name, self.modules[name].zeros_before, counts.zeros)
 
     def _counts(self, name: str) -> Counts:
         layer = self.layers[name]
@@ -339,12 +349,12 @@ class _Run:
         )
 
 
-def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) -> PruneReport:
+def _report(run: _Run, output: OutputFolder, settings: dict[str, Any], dry_run: bool) -> PruneReport:
     checkpoint = run.skeleton.checkpoint
     linear = linear_layers(run.skeleton.model)
     return PruneReport(
         model=str(checkpoint.folder),
-        output=str(output),
+        output=str(output.path),
         dry_run=dry_run,
         settings=settings,
         modules=run.modules,
@@ -352,5 +362,6 @@ def _report(run: _Run, output: Path, settings: dict[str, Any], dry_run: bool) ->
         files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
         carried=tuple(one.as_posix() for one in checkpoint.carried),
         left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+        overwritten=output.replaced,
         size=checkpoint.size,
     )

@@ -5,38 +5,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-
 from .._version import __version__
+from ..checkpoints.card import Card
 from .methods import PruningMethod
 from .report import PruneReport
 
 
-CARD = "README.md"
 HEADING = "## Pruning"
+INVITATION = (
+    "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) (`pip install peft-spp`)."
+)
+"""How a pruned model's card ends; once it is fine-tuned, it does not say so any more."""
 
 
-def write_card(path: Path, report: PruneReport, method: PruningMethod, base_model: str | None) -> None:
+def pruned_card(dense: Card, report: PruneReport, method: PruningMethod, base_model: str | None) -> Card:
     """
     Add what the pruning did to a model card.
 
     Args:
-        path (`Path`): The card: that of the dense model, or nothing yet.
+        dense (`Card`): The card of the dense model.
         report (`PruneReport`): What was done.
         method (`PruningMethod`): The method.
         base_model (`str`, *optional*): The id of the dense model on the Hub.
+
+    Returns:
+        `Card`: The card of the pruned model.
     """
-    if path.exists():
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-    else:
-        card = ModelCard("---\nlibrary_name: transformers\n---\n")
-    tags = {"sparse", "pruned", method.name.lower(), *([str(method.pattern)] if method.pattern is not None else [])}
-    card.data.tags = sorted({*(card.data.tags or []), *tags})
+    title = dense.text.strip() or f"# {Path(report.output).name}"
+    card = Card(dict(dense.data), f"{title}\n\n{_section(report, method, base_model)}")
+    card.data.setdefault("library_name", "transformers")
+    card.add_tags({"sparse", "pruned", method.name.lower(), *([str(method.pattern)] if method.pattern else [])})
     if base_model is not None:
-        card.data.base_model = base_model
-    title = card.text.strip() or f"# {Path(report.output).name}"
-    card.text = f"{title}\n\n{_section(report, method, base_model)}"
-    card.save(path)
+        card.data["base_model"] = base_model
+    return card
 
 
 def _section(report: PruneReport, method: PruningMethod, base_model: str | None) -> str:
@@ -46,7 +47,7 @@ def _section(report: PruneReport, method: PruningMethod, base_model: str | None)
         HEADING,
         "",
         f"{source} were pruned to {method.request} with [{method.name}]({method.paper}) by peft-spp {__version__}. "
-        f"{share:.2%} of their {report.numel:,} weights are zero; all other tensors are as they were.",
+        f"{share:.2%} of their {report.numel:,} weights are zero; all other tensors are unchanged.",
         "",
         *(f"- {name}: {value}" for name, value in report.settings.items() if value is not None),
         "",
@@ -54,7 +55,6 @@ def _section(report: PruneReport, method: PruningMethod, base_model: str | None)
         report.table(),
         "```",
         "",
-        "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) (`pip install peft-spp`).",
-        "",
+        INVITATION,
     ]
     return "\n".join(lines)

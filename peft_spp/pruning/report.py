@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints.output import overwritten_line
 from ..sparsity.by_module import ByModule
 from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
 
@@ -62,6 +63,7 @@ class PruneReport(ByModule[PrunedModule]):
         files (`tuple[str, ...]`): The weight files.
         carried (`tuple[str, ...]`): The other files that were copied.
         left_out (`tuple[str, ...]`): Weights in the model's folder that were not copied: they are not pruned.
+        overwritten (`tuple[str, ...]`): The files of an old model in the output folder that gave way to the new one.
         size (`int`): How many bytes the pruned model takes.
     """
 
@@ -74,6 +76,7 @@ class PruneReport(ByModule[PrunedModule]):
     files: tuple[str, ...]
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
+    overwritten: tuple[str, ...]
     size: int
 
     @property
@@ -116,6 +119,7 @@ class PruneReport(ByModule[PrunedModule]):
             "files": list(self.files),
             "carried": list(self.carried),
             "left_out": list(self.left_out),
+            "overwritten": list(self.overwritten),
             "size": self.size,
         }
 
@@ -157,6 +161,7 @@ class PruneReport(ByModule[PrunedModule]):
             lines.append(f"left as they are: {some(self.left_dense, 3)}")
         if self.left_out:
             lines.append(f"not copied, since they would be unpruned: {some(self.left_out, 3)}")
+        lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)
 
 

@@ -15,9 +15,9 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..merge.checkpoint import Checkpoint
-from ..merge.tensor_file import StoredTensor
-from ..merge.ties import TiedNames
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.tensor_file import StoredTensor
+from ..checkpoints.ties import TiedNames
 from .layers import LinearLayer, find_blocks, find_target_layers
 
 
@@ -173,6 +173,10 @@ class Skeleton:
         """Free the memory of a tensor that [`load`] can load again."""
         if self._state[name].is_meta:
             set_module_tensor_to_device(self.model, name, "meta", clear_cache=False)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a tensor is read from the checkpoint, and not computed, by its name in the model."""
+        return self._state[name].is_meta
 
     def names_of_block(self, index: int) -> list[str]:
         """The tensors of the block numbered `index`, by their names in the model."""

@@ -8,7 +8,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,18 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The floating dtypes by their names in a file."""
 
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_PICKLED_MODEL = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored], Mapping[str, Any]]:
     """List the tensors of a safetensors file or folder; only the headers are read.
 
-    In a folder, `model.safetensors` is read if there is one, else the shards that `model.safetensors.index.json`
-    names, else every `*.safetensors` in it. `config.json` beside them tells the `model_type`.
+    A folder is read as Transformers loads it: the file that `transformers_weights` of `config.json` names, else
+    `model.safetensors`, else all that the shards hold which `model.safetensors.index.json` names, whether or not it
+    lists the tensor. A folder that Transformers does not load is read as well: every `*.safetensors` in it.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
@@ -56,15 +61,15 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
     """
     path = Path(path)
     if path.is_dir():
-        folder, listing = path, list_folder(path)
+        folder, listing = path, list_folder(path).files
     elif path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"only safetensors is read, and {path} is not a .safetensors file; {_FIX}")
         folder, listing = path.parent, {path: None}
     else:
         raise FileNotFoundError(f"there is no file or folder {path} (models are not downloaded: give a local path)")
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return str(path), iter(sorted(_walk(listing), key=_by_number)), config
+    stored = [one for listed in read_headers(listing).values() for one in listed]
+    return str(path), iter(sorted(stored, key=_by_number)), read_config(folder)
 
 
 def _by_number(one: Stored) -> list[tuple[int, str]]:
@@ -75,29 +80,67 @@ def _by_number(one: Stored) -> list[tuple[int, str]]:
 _FIX = "load the model and write it again with save_pretrained(folder), which writes safetensors"
 
 
-def list_folder(folder: Path) -> dict[Path, list[str] | None]:
+@dataclass(frozen=True)
+class Listing:
+    """The weight files of a folder.
+
+    Args:
+        files (`dict[Path, list[str] | None]`): Each with the names that the index expects in it, or `None`.
+        index (`Path` or `None`): The index that names them.
+        loaded (`bool`): Whether Transformers loads them.
+    """
+
+    files: dict[Path, list[str] | None]
+    index: Path | None = None
+    loaded: bool = True
+
+
+def list_folder(folder: Path) -> Listing:
     """List the safetensors files of a checkpoint; see [`stored_in_files`].
 
     Args:
         folder (`Path`): The folder of the checkpoint.
 
     Returns:
-        `dict[Path, list[str] | None]`: The files to read, each with the names to read from it (`None` for all).
+        `Listing`: The files to read.
 
     Raises:
-        ValueError: If there is none, or the index is damaged, or names a file that is missing or outside the folder.
+        ValueError: If there is none, or the index is damaged, or names a file that is missing or outside the folder,
+            or Transformers would load pickled weights instead.
     """
+    named = read_config(folder).get("transformers_weights")
+    if named is not None:
+        file = _inside(folder / "config.json", named)
+        return Listing(_list_index(file), file) if named.endswith(INDEX_SUFFIX) else Listing({file: None})
     if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
+        return Listing({folder / SINGLE: None})
     if (folder / INDEX).is_file():
-        return _list_index(folder / INDEX)
+        return Listing(_list_index(folder / INDEX), folder / INDEX)
     files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return dict.fromkeys(files)
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
-    if pickled:
-        raise ValueError(f"only safetensors is read, and folder {folder} holds {pickled[0]} and none; {_FIX}")
-    raise ValueError(f"folder {folder} holds no .safetensors file")
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED or file.name in _PICKLED_MODEL)
+    loaded_instead = [name for name in pickled if name in _PICKLED_MODEL]
+    if loaded_instead or (pickled and not files):
+        found = (loaded_instead or pickled)[0]
+        raise ValueError(f"only safetensors is read, and Transformers loads {found} from folder {folder}; {_FIX}")
+    if not files:
+        raise ValueError(f"folder {folder} holds no .safetensors file")
+    return Listing(dict.fromkeys(files), loaded=False)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration of a model.
+
+    Args:
+        folder (`Path`): The folder of the model.
+
+    Returns:
+        `dict[str, Any]`: The content of its `config.json`, empty if there is none.
+
+    Raises:
+        ValueError: If it is not valid JSON, or not an object.
+    """
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def _list_index(index: Path) -> dict[Path, list[str] | None]:
@@ -105,15 +148,27 @@ def _list_index(index: Path) -> dict[Path, list[str] | None]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to file names")
     names: dict[Path, list[str] | None] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        # By its text alone: in a download cache the files are links that lead out of the folder, as they should.
-        if re.match(r"[/\\]|[A-Za-z]:", shard) or ".." in re.split(r"[/\\]", shard):
-            raise ValueError(f"{index} names {shard!r}, which lies outside its folder")
+    for name, shard in weight_map.items():
         file = index.parent / shard
-        if not os.path.isfile(file):  # unlike the method it is false for a name that no file can have
-            raise ValueError(f"{index} names {shard!r}, which is not there")
-        names[file] = [name for name, where in weight_map.items() if where == shard]
+        if file not in names:
+            names[_inside(index, shard)] = []
+        wanted = names[file]
+        assert wanted is not None
+        wanted.append(name)
     return names
+
+
+def _inside(source: Path, named: Any) -> Path:
+    """The file next to `source` that it names."""
+    if not isinstance(named, str) or not named.endswith((".safetensors", INDEX_SUFFIX)):
+        raise ValueError(f"{source} names {named!r} as a weight file, which is not a .safetensors file; {_FIX}")
+    # By its text alone: in a download cache the files are links that lead out of the folder, as they should.
+    if re.match(r"[/\\]|[A-Za-z]:", named) or ".." in re.split(r"[/\\]", named):
+        raise ValueError(f"{source} names {named!r}, which lies outside its folder")
+    file = source.parent / named
+    if not os.path.isfile(file):  # unlike the method it is false for a name that no file can have
+        raise ValueError(f"{source} names {named!r}, which is not there")
+    return file
 
 
 def read_json(file: Path, strict: bool = False) -> dict[str, Any]:
@@ -152,43 +207,56 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _walk(listing: Mapping[Path, list[str] | None]) -> Iterator[Stored]:
+def read_headers(files: Mapping[Path, list[str] | None]) -> dict[Path, list[Stored]]:
+    """List the tensors of several safetensors files that make up one checkpoint.
+
+    Args:
+        files (`Mapping[Path, list[str] | None]`): See [`Listing`].
+
+    Returns:
+        `dict[Path, list[Stored]]`: The tensors of each file, not yet read.
+
+    Raises:
+        ValueError: If a file is damaged or does not hold an expected tensor, or two files hold the same one.
+    """
     seen: dict[str, Path] = {}
-    for file, wanted in listing.items():
-        for one in read_header(file, wanted):
+    found = {}
+    for file, expected in files.items():
+        found[file] = read_header(file, expected)
+        for one in found[file]:
             if one.key in seen:
                 raise ValueError(f"tensor {one.key!r} is in both {seen[one.key]} and {file}")
             seen[one.key] = file
-            yield one
+    return found
 
 
-def read_header(file: Path, wanted: list[str] | None = None) -> list[Stored]:
+def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Stored]:
     """List the tensors of one safetensors file.
 
     Args:
         file (`Path`): The file.
-        wanted (`list[str]`, *optional*): The names to list; by default all, sorted.
+        expected (`Iterable[str]`, *optional*): Names that it must hold.
 
     Returns:
-        `list[Stored]`: The tensors, not yet read.
+        `list[Stored]`: All its tensors, not yet read, by name.
 
     Raises:
-        ValueError: If the file is damaged or does not hold a wanted tensor.
+        ValueError: If the file is damaged or does not hold an expected tensor.
     """
     listed = []
     try:
         with safe_open(file, framework="pt") as tensors:
             present = set(tensors.keys())
-            missing = [name for name in wanted or () if name not in present]
+            missing = [name for name in expected or () if name not in present]
             if missing:
                 raise ValueError(f"{file} does not hold tensor {missing[0]!r}, which the index says it does")
-            for name in sorted(present) if wanted is None else wanted:
+            for name in sorted(present):
                 view = tensors.get_slice(name)
                 dtype = view.get_dtype()
                 shape = checked_shape(file, name, view.get_shape())
                 listed.append(Stored(name, shape, DTYPES.get(dtype, dtype), partial(_load, file, name)))
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file (cut short or damaged): {error}") from error
+        raise ValueError(f"{file} is not a readable safetensors file (truncated or damaged): {error}") from error
     return listed
 
 

@@ -47,6 +47,29 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["dense", "mine.txt"]
 
 
+@pytest.mark.parametrize("name", ["dense/mine.txt", "spp-adapter/checkpoint-3/optimizer.pt", "pruned/.git/config"])
+def test_what_was_added_to_an_earlier_demo_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    output = OutputFolder(tmp_path / "out")
+    output.prepare()
+    (output.root / name).parent.mkdir(parents=True)
+    (output.root / name).write_text("mine")
+    (output.root / name.split("/")[0] / "model.safetensors").touch()
+    with pytest.raises(FileExistsError, match=name):
+        output.prepare()
+    assert (output.root / name).read_text() == "mine" and len(list(output.root.rglob("model.safetensors"))) == 1
+
+
+def test_a_link_in_an_earlier_demo_is_not_followed(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path / "out")
+    output.prepare()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").touch()
+    output.dense.symlink_to(tmp_path / "mine", target_is_directory=True)
+    with pytest.raises(FileExistsError, match="dense"):
+        output.prepare()
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+
+
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(FileExistsError, match="is not a folder"):

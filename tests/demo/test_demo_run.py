@@ -22,6 +22,10 @@ from peft_spp.demo.output import OutputFolder
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 
+def test_all_that_a_demo_writes_is_known_to_be_its_own(smoke_run: SmokeRun) -> None:
+    smoke_run.output.check()
+
+
 def test_checks_agree_with_the_files(smoke_run: SmokeRun) -> None:
     """The same numbers from the files, computed in another way."""
     text = smoke_run.output.held_out_text.read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def main() -> None:
 
         def place_model() -> None:
             (disk / "out").mkdir()
-            (disk / "out" / "config.json").write_text("{}")
+            (disk / "out" / "config.json").write_text('{"model_type": "llama"}')
 
         def merge() -> None:
             merge_checkpoint(case.base, case.adapter, disk / "out", overwrite=True)

@@ -16,7 +16,7 @@ from merge_cases import contents, llama_case
 from peft_spp.merge import merge_checkpoint
 
 
-OLD = {"config.json": b"{}", "model.safetensors": b"old"}
+OLD = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"old"}
 
 
 def kill_merges(overwrite: bool) -> Counter[str]:

@@ -24,9 +24,9 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from peft_spp import SPPConfig
+from peft_spp.checkpoints.checkpoint import read_checkpoint
+from peft_spp.checkpoints.tensor_file import open_tensor_file
 from peft_spp.merge.adapter import load_adapter
-from peft_spp.merge.checkpoint import read_checkpoint
-from peft_spp.merge.tensor_file import open_tensor_file
 from peft_spp.sparsity.base_masks import BASE_MASKS, read_base_masks
 from peft_spp.sparsity.mask_record import MaskRecord
 from peft_spp.sparsity.safetensors_files import read_header

@@ -179,7 +179,7 @@ def test_another_target_or_adapter_is_refused(tmp_path):
 def test_a_failing_write_leaves_the_old_adapter_and_nothing_else(tmp_path, monkeypatch):
     save_adapter(tmp_path)
     export_adapter(tmp_path / "adapter", tmp_path / "out")
-    (tmp_path / "out" / "mark").write_text("old")
+    (tmp_path / "out" / "README.md").write_text("old")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def full(*args, **kwargs):
@@ -192,7 +192,7 @@ def test_a_failing_write_leaves_the_old_adapter_and_nothing_else(tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
     monkeypatch.undo()
     export_adapter(tmp_path / "adapter", tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mark").exists()
+    assert (tmp_path / "out" / "README.md").read_text() != "old"
 
 
 def run(*arguments):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The merged checkpoint, tensor by tensor, against `merge_and_unload` and `save_pretrained`."""
 
+import json
+
 import pytest
 import torch
 from merge_cases import (
@@ -20,6 +22,7 @@ from merge_cases import (
 from safetensors.torch import load_file, save_file
 
 from peft_spp import SPPConfig
+from peft_spp.checkpoints.merged import MERGED
 from peft_spp.functional import Factors, merged_weight
 from peft_spp.merge import merge_checkpoint, pieces
 from peft_spp.sparsity import compare_sparsity
@@ -197,8 +200,12 @@ def test_headers_and_other_tensors_stay_as_they_were(tmp_path):
     case = llama_case(tmp_path, SPPConfig(r=4, target_modules=["q_proj"]), shard_size="20KB")
     merge_checkpoint(case.base, case.adapter, tmp_path / "out")
     before, after = contents(case.base), contents(tmp_path / "out")
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys() - {"README.md"}
     for name, content in before.items():
+        if name == "config.json":
+            config = json.loads(after[name])
+            assert len(config.pop(MERGED)) == 1 and config == json.loads(content)
+            continue
         if not name.endswith(".safetensors"):
             assert after[name] == content
             continue

@@ -34,7 +34,7 @@ def test_merge_overwrites_if_asked(tmp_path, case):
     assert merge(case.adapter, tmp_path / "out").exit_code == 0
     assert merge(case.adapter, tmp_path / "out").exit_code == 1
     assert merge(case.adapter, tmp_path / "out", "--overwrite").exit_code == 0
-    assert contents(tmp_path / "out").keys() == contents(case.base).keys()
+    assert contents(tmp_path / "out").keys() == contents(case.base).keys() | {"README.md"}
 
 
 def test_a_refused_merge_says_why_in_one_line(tmp_path, case):

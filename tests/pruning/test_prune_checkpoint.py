@@ -205,7 +205,7 @@ def test_progress_ends_with_all_steps(tmp_path: Path, model: Path, text: Path) -
         progress=lambda done, total: steps.append((done, total)),
         **SMALL,
     )
-    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1)) and {total for _, total in steps} == {28}
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1)) and len({total for _, total in steps}) == 1
 
 
 def test_documents_are_read_from_json_lines(tmp_path: Path, model: Path) -> None:

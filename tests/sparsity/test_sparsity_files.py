@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sparsity_tiny_models import keep_n_m
 
 from peft_spp.sparsity import compare_sparsity, safetensors_files, sparsity_report
@@ -50,11 +50,36 @@ def test_a_path_may_be_a_string_and_is_told(shards):
     assert report.all_satisfy("2:4") and report.source == str(shards[0])
 
 
-def test_of_a_shard_only_what_the_index_names_is_read(shards):
+def test_of_a_shard_all_is_read_whether_or_not_the_index_names_it(shards):
+    """As Transformers does, which takes from the index only which shards there are."""
     folder, weight_map = shards
-    del weight_map["layers.5.fc.weight"]
+    before = folder / "before.safetensors"
+    save_file({"layers.5.fc.weight": keep_n_m(torch.randn(8, 8), 2, 4)}, before)
+    shard = folder / weight_map.pop("layers.5.fc.weight")
     write_index(folder, weight_map)
-    assert list(sparsity_report(folder).modules) == [f"layers.{n}.fc" for n in (0, 1, 2, 3, 4, 6, 7)]
+    assert list(sparsity_report(folder).modules) == [f"layers.{n}.fc" for n in range(8)]
+    save_file(load_file(shard) | {"layers.5.fc.weight": torch.ones(8, 8)}, shard)
+    comparison = compare_sparsity(before, folder)
+    assert not comparison.kept and comparison["layers.5.fc"].lost == 32
+
+
+def test_a_name_in_config_json_is_the_one_that_is_read(shards):
+    folder, _ = shards
+    save_file({"fc.weight": torch.ones(2, 2)}, folder / "other.safetensors")
+    (folder / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    assert list(sparsity_report(folder).modules) == ["fc"]
+    (folder / "config.json").write_text('{"transformers_weights": "../other.safetensors"}')
+    with naming("../other.safetensors"):
+        sparsity_report(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_safetensors_next_to_pickled_weights_that_transformers_loads_are_not_read_for_them(tmp_path, name):
+    save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "consolidated.safetensors")
+    assert len(sparsity_report(tmp_path)) == 1
+    (tmp_path / name).write_text("{}")
+    with naming(name):
+        sparsity_report(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"weight_map": %s, "n": NaN}', '{"weight_map": %s, "weight_map": {}}'])

@@ -49,3 +49,12 @@ def local_folder(
         raise FileNotFoundError(
             f"{os.fspath(source)!r} is no local folder, and could not be downloaded from the Hub: {error}"
         ) from error
+
+
+def hub_id(source: str | os.PathLike[str]) -> str | None:
+    """The id of a repository on the Hub; `None` for a local folder, whose place nobody else needs to know.
+
+    Args:
+        source (`str` or `os.PathLike`): See [`local_folder`].
+    """
+    return None if Path(source).expanduser().is_dir() else os.fspath(source)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..sparsity.layout import Layout
-from ..sparsity.safetensors_files import INDEX, SINGLE, list_folder, read_json
+from ..sparsity.safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
+from .own_files import CARD
 from .tensor_file import StoredTensor, TensorFile, open_tensor_file
 
 
@@ -63,6 +64,11 @@ class Checkpoint:
         return Layout({name: one.shape for name, one in self.tensors.items()}, self.config, conv1d=None)
 
     @property
+    def copies(self) -> dict[Path, Path]:
+        """The other files of the model, by their relative path; all but the card, which is written again."""
+        return {one: self.folder / one for one in self.carried if one != Path(CARD)}
+
+    @property
     def size(self) -> int:
         """The bytes of a copy."""
         return sum(file.size for file in self.files) + sum((self.folder / one).stat().st_size for one in self.carried)
@@ -81,25 +87,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ValueError: If it has no safetensors weights as Transformers names them, or a file is damaged or missing.
     """
     listing = list_folder(folder)
-    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
-    if not single and not index:
+    if not listing.loaded:
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, so Transformers would not load it either")
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    files = tuple(open_tensor_file(path, wanted) for path, wanted in listing.items())
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in file.tensors.items():
-            if name in tensors:
-                raise ValueError(f"tensor {name!r} is in both {tensors[name].file} and {file.path}")
-            tensors[name] = tensor
-    carried, left_out = _other_files(folder, {file.path for file in files})
-    if not single:
-        carried = [*carried, Path(INDEX)]
-        left_out = [one for one in left_out if one != Path(INDEX)]
-    return Checkpoint(folder, config, files, tensors, tuple(carried), tuple(left_out))
+    files = tuple(open_tensor_file(path, listed) for path, listed in read_headers(listing.files).items())
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    carried, left_out = _other_files(folder, {file.path for file in files}, listing.index)
+    return Checkpoint(folder, read_config(folder), files, tensors, tuple(carried), tuple(left_out))
 
 
-def _other_files(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Path]]:
+def _other_files(folder: Path, weights: set[Path], index: Path | None) -> tuple[list[Path], list[Path]]:
     carried: list[Path] = []
     left_out: list[Path] = []
     for where, folders, names in os.walk(folder):
@@ -109,6 +105,6 @@ def _other_files(folder: Path, weights: set[Path]) -> tuple[list[Path], list[Pat
             # links of a download cache lead to files; what is neither (a socket, a broken link) is not the model's
             if name.startswith(".") or path in weights or not path.is_file():
                 continue
-            is_left_out = any(path.match(pattern) for pattern in _NOT_CARRIED)
+            is_left_out = path != index and any(path.match(pattern) for pattern in _NOT_CARRIED)
             (left_out if is_left_out else carried).append(path.relative_to(folder))
     return carried, left_out

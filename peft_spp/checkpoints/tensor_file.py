@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..sparsity.safetensors_files import read_header
+from ..sparsity.weights import Stored
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,28 @@ class TensorFile:
     tensors: dict[str, StoredTensor]
 
 
-def open_tensor_file(path: Path, wanted: list[str] | None = None) -> TensorFile:
+def open_tensor_file(path: Path, listed: Sequence[Stored] | None = None) -> TensorFile:
     """Read the header of a safetensors file.
 
     Args:
         path (`Path`): The file.
-        wanted (`list[str]`, *optional*): Names that it must hold.
+        listed (`Sequence[Stored]`, *optional*): What `read_header` has found in it, where it was called before.
 
     Returns:
         `TensorFile`: All its tensors.
 
     Raises:
-        ValueError: If the file is damaged or does not hold a wanted tensor.
+        ValueError: If the file is damaged.
     """
-    if wanted is not None:
-        read_header(path, wanted)
     # `safetensors` checks the header; what is parsed again below are the offsets, which it does not tell
-    listed = {one.key: one for one in read_header(path)}
+    checked = read_header(path) if listed is None else listed
     size = path.stat().st_size
     with path.open("rb") as file:
         data_start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(data_start - 8))
     found = []
-    for name, one in listed.items():
+    for one in checked:
+        name = one.key
         start, stop = (data_start + offset for offset in header[name]["data_offsets"])
         itemsize = one.dtype.itemsize if isinstance(one.dtype, torch.dtype) else None
         if not data_start <= start <= stop <= size or itemsize not in (None, _itemsize(stop - start, one.shape)):

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint is the one that an adapter was trained on, and does not have the adapter in it already."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any, Literal
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.merged import MERGED, adapter_id, merged_adapters
+from ..sparsity.base_masks import record_checkpoint
+from .adapter import Adapter
+
+
+CheckBase = Literal["warn", "error", "off"]
+CHECKS = ("warn", "error", "off")
+
+
+def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> str:
+    """Compare the masks of a checkpoint with those that an adapter was trained on, one tensor at a time.
+
+    Args:
+        adapter (`Adapter`): The adapter.
+        checkpoint (`Checkpoint`): The checkpoint.
+        check (`str`): What to do if they are different: `"warn"`, `"error"`, or `"off"` to compare nothing.
+
+    Returns:
+        `str`: What came of it, for the report.
+
+    Raises:
+        ValueError: If masks are different and `check` is `"error"`; the message names the modules.
+    """
+    if check == "off":
+        return "not compared"
+    if adapter.base is None:
+        return "not compared, since the adapter has no record of its base model"
+    conv1d = None if not adapter.config.fan_in_fan_out else _conv1d(checkpoint)
+    masks = record_checkpoint(adapter.base, checkpoint.folder, conv1d=conv1d)
+    mismatch = adapter.base.mismatch(masks)
+    if mismatch is None:
+        return f"those that the adapter was trained on, in {len(masks)} modules"
+    message = (
+        f"The adapter in {adapter.folder} was trained on a base model that is pruned in other places than "
+        f"{checkpoint.folder}, in {mismatch}. Merge into the model that it was trained on "
+        f"({adapter.config.base_model_name_or_path}), or use --check-base off (check_base='off') if that is what you "
+        "want."
+    )
+    if check == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+    return f"different from those that the adapter was trained on, in {mismatch}"
+
+
+def _conv1d(checkpoint: Checkpoint) -> bool | None:
+    """A checkpoint tells the layout by its `config.json`; without one, the adapter does."""
+    return None if checkpoint.config.get("model_type") else True
+
+
+def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
+    """Check that an adapter is not in a checkpoint already.
+
+    Args:
+        adapter (`Adapter`): The adapter.
+        checkpoint (`Checkpoint`): The checkpoint.
+
+    Returns:
+        `str`: The id of the adapter, for [`mark_merged`].
+
+    Raises:
+        ValueError: If it is.
+    """
+    factors = ((name, one.scaling, one.A.load(), one.B.load()) for name, one in adapter.modules.items())
+    identity = adapter_id(factors)
+    if adapter.modules and identity in merged_adapters(checkpoint.config):
+        raise ValueError(
+            f"the adapter in {adapter.folder} was merged into {checkpoint.folder} before, and would be applied twice: "
+            f"config.json lists its id {identity} under {MERGED!r}. Merge into the model that it was trained on "
+            f"({adapter.config.base_model_name_or_path}); name it with --base"
+        )
+    return identity
+
+
+def mark_merged(checkpoint: Checkpoint, identity: str) -> str:
+    """The `config.json` of a merged model, which says that an adapter is in it.
+
+    Args:
+        checkpoint (`Checkpoint`): The base model.
+        identity (`str`): The id of the adapter.
+
+    Returns:
+        `str`: The content of the file.
+    """
+    content: dict[str, Any] = {**checkpoint.config, MERGED: [*merged_adapters(checkpoint.config), identity]}
+    return json.dumps(content, indent=2) + "\n"

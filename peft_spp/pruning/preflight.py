@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruning a checkpoint checks before it starts, in a dry run as in a run: all that would end it later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ..checkpoints.tensor_file import StoredTensor
+from .by_block import layers_of_block
+from .calibration_data import CalibrationInputs
+from .layers import LinearLayer
+from .methods import PruningMethod
+from .skeleton import Skeleton
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """
+    Choose where to compute, and try it.
+
+    Args:
+        device (`str` or `torch.device`, *optional*): The device; by default a CUDA GPU if there is one.
+
+    Returns:
+        `torch.device`: The device.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise RuntimeError("a meta device does not compute")
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here ({reason}); name another, such as 'cpu'"
+        ) from error
+    return chosen
+
+
+def last_block(skeleton: Skeleton, layers: dict[str, LinearLayer]) -> int:
+    """The number of the last block that has a layer to prune: the calibration data go no further."""
+    indices = range(len(skeleton.blocks))
+    return max(index for index in indices if layers_of_block(layers, skeleton.blocks_name, index))
+
+
+def needed_tensors(skeleton: Skeleton, layers: dict[str, LinearLayer], method: PruningMethod) -> list[StoredTensor]:
+    """
+    Find the tensors that pruning will load, besides the weights to prune.
+
+    Args:
+        skeleton (`Skeleton`): The model.
+        layers (`dict[str, LinearLayer]`): Its layers to prune.
+        method (`PruningMethod`): The method.
+
+    Returns:
+        `list[StoredTensor]`: The tensors.
+
+    Raises:
+        ValueError: If one is not in the checkpoint as it is in the model, or is not floating.
+    """
+    if method.statistics is None:
+        return []
+    found = {}
+    for name in _names(skeleton, last_block(skeleton, layers)):
+        if name.removesuffix(".weight") not in layers and skeleton.is_stored(name):
+            stored = skeleton.stored(name)
+            if not isinstance(stored.dtype, torch.dtype):
+                raise ValueError(f"tensor {stored.name!r} of {stored.file} is {stored.describe()}, which is not read")
+            found[stored.name] = stored
+    return list(found.values())
+
+
+def _names(skeleton: Skeleton, last: int) -> Iterator[str]:
+    yield from skeleton.names_of_stem()
+    for index in range(last + 1):
+        yield from skeleton.names_of_block(index)
+
+
+def check_finite(tensor: StoredTensor) -> None:
+    """Raise a `ValueError` that names a tensor with a value that is not finite."""
+    broken = int((~tensor.load().isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"tensor {tensor.name!r} of {tensor.file} has {broken} values that are NaN or infinite: "
+            "the model is broken"
+        )
+
+
+def check_tokens(skeleton: Skeleton, data: Iterable[CalibrationInputs]) -> None:
+    """
+    Check that the model has an embedding for each token of the calibration data.
+
+    Args:
+        skeleton (`Skeleton`): The model.
+        data (`Iterable[CalibrationInputs]`): The calibration data.
+
+    Raises:
+        ValueError: If it has not: the tokenizer is another model's, or has tokens that the model was not resized for.
+    """
+    embeddings = skeleton.model.get_input_embeddings()
+    weight = getattr(embeddings, "weight", None)
+    if weight is None:
+        return
+    for inputs in data:
+        ids = inputs.arguments.get("input_ids")
+        if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
+            raise ValueError(
+                f"the calibration data have the token {int(ids.max())}, and the model has embeddings for "
+                f"{len(weight)}: the tokenizer does not belong to the model, or was extended without "
+                "resize_token_embeddings"
+            )

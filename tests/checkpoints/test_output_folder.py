@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an output folder loses and keeps: nothing that is not the old model's, whatever happens."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_spp.checkpoints import output, replacing
+from peft_spp.checkpoints.output import OutputFolder
+from peft_spp.checkpoints.own_files import ADAPTER, MODEL, FolderKind
+
+
+OLD = {
+    MODEL: {
+        "config.json": '{"model_type": "llama"}',
+        "model.safetensors.index.json": '{"weight_map": {"a": "part-a.safetensors"}}',
+        "part-a.safetensors": "old",
+        "model-00001-of-00002.safetensors": "old",
+        "tokenizer.json": "old",
+        "README.md": "old",
+        "additional_chat_templates/tool.jinja": "old",
+    },
+    ADAPTER: {
+        "adapter_config.json": '{"peft_type": "SPP"}',
+        "adapter_model.safetensors": "old",
+        "README.md": "old",
+    },
+}
+NEW = {"config.json": "new", "sub/more.json": "new", "model.safetensors": "new", "README.md": "new"}
+FOREIGN = (
+    ".git/config",
+    ".gitattributes",
+    ".hidden",
+    "notes.txt",
+    "train.py",
+    "data/texts.jsonl",
+    "src/__init__.py",
+    "checkpoint-5/model.safetensors",
+    "checkpoint-5/config.json",
+    "sub/other.json",
+    "additional_chat_templates/mine.txt",
+    "consolidated.safetensors",
+    "mine.safetensors",
+    "model-1-of-2.safetensors",
+    "pytorch_model.bin",
+    "optimizer.pt",
+    "training_args.bin",
+    "tokenizer.json.bak",
+    "Config.json",
+    "config.json~",
+    "readme.md.orig",
+    ".out.writing-00000000/model.safetensors",
+)
+LINKS = ("README.md", "vocab.txt", "linked", "additional_chat_templates", "model-00002-of-00002.safetensors")
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """All files, links and empty folders below a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}"
+        elif path.is_file():
+            found[name] = path.read_text()
+        elif not any(path.iterdir()):
+            found[name] = "empty"
+    return found
+
+
+def replace(path: Path, kind: FolderKind, before_publishing: Callable[[], object] = lambda: None) -> None:
+    out = OutputFolder(path, overwrite=True, kind=kind)
+    out.check(100)
+    with out:
+        for name, text in NEW.items():
+            out.new_file(Path(name)).write_text(text)
+        before_publishing()
+        out.publish()
+
+
+class Killed(BaseException):
+    """Stands for a process that is killed: after it, no call changes a file any more."""
+
+
+class Interference:
+    """Lets calls that change files fail: one of them, or all from one on."""
+
+    NAMES = ("rename", "replace", "unlink", "rmdir", "mkdir", "remove")
+
+    def __init__(self, at: int, kill: bool) -> None:
+        self.left, self.kill = at, kill
+
+    def __enter__(self) -> "Interference":
+        self.works = {name: getattr(os, name) for name in self.NAMES}
+        for name, works in self.works.items():
+            setattr(os, name, self._failing(works))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, works in self.works.items():
+            setattr(os, name, works)
+
+    def _failing(self, works: Callable) -> Callable:
+        def call(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0 or (self.left < 0 and self.kill):
+                raise Killed if self.kill else OSError(errno.EIO, "broken")
+            return works(*args, **kwargs)
+
+        return call
+
+
+@st.composite
+def foreign_entries(draw: st.DrawFn) -> tuple[list[str], list[str], bool]:
+    files = draw(st.lists(st.sampled_from(FOREIGN), unique=True, max_size=3))
+    links = draw(st.lists(st.sampled_from(LINKS), unique=True, max_size=2))
+    return files, links, draw(st.booleans())
+
+
+def place(folder: Path, foreign: tuple[list[str], list[str], bool]) -> dict[str, str]:
+    files, links, empty = foreign
+    before = everything(folder)
+    for name in links:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(folder.parent / "elsewhere", target_is_directory=True)
+        before = {one: text for one, text in before.items() if one != name and not one.startswith(f"{name}/")}
+    write(folder, {name: f"mine {name}" for name in files if name.split("/")[0] not in links})
+    if empty:
+        (folder / "empty").mkdir()
+    return {name: text for name, text in everything(folder).items() if name not in before}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from([MODEL, ADAPTER]),
+    foreign=foreign_entries(),
+    late=st.booleans(),
+    in_place=st.booleans(),
+    at=st.integers(1, 40),
+    kill=st.booleans(),
+)
+def test_nothing_foreign_is_ever_lost(kind, foreign, late, in_place, at, kill):
+    """Whether it is there from the start or comes while the command works, and whether a call fails or the process."""
+    with tempfile.TemporaryDirectory() as work, pytest.MonkeyPatch.context() as patch:
+        root = Path(work).resolve()
+        folder = root / "out"
+        (root / "elsewhere").mkdir()
+        write(root / "elsewhere", {"precious.txt": "mine"})
+        write(folder, OLD[kind])
+        if in_place:
+            patch.setattr(output, "can_be_renamed", lambda _: False)
+        old = everything(folder)
+        mine = {} if late else place(folder, foreign)
+        expected = everything(folder)
+
+        def before_publishing() -> None:
+            if late:
+                mine.update(place(folder, foreign))
+
+        finished = False
+        try:
+            with Interference(at, kill):
+                replace(folder, kind, before_publishing)
+            finished = True
+        except (OSError, Killed):
+            pass
+        found = everything(root)
+        assert found["elsewhere/precious.txt"] == "mine"
+        held = [*found.values()]
+        for name, text in mine.items():
+            assert text in held, name
+            if not kill:
+                assert found[f"out/{name}"] == text
+        new = {f"out/{name}": text for name, text in NEW.items()}
+        if finished:
+            assert not mine and new.items() <= found.items()
+            assert {name for name in found if name.startswith("out/")} == new.keys()
+        elif not new.items() <= found.items():
+            # the old model is there, in its place or in one piece next to it
+            kept = {} if late else expected
+            places = [folder, *root.glob(".out.replaced-*"), *folder.glob(".out.replaced-*")]
+            present = {name for one in places if one.exists() for name in everything(one)}
+            assert (kept.keys() or (old.keys() - set(foreign[1]))) - present - _hidden_by(foreign) == set()
+
+
+def _hidden_by(foreign: tuple[list[str], list[str], bool]) -> set[str]:
+    """Files of the old model that a link of the test itself took the place of."""
+    return {"additional_chat_templates/tool.jinja"} if "additional_chat_templates" in foreign[1] else set()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("kind", [MODEL, ADAPTER])
+def test_a_foreign_file_is_refused_by_name(tmp_path, kind, name):
+    write(tmp_path / "out", {**OLD[kind], name: "mine"})
+    before = everything(tmp_path)
+    with pytest.raises(FileExistsError) as error:
+        replace(tmp_path / "out", kind)
+    assert name in str(error.value)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [MODEL, ADAPTER])
+def test_only_known_files_are_replaced(tmp_path, kind):
+    write(tmp_path / "out", OLD[kind])
+    out = OutputFolder(tmp_path / "out", True, kind)
+    out.check(1)
+    assert out.replaced == tuple(sorted(OLD[kind]))
+    replace(tmp_path / "out", kind)
+    assert everything(tmp_path / "out") == NEW
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.json", "{}"), ("config.json", '{"port": 80}'), ("config.json", "not json"), ("config.json", "[1]")],
+)
+def test_a_config_json_that_is_not_a_models_does_not_make_a_folder_one(tmp_path, name, text):
+    write(tmp_path / "out", {name: text, "README.md": "mine", "vocab.txt": "mine"})
+    with pytest.raises(FileExistsError, match=r"README\.md"):
+        replace(tmp_path / "out", MODEL)
+    assert everything(tmp_path / "out") == {name: text, "README.md": "mine", "vocab.txt": "mine"}
+
+
+def test_a_file_with_the_content_that_is_written_is_not_lost(tmp_path):
+    write(tmp_path / "out", {**OLD[MODEL], "modeling_x.py": "code", "1_Pooling/config.json": "{}"})
+    write(tmp_path / "base", {"modeling_x.py": "code", "1_Pooling/config.json": "{}"})
+    copied = {Path(name): tmp_path / "base" / name for name in ("modeling_x.py", "1_Pooling/config.json")}
+    out = OutputFolder(tmp_path / "out", True, MODEL)
+    out.check(1, copied)
+    write(tmp_path / "out", {"modeling_x.py": "code with changes"})
+    with pytest.raises(FileExistsError, match=r"modeling_x\.py"):
+        OutputFolder(tmp_path / "out", True, MODEL).check(1, copied)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_not_a_file_is_refused_by_name(tmp_path):
+    write(tmp_path / "out", OLD[MODEL])
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "out" / "tokenizer.json")
+    with pytest.raises(FileExistsError, match=r"tokenizer\.json"):
+        replace(tmp_path / "out", MODEL)
+
+
+def test_a_folder_that_is_tried_stays_in_its_place(tmp_path):
+    write(tmp_path / "out", OLD[MODEL])
+    before = everything(tmp_path)
+    assert replacing.can_be_renamed(tmp_path / "out")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_in_a_parent_that_may_not_be_written_to_is_filled_in_place(tmp_path):
+    with tempfile.TemporaryDirectory() as public:
+        os.chmod(public, 0o755)
+        folder = Path(public, "out")
+        folder.mkdir()
+        write(folder, OLD[MODEL])
+        as_root = os.geteuid() == 0
+        if as_root:
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, 65534, 65534)
+            os.seteuid(65534)
+        else:
+            os.chmod(public, 0o555)
+        try:
+            assert not replacing.can_be_renamed(folder)
+            replace(folder, MODEL)
+        finally:
+            if as_root:
+                os.seteuid(0)
+            os.chmod(public, 0o755)
+        assert everything(folder) == NEW
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_place_that_may_not_be_written_to_is_told_by_the_check():
+    with tempfile.TemporaryDirectory() as public:
+        os.chmod(public, 0o555)
+        as_root = os.geteuid() == 0
+        if as_root:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match=public):
+                OutputFolder(Path(public, "a", "b"), False, MODEL).check(1)
+        finally:
+            if as_root:
+                os.seteuid(0)
+            os.chmod(public, 0o755)
+
+
+def test_a_name_that_is_too_long_is_told_by_the_check(tmp_path):
+    with pytest.raises(OSError) as error:
+        OutputFolder(tmp_path / ("x" * 300), False, MODEL).check(1)
+    assert error.value.errno == errno.ENAMETOOLONG
+    replace(tmp_path / ("x" * 255), MODEL)
+    assert everything(tmp_path / ("x" * 255)) == NEW
+
+
+def test_a_place_inside_of_a_file_is_told_by_the_check(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        OutputFolder(tmp_path / "file" / "out", True, MODEL).check(1)
+
+
+def may_mount() -> bool:
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        return False
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+MOUNTED = """
+import subprocess, sys
+from pathlib import Path
+from test_output_folder import MODEL, NEW, OLD, OutputFolder, everything, replace, write
+from peft_spp.checkpoints.replacing import can_be_renamed
+
+root = Path(sys.argv[1])
+for kind in ("tmpfs", "bind"):
+    folder = root / kind
+    folder.mkdir()
+    if kind == "tmpfs":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True)
+        (folder / "lost+found").mkdir()
+    else:
+        # on the file system of its parent, so that device numbers do not tell
+        (root / "source").mkdir()
+        subprocess.run(["mount", "--bind", root / "source", folder], check=True)
+    lost = {"lost+found": "empty"} if kind == "tmpfs" else {}
+    assert not can_be_renamed(folder)
+    for start in ({}, OLD[MODEL]):
+        for name in list(NEW):
+            (folder / name).unlink(missing_ok=True)
+        if (folder / "sub").exists():
+            (folder / "sub").rmdir()
+        write(folder, start)
+        replace(folder, MODEL)
+        assert everything(folder) == NEW | lost, everything(folder)
+    if kind == "tmpfs":
+        # the space of the mounted file system counts, not that of its parent
+        try:
+            OutputFolder(folder, True, MODEL)
+            out = OutputFolder(folder / "new", False, MODEL)
+            out.check(1 << 20)
+            OutputFolder(folder, False, MODEL)
+            raise AssertionError
+        except FileExistsError as error:
+            assert "not empty" in str(error)
+        try:
+            OutputFolder(folder / "new", False, MODEL).check(5 << 20)
+            raise AssertionError
+        except OSError as error:
+            assert error.errno == 28, error
+    # a file that is mounted on its own cannot be moved
+    (root / "one").write_text("mine")
+    (folder / "tokenizer.json").write_text("old")
+    (folder / "config.json").write_text(OLD[MODEL]["config.json"])
+    (folder / "sub" / "more.json").unlink()
+    (folder / "sub").rmdir()
+    subprocess.run(["mount", "--bind", root / "one", folder / "tokenizer.json"], check=True)
+    try:
+        replace(folder, MODEL)
+        raise AssertionError
+    except FileExistsError as error:
+        assert "tokenizer.json" in str(error)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
+def test_a_mount_point_is_filled_without_renaming_it(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", MOUNTED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "done"
