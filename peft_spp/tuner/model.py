@@ -399,8 +399,10 @@ class SPPModel(BaseTuner):
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for module in self.model.modules():
-            if isinstance(module, Linear) and any(name in module.spp_A for name in names):
-                module.check_writable()
+            if isinstance(module, Linear):
+                module.follow_base_layer()
+                if any(name in module.spp_A for name in names):
+                    module.check_writable()
         for module in self.model.modules():
             if isinstance(module, QuantizedLinear):
                 if quantized:  # a weight may not survive quantising, safe merge or not
