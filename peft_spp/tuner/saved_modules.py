@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 from packaging.version import Version
@@ -49,8 +49,8 @@ def heads_saved_whole(config: SPPConfig) -> list[str]:
     Returns:
         `list[str]`: Their names that `modules_to_save` lacks.
     """
-    names = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
-    heads = names.get(config.task_type, [])  # type: ignore[arg-type]
+    names: dict[Any, list[str]] = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+    heads = names.get(config.task_type, [])
     return [name for name in heads if name not in (config.modules_to_save or [])]
 
 
