@@ -366,7 +366,7 @@ class Linear(nn.Module, SPPLayer):
             ValueError: If it has become something that cannot be adapted.
         """
         kind = type(getattr(self.get_base_layer(), self.parameter_name, None))
-        if kind is not nn.Parameter and kind is not torch.Tensor:
+        if kind.__module__.partition(".")[0] != "torch":
             from .quantized.conversion import follow_base_layer  # which derives its layers from this one
 
             follow_base_layer(self)
