@@ -8,7 +8,7 @@ The tuner, the pruner and, as far as names go, the reports ask here, so that wha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -101,7 +101,7 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     Returns:
         `str` or `None`: The reason, or `None` for a linear map.
     """
-    base: Any = Conv1D if isinstance(layer, Conv1D) else nn.Linear
+    base = cast(Any, Conv1D if isinstance(layer, Conv1D) else nn.Linear)
     weight = layer.weight
     if has_plain_forward(layer) or weight.dtype not in FLOATING or weight.ndim != 2:
         return None
@@ -111,7 +111,7 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     x = (x * torch.tensor([[1.0], [30.0]], device=weight.device)).to(weight.dtype)
     expected = base.forward(layer, x)
     try:
-        actual = type(layer).forward(layer, x)
+        actual = cast(Any, type(layer).forward)(layer, x)
     except Exception as error:  # whatever it raises is the answer
         return f"a call with a matrix raises {type(error).__name__} ({error})"
     if not isinstance(actual, torch.Tensor):

@@ -252,6 +252,7 @@ class Linear(nn.Module, SPPLayer):
         read, and is differentiable; where the adapters are merged or disabled it is the base layer's weight.
         `get_base_layer().weight` is always that.
         """
+        self.follow_base_layer()
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [name for name in self.active_adapters if name in self.spp_A]
@@ -294,6 +295,7 @@ class Linear(nn.Module, SPPLayer):
         Returns:
             `torch.Tensor`: In the shape and dtype of the base layer's weight.
         """
+        self.follow_base_layer()
         with whole_parameters(self):
             return self._transpose(scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False))
 
@@ -317,6 +319,7 @@ class Linear(nn.Module, SPPLayer):
         Raises:
             ValueError: If `safe_merge` is set and the merged weight would not be finite; nothing is changed then.
         """
+        self.follow_base_layer()
         self._merge(safe_merge, adapter_names, keep_unmerged=True)
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep_unmerged: bool) -> None:
@@ -348,11 +351,25 @@ class Linear(nn.Module, SPPLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.follow_base_layer()
         self.check_writable()
         with whole_parameters(self, write=True):
             self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+
+    def follow_base_layer(self) -> None:
+        """
+        Adapt the base layer as it is now, if its weight has been quantized since the adapter was added.
+
+        Raises:
+            ValueError: If it has become something that cannot be adapted.
+        """
+        kind = type(getattr(self.get_base_layer(), self.parameter_name, None))
+        if kind.__module__.partition(".")[0] != "torch":
+            from .quantized.conversion import follow_base_layer  # which derives its layers from this one
+
+            follow_base_layer(self)
 
     def check_writable(self) -> None:
         """
@@ -388,6 +405,7 @@ class Linear(nn.Module, SPPLayer):
         return self.get_base_layer()
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.follow_base_layer()
         self._check_forward_args(x, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:

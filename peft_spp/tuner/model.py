@@ -282,7 +282,7 @@ class SPPModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
-            new_module.weight_is_only_described = only_describes_weight(type(parent), target_name)
+            new_module.weight_is_only_described = only_describes_weight(cast(Any, type(parent)), target_name)
             injection.on_undo(partial(setattr, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:
@@ -406,8 +406,10 @@ class SPPModel(BaseTuner):
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for module in self.model.modules():
-            if isinstance(module, Linear) and any(name in module.spp_A for name in names):
-                module.check_writable()
+            if isinstance(module, Linear):
+                module.follow_base_layer()
+                if any(name in module.spp_A for name in names):
+                    module.check_writable()
         for module in self.model.modules():
             if isinstance(module, QuantizedLinear):
                 if quantized:  # a weight may not survive quantising, safe merge or not

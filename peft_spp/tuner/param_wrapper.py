@@ -107,6 +107,7 @@ class ParamWrapper(Linear):
             raise ValueError(f"spp.{type(self).__name__} does not support mixed adapter batches yet.")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.follow_base_layer()
         self._check_forward_args(*args, **kwargs)
         kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .quantized import Backend
+from .quantized import Backend, is_foreign
 from .targets import fused_experts, why_not_adaptable
 from .whole_parameters import is_tensor_parallel, whole_shape
 
@@ -114,9 +114,9 @@ def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, 
     """
     shape = () if weight is None else whole_shape(weight)
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if weight is None or weight.dtype not in supported or len(shape) not in dimensions or _is_foreign(weight):
+    if weight is None or weight.dtype not in supported or len(shape) not in dimensions or is_foreign(weight):
         found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
-        if weight is not None and _is_foreign(weight):
+        if weight is not None and is_foreign(weight):
             found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
         wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
         raise ValueError(
@@ -124,13 +124,6 @@ def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, 
             "in one of these, leave it out of the targets, or, for a quantisation that is not supported, tell how its "
             "weights are read with `peft_spp.tuner.quantized.register_backend`."
         )
-
-
-def _is_foreign(weight: torch.Tensor) -> bool:
-    """Whether it is a tensor type of another package, with operators of its own; a quantised one that is not known."""
-    kind = type(weight)
-    has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return has_own_operators and not kind.__module__.startswith("torch.")
 
 
 def warn_of_fused_experts(model: nn.Module) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import TaskType
 from torch import nn
 
@@ -21,8 +23,8 @@ def heads_saved_whole(config: SPPConfig) -> list[str]:
     Returns:
         `list[str]`: Their names that `modules_to_save` lacks.
     """
-    names = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
-    heads = names.get(config.task_type, [])  # type: ignore[arg-type]
+    names: dict[Any, list[str]] = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+    heads = names.get(config.task_type, [])
     return [name for name in heads if name not in (config.modules_to_save or [])]
 
 

@@ -38,6 +38,7 @@ from tiny import is_positive_zero, randomize
 
 
 TABLE = Path(__file__).parent / "every_model.json"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _SECONDS = 120
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
@@ -51,8 +52,8 @@ def check(model_type: str) -> dict[str, Any]:
     What the default targets make of a model type.
 
     Returns:
-        `dict`: `"status"`: "works", "no blocks" (nothing to adapt by default), "unusable" (not built or called), or
-        "fault"; and the layers, or the reason.
+        `dict`: `"status"`: "works", "no blocks" (nothing to adapt by default), "refused" (by PEFT, with a message that
+        names the class), "unusable" (not built or not called like this), or "fault"; and the layers, or the reason.
     """
     try:
         model, run, dtype = _usable(model_type)
@@ -69,6 +70,8 @@ def check(model_type: str) -> dict[str, Any]:
         except ValueError as error:
             no_blocks = "target_modules" in str(error) and "specify" in str(error)
             return {**result, "status": "no blocks" if no_blocks else "fault", "reason": str(error)}
+        except NotImplementedError as error:  # PEFT asks the model for its embeddings, and some classes have none
+            return {**result, "status": "refused", "reason": _short(error)}
     left_out = [str(one.message) for one in caught if "not adapted" in str(one.message)]
     adapted.to(dtype)
     randomize(adapted)
@@ -206,6 +209,70 @@ def _differ(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float
     return ""
 
 
+def page(table: dict[str, dict[str, Any]]) -> str:
+    """The documentation's page on what the sweep found."""
+    by_status = {
+        status: [name for name, row in table.items() if row["status"] == status]
+        for status in ("works", "no blocks", "refused", "unusable", "fault")
+    }
+    left_out = {name: row["left out"] for name, row in table.items() if "left out" in row}
+    unused = [name for name, row in table.items() if row.get("unused")]
+    adapted = sum(row.get("adapted", 0) for row in table.values())
+    lines = [
+        "# Model classes",
+        "",
+        "SPP finds what to adapt by itself, in any model with transformer blocks. This page lists the model types of",
+        f"Transformers {transformers.__version__} for which that has been checked, on a tiny random model of each:",
+        "",
+        "- both factors of every adapted layer that the model uses get a gradient, in training and in evaluation,",
+        "- the merged model computes the same as the model with the adapter,",
+        "- and every zero of the base model is +0.0 in the merged one.",
+        "",
+        "```bash",
+        "python tests/architectures/sweep.py --out sweep.jsonl --write",
+        "```",
+        "",
+        "| Result | Model types |",
+        "|---|---|",
+        f"| works: {adapted:,} layers in all | {len(by_status['works'])} |",
+        f"| no blocks with linear layers: `target_modules` has to be given | {len(by_status['no blocks'])} |",
+        f"| refused by PEFT, with an error that names the class | {len(by_status['refused'])} |",
+        "| not checked: not built from its configuration alone, or not called with plain inputs | "
+        f"{len(by_status['unusable'])} |",
+        "",
+        "The layers that are adapted in each, and the reason where a type was not checked, are in",
+        "`tests/architectures/every_model.json`.",
+        "",
+        "## Works",
+        "",
+        ", ".join(f"`{name}`" for name in by_status["works"]) + ".",
+        "",
+        "## Left out by name",
+        "",
+        "Layers that are `nn.Linear` by their class and compute something else are not adapted; a warning names them.",
+        "Neither are the routers of mixtures, without a warning; see [Mixtures of experts](mixtures.md).",
+        "",
+        "| Model type | Layers |",
+        "|---|---|",
+        *(
+            f"| `{name}` | {'; '.join(re.sub(r'.*not adapted: ', '', one) for one in left_out[name])} |"
+            for name in left_out
+        ),
+        "",
+        "## Layers that were not reached",
+        "",
+        "In these types a part of the adapted layers was not used by the one forward pass of the check, such as the",
+        "experts that no token was sent to, or the layers for images where the input was text:",
+        ", ".join(f"`{name}`" for name in unused) + ".",
+        "",
+        "## No transformer blocks, or refused by PEFT",
+        "",
+        ", ".join(f"`{name}`" for name in (*by_status["no blocks"], *by_status["refused"])) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model_types", nargs="*")
@@ -232,7 +299,9 @@ def main() -> None:
             file.write(json.dumps([model_type, done[model_type]]) + "\n")
         print(model_type, done[model_type], flush=True)
     if arguments.write:
-        TABLE.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+        table = dict(sorted(done.items()))
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        PAGE.write_text(page(table))
 
 
 def _out_of_time(*_: Any) -> None:

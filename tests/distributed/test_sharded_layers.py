@@ -158,7 +158,7 @@ def test_a_forward_pass_set_on_the_base_layer_is_kept():
     linear = layer.base_layer.forward
     layer.base_layer.forward = lambda x: linear(x) + 7
     x = torch.randn(5, 12, dtype=torch.double)
-    expected = reference.linear(x, layer.weight, layer.bias, layer.get_factors(["default"])) + 7
+    expected = reference.linear(x, layer.get_base_layer().weight, layer.bias, layer.get_factors(["default"])) + 7
     torch.testing.assert_close(layer(x), expected)
     assert layer.base_layer.forward(x) is not None and "forward" in layer.base_layer.__dict__
 

@@ -65,7 +65,10 @@ def test_active_adapters_with_weights_are_the_exact_sum():
     assert model.active_adapters == NAMES
     expected = reference_forward(model, X, weighted_factors)
     torch.testing.assert_close(model(X), expected, atol=1e-12, rtol=1e-12)
-    weights = {name: effective_weight(layer.weight, weighted_factors(layer)) for name, layer in layers(model).items()}
+    weights = {
+        name: effective_weight(layer.get_base_layer().weight, weighted_factors(layer))
+        for name, layer in layers(model).items()
+    }
     merged = model.merge_and_unload()
     for name, weight in weights.items():
         torch.testing.assert_close(merged.get_submodule(name).weight.data, weight, atol=1e-13, rtol=1e-13)

@@ -57,7 +57,7 @@ def test_layer_output_is_the_formula(r):
     layer = model.base_model.model.lin0
     x = torch.randn(2, 3, 12, dtype=torch.double)
     assert layer.scaling["default"] == 5 / r
-    expected = reference.linear(x, layer.weight, layer.bias, factors_of(layer, "default"))
+    expected = reference.linear(x, layer.get_base_layer().weight, layer.bias, factors_of(layer, "default"))
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -75,7 +75,7 @@ def test_conv1d():
     layer = model.base_model.model.c
     assert layer.spp_A["default"].weight.shape == (4, 6) and layer.spp_B["default"].weight.shape == (10, 1)
     x = torch.randn(3, 6, dtype=torch.double)
-    expected = reference.linear(x, layer.weight.T, layer.bias, factors_of(layer, "default"))
+    expected = reference.linear(x, layer.get_base_layer().weight.T, layer.bias, factors_of(layer, "default"))
     torch.testing.assert_close(model(x), expected)
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected)
@@ -105,7 +105,7 @@ def test_active_adapters_add_up():
     model.base_model.set_adapter(["default", "second"])
     layer = model.base_model.model.lin0
     x = torch.randn(4, 12, dtype=torch.double)
-    expected = reference.linear(x, layer.weight, layer.bias, factors_of(layer, "default", "second"))
+    expected = reference.linear(x, layer.get_base_layer().weight, layer.bias, factors_of(layer, "default", "second"))
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -117,12 +117,14 @@ def test_dropout_acts_on_the_input_of_the_spp_branch_alone():
     actual = layer(x)
     torch.manual_seed(1)
     dropped = torch.nn.functional.dropout(x, 0.5)
-    expected = nn.functional.linear(x, layer.weight, layer.bias) + reference.linear(
-        dropped, layer.weight, None, factors_of(layer, "default"), identity=False
+    expected = nn.functional.linear(x, layer.get_base_layer().weight, layer.bias) + reference.linear(
+        dropped, layer.get_base_layer().weight, None, factors_of(layer, "default"), identity=False
     )
     torch.testing.assert_close(actual, expected)
     model.eval()
-    torch.testing.assert_close(layer(x), reference.linear(x, layer.weight, layer.bias, factors_of(layer, "default")))
+    torch.testing.assert_close(
+        layer(x), reference.linear(x, layer.get_base_layer().weight, layer.bias, factors_of(layer, "default"))
+    )
 
 
 def test_gradients_with_dropout():
@@ -157,7 +159,7 @@ def test_a_base_layer_with_its_own_forward_keeps_it():
     assert torch.equal(model(x), expected)
     randomize(model)
     layer = model.base_model.model.lin
-    update = reference.linear(x, layer.weight, None, factors_of(layer, "default"), identity=False)
+    update = reference.linear(x, layer.get_base_layer().weight, None, factors_of(layer, "default"), identity=False)
     torch.testing.assert_close(model(x), expected + update)
 
 
@@ -167,7 +169,7 @@ def test_hooks_of_the_base_layer_run():
     calls = []
     layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(3, 12, dtype=torch.double)
-    expected = reference.linear(x, layer.weight, layer.bias, factors_of(layer, "default"))
+    expected = reference.linear(x, layer.get_base_layer().weight, layer.bias, factors_of(layer, "default"))
     torch.testing.assert_close(layer(x), expected)
     assert calls
 

@@ -71,16 +71,16 @@ def spoil(layer, name):
 
 def test_a_merge_is_only_safe_if_asked():
     _, layer = adapted()
-    before = layer.weight.detach().clone()
+    before = layer.get_base_layer().weight.detach().clone()
     spoil(layer, "b")
     layer.merge(adapter_names=["default"], safe_merge=True)
     layer.unmerge()
     with pytest.raises(ValueError, match="'lin'") as raised:
         layer.merge(safe_merge=True, adapter_names=["default", "b"])
     assert "default" not in str(raised.value)  # it is not the broken one
-    assert torch.equal(layer.weight, before) and layer.merged_adapters == []
+    assert torch.equal(layer.get_base_layer().weight, before) and layer.merged_adapters == []
     layer.merge(adapter_names=["b"])
-    assert layer.weight.isnan().any()
+    assert layer.get_base_layer().weight.isnan().any()
 
 
 def test_where_no_factor_is_broken_by_itself_all_are_named():
@@ -133,7 +133,7 @@ def test_factors_can_be_drawn_again(init_weights):
 def test_a_new_adapter_of_a_merged_layer_is_on_the_unmerged_weight():
     _, layer = adapted()
     expected = layer.get_delta_weight("b")
-    unmerged = layer.weight.detach().clone()
+    unmerged = layer.get_base_layer().weight.detach().clone()
     layer.merge(adapter_names=["default"])
     assert torch.equal(layer.unmerged_weight(), unmerged)
     assert torch.equal(layer.get_delta_weight("b"), expected)

@@ -101,10 +101,10 @@ def test_the_delta_has_the_shape_and_dtype_of_the_weight(fan_in_fan_out):
 def test_unloading_merges_what_is_asked_and_keeps_no_copy():
     layer = built()
     layer.update_layer("b", 4, 8.0, SPPConfig(init_weights=False))
-    before = layer.weight.detach().clone()
+    before = layer.get_base_layer().weight.detach().clone()
     expected = before + layer.get_delta_weight("b")
     assert layer.unload_and_optionally_merge_module(False, False, None) is layer.base_layer
-    assert torch.equal(layer.weight, before) and not layer.merged
+    assert torch.equal(layer.get_base_layer().weight, before) and not layer.merged
     base = layer.unload_and_optionally_merge_module(True, False, ["b"])
     assert base is layer.base_layer and layer.merged_adapters == ["b"]
     torch.testing.assert_close(base.weight.detach(), expected)
@@ -113,25 +113,33 @@ def test_unloading_merges_what_is_asked_and_keeps_no_copy():
 
 def test_unloading_is_safe_if_asked():
     layer = built()
-    before = layer.weight.detach().clone()
+    before = layer.get_base_layer().weight.detach().clone()
     spoil(layer, "a")
     with pytest.raises(ValueError, match="NaN"):
         layer.unload_and_optionally_merge_module(True, True, None)
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.get_base_layer().weight, before)
     layer.unload_and_optionally_merge_module(True, False, None)
-    assert layer.weight.isnan().any()
+    assert layer.get_base_layer().weight.isnan().any()
 
 
 def test_merging_is_not_safe_unless_asked_and_keeps_the_weight_in_host_memory():
     layer = built()
-    before = layer.weight.detach().clone()
+    before = layer.get_base_layer().weight.detach().clone()
     spoil(layer, "a")
     layer.merge()
-    assert layer.weight.isnan().any()
+    assert layer.get_base_layer().weight.isnan().any()
     kept = layer._unmerged_weight
-    assert torch.equal(kept, before) and kept.device.type == "cpu" and kept.data_ptr() != layer.weight.data_ptr()
+    assert (
+        torch.equal(kept, before)
+        and kept.device.type == "cpu"
+        and kept.data_ptr() != layer.get_base_layer().weight.data_ptr()
+    )
     layer.unmerge()
-    assert torch.equal(layer.weight, before) and layer._unmerged_weight is None and layer.merged_adapters == []
+    assert (
+        torch.equal(layer.get_base_layer().weight, before)
+        and layer._unmerged_weight is None
+        and layer.merged_adapters == []
+    )
 
 
 def test_a_weight_that_is_offloaded_is_merged_and_unmerged():
@@ -149,11 +157,11 @@ def test_what_is_merged_already_is_not_merged_again():
     layer = built()
     layer.update_layer("b", 4, 8.0, SPPConfig(init_weights=False))
     layer.merge(adapter_names=["a"])
-    once = layer.weight.detach().clone()
+    once = layer.get_base_layer().weight.detach().clone()
     with pytest.warns(UserWarning):
         layer.merge(adapter_names=["a"])
     layer.merge(adapter_names=["not here"])
-    assert torch.equal(layer.weight, once) and layer.merged_adapters == ["a"]
+    assert torch.equal(layer.get_base_layer().weight, once) and layer.merged_adapters == ["a"]
     layer.merge(adapter_names=["b"])
     assert layer.merged_adapters == ["a", "b"]
 

@@ -219,15 +219,15 @@ def test_tied_weights_are_merged_each_with_its_own_adapter():
     assert same_bits(model.base_model.model.emb.weight, before)
     model.unmerge_adapter()
     for layer in (model.base_model.model.a, model.base_model.model.b):
-        assert same_bits(layer.weight, before)
+        assert same_bits(layer.get_base_layer().weight, before)
 
 
 def test_delta_weight_is_what_merging_adds():
     model = get_peft_model(MLP().double(), SPPConfig(r=3, target_modules=["lin0"], init_weights=False))
     layer = model.base_model.model.lin0
-    before, delta = layer.weight.detach().clone(), layer.get_delta_weight("default")
+    before, delta = layer.get_base_layer().weight.detach().clone(), layer.get_delta_weight("default")
     layer.merge()
-    torch.testing.assert_close(layer.weight.detach(), before + delta)
+    torch.testing.assert_close(layer.get_base_layer().weight.detach(), before + delta)
     # computed from the weight without the merged adapter
     torch.testing.assert_close(layer.get_delta_weight("default"), delta)
 

@@ -140,8 +140,8 @@ def test_fresh_adapters_are_the_identity(case):
     assert torch.equal(model(case.x()), expected)
     model.merge_adapter()
     # the magnitude of every weight; the sign too, of all that are not zero
-    assert torch.equal(bits(layer_of(model).weight.abs()), before)
-    assert torch.equal(layer_of(model).weight, base.layer.weight)
+    assert torch.equal(bits(layer_of(model).get_base_layer().weight.abs()), before)
+    assert torch.equal(layer_of(model).get_base_layer().weight, base.layer.weight)
 
 
 @given(cases(), st.sampled_from([1.0, 1e4, 1e30]), st.booleans())
@@ -149,7 +149,11 @@ def test_fresh_adapters_are_the_identity(case):
 def test_every_pruned_place_is_plus_zero_after_any_merge(case, scale, unload):
     pruned = oriented(case, case.base().layer.weight) == 0
     model = case.model(scale)
-    merged = model.merge_and_unload().layer.weight if unload else (model.merge_adapter(), layer_of(model).weight)[1]
+    merged = (
+        model.merge_and_unload().layer.weight
+        if unload
+        else (model.merge_adapter(), layer_of(model).get_base_layer().weight)[1]
+    )
     merged = oriented(case, merged)
     assert is_positive_zero(merged[pruned]).all()
     assert not (merged.signbit() & (merged == 0)).any()
@@ -159,13 +163,13 @@ def test_every_pruned_place_is_plus_zero_after_any_merge(case, scale, unload):
 @some
 def test_the_pattern_is_kept_by_training_steps_and_merging(case):
     model = case.model(scale=0.1)
-    before = record_mask(oriented(case, layer_of(model).weight))
+    before = record_mask(oriented(case, layer_of(model).get_base_layer().weight))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         model(case.x()).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert record_mask(oriented(case, layer_of(model).weight)) == before
+    assert record_mask(oriented(case, layer_of(model).get_base_layer().weight)) == before
     merged = oriented(case, model.merge_and_unload().layer.weight)
     assert satisfies_n_m(merged, case.pattern)
     assert before.relation_of(record_mask(merged)) in ("same", "refined")
@@ -175,13 +179,13 @@ def test_the_pattern_is_kept_by_training_steps_and_merging(case):
 @some
 def test_unmerging_restores_every_bit(case, data):
     model = case.model()
-    before = bits(layer_of(model).weight)
+    before = bits(layer_of(model).get_base_layer().weight)
     for name in data.draw(st.permutations(case.names)):
         if data.draw(st.booleans()):
             model.merge_adapter([name])
     if layer_of(model).merged:
         model.unmerge_adapter()
-    assert torch.equal(bits(layer_of(model).weight), before)
+    assert torch.equal(bits(layer_of(model).get_base_layer().weight), before)
 
 
 @given(cases(least_adapters=2), st.data())
@@ -189,14 +193,14 @@ def test_unmerging_restores_every_bit(case, data):
 def test_merging_one_by_one_in_any_order_is_merging_all_at_once(case, data):
     model = case.model()
     model.merge_adapter(case.names)
-    expected = bits(layer_of(model).weight)
+    expected = bits(layer_of(model).get_base_layer().weight)
     model.unmerge_adapter()
     order = data.draw(st.permutations(case.names))
     cut = data.draw(st.integers(0, len(order)))
     for names in (order[:cut], order[cut:]) if data.draw(st.booleans()) else [[name] for name in order]:
         if names:
             model.merge_adapter(names)
-    assert torch.equal(bits(layer_of(model).weight), expected)
+    assert torch.equal(bits(layer_of(model).get_base_layer().weight), expected)
 
 
 @given(cases(least_adapters=2), st.data())
@@ -206,7 +210,7 @@ def test_active_adapters_add_up_whatever_their_order(case, data):
     active = data.draw(st.permutations(case.names))[: data.draw(st.integers(1, len(case.names)))]
     model.base_model.set_adapter(active)
     layer = layer_of(model)
-    weight, factors = oriented(case, layer.weight), factors_of(model, active)
+    weight, factors = oriented(case, layer.get_base_layer().weight), factors_of(model, active)
     x = case.x()
     expected = reference.linear(x, weight, layer.base_layer.bias, factors)
     # what is rounded: every product of x and W', before they are summed
@@ -222,7 +226,7 @@ def test_active_adapters_add_up_whatever_their_order(case, data):
         4 * unit * reference.effective_weight(before.abs(), [Factors(A.abs(), B.abs(), abs(s)) for A, B, s in factors])
         + torch.finfo(case.dtype).tiny
     )
-    assert ((oriented(case, layer.weight).double() - merged).abs() <= room).all()
+    assert ((oriented(case, layer.get_base_layer().weight).double() - merged).abs() <= room).all()
     assert ((before + oriented(case, deltas) - merged).abs() <= room).all()
 
 

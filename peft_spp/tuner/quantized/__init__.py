@@ -4,7 +4,7 @@
 from .applied import Applied
 from .backend import Backend
 from .layer import QuantizedLinear
-from .registry import dequantized_weight, find_backend, register_backend
+from .registry import dequantized_weight, find_backend, is_foreign, register_backend
 from .unload import unload_dequantized
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "QuantizedLinear",
     "dequantized_weight",
     "find_backend",
+    "is_foreign",
     "register_backend",
     "unload_dequantized",
 ]

@@ -34,6 +34,10 @@ class QuantizedLinear(Linear):
         # the packed weight as it was before any merge, while an adapter is merged
         self._unmerged_packed: Any = None
 
+    def follow_base_layer(self) -> None:
+        # the backend reads the weight each time
+        pass
+
     @property
     def quantization(self) -> str:
         """How the base layer is quantised, such as `"bitsandbytes nf4"`."""

@@ -61,6 +61,18 @@ def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     return backend.dequantize(layer, backend.packed(layer))
 
 
+def is_foreign(tensor: torch.Tensor) -> bool:
+    """
+    Whether a tensor is of another package's type, with its own operators; a quantized one where no backend matches.
+
+    Args:
+        tensor (`torch.Tensor`): Any tensor.
+    """
+    kind = type(tensor)
+    has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return has_own_operators and not kind.__module__.startswith("torch.")
+
+
 def register_backend(backend: Backend) -> None:
     """
     Make SPP adapt the layers of another quantisation package.

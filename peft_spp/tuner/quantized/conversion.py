@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers whose base layer is quantized once they have an adapter."""
+
+from __future__ import annotations
+
+import torch
+
+from ..layer import Linear
+from .layer import QuantizedLinear
+from .registry import find_backend, is_foreign
+
+
+def follow_base_layer(layer: Linear) -> None:
+    """
+    Turn a layer on a plain weight into one on a quantized weight, if its base layer has been quantized in place.
+
+    `torchao.quantize_` does so, for example.
+
+    Args:
+        layer ([`~peft_spp.tuner.layer.Linear`]): The layer; its class changes.
+
+    Raises:
+        ValueError: If the new weight cannot be adapted: its format is not known, an adapter is merged into it, or it
+            is a parameter that belongs to no linear layer. Also if the factors have been quantized with it.
+    """
+    base_layer = layer.get_base_layer()
+    weight = getattr(base_layer, layer.parameter_name, None)
+    backend = find_backend(base_layer)
+    if backend is None and isinstance(weight, torch.Tensor) and not is_foreign(weight):
+        return  # such as a shard of FSDP2
+    name = f"Module {layer.module_name!r} ({type(base_layer).__name__}, {type(weight).__name__})"
+    if backend is None or type(layer) is not Linear:
+        raise ValueError(
+            f"{name} has been quantized or replaced since the adapter was added, which SPP does not support there. "
+            "Quantize the base model first, and add the adapter then."
+        )
+    if layer.merged:
+        raise ValueError(
+            f"{name} has been quantized while an adapter is merged into it, and cannot be unmerged. Call "
+            "`unmerge_adapter` before the base layers are quantized."
+        )
+    factors = [tensor for adapter in layer.spp_A for tensor in layer._factors(adapter)]
+    if any(is_foreign(tensor) for tensor in factors):
+        raise ValueError(
+            f"{name}: the factors of the adapter have been quantized as well. Quantize the base layers only, for "
+            "example with `filter_fn=lambda module, name: name.endswith('base_layer')` in `torchao.quantize_`."
+        )
+    try:
+        backend.check(base_layer)
+    except ValueError as error:
+        raise ValueError(f"{name} is not supported: {error}.") from error
+    layer.__class__ = QuantizedLinear
+    assert isinstance(layer, QuantizedLinear)
+    layer.backend = backend
+    layer._unmerged_packed = None
