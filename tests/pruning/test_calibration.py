@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers import DynamicCache
 
-from peft_spp.pruning import prune_sparsegpt, prune_wanda
+from peft_spp.pruning import prune_checkpoint, prune_sparsegpt, prune_wanda
 from peft_spp.pruning.calibration_data import calibration_inputs
 from peft_spp.pruning.calibration_mode import calibration_mode
 from peft_spp.pruning.layers import find_target_layers
@@ -304,3 +305,49 @@ def test_how_batches_are_divided() -> None:
     whole = {"input_ids": tokens, "attention_mask": torch.ones_like(mask)}
     (same,) = calibration_inputs([whole])
     assert same.arguments["input_ids"] is tokens
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_padding_from_disk_is_treated_as_in_memory(tmp_path: Path, kind: str, side: str) -> None:
+    model, batches = build(kind), padded_batches(side)[0]
+    model.save_pretrained(tmp_path / "dense")
+    steps: list[tuple[int, int]] = []
+    prune_checkpoint(
+        tmp_path / "dense",
+        tmp_path / "out",
+        pattern="2:4",
+        calibration=batches,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    prune_wanda(model, batches, pattern="2:4")
+    pruned = type(model).from_pretrained(tmp_path / "out")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, pruned.state_dict()[name]), name
+    # each of the four sequences enters, and passes two blocks twice
+    assert steps == [(number, 20) for number in range(1, 21)]
+
+
+class CalledByAnotherName(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.mlp = block.mlp
+
+    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return x + scale * self.mlp(x)
+
+
+def test_blocks_may_name_their_hidden_states_as_they_like() -> None:
+    model = tiny_llama()
+    model.model.layers = nn.ModuleList([CalledByAnotherName(block) for block in model.model.layers])
+    inner = model.model
+
+    def forward(input_ids: torch.Tensor) -> torch.Tensor:
+        x = inner.embed_tokens(input_ids)
+        for block in inner.layers:
+            x = block(scale=0.5, x=x)
+        return x
+
+    model.forward = forward
+    prune_wanda(model, two_batches_of_64(), pattern="2:4")
+    assert {float((block.mlp.up_proj.weight == 0).float().mean()) for block in inner.layers} == {0.5}
