@@ -82,6 +82,11 @@ def linear_layers_in_blocks(
     return layers
 
 
+def has_plain_forward(layer: LinearLayer) -> bool:
+    """Whether a layer has the forward pass of `nn.Linear` or `Conv1D`, and not that of a subclass."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 @torch.no_grad()
 def why_not_linear_map(layer: LinearLayer) -> str | None:
     """
@@ -98,7 +103,7 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     """
     base: Any = Conv1D if isinstance(layer, Conv1D) else nn.Linear
     weight = layer.weight
-    if type(layer).forward is base.forward or weight.dtype not in FLOATING or weight.ndim != 2:
+    if has_plain_forward(layer) or weight.dtype not in FLOATING or weight.ndim != 2:
         return None
     inputs = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
     # no random numbers, which would change those of the run that asks

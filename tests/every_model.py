@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto as auto
 
 
 # Larger ones are not tiny: the shrinking missed a setting.
-MOST_PARAMETERS = 12_000_000
+MOST_PARAMETERS = 25_000_000
 _VOCABULARY = 160
 _FIRST_SPECIAL_TOKEN = 100
 _SEQUENCE = 16
@@ -69,7 +69,16 @@ _SIZES = {
 _BY_NAME = {name: size for size, names in _SIZES.items() for name in names.split()}
 _DROPPED = {
     *("transformers_version", "architectures", "dtype", "torch_dtype"),
+    "per_layer_config",
     *("out_features", "out_indices", "_out_features", "_out_indices", "stage_names"),
+}
+# What has no default, and is needed.
+_UNSET = {
+    "vocab_size": _VOCABULARY,
+    "num_experts_per_tok": 2,
+    "prediction_length": 8,
+    "attn_layer_indices": [1],
+    "pad_token_id": 0,
 }
 _LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth", "layers"),
@@ -85,6 +94,8 @@ _CAPS = {
     **dict.fromkeys(("num_filters", "audio_channels", "stem_channels", "upsample_initial_channel"), 32),
     **dict.fromkeys(("codebook_size", "num_embeddings", "codebook_dim", "classifier_proj_size", "conv_dim"), 64),
     **dict.fromkeys(("sliding_window", "attention_window", "attention_chunk_size", "num_patches"), 64),
+    **dict.fromkeys(("rotary_dim", "num_groups", "upsample_groups"), 4),
+    "mamba_d_ssm": 64,
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 8),
 }
 
@@ -191,7 +202,9 @@ def _shrunk(settings: dict[str, Any], tokens: dict[int, int]) -> dict[str, Any]:
     for name, value in settings.items():
         if name in _DROPPED:
             continue
-        if isinstance(value, dict):
+        if value is None and name in _UNSET:
+            small[name] = _UNSET[name]
+        elif isinstance(value, dict):
             small[name] = _shrunk(value, tokens)
         elif isinstance(value, list) and before is not None and len(value) == before and before > 3:
             small[name] = value[:layers]
@@ -231,6 +244,8 @@ def _layers_to_keep(settings: dict[str, Any], layers: int | None) -> int:
 
 
 def _shrunk_list(name: str, value: Any) -> Any:
+    if name in ("num_heads", "num_attention_heads") and value:
+        return [2 ** (index + 1) for index in range(len(value))]
     if name == "mrope_section":
         return [2, 1, 1]
     if name in ("depths", "num_blocks", "blocks_per_stage", "layers_per_stage"):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import Factors, merged_weight, scaled_weight, spp_linear
+from .computed_weights import check_writable
 from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
 from .settings import check_rank
@@ -323,6 +324,7 @@ class Linear(nn.Module, SPPLayer):
         if not new_adapters:
             # no adapter to merge
             return
+        self.check_writable()
         if keep_unmerged and is_sharded(self._base_weight()):
             # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
             raise RuntimeError(
@@ -346,15 +348,20 @@ class Linear(nn.Module, SPPLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if not isinstance(self._base_weight(), nn.Parameter):
-            raise RuntimeError(
-                f"The weight of module {self.module_name!r} is gathered by FSDP1 for a forward pass. Call "
-                "`unmerge_adapter` before it, inside `FullyShardedDataParallel.summon_full_params(model)`."
-            )
+        self.check_writable()
         with whole_parameters(self, write=True):
             self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+
+    def check_writable(self) -> None:
+        """
+        Check that what a merge writes to the base layer's weight stays there.
+
+        Raises:
+            ValueError: If something computes the weight, as `torch.nn.utils.prune` and `parametrize` do.
+        """
+        check_writable(self.get_base_layer(), self.parameter_name, self.module_name)
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """

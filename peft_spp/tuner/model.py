@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,10 +26,16 @@ from .mixed_batches import passed_to_layers
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
 from .quantized import QuantizedLinear, find_backend, unload_dequantized
-from .saved_modules import check_bias_is_saved, check_saved_modules
+from .saved_modules import check_bias_is_saved, check_saved_modules, check_task, heads_saved_whole
 from .settings import expressions
-from .target_checks import check_layer, check_weight, warn_of_fused_experts
-from .targets import transformer_block_linear_targets
+from .target_checks import (
+    check_layer,
+    check_not_saved_whole,
+    check_weight,
+    warn_of_fused_experts,
+    warn_of_other_maps,
+)
+from .targets import other_maps, transformer_block_linear_targets
 from .tied_weights import untie_adapted_weights
 from .weight_reads import only_describes_weight
 
@@ -74,6 +81,11 @@ class SPPModel(BaseTuner):
     _injection: Injection | None = None
     _injections_to_load: dict[str, Injection] = {}  # noqa: RUF012  (replaced, never changed in place)
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, dict):  # by a PeftModel, which wraps the model for a task
+            check_task(model, peft_config[adapter_name])
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
         if peft_config.target_modules is None:
             targets = transformer_block_linear_targets(self.model, peft_config.layers_to_transform)
@@ -81,7 +93,16 @@ class SPPModel(BaseTuner):
                 raise ValueError("Please specify `target_modules` or `target_parameters` in `peft_config`")
             if peft_config.target_parameters is None:
                 warn_of_fused_experts(self.model)
+            warn_of_other_maps(other_maps(self.model))
             peft_config.target_modules = targets or None
+        elif str(peft_config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            others = other_maps(self.model, peft_config.target_modules)
+            warn_of_other_maps(others)
+            peft_config.target_modules = set(peft_config.target_modules) - set(others)
+        if heads := heads_saved_whole(peft_config):
+            # a new list: the one that is there may be another configuration's
+            peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *heads]
         return peft_config
 
     def _check_new_adapter_config(self, config: SPPConfig) -> None:  # type: ignore[override]
@@ -105,7 +126,9 @@ class SPPModel(BaseTuner):
         check_saved_modules(model, cast(SPPConfig, self.peft_config[adapter_name]))
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
+        config = self.peft_config[adapter_name]
         injection = self._injection = Injection(model, adapter_name)
+        injection.on_undo(partial(vars(config).update, vars(config).copy()))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -217,6 +240,7 @@ class SPPModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
 
+        check_not_saved_whole(current_key, spp_config.modules_to_save)
         # Regexp matching - Find key which matches current target_name in patterns provided
         r_key = get_pattern_key(list(spp_config.rank_pattern), current_key)
         alpha_key = get_pattern_key(list(spp_config.alpha_pattern), current_key)
@@ -305,9 +329,6 @@ class SPPModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, ParamWrapper):
-                module.check_merge_allowed()
         untie_adapted_weights(self.model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -367,8 +388,8 @@ class SPPModel(BaseTuner):
                 quantising would lose a zero. The model is as it was before.
         """
         if dequantize:
-            self._check_merge_allowed()
             self._check_merge(adapter_names, safe_merge, quantized=False)
+            self._check_merge_allowed()
             unload_dequantized(self.model, adapter_names, safe_merge)
         return super().merge_and_unload(  # type: ignore[return-value]
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -376,6 +397,10 @@ class SPPModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, Linear) and any(name in module.spp_A for name in names):
+                module.check_writable()
         for module in self.model.modules():
             if isinstance(module, QuantizedLinear):
                 if quantized:  # a weight may not survive quantising, safe merge or not

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import scaled_weight
@@ -92,23 +91,6 @@ class ParamWrapper(Linear):
         for factors in (self.spp_A, self.spp_B):
             if not any(factor.is_meta for factor in factors.parameters()):
                 factors[adapter_name].to(device or parameter.device, dtype=parameter.dtype)
-
-    def check_merge_allowed(self) -> None:
-        """
-        Raise an error if the parameter cannot be written to.
-
-        Raises:
-            ValueError: If the parameter is computed by `torch.nn.utils.parametrize`.
-        """
-        if parametrize.is_parametrized(self.get_base_layer(), self.parameter_name):
-            raise ValueError(
-                f"Cannot merge into {self.module_name!r}, which torch.nn.utils.parametrize computes. Call "
-                "torch.nn.utils.parametrize.remove_parametrizations on it first."
-            )
-
-    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep_unmerged: bool) -> None:
-        self.check_merge_allowed()
-        super()._merge(safe_merge, adapter_names, keep_unmerged)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

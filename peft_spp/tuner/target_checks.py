@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .quantized import Backend
-from .targets import fused_experts
+from .targets import fused_experts, why_not_adaptable
 from .whole_parameters import is_tensor_parallel, whole_shape
 
 
@@ -47,7 +48,56 @@ def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> 
             "`peft_spp.tuner.quantized.register_backend`."
         )
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if reason := why_not_adaptable(layer):
+        raise ValueError(
+            f"Target module {module_name!r} ({kind}) is not supported: it does not compute `x @ weight.T + bias`, "
+            f"{reason}. Leave it out of `target_modules`, or name it in `exclude_modules`."
+        )
     check_weight(getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})")
+
+
+def warn_of_other_maps(others: Mapping[str, str]) -> None:
+    """
+    Warn of layers that are linear by their class, and left out because they compute something else.
+
+    Args:
+        others (`Mapping[str, str]`): Their names, and what [`other_maps`] gives as reasons.
+    """
+    if not others:
+        return
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(others.items())[:3])
+    warnings.warn(
+        f"{len(others)} layers are linear by their class, but do not compute `x @ weight.T + bias`, and are not "
+        f"adapted: {shown}.",
+        stacklevel=2,
+    )
+
+
+def check_not_saved_whole(module_name: str, modules_to_save: Sequence[str] | None) -> None:
+    """
+    Check that a target is not in a module that `modules_to_save` names as well.
+
+    PEFT leaves targets out that are named there, but wraps any module whose name has that end: `"proj"` is also
+    `q_proj`.
+
+    Args:
+        module_name (`str`): The name of the target.
+        modules_to_save (`Sequence[str]`, *optional*): The setting.
+
+    Raises:
+        ValueError: If it is.
+    """
+    parts = module_name.split(".")
+    for at in range(len(parts)):
+        name = ".".join(parts[: at + 1])
+        end = next((one for one in modules_to_save or () if name.endswith(one)), None)
+        if end is not None:
+            where = "is" if name == module_name else f"is in {name!r}, which is"
+            raise ValueError(
+                f"Target module {module_name!r} {where} also trained and saved as a whole, because its name ends with "
+                f"{end!r} of `modules_to_save`. Write the name there in full, or leave the target out with "
+                "`exclude_modules`."
+            )
 
 
 def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..architecture import is_linear_layer, linear_layers_in_blocks
+from ..architecture import has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
 from ..sparsity.names import is_fused_experts, plain_name
 from .quantized import find_backend
+from .whole_parameters import whole_parameters
 
 
 def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
@@ -34,6 +35,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
     targets = {
         name: name.removeprefix(f"{block_list}.").partition(".")[2]
         for name, block_list in linear_layers_in_blocks(modules, is_linear).items()
+        if why_not_adaptable(modules[name]) is None
     }
     others = [name for name in modules if name not in targets]
     suffixes: set[str] = set()
@@ -73,6 +75,41 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return is_linear_layer(module) or find_backend(module) is not None
+
+
+def why_not_adaptable(layer: nn.Module) -> str | None:
+    """
+    Tell why a layer that is linear by its class cannot be adapted: it computes something else.
+
+    Args:
+        layer (`nn.Module`): Any module; it may have adapters already.
+
+    Returns:
+        `str` or `None`: The reason; `None` for a linear map, a quantized layer or another module.
+    """
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if not is_linear_layer(base) or has_plain_forward(base) or find_backend(base) is not None:
+        return None
+    with whole_parameters(base):
+        return why_not_linear_map(base)
+
+
+def other_maps(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
+    """
+    The layers that are linear by their class and compute something else.
+
+    Args:
+        model (`nn.Module`): The model; it may have adapters already.
+        names (`Collection[str]`, *optional*): The layers to look at, by default those of the transformer blocks.
+
+    Returns:
+        `dict[str, str]`: Their names, and why they are not adapted.
+    """
+    modules = dict(_modules_outside_adapters(model))
+    if names is None:
+        names = linear_layers_in_blocks(modules, is_linear)
+    reasons = {name: why_not_adaptable(module) for name, module in modules.items() if name in names}
+    return {name: f"{type(modules[name]).__name__}, {reason}" for name, reason in reasons.items() if reason}
 
 
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -83,7 +83,7 @@ def test_stacked_experts_are_warned_about() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.router = nn.Linear(4, 2)
+            self.proj = nn.Linear(4, 2)
             self.up = nn.Parameter(torch.rand(2, 4, 4))
 
     model = nn.Sequential(nn.ModuleList([Experts()]))

@@ -102,6 +102,7 @@ class QuantizedLinear(Linear):
         if not new_adapters:
             # no adapter to merge
             return
+        self.check_writable()
         packed = self._quantize_merged(new_adapters)
         warnings.warn(
             f"Merge spp module to a quantized linear ({self.quantization}) may get different generations due to "
@@ -121,6 +122,7 @@ class QuantizedLinear(Linear):
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.check_writable()
         self.backend.put(self.get_base_layer(), self._unmerged_packed)
         self._unmerged_packed = None
         self.merged_adapters.clear()
