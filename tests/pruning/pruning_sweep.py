@@ -34,6 +34,7 @@ from plain_wanda import plain_wanda, squared_norms, weights_of, without_cache
 
 from peft_spp.pruning import prune_magnitude, prune_wanda
 from peft_spp.pruning.layers import find_target_layers
+from peft_spp.sparsity import sparsity_report
 
 
 TABLE = Path(__file__).parent / "every_pruned_model.json"
@@ -131,7 +132,8 @@ def _magnitude_faults(model: nn.Module, names: list[str]) -> list[str]:
         keep.scatter_(1, groups.abs().argsort(dim=1, stable=True)[:, 2:], True)
         if not torch.equal(after[name], (groups * keep).reshape(before[name].shape)):
             wrong.append(f"wrong by magnitude: {name}")
-    return wrong
+    reported = {one.name for one in sparsity_report(pruned)}
+    return wrong + [f"pruned, but not in the report: {name}" for name in names if name not in reported]
 
 
 def _refusal_faults(model: nn.Module, batches: list[Inputs], names: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import transformers
 from every_model import build, tiny_config
 from plain_wanda import plain_wanda, weights_of
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import DynamicCache
 
 from peft_spp.pruning import prune_checkpoint, prune_sparsegpt, prune_wanda
@@ -142,6 +142,10 @@ def prunes_with_pytorch(model: nn.Module) -> None:
     prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", amount=0.5)
 
 
+def computes_a_weight(model: nn.Module) -> None:
+    parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+
+
 def runs_a_block_twice(model: nn.Module) -> None:
     model.model.layers = nn.ModuleList([model.model.layers[0], model.model.layers[0]])
     model.config.num_hidden_layers = 2
@@ -156,6 +160,7 @@ def runs_a_block_twice(model: nn.Module) -> None:
         (runs_a_block_twice, "does not run each of its blocks once|shares its weight"),
         (shares_a_layer, r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"),
         (shares_a_weight, r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"),
+        (computes_a_weight, r"model\.layers\.1\.mlp\.up_proj is computed from other tensors"),
         (prunes_with_pytorch, r"model\.layers\.1\.mlp\.up_proj is computed from other tensors"),
     ],
 )
@@ -326,6 +331,16 @@ def test_padding_from_disk_is_treated_as_in_memory(tmp_path: Path, kind: str, si
         assert torch.equal(value, pruned.state_dict()[name]), name
     # each of the four sequences enters, and passes two blocks twice
     assert steps == [(number, 20) for number in range(1, 21)]
+
+
+def test_computed_weights_can_be_made_parameters_first() -> None:
+    model = tiny_llama()
+    prunes_with_pytorch(model)
+    parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    prune.remove(model.model.layers[1].mlp.up_proj, "weight")
+    parametrize.remove_parametrizations(model.model.layers[0].mlp.up_proj, "weight")
+    prune_wanda(model, two_batches_of_64(), pattern="2:4")
+    assert {float((block.mlp.up_proj.weight == 0).float().mean()) for block in model.model.layers} == {0.5}
 
 
 class CalledByAnotherName(nn.Module):
