@@ -179,5 +179,6 @@ def _same(one: Any, other: Any) -> bool:
 def _not_each_once() -> ValueError:
     return ValueError(
         f"The model's forward does not run each of its blocks once, in their order: cannot go block by block. "
-        f"{BY_MAGNITUDE}"
+        f"{BY_MAGNITUDE} If it has several stacks of blocks, name the layers of one that the data runs through with "
+        "target_modules."
     )
