@@ -65,7 +65,7 @@ def entering_states(model: nn.Module, blocks: nn.ModuleList, arguments: dict[str
     found: list[torch.Tensor] = []
 
     def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_split(block, args, kwargs)[0])
+        found.append(split_hidden_states(block, args, kwargs)[0])
         raise _Entered
 
     with blocks[0].register_forward_pre_hook(stop, with_kwargs=True):
@@ -85,7 +85,7 @@ def record_block_calls(blocks: nn.ModuleList, batch: CalibrationBatch) -> Iterat
         index = len(batch.block_arguments)
         if index >= len(blocks) or block is not blocks[index]:
             raise _not_each_once()
-        hidden_states, args, kwargs = _split(block, args, kwargs)
+        hidden_states, args, kwargs = split_hidden_states(block, args, kwargs)
         if not outputs:
             batch.hidden_states = hidden_states
         elif hidden_states is not outputs[0]:
@@ -143,7 +143,7 @@ def first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _split(
+def split_hidden_states(
     block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
     """The hidden states that a block is called with, and its other arguments."""
@@ -179,5 +179,6 @@ def _same(one: Any, other: Any) -> bool:
 def _not_each_once() -> ValueError:
     return ValueError(
         f"The model's forward does not run each of its blocks once, in their order: cannot go block by block. "
-        f"{BY_MAGNITUDE}"
+        f"{BY_MAGNITUDE} If it has several stacks of blocks, name the layers of one that the data runs through with "
+        "target_modules."
     )

@@ -37,8 +37,8 @@ def prune_by_block(
         target_modules (`str` or `Iterable[str]`, *optional*): Which linear layers of the blocks.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not.
     """
-    blocks_name, blocks = find_blocks(model)
     layers = find_target_layers(model, target_modules, exclude_modules)
+    blocks_name, blocks = find_blocks(model, layers)
     check_prunable(layers, method.pattern)
     check_in_blocks(layers, blocks_name, method)
     check_unshared(model, layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .block_calls import (
     entering_states,
     negated_outputs,
     record_block_calls,
+    split_hidden_states,
 )
 from .calibration_data import CalibrationInputs
 from .calibration_mode import accepts
@@ -180,10 +182,11 @@ class _SkippedBlocks:
         # what the blocks return besides the hidden states is not known here
         self._unknown = torch.empty(0)
 
-    def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden_states, _, _ = split_hidden_states(block, args, kwargs)
         if self._others is None:
-            block = self._first_block()
-            output = type(block).forward(block, hidden_states, *args, **kwargs)
+            first_block = self._first_block()
+            output = type(first_block).forward(first_block, *args, **kwargs)
             self._others = len(output) - 1 if isinstance(output, tuple) else -1
         return hidden_states if self._others < 0 else (hidden_states, *[self._unknown] * self._others)
 
@@ -201,7 +204,7 @@ class _SkippedBlocks:
     def in_place_of(self, blocks: nn.ModuleList) -> Iterator[None]:
         """While active, calling a block does not compute it."""
         for block in blocks:
-            block.forward = self._forward
+            block.forward = partial(self._forward, block)
         try:
             yield
         finally:

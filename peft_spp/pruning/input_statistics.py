@@ -69,7 +69,7 @@ class InputStatistics(ABC):
             if not self._tokens[name]:
                 raise ValueError(
                     f"No calibration data reached {name}: cannot tell the importance of its weights. Calibrate with "
-                    "more data, or leave the layer out with exclude_modules."
+                    "other data, or leave the layer out with exclude_modules."
                 )
             if not self._sums[name].isfinite().all():
                 raise ValueError(

@@ -20,15 +20,16 @@ from ..sparsity import NMPattern
 from ..sparsity.names import matches
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.ModuleList]:
     """
     Find the transformer blocks to prune.
 
-    Of several stacks of blocks they are the one of the text model, which calibration text runs through, or else the
-    one with the most weights of linear layers.
+    Of several stacks of blocks they are the one that all layers to prune are in, or else the one of the text model,
+    which calibration text runs through, or else the one with the most weights of linear layers.
 
     Args:
         model (`nn.Module`): A model with one stack of blocks to prune, such as a decoder-only language model.
+        layers (`Iterable[str]`, *optional*): The names of the layers to prune, where they are known.
 
     Returns:
         `tuple[str, nn.ModuleList]`: The name of the list in the model, and the list.
@@ -41,6 +42,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = find_block_lists(dict(model.named_modules()))
     if not lists:
         raise ValueError("The model has no transformer blocks: no nn.ModuleList in it holds linear layers.")
+    layers = tuple(layers)
+    named = [name for name in lists if layers and all(layer.startswith(f"{name}.") for layer in layers)]
+    if named:
+        return named[0], lists[named[0]]
     in_text_model = {id(module) for module in _text_model(model).modules()}
     lists = {name: blocks for name, blocks in lists.items() if id(blocks) in in_text_model} or lists
     name = max(lists, key=lambda name: _linear_weights(lists[name]))

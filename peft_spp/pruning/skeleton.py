@@ -50,17 +50,18 @@ class Skeleton:
         self._state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
             self.model.named_buffers(remove_duplicate=False)
         )
+        self._targets: list[str] = []
         self._kept_in_float32 = _kept_in_float32(self.model, self.dtype)
 
     @cached_property
     def blocks_name(self) -> str:
         """The name of the list of the model's blocks; a `ValueError` if they cannot be run one by one."""
-        return find_blocks(self.model)[0]
+        return find_blocks(self.model, self._targets)[0]
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
         """The model's blocks."""
-        return find_blocks(self.model)[1]
+        return find_blocks(self.model, self._targets)[1]
 
     def find_targets(
         self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
@@ -83,6 +84,7 @@ class Skeleton:
             layers = find_target_layers(self.model, target_modules, exclude_modules)
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
+        self._targets = list(layers)
         tied = TiedNames(self.checkpoint.config)
         for name in layers:
             weight = self.stored(f"{name}.weight")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,13 +10,14 @@ import transformers
 from every_model import build, tiny_config
 from plain_wanda import plain_wanda, weights_of
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import DynamicCache
 
-from peft_spp.pruning import prune_sparsegpt, prune_wanda
+from peft_spp.pruning import prune_checkpoint, prune_sparsegpt, prune_wanda
 from peft_spp.pruning.calibration_data import calibration_inputs
 from peft_spp.pruning.calibration_mode import calibration_mode
-from peft_spp.pruning.layers import find_target_layers
+from peft_spp.pruning.layers import find_target_layers, linear_layers
+from peft_spp.sparsity import satisfies_n_m
 
 from tiny import tiny_llama
 
@@ -141,6 +144,10 @@ def prunes_with_pytorch(model: nn.Module) -> None:
     prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", amount=0.5)
 
 
+def computes_a_weight(model: nn.Module) -> None:
+    parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+
+
 def runs_a_block_twice(model: nn.Module) -> None:
     model.model.layers = nn.ModuleList([model.model.layers[0], model.model.layers[0]])
     model.config.num_hidden_layers = 2
@@ -155,6 +162,7 @@ def runs_a_block_twice(model: nn.Module) -> None:
         (runs_a_block_twice, "does not run each of its blocks once|shares its weight"),
         (shares_a_layer, r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"),
         (shares_a_weight, r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"),
+        (computes_a_weight, r"model\.layers\.1\.mlp\.up_proj is computed from other tensors"),
         (prunes_with_pytorch, r"model\.layers\.1\.mlp\.up_proj is computed from other tensors"),
     ],
 )
@@ -304,3 +312,72 @@ def test_how_batches_are_divided() -> None:
     whole = {"input_ids": tokens, "attention_mask": torch.ones_like(mask)}
     (same,) = calibration_inputs([whole])
     assert same.arguments["input_ids"] is tokens
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_padding_from_disk_is_treated_as_in_memory(tmp_path: Path, kind: str, side: str) -> None:
+    model, batches = build(kind), padded_batches(side)[0]
+    model.save_pretrained(tmp_path / "dense")
+    steps: list[tuple[int, int]] = []
+    prune_checkpoint(
+        tmp_path / "dense",
+        tmp_path / "out",
+        pattern="2:4",
+        calibration=batches,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    prune_wanda(model, batches, pattern="2:4")
+    pruned = type(model).from_pretrained(tmp_path / "out")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, pruned.state_dict()[name]), name
+    # each of the four sequences enters, and passes two blocks twice
+    assert steps == [(number, 20) for number in range(1, 21)]
+
+
+def test_computed_weights_can_be_made_parameters_first() -> None:
+    model = tiny_llama()
+    prunes_with_pytorch(model)
+    parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    prune.remove(model.model.layers[1].mlp.up_proj, "weight")
+    parametrize.remove_parametrizations(model.model.layers[0].mlp.up_proj, "weight")
+    prune_wanda(model, two_batches_of_64(), pattern="2:4")
+    assert all(satisfies_n_m(block.mlp.up_proj.weight, "2:4") for block in model.model.layers)
+
+
+class CalledByAnotherName(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.mlp = block.mlp
+
+    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return x + scale * self.mlp(x)
+
+
+def test_blocks_may_name_their_hidden_states_as_they_like() -> None:
+    model = tiny_llama()
+    model.model.layers = nn.ModuleList([CalledByAnotherName(block) for block in model.model.layers])
+    inner = model.model
+
+    def forward(input_ids: torch.Tensor) -> torch.Tensor:
+        x = inner.embed_tokens(input_ids)
+        for block in inner.layers:
+            x = block(scale=0.5, x=x)
+        return x
+
+    model.forward = forward
+    prune_wanda(model, two_batches_of_64(), pattern="2:4")
+    assert {float((block.mlp.up_proj.weight == 0).float().mean()) for block in inner.layers} == {0.5}
+
+
+def test_another_stack_of_blocks_is_pruned_where_it_is_named() -> None:
+    """Of GIT the larger stack, which is for images, is pruned by default; text does not run through it."""
+    model = in_float64(build("git"))
+    with pytest.raises(ValueError, match=r"does not run each of its blocks once.* with target_modules"):
+        prune_wanda(model, two_batches(), pattern="2:4")
+    names = [name for name in linear_layers(model) if re.match(r"git\.encoder\.layer\.", name)]
+    dense = copy.deepcopy(model)
+    prune_wanda(model, two_batches(), pattern="2:4", target_modules=names)
+    expected = plain_wanda(dense, names, [{"input_ids": batch} for batch in two_batches()])
+    pruned = weights_of(model, names)
+    assert len(names) == 12 and all(torch.equal(pruned[name], expected[name]) for name in names)
