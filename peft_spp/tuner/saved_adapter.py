@@ -210,6 +210,9 @@ def check_adapter(saved: SavedAdapter) -> None:
         raise ValueError(
             f"{saved.origin} holds no tensors. Save the adapter again, or load an earlier checkpoint of it."
         )
+    twice = [name for name in saved.tensors if f"{PREFIX}{name}" in saved.tensors]
+    if twice:
+        raise ValueError(f"{saved.origin} holds tensor {twice[0]!r} twice, once with the prefix {PREFIX!r}")
     check_factors(saved.origin, saved.factors, saved.config)
     recorded = saved.base.masks if saved.base is not None and not saved.config.target_parameters else {}
     missing = [module for module in recorded if module not in saved.factors]
