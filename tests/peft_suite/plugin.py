@@ -99,6 +99,7 @@ _NOT_ASKED = {
     "realistic_example": "asserts the names in a model of a fixed size on the Hub",
     "test_config.py::TestPeftConfig::test_from_pretrained[": "the adapter is on the Hub only",
     "test_config.py::TestPeftConfig::test_from_pretrained_cache_dir": "the adapter is on the Hub only",
+    "test_save_pretrained_with_runtime_config": "the adapter is on the Hub only",
     "test_save_pretrained_warns_for_unsharded_state_dict": "PEFT looks for LoRA's keys",
 }
 
