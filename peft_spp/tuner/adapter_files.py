@@ -48,7 +48,7 @@ def find_file(
         `Path`, *optional*: The file, or `None` if the adapter does not have it.
     """
     folder = Path(source, subfolder or "")
-    if any((folder / one).is_file() for one in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+    if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder, **(hub or {})))

@@ -109,11 +109,7 @@ def _biases(model: nn.Module, config: SPPConfig, inside: tuple[str, ...]) -> Ite
             while isinstance(base, BaseTunerLayer):
                 depth, base = depth + 1, getattr(base, "base_layer", None)
             yield saved_name(f"{name}{'.base_layer' * depth}.bias")
-        elif (
-            config.bias == "all"
-            and "base_layer" not in name.split(".")
-            and not f"{name}.".startswith(inside or ("\n",))
-        ):
+        elif config.bias == "all" and "base_layer" not in name.split(".") and not f"{name}.".startswith(inside):
             if module._parameters.get("bias") is not None:
                 yield saved_name(f"{name}.bias" if name else "bias")
 
