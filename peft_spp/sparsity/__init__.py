@@ -5,6 +5,7 @@
 tensor at a time and look at its bits, so `-0.0` is told from `0.0`. Only torch, safetensors and rich are imported.
 """
 
+from .base_masks import BaseRecord, record_checkpoint, relate_checkpoint
 from .compare import ModuleComparison, SparsityComparison, compare_sparsity
 from .mask_record import MaskRecord, MaskRelation, record_mask
 from .pattern import NMPattern, satisfies_n_m
@@ -12,6 +13,7 @@ from .report import ModuleSparsity, SparsityReport, sparsity_report
 
 
 __all__ = [
+    "BaseRecord",
     "MaskRecord",
     "MaskRelation",
     "ModuleComparison",
@@ -20,7 +22,9 @@ __all__ = [
     "SparsityComparison",
     "SparsityReport",
     "compare_sparsity",
+    "record_checkpoint",
     "record_mask",
+    "relate_checkpoint",
     "satisfies_n_m",
     "sparsity_report",
 ]

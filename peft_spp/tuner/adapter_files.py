@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -48,12 +48,12 @@ def find_file(
         `Path`, *optional*: The file, or `None` if the adapter does not have it.
     """
     folder = Path(source, subfolder or "")
-    if any((folder / one).is_file() for one in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+    if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder, **(hub or {})))
-    except EntryNotFoundError:
-        return None
+    except (EntryNotFoundError, HFValidationError):
+        return None  # also for a folder that is not there
 
 
 def find_weights(

@@ -109,11 +109,7 @@ def _biases(model: nn.Module, config: SPPConfig, inside: tuple[str, ...]) -> Ite
             while isinstance(base, BaseTunerLayer):
                 depth, base = depth + 1, getattr(base, "base_layer", None)
             yield saved_name(f"{name}{'.base_layer' * depth}.bias")
-        elif (
-            config.bias == "all"
-            and "base_layer" not in name.split(".")
-            and not f"{name}.".startswith(inside or ("\n",))
-        ):
+        elif config.bias == "all" and "base_layer" not in name.split(".") and not f"{name}.".startswith(inside):
             if module._parameters.get("bias") is not None:
                 yield saved_name(f"{name}.bias" if name else "bias")
 
@@ -278,8 +274,15 @@ def check_can_be_saved(model: nn.Module, config: SPPConfig, adapter_name: str, n
         names (`Collection[str]`): The names of all adapters.
 
     Raises:
-        ValueError: If biases are trained, or an adapter has the name of a module, and PEFT is older than 0.21.
+        ValueError: If the adapter has the name of a parameter; or biases are trained, or an adapter has the name of a
+            module, and PEFT is older than 0.21.
     """
+    parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if adapter_name in BY_ADAPTER | parameters | {"base_layer"}:
+        raise ValueError(
+            f"An adapter cannot have the name {adapter_name!r}, which is that of a parameter or of a part of an "
+            "adapted layer: PEFT would save its tensors under other names. Choose another name."
+        )
     if Version(peft.__version__) >= SAVES_BY_MODULE:
         return
     if config.bias != "none" and not config.inference_mode:

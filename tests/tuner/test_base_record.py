@@ -6,14 +6,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from peft_spp import SPPConfig
 from peft_spp.sparsity import record_mask
-from peft_spp.sparsity.base_masks import BaseRecord
+from peft_spp.sparsity.base_masks import BaseRecord, relate_checkpoint
 from peft_spp.tuner.config import FORMAT_VERSION
+from peft_spp.tuner.saved_adapter import read_adapter
 
-from tiny import randomize, tiny_llama
+from tiny import randomize, tiny, tiny_llama
 
 
 def pruned_llama(seed=0, dtype=torch.float32):
@@ -143,6 +145,84 @@ def test_a_configuration_used_twice_describes_each_base(tmp_path):
         get_peft_model(pruned_llama(seed=2), copied)
     with no_warning_of_the_base():
         PeftModel.from_pretrained(pruned_llama(seed=1), tmp_path)
+
+
+def test_models_that_share_a_configuration_have_records_of_their_own_bases(tmp_path):
+    config = SPPConfig(r=4, task_type="CAUSAL_LM")
+    models = [get_peft_model(pruned_llama(seed=seed), config) for seed in (0, 1)]
+    bare = pruned_llama(seed=2)
+    bare.add_adapter(config)
+    for number, model in enumerate((*models, bare)):
+        randomize(model)
+        model.save_pretrained(tmp_path / str(number))
+    for number in range(3):
+        PeftModel.from_pretrained(pruned_llama(seed=number), tmp_path / str(number), check_base="error")
+        with pytest.raises(ValueError, match="other places"):
+            PeftModel.from_pretrained(pruned_llama(seed=number + 1), tmp_path / str(number), check_base="error")
+
+
+def test_a_loaded_configuration_of_a_new_adapter_has_the_record_of_the_new_base(tmp_path):
+    save_adapter(tmp_path / "old", pruned_llama())
+    config = SPPConfig.from_pretrained(tmp_path / "old", check_base="error")
+    config.inference_mode = False
+    with no_warning_of_the_base():
+        get_peft_model(pruned_llama(seed=1), config).save_pretrained(tmp_path / "new")
+        PeftModel.from_pretrained(pruned_llama(seed=1), tmp_path / "new", check_base="error")
+    with pytest.raises(ValueError, match="other places"):
+        PeftModel.from_pretrained(pruned_llama(), tmp_path / "new", check_base="error")
+    # and the configuration still describes the saved adapter
+    PeftModel.from_pretrained(pruned_llama(), tmp_path / "old", config=config)
+    config.save_pretrained(tmp_path / "copied")
+    assert saved_masks(tmp_path / "copied")["masks"] == saved_masks(tmp_path / "old")["masks"]
+
+
+def test_weights_that_are_loaded_by_hand_bring_the_record_of_their_configuration(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    model = inject_adapter_in_model(SPPConfig.from_pretrained(tmp_path), pruned_llama(seed=1))
+    state_dict = load_file(tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="pruned in other places"):
+        set_peft_model_state_dict(model, state_dict)
+    assert model.peft_config["default"].base_record.to_dict()["masks"] == saved_masks(tmp_path)["masks"]
+
+
+def test_loading_over_an_adapter_checks_the_base_and_takes_the_record(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    model = get_peft_model(pruned_llama(seed=1), SPPConfig(r=4, task_type="CAUSAL_LM"))
+    own = model.peft_config["default"].base_record
+    with pytest.raises(ValueError, match="other places"):
+        model.load_adapter(tmp_path, "default", check_base="error")
+    assert model.peft_config["default"].base_record == own
+    model.load_adapter(tmp_path, "default", check_base="off")
+    assert model.peft_config["default"].base_record.to_dict()["masks"] == saved_masks(tmp_path)["masks"]
+
+
+@pytest.mark.parametrize("body", [False, True])
+def test_the_record_is_compared_with_a_checkpoint_on_disk(tmp_path, body):
+    base = pruned_llama()
+    save_adapter(tmp_path / "adapter", pruned_llama())
+    record = read_adapter(tmp_path / "adapter").base
+    (base.model if body else base).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert relate_checkpoint(record, tmp_path / "base") == dict.fromkeys(record.masks, "same")
+    base.model.layers[1].mlp.up_proj.weight.data[3] = 0.0
+    base.model.layers[2].self_attn.q_proj.weight.data.add_(1.0)
+    base.save_pretrained(tmp_path / "other")
+    relations = relate_checkpoint(record, tmp_path / "other")
+    expected = {"model.layers.1.mlp.up_proj": "refined", "model.layers.2.self_attn.q_proj": "different"}
+    assert {name: relation for name, relation in relations.items() if relation != "same"} == expected
+    live = PeftModel.from_pretrained(base, tmp_path / "adapter", check_base="off").base_model.relate_base()
+    assert relations == live
+
+
+def test_the_record_of_transposed_weights_is_compared_with_a_checkpoint_on_disk(tmp_path):
+    base = tiny("GPT2LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=64)
+    for name, weight in base.named_parameters():
+        if ".h." in name and weight.dim() == 2:
+            weight.data[torch.rand(weight.shape) < 0.5] = 0.0
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(base, SPPConfig(r=4, fan_in_fan_out=True)).save_pretrained(tmp_path / "adapter")
+    record = read_adapter(tmp_path / "adapter").base
+    assert relate_checkpoint(record, tmp_path / "base") == dict.fromkeys(record.masks, "same")
+    assert len(record.masks) == 8
 
 
 def test_a_second_adapter_is_recorded_while_the_first_is_merged(tmp_path):

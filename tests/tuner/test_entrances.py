@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook
 from peft import (
     AutoPeftModelForCausalLM,
@@ -18,6 +17,7 @@ from peft import (
 )
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from peft_spp import SPPConfig, hotswap_adapter
 from peft_spp.inspection import inspect_adapter
@@ -118,11 +118,23 @@ def by_transformers(whole, folder):
     return tiny_llama(**SMALL), lambda model: model.load_adapter(str(folder))
 
 
+DEVICE_MAP = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+
+
+def offload(base, folder, layers):
+    """A model with its layers on disk, and what PEFT has to be told of it."""
+    device_map = DEVICE_MAP | {f"model.layers.{number}": "disk" for number in range(layers)}
+    model = AutoModelForCausalLM.from_pretrained(base, device_map=device_map, offload_folder=folder / "offloaded")
+    return model, {
+        "device_map": {f"base_model.model.{name}": device for name, device in device_map.items()},
+        "offload_dir": folder / "offloaded_with_adapter",
+        "max_memory": {"cpu": "1GB"},
+    }
+
+
 def offloaded(whole, folder):
-    model = tiny_llama(**SMALL)
-    cpu_offload(model, torch.device("cpu"))
-    model.hf_device_map = {"": "cpu"}
-    return model, lambda model: PeftModel.from_pretrained(model, folder)
+    model, options = offload(whole / "base", folder, 2)
+    return model, lambda model: PeftModel.from_pretrained(model, folder, **options)
 
 
 def hotswap(whole, folder):
@@ -178,8 +190,8 @@ def test_a_damaged_adapter_is_refused_at_every_entrance(whole, tmp_path, entranc
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES, ids=lambda one: one.__name__)
-def test_a_whole_adapter_is_loaded_at_every_entrance(whole, entrance):
-    model, load = entrance(whole, whole / "adapter")
+def test_a_whole_adapter_is_loaded_at_every_entrance(whole, tmp_path, entrance):
+    model, load = entrance(whole, damaged(whole, tmp_path, lambda folder: None))
     load(model)
     saved = load_file(whole / "adapter" / WEIGHTS)
     loaded = {
@@ -259,15 +271,11 @@ def test_auto_classes_refuse_too(whole, tmp_path):
 
 
 def test_another_base_is_refused_before_the_hooks_of_an_offloaded_model_are_taken_off(whole, tmp_path):
-    folder = damaged(whole, tmp_path, lambda folder: None)
-    model, _ = offloaded(whole, folder)
-    model.model.layers[0].mlp.up_proj  # noqa: B018
-    smaller = tiny_llama(num_hidden_layers=1)
-    cpu_offload(smaller, torch.device("cpu"))
-    smaller.hf_device_map = {"": "cpu"}
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    smaller, options = offload(tmp_path / "base", tmp_path, 1)
     before = snapshot(smaller)
     with pytest.raises(ValueError, match=r"layers\.1\."):
-        PeftModel.from_pretrained(smaller, folder)
+        PeftModel.from_pretrained(smaller, whole / "adapter", **options)
     assert_unchanged(smaller, before)
     assert isinstance(smaller.model.layers[0].mlp.up_proj._hf_hook, AlignDevicesHook)
 
@@ -283,7 +291,7 @@ def test_a_directory_without_settings_is_checked_with_those_of_the_living_adapte
     assert_unchanged(model, before)
 
 
-NAMES = [("default", "mlp"), ("layers", "0"), ("model", "q_proj"), ("self_attn", "default"), ("weight", "spp_A")]
+NAMES = [("default", "mlp"), ("layers", "0"), ("model", "q_proj"), ("self_attn", "default")]
 
 
 @pytest.mark.parametrize("names", NAMES, ids="-".join)
@@ -307,6 +315,15 @@ def test_adapters_with_the_names_of_modules_are_saved_as_a_whole(tmp_path, names
             assert torch.equal(saved[f"{before}.weight"], parameter), key
         PeftModel.from_pretrained(tiny_llama(**SMALL), folder, adapter_name=names[1])
         assert len(get_peft_model_state_dict(model, adapter_name=name)) == len(saved)
+
+
+@pytest.mark.parametrize("name", ["weight", "spp_A", "base_layer", "modules_to_save"])
+def test_names_that_PEFT_cannot_tell_from_those_of_tensors_are_refused(name):
+    base = tiny_llama(**SMALL)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=repr(name)):
+        get_peft_model(base, SPPConfig(r=4), adapter_name=name)
+    assert_unchanged(base, before)
 
 
 def test_a_transformers_model_saves_an_adapter_with_the_name_of_a_module(tmp_path):

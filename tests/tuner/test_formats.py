@@ -54,7 +54,10 @@ def test_a_saved_adapter_is_saved_again_with_its_record(tmp_path):
     PeftModel.from_pretrained(make.Base(), FOLDER).save_pretrained(tmp_path)
     for name in ("adapter_config.json", "base_masks.json"):
         then, now = (json.loads((folder / name).read_text()) for folder in (FOLDER, tmp_path))
-        assert {**then, "peft_version": None} == {**now, "peft_version": None}
+        # the script that saved it was another module than the test
+        for changed in ("peft_version", "auto_mapping", "weights_id"):
+            then.pop(changed, None), now.pop(changed, None)
+        assert then == now
     assert json.loads((FOLDER / "adapter_config.json").read_text())["format_version"] == FORMAT_VERSION
 
 
