@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
 from .config import SPPConfig
@@ -35,7 +35,7 @@ def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
 def _factors(model: nn.Module, adapter_name: str) -> Iterator[Factor]:
     for module in model.modules():
         if isinstance(module, Linear) and adapter_name in module.spp_A:
-            A, B = module.spp_A[adapter_name].weight, module.spp_B[adapter_name].weight
+            A, B = (cast(Tensor, one[adapter_name].weight) for one in (module.spp_A, module.spp_B))
             if not A.is_meta and not B.is_meta:
                 yield module.module_name, float(module.scaling[adapter_name]), A, B
 
