@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.utils.constants import CONFIG_NAME
 
 from ..checkpoints.tensor_file import StoredTensor, open_tensor_file
 from ..functional import Factors
@@ -112,12 +113,12 @@ def take_apart(saved: SavedAdapter) -> Adapter:
     Raises:
         ValueError: If something is of a kind that is not merged here.
     """
-    config = saved.config
-    if config.target_parameters:
-        raise ValueError(f"{saved.folder} has target_parameters, which are not merged here. {INSTEAD}")
-    if config.trainable_token_indices:
-        raise ValueError(f"{saved.folder} has trainable_token_indices, which are not read here. {INSTEAD}")
     assert saved.folder is not None and saved.weights is not None
+    config, file = saved.config, saved.folder / CONFIG_NAME
+    if config.target_parameters:
+        raise ValueError(f"{file} has target_parameters, which are not merged here. {INSTEAD}")
+    if config.trainable_token_indices:
+        raise ValueError(f"{file} has trainable_token_indices, which are not read here. {INSTEAD}")
     stored = open_tensor_file(saved.weights).tensors
     trained: dict[str, StoredTensor] = {}
     for name, one in saved.others.items():
@@ -136,6 +137,7 @@ def take_apart(saved: SavedAdapter) -> Adapter:
     for module in modules.values():
         if not module.A.name.startswith(PREFIX):
             raise ValueError(
-                f"{saved.origin} holds tensor {module.A.name!r}, which is not a part of a single SPP adapter. {INSTEAD}"
+                f"{saved.origin} holds tensor {module.A.name!r}, which is not a part of a single SPP adapter. "
+                f"{INSTEAD}"
             )
     return Adapter(saved.folder, config, modules, trained, saved.base)

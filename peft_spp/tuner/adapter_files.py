@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -52,8 +52,8 @@ def find_file(
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(source), name, subfolder=subfolder, **(hub or {})))
-    except EntryNotFoundError:
-        return None
+    except (EntryNotFoundError, HFValidationError):
+        return None  # also for a folder that is not there
 
 
 def find_weights(
@@ -113,7 +113,8 @@ def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> N
     if None not in (its_id, weights_id) and its_id != weights_id:
         raise ValueError(
             f"{file} was saved with other settings than those in the {CONFIG_NAME} next to it: a save was "
-            "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier checkpoint."
+            "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier "
+            "checkpoint."
         )
 
 

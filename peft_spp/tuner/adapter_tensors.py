@@ -105,9 +105,9 @@ def _biases(model: nn.Module, config: SPPConfig, inside: tuple[str, ...]) -> Ite
         return
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and getattr(module.get_base_layer(), "bias", None) is not None:
-            depth, base = 1, module._modules["base_layer"]
+            depth, base = 1, getattr(module, "base_layer", None)
             while isinstance(base, BaseTunerLayer):
-                depth, base = depth + 1, base._modules["base_layer"]
+                depth, base = depth + 1, getattr(base, "base_layer", None)
             yield saved_name(f"{name}{'.base_layer' * depth}.bias")
         elif (
             config.bias == "all"
@@ -230,8 +230,8 @@ def restore_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, t
         elif belongs_to(key, adapter_name):
             raise RuntimeError(
                 f"The tensor {key} cannot be saved: it is sharded, and PEFT takes it for one of another adapter, "
-                f"which has the name of a module (of {', '.join(map(repr, others))}). Delete that adapter, and add it again "
-                "under another name."
+                f"which has the name of a module (of {', '.join(map(repr, others))}). Delete that adapter, and "
+                "add it again under another name."
             )
 
 
@@ -278,8 +278,15 @@ def check_can_be_saved(model: nn.Module, config: SPPConfig, adapter_name: str, n
         names (`Collection[str]`): The names of all adapters.
 
     Raises:
-        ValueError: If biases are trained, or an adapter has the name of a module, and PEFT is older than 0.21.
+        ValueError: If the adapter has the name of a parameter; or biases are trained, or an adapter has the name of a
+            module, and PEFT is older than 0.21.
     """
+    parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    if adapter_name in BY_ADAPTER | parameters | {"base_layer"}:
+        raise ValueError(
+            f"An adapter cannot have the name {adapter_name!r}, which is that of a parameter or of a part of an "
+            "adapted layer: PEFT would save its tensors under other names. Choose another name."
+        )
     if Version(peft.__version__) >= SAVES_BY_MODULE:
         return
     if config.bias != "none" and not config.inference_mode:

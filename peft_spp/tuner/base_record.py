@@ -74,8 +74,8 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
         return
     message = (
         f"Adapter {adapter_name!r} was trained on a base model that is pruned in other places, in {mismatch}. Load "
-        f"the base model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps the "
-        "zeros of this one. Set `check_base='off'` if that is what you want."
+        f"the base model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps "
+        "the zeros of this one. Set `check_base='off'` if that is what you want."
     )
     if config.check_base == "error":
         raise ValueError(message)

@@ -118,7 +118,8 @@ def read_if_ours(source: Any, kwargs: dict[str, Any], config: PeftConfig | None 
         return None
     pickled = kwargs.get("weights_only", Path(source).is_dir()) is True
     try:
-        return read_adapter(source, subfolder=subfolder, pickled=pickled, hub=hub)
+        # if PEFT reads the settings again, it warns of unknown ones
+        return read_adapter(source, subfolder=subfolder, pickled=pickled, hub=hub, warn=config is not None)
     except FileNotFoundError as error:
         raise ValueError(f"Can't find weights for {source}: {error}") from error
 

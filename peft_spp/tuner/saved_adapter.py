@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,7 +110,11 @@ def group_factors(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]
 
 
 def read_settings(
-    source: str | os.PathLike[str], *, subfolder: str | None = None, hub: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+    warn: bool = True,
 ) -> tuple[Path, SPPConfig]:
     """
     Read the settings of a saved adapter.
@@ -118,6 +123,7 @@ def read_settings(
         source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
         subfolder (`str`, *optional*): The folder inside of it.
         hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
+        warn (`bool`, *optional*, defaults to `True`): Whether to warn of unknown settings, as PEFT does.
 
     Returns:
         `tuple[Path, SPPConfig]`: The file, and the settings.
@@ -133,7 +139,9 @@ def read_settings(
     if method != "SPP":
         raise ValueError(f"{file} is of peft_type {method!r}, and only SPP adapters are read here")
     try:
-        config = SPPConfig.from_peft_type(**SPPConfig.from_json_file(str(file)))
+        settings = SPPConfig.from_json_file(str(file))
+        known = inspect.signature(SPPConfig).parameters
+        config = SPPConfig.from_peft_type(**{key: one for key, one in settings.items() if warn or key in known})
     except ValueError as error:
         if str(file) in str(error):
             raise
@@ -147,6 +155,7 @@ def read_adapter(
     subfolder: str | None = None,
     pickled: bool = False,
     hub: Mapping[str, Any] | None = None,
+    warn: bool = True,
 ) -> SavedAdapter:
     """
     Read a saved adapter, and check all of it that can be checked without a model.
@@ -157,6 +166,7 @@ def read_adapter(
         pickled (`bool`, *optional*, defaults to `False`):
             Whether pickled weights may be unpickled, and only weights; otherwise they are refused.
         hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
+        warn (`bool`, *optional*, defaults to `True`): Whether to warn of unknown settings, as PEFT does.
 
     Returns:
         [`SavedAdapter`]: The adapter.
@@ -166,7 +176,7 @@ def read_adapter(
         ValueError: If a file is damaged, is of another save than the others, or holds something else than a whole SPP
             adapter of these settings with finite values. The message names the file, and the tensor or the module.
     """
-    config_file, config = read_settings(source, subfolder=subfolder, hub=hub)
+    config_file, config = read_settings(source, subfolder=subfolder, hub=hub, warn=warn)
     masks_file = find_file(source, BASE_MASKS, subfolder, hub)
     config.base_record, weights_id = read_record(config_file, masks_file)
     weights = find_weights(source, subfolder, hub)
@@ -210,6 +220,9 @@ def check_adapter(saved: SavedAdapter) -> None:
         raise ValueError(
             f"{saved.origin} holds no tensors. Save the adapter again, or load an earlier checkpoint of it."
         )
+    twice = [name for name in saved.tensors if f"{PREFIX}{name}" in saved.tensors]
+    if twice:
+        raise ValueError(f"{saved.origin} holds tensor {twice[0]!r} twice, once with the prefix {PREFIX!r}")
     check_factors(saved.origin, saved.factors, saved.config)
     recorded = saved.base.masks if saved.base is not None and not saved.config.target_parameters else {}
     missing = [module for module in recorded if module not in saved.factors]

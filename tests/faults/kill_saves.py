@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_spp import SPPConfig
+from peft_spp.tuner.saved_adapter import read_adapter
 
 from tiny import MLP, randomize
 
@@ -52,12 +53,12 @@ def outcome(folder: Path, old: tuple, new: tuple) -> str:
         assert old == (None, None) and found[1] in (None, new[1])  # without a configuration there is no adapter
         return "absent"
     if found == new or (found[1] == new[1] and old[0] == new[0]):
-        SPPConfig.from_pretrained(str(folder))
+        read_adapter(folder)
         return "new"
     # the new weights beside the old settings
     assert found == (old[0], new[1]), found
     try:
-        SPPConfig.from_pretrained(str(folder))
+        read_adapter(folder)
     except ValueError as error:
         assert str(folder) in str(error)
         return "refused"

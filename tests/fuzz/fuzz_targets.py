@@ -14,23 +14,24 @@ import struct
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft_spp.tuner.adapter_file import check_weights
 from safetensors.torch import save, save_file
 from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.checkpoints.checkpoint import read_checkpoint
 from peft_spp.checkpoints.tensor_file import open_tensor_file
-from peft_spp.merge.adapter import read_adapter, read_config
+from peft_spp.merge.adapter import load_adapter
+from peft_spp.sparsity.base_masks import BASE_MASKS, read_base_masks
 from peft_spp.sparsity.mask_record import MaskRecord
 from peft_spp.sparsity.safetensors_files import read_header
-from peft_spp.tuner.base_record import read_masks
+from peft_spp.tuner.adapter_files import list_tensors
+from peft_spp.tuner.saved_adapter import SavedAdapter, check_adapter, read_adapter, read_settings
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -65,11 +66,12 @@ def config(data: bytes) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(data)
     with refused_by_name(str(file)):
-        read_config(file.parent)
+        read_settings(file.parent)
     with refused_by_name(str(file)):
         settings = SPPConfig.from_json_file(str(file))
         if settings.get("peft_type", "SPP") == "SPP":
-            SPPConfig(**{key: value for key, value in settings.items() if value is not None}).to_dict()
+            with suppress(TypeError):  # PEFT's, of a file without `peft_type`
+                SPPConfig.from_peft_type(**{key: value for key, value in settings.items() if value is not None})
 
 
 def header(data: bytes) -> None:
@@ -84,7 +86,7 @@ def header(data: bytes) -> None:
             if isinstance(tensor.dtype, torch.dtype):
                 tensor.load()
     with refused_by_name(str(file)):
-        check_weights(file, SPPConfig(r=2))
+        check_adapter(SavedAdapter(str(file), file.parent, SPPConfig(r=2), list_tensors(file, pickled=False)[0]))
 
 
 def index(data: bytes) -> None:
@@ -118,11 +120,10 @@ def adapter(data: bytes) -> None:
     (folder / CONFIG).write_bytes(settings)
     (folder / WEIGHTS).write_bytes(weights)
     with refused_by_name(str(folder)):
-        read_adapter(folder, read_config(folder))
+        load_adapter(folder)
     loaded = None
     with refused_by_name(str(folder)):
-        if SPPConfig.from_json_file(str(folder / CONFIG))["peft_type"] == "SPP":
-            loaded = SPPConfig.from_pretrained(str(folder))
+        loaded = read_adapter(folder).config
     if loaded is None or loaded.task_type is not None:
         return
     if loaded.modules_to_save or loaded.trainable_token_indices:
@@ -141,8 +142,10 @@ def mask_record(data: bytes) -> None:
         content = json.loads(data)
     except (ValueError, RecursionError):
         return
-    with refused_by_name("mask record", "base_record"):
-        read_masks(content)
+    file = work() / BASE_MASKS
+    file.write_bytes(data)
+    with refused_by_name(str(file)):
+        read_base_masks(file)
     with refused_by_name("mask record"):
         record = MaskRecord.from_dict(content if isinstance(content, dict) else {})
         assert MaskRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
@@ -167,7 +170,7 @@ def seeds() -> dict[str, list[bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"r": 2, "target_modules": ["first", "second"], "rank_pattern": {"second": 1}}
         model = get_peft_model(Base(), SPPConfig(**settings))
-        record = model.peft_config["default"].base_record
+        record = model.peft_config["default"].base_record.to_dict()
         model.save_pretrained(folder)
         saved, weights = Path(folder, CONFIG).read_bytes(), Path(folder, WEIGHTS).read_bytes()
     compact = json.dumps(json.loads(saved)).encode()

@@ -104,7 +104,12 @@ def test_the_card_of_a_named_adapter_says_where_it_lies(round_trip):
 def test_a_base_model_that_is_a_folder_is_not_named_in_the_metadata(round_trip):
     card = round_trip.card("someone/local")
     assert card.data.base_model is None and not any(tag.startswith("base_model") for tag in card.data.tags)
-    assert round_trip.results["local files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert round_trip.results["local files"] == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base_masks.json",
+    ]
 
 
 def test_the_tools_take_the_id_of_a_repository(round_trip):

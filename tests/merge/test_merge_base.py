@@ -174,3 +174,14 @@ def test_an_adapter_is_not_loaded_silently_onto_a_model_that_it_was_merged_into(
         PeftModel.from_pretrained(
             case.model_class.from_pretrained(tmp_path / "merged"), case.adapter, check_base="error"
         )
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_foreign_files_end_a_dry_run_as_a_run(tmp_path, case, dry_run):
+    shutil.copytree(case.base, tmp_path / "out")
+    (tmp_path / "out" / ".git").mkdir()
+    (tmp_path / "out" / ".git" / "HEAD").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"\.git/HEAD"):
+        merge_checkpoint(case.base, case.adapter, tmp_path / "out", overwrite=True, dry_run=dry_run)
+    assert contents(tmp_path) == before

@@ -387,7 +387,7 @@ def test_models_are_downloaded_from_the_hub(tmp_path, case, monkeypatch):
     merge_checkpoint(None, "me/adapter", tmp_path / "out", adapter_subfolder="sub")
     assert names(tmp_path / "out") == names(case.base)
     assert asked["me/base"][0] == "v2" and "*.bin" in asked["me/base"][2]
-    files = ["sub/adapter_config.json", "sub/adapter_model.safetensors"]
+    files = ["sub/adapter_config.json", "sub/base_masks.json", "sub/adapter_model.safetensors"]
     assert asked["me/adapter"] == (None, files, None)
 
 

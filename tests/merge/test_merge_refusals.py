@@ -178,13 +178,17 @@ def test_half_an_adapter_is_named(tmp_path, case, factor):
         f"{PREFIX}{Q_PROJ}.base_layer.weight",
         f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
         "prompt_embeddings",
-        f"{Q_PROJ}.spp_A.weight",
     ],
 )
 def test_anything_else_in_an_adapter_is_named(tmp_path, case, key):
     edit_tensors(case.adapter / ADAPTER, **{key: torch.ones(2, 2)})
     text = assert_refused(tmp_path, case, key.removeprefix(PREFIX))
     assert "merge_and_unload" in text
+
+
+def test_a_factor_that_is_there_twice_is_named(tmp_path, case):
+    edit_tensors(case.adapter / ADAPTER, **{f"{Q_PROJ}.spp_A.weight": torch.ones(2, 2)})
+    assert "twice" in assert_refused(tmp_path, case, f"{Q_PROJ}.spp_A.weight")
 
 
 @pytest.mark.parametrize("A, B", [((5, 33), (32, 1)), ((5, 32), (31, 1)), ((5, 32), (32, 2)), ((5,), (32, 1))])

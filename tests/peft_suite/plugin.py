@@ -97,6 +97,9 @@ _NOT_ASKED = {
     "PeftMixedModel": "PEFT's mixed model knows its tuners by name",
     "mixed_model": "PEFT's mixed model knows its tuners by name",
     "realistic_example": "asserts the names in a model of a fixed size on the Hub",
+    "test_config.py::TestPeftConfig::test_from_pretrained[": "the adapter is on the Hub only",
+    "test_config.py::TestPeftConfig::test_from_pretrained_cache_dir": "the adapter is on the Hub only",
+    "test_save_pretrained_with_runtime_config": "the adapter is on the Hub only",
     "test_save_pretrained_warns_for_unsharded_state_dict": "PEFT looks for LoRA's keys",
 }
 
@@ -123,6 +126,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = general
     for item in items:
         if item.path.stem in (
+            "test_config",
             "test_low_level_api",
             "test_tuners_utils",
             "test_initialization",

@@ -32,6 +32,8 @@ LISTED = [
     "test_seq_classifier",
     "test_token_classification_qa",
 ]
+# this one takes the methods from a tuple: SPP is put in it in the source
+CONFIGURATION = "test_config"
 # these are written for LoRA: SPP is put in LoRA's place in the source
 REWRITTEN = ["test_low_level_api", "test_tuners_utils", "test_initialization", "test_target_parameters"]
 
@@ -53,7 +55,7 @@ _IMPORTS = "from peft_spp import SPPConfig, SPPLayer, SPPModel, tuner\n"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peft-tests", type=Path, help="the folder `tests` of an unpacked PEFT source distribution")
-    parser.add_argument("--modules", nargs="+", default=LISTED + REWRITTEN)
+    parser.add_argument("--modules", nargs="+", default=[*LISTED, CONFIGURATION, *REWRITTEN])
     parser.add_argument("pytest_args", nargs="*")
     args = parser.parse_args()
 
@@ -107,6 +109,9 @@ def copy_tests(source: Path, destination: Path, modules: list[str]) -> None:
         shutil.copy(source / name, destination / name)
     for module in modules:
         text = (source / f"{module}.py").read_text()
+        if module == CONFIGURATION:
+            text = re.sub(r"(?m)^ALL_CONFIG_CLASSES = \((\n .*)*\n\)", "ALL_CONFIG_CLASSES = ((SPPConfig, {}),)", text)
+            text = text.replace("import pytest\n", f"import pytest\n\n{_IMPORTS}", 1)
         if module in REWRITTEN:
             for pattern, replacement in _REWRITES:
                 text = re.sub(pattern, replacement, text)

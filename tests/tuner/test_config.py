@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
+import warnings
 
 import pytest
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 
 from peft_spp import SPPConfig
 
-from tiny import MLP
+from tiny import MLP, tiny_llama
 
 
 def test_defaults_are_those_the_authors_ran():
@@ -81,16 +83,40 @@ def test_saved_and_loaded_config_is_equal(tmp_path):
         assert loaded.to_dict() == config.to_dict()
 
 
-def test_unknown_keys_of_a_saved_config_are_refused_unless_they_say_nothing(tmp_path):
-    SPPConfig(r=8).save_pretrained(tmp_path)
+def test_unknown_keys_of_a_saved_config_warn_as_in_PEFT(tmp_path):
+    get_peft_model(MLP(), SPPConfig(r=8, target_modules=["lin0"])).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"from_the_future": 1}))
-    with pytest.raises(ValueError, match="'from_the_future'"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": 1, "sooner": None}))
+    message = r"^Unexpected keyword arguments \['later', 'sooner'\] for class SPPConfig, these are ignored\."
+    for load in (
+        lambda: SPPConfig.from_pretrained(tmp_path),
+        lambda: PeftConfig.from_pretrained(tmp_path),
+        lambda: PeftModel.from_pretrained(MLP(), tmp_path).peft_config["default"],
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config = load()
+        found = [str(one.message) for one in caught if "Unexpected keyword" in str(one.message)]
+        assert len(found) == 1 and re.match(message, found[0])
+        assert config.r == 8 and "later" not in config.to_dict()
+
+
+def test_the_file_of_a_config_is_its_dictionary_and_short(tmp_path):
+    config = SPPConfig(r=8, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    model.save_pretrained(tmp_path)
+    saved = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    saved["target_modules"] = sorted(saved["target_modules"])
+    assert SPPConfig.from_json_file(tmp_path / "adapter_config.json") == saved
+    assert len((tmp_path / "adapter_config.json").read_text()) < 2000
+    assert len(str(model.peft_config["default"])) < 2000
+    assert len(model.peft_config["default"].base_record.masks) == 21
+
+
+def test_json_that_is_not_a_config_gets_the_error_of_PEFT(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": "bar", "baz": 123}')
+    with pytest.raises(TypeError, match="SPPConfig config that is trying to be loaded is missing required keys"):
         SPPConfig.from_pretrained(tmp_path)
-    path.write_text(json.dumps(settings | {"from_the_future": None}))
-    with pytest.warns(UserWarning, match="from_the_future"):
-        assert SPPConfig.from_pretrained(tmp_path).r == 8
 
 
 def test_a_bad_value_in_a_saved_config_is_refused(tmp_path):

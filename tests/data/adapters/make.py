@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Save an adapter in the format of this version, with what it makes of a base model. Run once for a new format:
+"""Save an adapter in today's format, with what it makes of a base model. Run when the format changes:
 
 python tests/data/adapters/make.py
 """
@@ -19,7 +19,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from peft_spp import SPPConfig
-from peft_spp.tuner.config import FORMAT_VERSION
 
 
 class Base(nn.Module):
@@ -62,7 +61,7 @@ def adapted() -> PeftModel:
 
 
 def main() -> None:
-    folder = Path(__file__).parent / f"format-{FORMAT_VERSION}"
+    folder = Path(__file__).parent / "saved"
     model = adapted()
     model.save_pretrained(folder)
     outputs = model(inputs()).detach()
