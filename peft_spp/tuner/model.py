@@ -25,6 +25,7 @@ from .injection import Injection
 from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
 from .loading import check_fits, check_loaded, loading_of, take_record
+from .merged_marker import check_not_merged, mark_merged, merged_ids
 from .mixed_batches import passed_to_layers
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
@@ -161,6 +162,7 @@ class SPPModel(BaseTuner):
             return
         config.check_base = loading.check_base or config.check_base  # type: ignore[assignment]
         check_fits(loading.saved, model, config, adapter_name, loading.ignore_shapes)
+        check_not_merged(loading.saved, model, config, adapter_name)
         take_record(loading.saved.base, model, config, adapter_name)
 
     def relate_base(self, adapter_name: str = "default") -> dict[str, MaskRelation]:
@@ -394,13 +396,16 @@ class SPPModel(BaseTuner):
             ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantised, or if
                 quantising would lose a zero. The model is as it was before.
         """
+        identities = merged_ids(self.model, adapter_names or list(self.active_adapters))
         if dequantize:
             self._check_merge(adapter_names, safe_merge, quantized=False)
             self._check_merge_allowed()
             unload_dequantized(self.model, adapter_names, safe_merge)
-        return super().merge_and_unload(  # type: ignore[return-value]
+        merged: nn.Module = super().merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        mark_merged(merged, identities)
+        return merged
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,19 @@ def test_a_failing_write_leaves_the_old_adapter_and_nothing_else(tmp_path, monke
     monkeypatch.undo()
     export_adapter(tmp_path / "adapter", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "README.md").read_text() != "old"
+
+
+@HIRA
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_checkpoints_of_a_run_are_not_overwritten(tmp_path, dry_run):
+    save_adapter(tmp_path)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-5").mkdir()
+    (tmp_path / "out" / "checkpoint-5" / "optimizer.pt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"checkpoint-5/optimizer\.pt"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", overwrite=True, dry_run=dry_run)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def run(*arguments):

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from merge_cases import contents, edit_json, llama_case, save_adapter, stored
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -152,3 +153,35 @@ def test_what_decorates_cannot_end_a_merge(tmp_path, case):
         merge_checkpoint(case.base, case.adapter, tmp_path / "merged")
     assert "café" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert stored(tmp_path / "merged").keys() == stored(case.base).keys()
+
+
+def test_a_model_that_was_merged_in_memory_says_so_too(tmp_path, case):
+    base = case.model_class.from_pretrained(case.base)
+    merged = PeftModel.from_pretrained(base, case.adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    merge_checkpoint(case.base, case.adapter, tmp_path / "from_disk")
+    ids = [json.loads((tmp_path / name / "config.json").read_text())[MERGED] for name in ("merged", "from_disk")]
+    assert len(ids[0]) == 1 and ids[0] == ids[1]
+    with pytest.raises(ValueError, match="applied twice"):
+        merge_checkpoint(tmp_path / "merged", case.adapter, tmp_path / "twice")
+
+
+def test_an_adapter_is_not_loaded_silently_onto_a_model_that_it_was_merged_into(tmp_path, case):
+    merge_checkpoint(case.base, case.adapter, tmp_path / "merged")
+    with pytest.warns(UserWarning, match="merged into this model before"):
+        PeftModel.from_pretrained(case.model_class.from_pretrained(tmp_path / "merged"), case.adapter)
+    with pytest.raises(ValueError, match="merged into this model before"):
+        PeftModel.from_pretrained(
+            case.model_class.from_pretrained(tmp_path / "merged"), case.adapter, check_base="error"
+        )
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_foreign_files_end_a_dry_run_as_a_run(tmp_path, case, dry_run):
+    shutil.copytree(case.base, tmp_path / "out")
+    (tmp_path / "out" / ".git").mkdir()
+    (tmp_path / "out" / ".git" / "HEAD").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"\.git/HEAD"):
+        merge_checkpoint(case.base, case.adapter, tmp_path / "out", overwrite=True, dry_run=dry_run)
+    assert contents(tmp_path) == before

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's configuration lists the adapters that were merged into it, and none is loaded onto it again silently."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
+from .config import SPPConfig
+from .layer import Linear
+from .saved_adapter import SavedAdapter
+
+
+def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
+    """
+    The ids of adapters of a model, for [`mark_merged`] once they are merged.
+
+    Args:
+        model (`nn.Module`): The model with the adapters.
+        adapter_names (`list[str]`): The adapters.
+
+    Returns:
+        `list[str]`: An id for each that has factors in memory; those that are sharded get none.
+    """
+    if not _keeps_attributes(model):
+        return []
+    factors = {name: list(_factors(model, name)) for name in adapter_names}
+    return [adapter_id(one) for one in factors.values() if one and all(A.numel() and B.numel() for _, _, A, B in one)]
+
+
+def _factors(model: nn.Module, adapter_name: str) -> Iterator[Factor]:
+    for module in model.modules():
+        if isinstance(module, Linear) and adapter_name in module.spp_A:
+            A, B = (cast(Tensor, one[adapter_name].weight) for one in (module.spp_A, module.spp_B))
+            if not A.is_meta and not B.is_meta:
+                yield module.module_name, float(module.scaling[adapter_name]), A, B
+
+
+def mark_merged(model: nn.Module, identities: list[str]) -> None:
+    """
+    List adapters in the configuration of a model that they were merged into; `save_pretrained` writes it.
+
+    Args:
+        model (`nn.Module`): The merged model.
+        identities (`list[str]`): The ids of the adapters.
+    """
+    if identities:
+        setattr(model.config, MERGED, [*merged_adapters(vars(model.config)), *identities])
+
+
+def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
+    """
+    Warn or raise, as `check_base` says, if an adapter is loaded onto a model that it was merged into.
+
+    Args:
+        saved (`SavedAdapter`): The adapter.
+        model (`nn.Module`): The model.
+        config (`SPPConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter.
+
+    Raises:
+        ValueError: If `check_base` is `"error"`.
+    """
+    present = merged_adapters(vars(model.config)) if _keeps_attributes(model) else ()
+    if not present or config.check_base == "off":
+        return
+    factors = (
+        (name, saved.alpha(name) / one["A"].shape[0], one["A"].load(), one["B"].load())
+        for name, one in saved.factors.items()
+    )
+    if adapter_id(factors) not in present:
+        return
+    message = (
+        f"Adapter {adapter_name!r} was merged into this model before, and is applied twice now. Load the base model "
+        f"that it was trained on ({config.base_model_name_or_path}), or use the merged model without the adapter."
+    )
+    if config.check_base == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _keeps_attributes(model: Any) -> bool:
+    """Whether a model has a configuration of Transformers, which is saved with all its attributes."""
+    return hasattr(getattr(model, "config", None), "to_json_file")
