@@ -19,6 +19,7 @@ from .functional.factors import compute_dtype
 from .functional.row_blocks import refine_row_blocks
 from .tuner import SPPConfig, SPPLayer
 from .tuner.base_record import check_base
+from .tuner.module_names import own_modules
 from .tuner.settings import check_choice, check_rank
 
 
@@ -201,7 +202,7 @@ def prepare_model_for_compiled_hotswap(
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in own_modules(model)
         if isinstance(module, SPPLayer) and adapter_name in module.spp_A
     }
 

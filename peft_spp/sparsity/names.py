@@ -7,15 +7,18 @@ import re
 from collections.abc import Iterable, Sequence
 
 
-# Parts of a name that wrappers add: PEFT, torch.compile, FSDP, activation checkpointing.
-_WRAPPERS = {
-    "base_layer",
-    "original_module",
-    "token_adapter",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-}
+WRAPPER_PARTS = frozenset(
+    {
+        "_orig_mod",  # torch.compile
+        "_fsdp_wrapped_module",  # FSDP1
+        "_checkpoint_wrapped_module",  # torch's activation checkpointing and offloading
+        "_fpw_module",  # FairScale's FSDP
+        "_forward_module",  # Lightning Fabric
+    }
+)
+"""The names under which modules that wrap another one hold it. They are private: no model has layers of these names."""
+
+_PEFT_PARTS = {"base_layer", "original_module", "token_adapter"}
 _PEFT_PREFIX = re.compile(r"^(module\.)?base_model\.model\.")
 _ADAPTER_PART = re.compile(
     r"(^|\.)(((spp|lora|ia3|hada|lokr|oft|boft|vera|randlora|adamss)_\w+)|modules_to_save)(\.|$)"
@@ -29,6 +32,18 @@ _NORM = re.compile(r"(^|\.)(\w*_?(norm|layernorm)\d*|ln_\w+)$")
 _QUANTIZATION = re.compile(r"(bias|scales?|scale_inv|zeros|zero_point|blocks)$")
 
 
+def unwrapped_name(name: str) -> str:
+    """A name without the parts that engines add: `torch.compile`, FSDP1, activation checkpointing.
+
+    Args:
+        name (`str`): The name of a module or a tensor.
+
+    Returns:
+        `str`: The name in the same model before it was wrapped.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
+
+
 def plain_name(name: str) -> str:
     """A module's name without what PEFT, `torch.compile` and FSDP wrap around it.
 
@@ -38,7 +53,7 @@ def plain_name(name: str) -> str:
     Returns:
         `str`: The name in the model without wrappers.
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in unwrapped_name(name).split(".") if part not in _PEFT_PARTS]
     return _PEFT_PREFIX.sub("", ".".join(parts))
 
 

@@ -62,11 +62,6 @@ def call_inside(modules: Sequence[nn.Module], compute: Callable[..., Any], *args
         return modules[0](*args, **kwargs)
 
 
-def without_fsdp_wrappers(name: str) -> str:
-    """The name of a module or parameter as it is without FSDP1's modules around modules."""
-    return name.replace(f"{_FSDP_WRAPPED}.", "")
-
-
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     module, slot = _forward_slot(module)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,20 +9,21 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..sparsity.layout import model_types
 from ..sparsity.mask_record import MaskRelation
+from ..sparsity.names import unwrapped_name
 from .base_record import check_base, record_base, relate_base
 from .combination import activate_weighted_adapters, add_weighted_adapter
 from .config import SPPConfig
 from .injection import Injection
-from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
 from .mixed_batches import passed_to_layers
+from .module_names import ModuleNames, own_modules, put_module, wrapped_parameters
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
 from .quantized import QuantizedLinear, find_backend, unload_dequantized
@@ -99,14 +101,34 @@ class SPPModel(BaseTuner):
                     f"for adapter {adapter_name!r}."
                 )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         check_patterns(expressions(vars(self.peft_config[adapter_name])), [name for name, _ in model.named_modules()])
         check_saved_modules(model, cast(SPPConfig, self.peft_config[adapter_name]))
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = Injection(model, adapter_name)
+        if state_dict is not None:
+            # PEFT looks for the names of the model's modules in it
+            parts = ((key.rpartition(f".{self.prefix}"), tensor) for key, tensor in state_dict.items())
+            state_dict = {
+                f"{injection.names.wrapped(layer)}{dot}{factor}": tensor for (layer, dot, factor), tensor in parts
+            }
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            self._name_targets_without_wrappers(adapter_name)
         except BaseException:
             injection.undo()
             raise
@@ -128,6 +150,31 @@ class SPPModel(BaseTuner):
                 "if this is not intended.",
                 stacklevel=2,
             )
+
+    def _check_target_module_exists(self, peft_config: SPPConfig, key: str) -> Any:  # type: ignore[override]
+        injection = self._injection
+        if injection is None or not injection.wrappers:
+            return super()._check_target_module_exists(peft_config, key)
+        if key in injection.wrappers:
+            return False
+        found = super()._check_target_module_exists(peft_config, injection.names.plain(key))
+        if found or isinstance(found, _ExcludedModule):
+            return found
+        # what PEFT makes of "all-linear" has the wrappers' parts until the adapter is in the model
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _name_targets_without_wrappers(self, adapter_name: str) -> None:
+        config, names = cast(SPPConfig, self.peft_config[adapter_name]), cast(Injection, self._injection).names
+        if isinstance(config.target_modules, (set, list)):
+            config.target_modules = type(config.target_modules)(names.plain(name) for name in config.target_modules)
+
+    def _inject_parameters(self, peft_config: SPPConfig, model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        injection = cast(Injection, self._injection)
+        if injection.wrappers:
+            # PEFT looks for the ends of the parameters' names
+            peft_config = copy.copy(peft_config)
+            peft_config.target_parameters = wrapped_parameters(model, injection.names, peft_config.target_parameters)
+        return super()._inject_parameters(peft_config, model, *args, **kwargs)
 
     def _record_or_check_base(self, model: nn.Module, adapter_name: str) -> None:
         """Record the base model for a new adapter; compare it with the record that a saved adapter brings."""
@@ -184,15 +231,35 @@ class SPPModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, the names have
-        # parts that the keys of the state dict do not have; the first one, of a wrapper around the model, it knows.
-        names = {}
-        for name, _ in model.named_parameters(remove_duplicate=False):
-            layer, base_layer, inside = name.removeprefix("_fsdp_wrapped_module.").partition(".base_layer.")
-            names[without_fsdp_wrappers(name)] = layer + base_layer + without_fsdp_wrappers(inside)
-        state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-        selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
-        return {without_fsdp_wrappers(key): tensor for key, tensor in selected.items()}
+        names = ModuleNames(model)
+        keys = {names.peft_key(key): key for key in state_dict}
+        selected = super()._get_adapter_state_dict(
+            model=model, state_dict={name: state_dict[key] for name, key in keys.items()}, **kwargs
+        )
+        # PEFT reads `modules_to_save` and the like out of the same dictionary afterwards
+        state_dict.update({name: state_dict[key] for name, key in keys.items() if name != key})
+        return {names.plain(key): tensor for key, tensor in selected.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        without: str = super()._remove_adapter_name_from_key(unwrapped_name(key), adapter_name)
+        return without
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        keys = ModuleNames(model).keys_of(model.state_dict())
+        for name, module in own_modules(model):
+            if isinstance(module, SPPLayer) and adapter_name in module.spp_A:
+                for factor in module.adapter_layer_names:
+                    key = keys[f"{name}.{factor}.{adapter_name}.weight"]
+                    keys[f"{name}.{factor}.weight"] = key
+        # a model that has its adapters without a `PeftModel` around it does not have the prefix of the saved names
+        return {
+            keys.get(name) or keys.get(name.removeprefix("base_model.model."), name): tensor
+            for name, tensor in ((unwrapped_name(key), tensor) for key, tensor in state_dict.items())
+        }
 
     def _take_back(self, adapter_name: str) -> None:
         """Undo the injection of an adapter whose weights cannot be loaded."""
@@ -215,6 +282,8 @@ class SPPModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
+        injection = cast(Injection, self._injection)
+        current_key = injection.names.plain(current_key)
 
         # Regexp matching - Find key which matches current target_name in patterns provided
         r_key = get_pattern_key(list(spp_config.rank_pattern), current_key)
@@ -230,7 +299,6 @@ class SPPModel(BaseTuner):
                 "`target_parameters` only.)"
             )
 
-        injection = cast(Injection, self._injection)
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
         wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
         if isinstance(target, Linear) and not wrap_target_param:
@@ -250,7 +318,7 @@ class SPPModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
-            injection.on_undo(partial(setattr, parent, target_name, target))
+            injection.on_undo(partial(put_module, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:
             injection.one_block_a_row.append(current_key)
@@ -311,10 +379,11 @@ class SPPModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer") and not isinstance(new_module, ParamWrapper):
             super()._replace_module(parent, child_name, new_module, child)
+            put_module(parent, child_name, new_module)
         else:
             # PEFT would look for a weight: a parameter of experts has another name, and its factors are on its device
             # already; and of a base layer that is put back, not every quantised one has a weight
-            setattr(parent, child_name, new_module)
+            put_module(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)

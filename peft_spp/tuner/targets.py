@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..sparsity.names import is_fused_experts, plain_name, special_role
+from .module_names import own_modules
 from .quantized import find_backend
 
 
@@ -92,7 +93,7 @@ def _returns_a_choice(name: str, module: nn.Module) -> bool:
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All named modules but the parts of tuner layers."""
     inside: str | None = None
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if inside is not None and name.startswith(inside):
             continue
         inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
