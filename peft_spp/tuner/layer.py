@@ -16,7 +16,7 @@ from ..functional import Factors, merged_weight, scaled_weight, spp_linear
 from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
 from .settings import check_rank
-from .whole_parameters import is_sharded, whole_parameters
+from .whole_parameters import is_sharded, is_zero3, whole_parameters
 
 
 class SPPLayer(BaseTunerLayer):
@@ -50,6 +50,8 @@ class SPPLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
+        # whether a merge changed a weight that only the caller's gathering has made whole, and may not have stayed
+        self._is_merge_unproven = False
         # flag to enable/disable casting of input to weight dtype during forward call
         self.cast_input_dtype_enabled: bool = True
         self.kwargs = kwargs
@@ -278,12 +280,8 @@ class Linear(nn.Module, SPPLayer):
         if not new_adapters:
             # no adapter to merge
             return
-        if keep_unmerged and is_sharded(self._base_weight()):
-            # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
-            raise RuntimeError(
-                f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`, "
-                "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
-            )
+        if keep_unmerged:
+            self.check_merge_stays()
         with whole_parameters(self, write=True):
             merged = self._merged_weight([*self.merged_adapters, *new_adapters])
             if safe_merge:
@@ -291,6 +289,8 @@ class Linear(nn.Module, SPPLayer):
             weight = self._base_weight()
             if keep_unmerged and self._unmerged_weight is None:
                 self._unmerged_weight = weight.detach().to("cpu", copy=True)
+            if keep_unmerged and is_zero3(weight):
+                self._is_merge_unproven = not torch.equal(weight, self._transpose(merged))
             weight.data.copy_(self._transpose(merged))
         self.merged_adapters.extend(new_adapters)
 
@@ -309,7 +309,38 @@ class Linear(nn.Module, SPPLayer):
         with whole_parameters(self, write=True):
             self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
+        self._is_merge_unproven = False
         self.merged_adapters.clear()
+
+    def check_merge_stays(self) -> None:
+        """
+        Raise an error if the weight cannot be written to such that a later unmerge finds it.
+
+        Raises:
+            RuntimeError: If the weight is sharded.
+        """
+        if is_sharded(self._base_weight()):
+            # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`; or, with "
+                "DeepSpeed ZeRO-3, merge and unmerge inside `deepspeed.zero.GatheredParameters(model.parameters())`; "
+                "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
+            )
+
+    def _prove_merge(self) -> None:
+        """Raise an error if a merge was lost when the weight was partitioned again."""
+        if not is_sharded(self._base_weight()):
+            return
+        with whole_parameters(self):
+            weight = self._base_weight()
+            is_lost = torch.equal(weight, cast(torch.Tensor, self._unmerged_weight).to(weight.device))
+        if is_lost:
+            raise RuntimeError(
+                f"The merge into module {self.module_name!r} was lost at the end of "
+                "`deepspeed.zero.GatheredParameters`. Pass it `modifier_rank=0`, or call `unmerge_adapter` before "
+                "it ends. Call `unmerge_adapter` now to go on with the unmerged adapter."
+            )
+        self._is_merge_unproven = False
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """
@@ -345,6 +376,8 @@ class Linear(nn.Module, SPPLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.merged:
+            if self._is_merge_unproven:
+                self._prove_merge()
             return self.base_layer(x, *args, **kwargs)
         return self._adapted_forward(x, self.active_adapters, *args, **kwargs)
 

@@ -386,6 +386,9 @@ class SPPModel(BaseTuner):
             put_module(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
+                module.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
