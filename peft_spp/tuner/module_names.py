@@ -54,7 +54,7 @@ class ModuleNames:
         # in a state dict some wrappers leave out their own part
         name = unwrapped_name(name)
         inside = name.removeprefix("module.")
-        return inside if self._has_owner(inside) and not self._has_owner(name) else name
+        return inside if _owner(inside) in self._wrapped and _owner(name) not in self._wrapped else name
 
     def wrapped(self, name: str) -> str:
         """
@@ -97,9 +97,6 @@ class ModuleNames:
     def wrappers(self) -> frozenset[str]:
         """The names of the modules that wrap another one, and are not part of the model themselves."""
         return frozenset(name for name, plain in self._plain.items() if self._wrapped[plain] != name)
-
-    def _has_owner(self, name: str) -> bool:
-        return name.rpartition(".")[0] in self._wrapped
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -153,6 +150,10 @@ def put_module(parent: nn.Module, name: str, module: nn.Module) -> None:
         parent.__init__(module, parent.dynamo_ctx)  # type: ignore[misc]
     else:
         setattr(parent, name, module)
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
 
 
 def _without_base_layers(name: str) -> str:
