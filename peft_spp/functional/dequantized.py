@@ -54,7 +54,7 @@ def spp_linear_dequantized(
     A, B, scaling = unpack(factors)
     tensors = [*A, *B]
     with autocast_off(x.device.type):
-        if not torch.compiler.is_compiling() and is_transformed():
+        if is_transformed():
             weight = dequantize()
             check_factors(weight, pack(A, B, scaling))
             return plain.linear(scaling, False, identity, dtype, x, weight, bias, *tensors)

@@ -58,7 +58,7 @@ def spp_linear(
     check_factors(weight.t() if fan_in_fan_out else weight, factors)
     A, B, scaling = unpack(factors)
     with autocast_off(device_type):
-        if not torch.compiler.is_compiling() and is_transformed():
+        if is_transformed():
             return plain.linear(scaling, fan_in_fan_out, identity, dtype, x, weight, bias, *A, *B)
         if not records_gradients(x, weight, bias, *A, *B):
             return _forward(x, weight, bias, A, B, scaling, fan_in_fan_out, identity, dtype)

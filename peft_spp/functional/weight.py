@@ -45,7 +45,7 @@ def scaled_weight(
     dtype = dtype or weight.dtype
     A, B, scaling = unpack(factors)
     result: torch.Tensor
-    if not torch.compiler.is_compiling() and is_transformed():
+    if is_transformed():
         result = plain.scaled_weight(scaling, identity, dtype, weight, *A, *B)
     elif records_gradients(weight, *A, *B):
         result = _ScaledWeight.apply(weight, identity, dtype, scaling, *A, *B)

@@ -147,7 +147,7 @@ def test_an_adapter_loads_into_wrapped_blocks(wrap, tmp_path, settings):
     randomize(other, scale=0.1)
     set_peft_model_state_dict(other, get_peft_model_state_dict(plain))
     torch.testing.assert_close(outputs(other), outputs(plain))
-    
+
 
 def test_a_state_dict_with_or_without_the_wrappers_parts(wrap, tmp_path):
     plain = adapted(Blocks())
