@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,10 @@ from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
 from .settings import check_rank
 from .whole_parameters import is_sharded, is_zero3, whole_parameters
+
+
+# several threads may come to a merged layer whose adapters are disabled
+_unmerging = threading.Lock()
 
 
 class SPPLayer(BaseTunerLayer):
@@ -312,6 +317,11 @@ class Linear(nn.Module, SPPLayer):
         self._is_merge_unproven = False
         self.merged_adapters.clear()
 
+    def _unmerge_once(self) -> None:
+        with _unmerging:
+            if self.merged:
+                self.unmerge()
+
     def check_merge_stays(self) -> None:
         """
         Raise an error if the weight cannot be written to such that a later unmerge finds it.
@@ -371,7 +381,7 @@ class Linear(nn.Module, SPPLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                self._unmerge_once()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)

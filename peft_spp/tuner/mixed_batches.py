@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,8 +40,11 @@ def passed_to_layers(tuner: nn.Module, model: nn.Module, adapter_names: Any, num
     beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
     if beams > 1 and not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    thread = threading.get_ident()
     handles = [
-        module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=names), with_kwargs=True)
+        module.register_forward_pre_hook(
+            partial(_pass_adapter_names, adapter_names=names, thread=thread), with_kwargs=True
+        )
         for module, names in _names_by_module(tuner, model, adapter_names, beams)
     ]
     try:
@@ -63,8 +67,11 @@ def _names_by_module(
             yield module, [name for name in adapter_names for _ in range(repeats)]
 
 
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
-    kwargs["adapter_names"] = adapter_names
+def _pass_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str], thread: int
+) -> Any:
+    if threading.get_ident() == thread:  # the hook is there for batches of other threads, too
+        kwargs["adapter_names"] = adapter_names
     return args, kwargs
 
 

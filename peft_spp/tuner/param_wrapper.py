@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..functional import scaled_weight
 from ..sparsity.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
 from .config import SPPConfig
-from .inside_calls import call_inside, is_hooked
+from .inside_calls import call_inside, innermost, is_hooked
 from .layer import Linear, SPPLayer
 from .replaced_parameter import replaced_parameter
 from .whole_parameters import whole_shape
@@ -127,7 +127,7 @@ class ParamWrapper(Linear):
         self._check_forward_args(*args, **kwargs)
         kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            self._unmerge_once()
         names = [name for name in self.active_adapters if name in self.spp_A]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
@@ -137,7 +137,7 @@ class ParamWrapper(Linear):
 
     def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         compute = partial(self._scaled, factors=self.get_factors(names))
-        with replaced_parameter(self.get_base_layer(), self.parameter_name, compute):
+        with replaced_parameter(innermost(self.get_base_layer()), self.parameter_name, compute):
             return self.base_layer(*args, **kwargs)
 
     def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
