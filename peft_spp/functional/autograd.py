@@ -87,7 +87,7 @@ def needed_gradients(
 
     gradients: list[torch.Tensor | None] = [None] * len(inputs)
     if wanted:
-        _, pull_back = torch.func.vjp(of_wanted, *(inputs[index] for index in wanted))
+        pull_back = torch.func.vjp(of_wanted, *(inputs[index] for index in wanted))[1]
         for index, gradient in zip(wanted, pull_back(grad), strict=True):
             gradients[index] = gradient
     return tuple(gradients)

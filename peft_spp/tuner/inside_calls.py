@@ -5,17 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..sparsity.names import WRAPPER_PARTS
-
-
-# the name of the module that FSDP1's wrapper holds; its class cannot be imported where torch is built without it
-_FSDP_WRAPPED = "_fsdp_wrapped_module"
 
 
 _lock = threading.Lock()
@@ -68,7 +64,7 @@ def is_hooked(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     return (
         (forward is not None and not (isinstance(forward, _Dispatch) and forward.own is None))
-        or _FSDP_WRAPPED in module._modules
+        or not WRAPPER_PARTS.isdisjoint(module._modules)
         or bool(module._forward_hooks or module._forward_pre_hooks)
         or bool(module._backward_hooks or module._backward_pre_hooks)
     )
@@ -83,8 +79,8 @@ def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 def innermost(module: nn.Module) -> nn.Module:
     """The module itself, without those that only wrap it."""
-    while part := WRAPPER_PARTS.intersection(module._modules):
-        module = module.get_submodule(next(iter(part)))
+    while part := next((name for name in module._modules if name in WRAPPER_PARTS), None):
+        module = cast(nn.Module, module._modules[part])
     return module
 
 
@@ -111,6 +107,27 @@ def call_inside(modules: Sequence[nn.Module], compute: Callable[..., Any], *args
 
     with _forward_replaced(modules[0], forward):
         return modules[0](*args, **kwargs)
+
+
+@contextmanager
+def forward_within(module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """
+    While this context is open, the module's own forward pass runs in another one, which its hooks are outside of.
+
+    Args:
+        module (`nn.Module`): The module, perhaps with others around it.
+        context (`Callable[[], AbstractContextManager]`): Makes the context of a forward pass.
+    """
+    inner, _ = _forward_slot(module)
+    below = next((forward for owner, forward in reversed(_of_thread.forwards) if owner is inner), None)
+    below = below or own_forward(inner)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return below(*args, **kwargs)
+
+    with _forward_replaced(module, forward):
+        yield
 
 
 @contextmanager
@@ -156,7 +173,6 @@ def _set_or_delete(module: nn.Module, slot: str, forward: Callable[..., Any] | N
 
 def _forward_slot(module: nn.Module) -> tuple[nn.Module, str]:
     """The module, and its attribute, that hold the forward pass which all else is around."""
-    while _FSDP_WRAPPED in module._modules:
-        module = module.get_submodule(_FSDP_WRAPPED)
+    module = innermost(module)
     # accelerate sets a forward pass of its own on the instance, which calls the one that it has put aside
     return module, "_old_forward" if hasattr(module, "_hf_hook") else "forward"

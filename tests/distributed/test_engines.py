@@ -206,6 +206,15 @@ def test_a_tensor_parallel_model_is_refused(base):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp1.yaml", "fsdp2.yaml"])
+def test_fsdp_with_activation_checkpointing(base, tmp_path, one_process, config):
+    checkpointing = tmp_path / config
+    settings = (CONFIGS / config).read_text()
+    checkpointing.write_text(f"{settings.rstrip()}\n  fsdp_activation_checkpointing: true\n")
+    check(str(checkpointing), base, tmp_path, one_process)
+
+
+@pytest.mark.slow
 @needs_deepspeed
 def test_merging_and_adding_inside_gathered_parameters():
     run = started("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "zero3.py"))

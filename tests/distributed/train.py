@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from peft_spp.sparsity.names import unwrapped_name
 from peft_spp.tuner.whole_parameters import is_sharded, is_zero3, whole_parameters
 
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
@@ -118,7 +119,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             with whole_parameters(module):
                 for parameter_name, parameter in module.named_parameters():
                     if parameter.ndim > 1:
-                        key = f"{name.replace('_fsdp_wrapped_module.', '')}.{parameter_name}"
+                        key = f"{unwrapped_name(name)}.{parameter_name}"
                         found[key] = parameter.detach().cpu().clone()
     return found
 

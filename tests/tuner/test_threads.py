@@ -245,7 +245,7 @@ def test_many_threads_on_a_mixture():
 
 
 def test_merged_adapters_are_disabled_in_two_threads():
-    model, stack = adapted_stack()
+    model, _ = adapted_stack()
     with model.disable_adapter():
         base = model(X)
     for _ in range(10):
