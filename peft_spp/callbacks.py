@@ -17,7 +17,7 @@ from .sparsity.bits import FORMATS
 from .sparsity.mask_record import MaskRecord, record_mask
 from .tuner.adapter_files import PREFIX
 from .tuner.layer import Linear
-from .tuner.whole_parameters import is_sharded, local_part
+from .tuner.whole_parameters import is_sharded, is_zero3, local_part
 
 
 class _BaseWeight(NamedTuple):
@@ -148,7 +148,7 @@ class SPPGuardCallback(TrainerCallback):
 def _base_part(layer: Linear) -> torch.Tensor | None:
     """What can be looked at of the weight under a layer, in rows; `None` if it is not in memory."""
     base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
-    if base_weight is not None and is_sharded(base_weight):
+    if base_weight is not None and (is_zero3(base_weight) or is_sharded(base_weight)):
         part = local_part(base_weight).detach()
         # ZeRO-3's partitions are cut anywhere
         return part.reshape(1, -1) if part.ndim < 2 else part.flatten(0, -2)

@@ -20,6 +20,7 @@ from .tuner import SPPConfig, SPPLayer
 from .tuner.adapter_files import PREFIX
 from .tuner.base_record import check_base
 from .tuner.loading import read_if_ours
+from .tuner.module_names import own_modules
 from .tuner.settings import check_choice, check_rank
 
 
@@ -203,7 +204,7 @@ def prepare_model_for_compiled_hotswap(
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in own_modules(model)
         if isinstance(module, SPPLayer) and adapter_name in module.spp_A
     }
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
@@ -44,8 +45,25 @@ def halves(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[to
     return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
 
 
+def is_transformed() -> bool:
+    """
+    Whether PyTorch follows every operation for more than a backward pass: inside `torch.func` transforms, in the
+    backward pass of batched gradients, and in forward-mode differentiation.
+
+    Operators and Functions of our own are opaque to it then, so plain operations have to take their place.
+
+    Returns:
+        `bool`: Whether they have to.
+    """
+    # There is no public way to ask. PyTorch asks the first in every call of a Function.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def needed_gradients(
-    needs: Sequence[bool], inputs: Sequence[torch.Tensor | None], output: torch.Tensor, grad: torch.Tensor
+    needs: Sequence[bool],
+    inputs: Sequence[torch.Tensor | None],
+    compute: Callable[..., torch.Tensor],
+    grad: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
     """
     The gradients of the inputs of a Function that need one, such that they can be differentiated again.
@@ -53,14 +71,23 @@ def needed_gradients(
     Args:
         needs (`Sequence[bool]`): Whether each input needs a gradient.
         inputs (`Sequence[torch.Tensor | None]`): The inputs, `None` in place of those that are no tensors.
-        output (`torch.Tensor`): The output, computed from them by plain operations.
+        compute (`Callable`): Computes the output from all inputs, by plain operations.
         grad (`torch.Tensor`): The gradient of the output.
 
     Returns:
         `tuple[torch.Tensor | None, ...]`: A gradient or `None` for each input.
     """
-    wanted = [t for t, is_needed in zip(inputs, needs, strict=True) if is_needed and t is not None]
-    grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return tuple(
-        next(grads) if is_needed and t is not None else None for t, is_needed in zip(inputs, needs, strict=True)
-    )
+    wanted = [index for index, is_needed in enumerate(needs) if is_needed and inputs[index] is not None]
+
+    def of_wanted(*tensors: torch.Tensor) -> torch.Tensor:
+        arguments = list(inputs)
+        for index, tensor in zip(wanted, tensors, strict=True):
+            arguments[index] = tensor
+        return compute(*arguments)
+
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    if wanted:
+        pull_back = torch.func.vjp(of_wanted, *(inputs[index] for index in wanted))[1]
+        for index, gradient in zip(wanted, pull_back(grad), strict=True):
+            gradients[index] = gradient
+    return tuple(gradients)

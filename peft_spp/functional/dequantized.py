@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from .autograd import autocast_off, halves, needed_gradients, records_gradients
+from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
-from .kernels import composite
+from .kernels import plain
 from .kernels.schema import pack
 
 
@@ -54,6 +54,10 @@ def spp_linear_dequantized(
     A, B, scaling = unpack(factors)
     tensors = [*A, *B]
     with autocast_off(x.device.type):
+        if is_transformed():
+            weight = dequantize()
+            check_factors(weight, pack(A, B, scaling))
+            return plain.linear(scaling, False, identity, dtype, x, weight, bias, *tensors)
         if not records_gradients(x, bias, *tensors):
             return _forward(x, dequantize, bias, identity, dtype, scaling, tensors)
         result: torch.Tensor = _SPPLinearDequantized.apply(x, dequantize, bias, identity, dtype, scaling, *tensors)
@@ -100,8 +104,8 @@ class _SPPLinearDequantized(torch.autograd.Function):
         needs_x, _, needs_bias = ctx.needs_input_grad[:3]
         needs_factors = any(ctx.needs_input_grad[6:])
         with autocast_off(grad_y.device.type):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return _differentiable_backward(ctx, grad_y, x, bias, tensors)
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed()):
+                return _plain_backward(ctx, grad_y, x, bias, tensors)
             grad_x: torch.Tensor | None = None
             pairs: list[torch.Tensor] = []
             if needs_x or needs_factors:
@@ -139,12 +143,12 @@ def _backward(
     )
 
 
-def _differentiable_backward(
+def _plain_backward(
     ctx: Any, grad_y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tensors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor | None, ...]:
-    """The same gradients through plain operations, for `create_graph=True`."""
+    """The same gradients through plain operations, for `create_graph=True` and inside transforms."""
     scaling, identity, dtype = ctx.settings
-    inputs = (x, None, bias, None, None, None, *tensors)
-    effective = composite.scaled_weight(ctx.dequantize(), pack(*halves(tensors), scaling), identity, dtype)
-    y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
-    return needed_gradients(ctx.needs_input_grad, inputs, y, grad_y)
+    needs = [ctx.needs_input_grad[0], False, *ctx.needs_input_grad[2:3], *ctx.needs_input_grad[6:]]
+    compute = partial(plain.linear, scaling, False, identity, dtype)
+    grad_x, _, grad_bias, *grads = needed_gradients(needs, (x, ctx.dequantize(), bias, *tensors), compute, grad_y)
+    return (grad_x, None, grad_bias, None, None, None, *grads)

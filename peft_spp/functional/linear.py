@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from .autograd import autocast_off, halves, needed_gradients, records_gradients
+from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
-from .kernels import composite
-from .kernels.schema import pack
+from .kernels import plain
 
 
 def spp_linear(
@@ -59,6 +58,8 @@ def spp_linear(
     check_factors(weight.t() if fan_in_fan_out else weight, factors)
     A, B, scaling = unpack(factors)
     with autocast_off(device_type):
+        if is_transformed():
+            return plain.linear(scaling, fan_in_fan_out, identity, dtype, x, weight, bias, *A, *B)
         if not records_gradients(x, weight, bias, *A, *B):
             return _forward(x, weight, bias, A, B, scaling, fan_in_fan_out, identity, dtype)
         return _SPPLinear.apply(x, weight, bias, fan_in_fan_out, identity, dtype, scaling, *A, *B)
@@ -92,8 +93,8 @@ class _SPPLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, *tensors = ctx.saved_tensors
         with autocast_off(grad_y.device.type):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return _differentiable_backward(ctx, grad_y, x, weight, bias, tensors)
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed()):
+                return _plain_backward(ctx, grad_y, x, weight, bias, tensors)
             needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             needs_factors = any(ctx.needs_input_grad[7:])
             grads = iter(
@@ -118,7 +119,7 @@ class _SPPLinear(torch.autograd.Function):
             )
 
 
-def _differentiable_backward(
+def _plain_backward(
     ctx: Any,
     grad_y: torch.Tensor,
     x: torch.Tensor,
@@ -126,10 +127,7 @@ def _differentiable_backward(
     bias: torch.Tensor | None,
     tensors: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The same gradients through plain operations, for `create_graph=True`."""
-    scaling, fan_in_fan_out, identity, dtype = ctx.settings
-    inputs = (x, weight, bias, None, None, None, None, *tensors)
-    w = weight.t() if fan_in_fan_out else weight
-    effective = composite.scaled_weight(w, pack(*halves(tensors), scaling), identity, dtype)
-    y = F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
-    return needed_gradients(ctx.needs_input_grad, inputs, y, grad_y)
+    """The same gradients through plain operations, for `create_graph=True` and inside transforms."""
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[7:]]
+    grads = needed_gradients(needs, (x, weight, bias, *tensors), partial(plain.linear, *ctx.settings), grad_y)
+    return (*grads[:3], None, None, None, None, *grads[3:])

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from .autograd import autocast_off, halves, needed_gradients, records_gradients
+from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
-from .kernels import composite, stack
-from .kernels.schema import pack
+from .kernels import plain
 
 
 def scaled_weight(
@@ -45,7 +45,9 @@ def scaled_weight(
     dtype = dtype or weight.dtype
     A, B, scaling = unpack(factors)
     result: torch.Tensor
-    if records_gradients(weight, *A, *B):
+    if is_transformed():
+        result = plain.scaled_weight(scaling, identity, dtype, weight, *A, *B)
+    elif records_gradients(weight, *A, *B):
         result = _ScaledWeight.apply(weight, identity, dtype, scaling, *A, *B)
     else:
         result = torch.ops.peft_spp.scaled_weight(weight, A, B, scaling, identity, dtype)
@@ -72,8 +74,8 @@ class _ScaledWeight(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         needs_weight, needs_factors = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
         with autocast_off(grad.device.type):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return _differentiable_backward(ctx, grad, weight, tensors)
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed()):
+                return _plain_backward(ctx, grad, weight, tensors)
             grads = torch.ops.peft_spp.scaled_weight_backward(
                 grad, weight, *halves(tensors), *ctx.settings, needs_weight, needs_factors
             )
@@ -83,19 +85,12 @@ class _ScaledWeight(torch.autograd.Function):
         return (grad_weight, None, None, None, *grad_factors)
 
 
-def _differentiable_backward(
+def _plain_backward(
     ctx: Any, grad: torch.Tensor, weight: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor | None, ...]:
-    """The same gradients through plain operations, for `create_graph=True`."""
+    """The same gradients through plain operations, for `create_graph=True` and inside transforms."""
     scaling, identity = ctx.settings
-    inputs = (weight, None, None, None, *tensors)
-    factors = pack(*halves(tensors), scaling)
-    if weight.ndim == 2:
-        effective = composite.scaled_weight(weight, factors, identity, grad.dtype)
-    else:
-        parts = [
-            composite.scaled_weight(layer, part, identity, grad.dtype)
-            for part, (layer,) in stack.walk_layers(factors, weight)
-        ]
-        effective = torch.stack(parts).reshape(weight.shape)
-    return needed_gradients(ctx.needs_input_grad, inputs, effective, grad)
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+    compute = partial(plain.scaled_weight, scaling, identity, grad.dtype)
+    grad_weight, *grads = needed_gradients(needs, (weight, *tensors), compute, grad)
+    return (grad_weight, None, None, None, *grads)

@@ -16,7 +16,7 @@ WRAPPER_PARTS = frozenset(
         "_forward_module",  # Lightning Fabric
     }
 )
-"""The names under which modules that wrap another one hold it. They are private, so models do not use them."""
+"""The names under which wrapping modules hold what they wrap. They are private: no layer of a model has one."""
 
 _PEFT_PARTS = {"base_layer", "original_module", "token_adapter"}
 _PEFT_PREFIX = re.compile(r"^(module\.)?base_model\.model\.")

@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import SPPLayer
+from .module_names import ModuleNames
 
 
 class Injection:
@@ -24,6 +25,8 @@ class Injection:
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model
         self.adapter_name = adapter_name
+        self.names = ModuleNames(model)
+        self.wrappers = self.names.wrappers()
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.steps: list[Callable[[], None]] = []
         self.one_block_a_row: list[str] = []

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,11 @@ from .computed_weights import check_writable
 from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
 from .settings import check_rank
-from .whole_parameters import is_sharded, whole_parameters
+from .whole_parameters import is_sharded, is_zero3, whole_parameters
+
+
+# several threads may come to a merged layer whose adapters are disabled
+_unmerging = threading.Lock()
 
 
 class SPPLayer(BaseTunerLayer):
@@ -38,8 +43,8 @@ class SPPLayer(BaseTunerLayer):
     num_experts: int = 1
     # whether the code of the parent reads `weight`, and only to describe it; see `only_describes_weight`
     weight_is_only_described: bool = False
-    # whether a batch with several adapters is on its way through the model
-    in_mixed_batch: bool = False
+    # the threads in which a batch with several adapters is on its way through the model
+    mixed_batch_threads: frozenset[int] = frozenset()
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -55,6 +60,8 @@ class SPPLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
+        # whether a merge changed a weight that only the caller's gathering has made whole, and may not have stayed
+        self._is_merge_unproven = False
         # flag to enable/disable casting of input to weight dtype during forward call
         self.cast_input_dtype_enabled: bool = True
         self.kwargs = kwargs
@@ -254,12 +261,12 @@ class Linear(nn.Module, SPPLayer):
         """
         self.follow_base_layer()
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            self._unmerge_once()
         names = [name for name in self.active_adapters if name in self.spp_A]
         if not names or self.disable_adapters or self.merged or not self._is_computed_with():
             weight: torch.Tensor = super().weight
             return weight
-        if self.in_mixed_batch:
+        if threading.get_ident() in self.mixed_batch_threads:
             raise RuntimeError(
                 f"The module that holds {self.module_name!r} reads its weight and does not call it, so that a batch "
                 "with several adapters cannot pass through it. Call the model once for each adapter."
@@ -328,12 +335,8 @@ class Linear(nn.Module, SPPLayer):
             # no adapter to merge
             return
         self.check_writable()
-        if keep_unmerged and is_sharded(self._base_weight()):
-            # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
-            raise RuntimeError(
-                f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`, "
-                "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
-            )
+        if keep_unmerged:
+            self.check_merge_stays()
         with whole_parameters(self, write=True):
             merged = self._merged_weight([*self.merged_adapters, *new_adapters])
             if safe_merge:
@@ -341,6 +344,8 @@ class Linear(nn.Module, SPPLayer):
             weight = self._base_weight()
             if keep_unmerged and self._unmerged_weight is None:
                 self._unmerged_weight = weight.detach().to("cpu", copy=True)
+            if keep_unmerged and is_zero3(weight):
+                self._is_merge_unproven = not torch.equal(weight, self._transpose(merged))
             weight.data.copy_(self._transpose(merged))
         self.merged_adapters.extend(new_adapters)
 
@@ -356,6 +361,7 @@ class Linear(nn.Module, SPPLayer):
         with whole_parameters(self, write=True):
             self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
+        self._is_merge_unproven = False
         self.merged_adapters.clear()
 
     def follow_base_layer(self) -> None:
@@ -379,6 +385,41 @@ class Linear(nn.Module, SPPLayer):
             ValueError: If something computes the weight, as `torch.nn.utils.prune` and `parametrize` do.
         """
         check_writable(self.get_base_layer(), self.parameter_name, self.module_name)
+
+    def _unmerge_once(self) -> None:
+        with _unmerging:
+            if self.merged:
+                self.unmerge()
+
+    def check_merge_stays(self) -> None:
+        """
+        Raise an error if the weight cannot be written to such that a later unmerge finds it.
+
+        Raises:
+            RuntimeError: If the weight is sharded.
+        """
+        if is_sharded(self._base_weight()):
+            # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`; or, with "
+                "DeepSpeed ZeRO-3, merge and unmerge inside `deepspeed.zero.GatheredParameters(model.parameters())`; "
+                "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
+            )
+
+    def _prove_merge(self) -> None:
+        """Raise an error if a merge was lost when the weight was partitioned again."""
+        if not is_sharded(self._base_weight()):
+            return
+        with whole_parameters(self):
+            weight = self._base_weight()
+            is_lost = torch.equal(weight, cast(torch.Tensor, self._unmerged_weight).to(weight.device))
+        if is_lost:
+            raise RuntimeError(
+                f"The merge into module {self.module_name!r} was lost at the end of "
+                "`deepspeed.zero.GatheredParameters`. Pass it `modifier_rank=0`, or call `unmerge_adapter` before "
+                "it ends. Call `unmerge_adapter` now to go on with the unmerged adapter."
+            )
+        self._is_merge_unproven = False
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """
@@ -410,11 +451,13 @@ class Linear(nn.Module, SPPLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                self._unmerge_once()
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.merged:
+            if self._is_merge_unproven:
+                self._prove_merge()
             return self.base_layer(x, *args, **kwargs)
         return self._adapted_forward(x, self.active_adapters, *args, **kwargs)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -40,17 +41,20 @@ def passed_to_layers(tuner: nn.Module, model: nn.Module, adapter_names: Any, num
     if beams > 1 and not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
     layers = [module for module in tuner.modules() if isinstance(module, SPPLayer)]
+    thread = threading.get_ident()
     handles = [
-        module.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names=names), with_kwargs=True)
+        module.register_forward_pre_hook(
+            partial(_pass_adapter_names, adapter_names=names, thread=thread), with_kwargs=True
+        )
         for module, names in _names_by_module(tuner, model, adapter_names, beams)
     ]
     try:
         for layer in layers:
-            layer.in_mixed_batch = True
+            layer.mixed_batch_threads |= {thread}
         yield
     finally:
         for layer in layers:
-            layer.in_mixed_batch = False
+            layer.mixed_batch_threads -= {thread}
         for handle in handles:
             handle.remove()
 
@@ -68,8 +72,11 @@ def _names_by_module(
             yield module, [name for name in adapter_names for _ in range(repeats)]
 
 
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
-    kwargs["adapter_names"] = adapter_names
+def _pass_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str], thread: int
+) -> Any:
+    if threading.get_ident() == thread:  # the hook is there for batches of other threads, too
+        kwargs["adapter_names"] = adapter_names
     return args, kwargs
 
 

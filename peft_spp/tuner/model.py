@@ -9,7 +9,12 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -17,16 +22,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..sparsity.layout import model_types
 from ..sparsity.mask_record import MaskRelation
+from ..sparsity.names import unwrapped_name
 from .adapter_tensors import belongs_to, check_can_be_saved, other_adapters, restore_tensors
 from .base_record import record_base, relate_base
 from .combination import activate_weighted_adapters, add_weighted_adapter
 from .config import SPPConfig
 from .injection import Injection
-from .inside_calls import without_fsdp_wrappers
 from .layer import Linear, SPPLayer
 from .loading import check_fits, check_loaded, loading_of, take_record
 from .merged_marker import check_not_merged, mark_merged, merged_ids
 from .mixed_batches import passed_to_layers
+from .module_names import ModuleNames, own_modules, put_module, wrapped_parameters
 from .param_wrapper import ParamWrapper, is_stored_transposed
 from .patterns import check_patterns
 from .quantized import QuantizedLinear, find_backend, unload_dequantized
@@ -123,7 +129,14 @@ class SPPModel(BaseTuner):
                     f"for adapter {adapter_name!r}."
                 )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         # A copy, as the configuration that was passed may serve other models, or describe a saved adapter: what is
         # filled in here, the record of the base model included, is this adapter's.
         passed = cast(SPPConfig, self.peft_config[adapter_name])
@@ -133,8 +146,21 @@ class SPPModel(BaseTuner):
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = Injection(model, adapter_name)
+        if state_dict is not None:
+            # PEFT looks for the names of the model's modules in it
+            parts = ((key.rpartition(f".{self.prefix}"), tensor) for key, tensor in state_dict.items())
+            state_dict = {
+                f"{injection.names.wrapped(layer)}{dot}{factor}": tensor for (layer, dot, factor), tensor in parts
+            }
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            self._name_targets_without_wrappers(adapter_name)
             self._record_or_check_base(model, config, adapter_name)
         except BaseException:
             injection.undo()
@@ -151,6 +177,31 @@ class SPPModel(BaseTuner):
                 "if this is not intended.",
                 stacklevel=2,
             )
+
+    def _check_target_module_exists(self, peft_config: SPPConfig, key: str) -> Any:  # type: ignore[override]
+        injection = self._injection
+        if injection is None or not injection.wrappers:
+            return super()._check_target_module_exists(peft_config, key)
+        if key in injection.wrappers:
+            return False
+        found = super()._check_target_module_exists(peft_config, injection.names.plain(key))
+        if found or isinstance(found, _ExcludedModule):
+            return found
+        # what PEFT makes of "all-linear" has the wrappers' parts until the adapter is in the model
+        return super()._check_target_module_exists(peft_config, key)
+
+    def _name_targets_without_wrappers(self, adapter_name: str) -> None:
+        config, names = cast(SPPConfig, self.peft_config[adapter_name]), cast(Injection, self._injection).names
+        if isinstance(config.target_modules, (set, list)):
+            config.target_modules = type(config.target_modules)(names.plain(name) for name in config.target_modules)
+
+    def _inject_parameters(self, peft_config: SPPConfig, model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        injection = cast(Injection, self._injection)
+        if injection.wrappers:
+            # PEFT looks for the ends of the parameters' names
+            peft_config = copy.copy(peft_config)
+            peft_config.target_parameters = wrapped_parameters(model, injection.names, peft_config.target_parameters)
+        return super()._inject_parameters(peft_config, model, *args, **kwargs)
 
     def _record_or_check_base(self, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
         """Record the base model for a new adapter; for a saved one, check that it fits, and compare its record."""
@@ -205,25 +256,37 @@ class SPPModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         adapter_name = kwargs["adapter_name"]
         restore_tensors(model, adapter_name, state_dict)
-        # PEFT selects by the names of the adapted layers. Where FSDP1 has wrapped modules around them, the names have
-        # parts that the keys of the state dict do not have; the first one, of a wrapper around the model, it knows.
-        names = {}
-        for name, _ in model.named_parameters(remove_duplicate=False):
-            layer, base_layer, inside = name.removeprefix("_fsdp_wrapped_module.").partition(".base_layer.")
-            names[without_fsdp_wrappers(name)] = layer + base_layer + without_fsdp_wrappers(inside)
-        state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-        selected = super()._get_adapter_state_dict(model=model, state_dict=state_dict, **kwargs)
+        names = ModuleNames(model)
+        keys = {names.peft_key(key): key for key in state_dict}
+        selected = super()._get_adapter_state_dict(
+            model=model, state_dict={name: state_dict[key] for name, key in keys.items()}, **kwargs
+        )
+        # PEFT reads `modules_to_save` and the like out of the same dictionary afterwards
+        state_dict.update({name: state_dict[key] for name, key in keys.items() if name != key})
         others = other_adapters(model, adapter_name)
         selected = {key: tensor for key, tensor in selected.items() if not any(belongs_to(key, one) for one in others)}
-        return {without_fsdp_wrappers(key): tensor for key, tensor in selected.items()}
+        return {names.plain(key): tensor for key, tensor in selected.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        without: str = super()._remove_adapter_name_from_key(unwrapped_name(key), adapter_name)
+        return without
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
+        keys = ModuleNames(model).keys_of(model.state_dict())
+        for name, module in own_modules(model):
+            if isinstance(module, SPPLayer) and adapter_name in module.spp_A:
+                for factor in module.adapter_layer_names:
+                    key = keys[f"{name}.{factor}.{adapter_name}.weight"]
+                    keys[f"{name}.{factor}.weight"] = key
+        # a model that has its adapters without a `PeftModel` around it does not have the prefix of the saved names
+        remapped = {
+            keys.get(name) or keys.get(name.removeprefix("base_model.model."), name): tensor
+            for name, tensor in ((unwrapped_name(key), tensor) for key, tensor in state_dict.items())
+        }
         check_loaded(model, config, adapter_name, remapped)
         return remapped
 
@@ -248,6 +311,8 @@ class SPPModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
+        injection = cast(Injection, self._injection)
+        current_key = injection.names.plain(current_key)
 
         check_not_saved_whole(current_key, spp_config.modules_to_save)
         # Regexp matching - Find key which matches current target_name in patterns provided
@@ -264,7 +329,6 @@ class SPPModel(BaseTuner):
                 "`target_parameters` only.)"
             )
 
-        injection = cast(Injection, self._injection)
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
         wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
         if isinstance(target, Linear) and not wrap_target_param:
@@ -285,7 +349,7 @@ class SPPModel(BaseTuner):
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
             new_module.weight_is_only_described = only_describes_weight(cast(Any, type(parent)), target_name)
-            injection.on_undo(partial(setattr, parent, target_name, target))
+            injection.on_undo(partial(put_module, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:
             injection.one_block_a_row.append(current_key)
@@ -343,12 +407,16 @@ class SPPModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer") and not isinstance(new_module, ParamWrapper):
             super()._replace_module(parent, child_name, new_module, child)
+            put_module(parent, child_name, new_module)
         else:
             # PEFT would look for a weight: a parameter of experts has another name, and its factors are on its device
             # already; and of a base layer that is put back, not every quantised one has a weight
-            setattr(parent, child_name, new_module)
+            put_module(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
+                module.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..functional import scaled_weight
 from ..sparsity.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
 from .config import SPPConfig
-from .inside_calls import call_inside, is_hooked
+from .inside_calls import call_inside, forward_within, innermost, is_hooked
 from .layer import Linear, SPPLayer
 from .replaced_parameter import replaced_parameter
 from .whole_parameters import whole_shape
@@ -111,7 +111,7 @@ class ParamWrapper(Linear):
         self._check_forward_args(*args, **kwargs)
         kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            self._unmerge_once()
         names = [name for name in self.active_adapters if name in self.spp_A]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
@@ -121,8 +121,24 @@ class ParamWrapper(Linear):
 
     def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         compute = partial(self._scaled, factors=self.get_factors(names))
-        with replaced_parameter(self.get_base_layer(), self.parameter_name, compute):
+        base_layer = self.get_base_layer()
+        module = innermost(base_layer)
+        replaced = partial(replaced_parameter, module, self.parameter_name, compute)
+        if not is_hooked(base_layer):
+            with replaced():
+                return self.base_layer(*args, **kwargs)
+        if module is not base_layer and torch.is_grad_enabled():
+            self._check_computed_once(base_layer)
+        # what engines read of the module around its forward pass is the parameter, which some would write back
+        with forward_within(base_layer, replaced):
             return self.base_layer(*args, **kwargs)
+
+    def _check_computed_once(self, module: nn.Module) -> None:
+        if any(hasattr(part, "_checkpoint_wrapped_module") for part in module.modules() if part is not self):
+            raise RuntimeError(
+                f"The module that holds {self.module_name!r} is wrapped for activation checkpointing inside the "
+                "adapter, and its backward pass would compute without the adapter. Wrap the block around it instead."
+            )
 
     def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
         return self._transpose(scaled_weight(self._transpose(parameter), factors))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..architecture import has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
 from ..sparsity.names import is_fused_experts, plain_name
+from .module_names import own_modules
 from .quantized import find_backend
 from .whole_parameters import whole_parameters
 
@@ -115,7 +116,7 @@ def other_maps(model: nn.Module, names: Collection[str] | None = None) -> dict[s
 def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All named modules but the parts of tuner layers."""
     inside: str | None = None
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if inside is not None and name.startswith(inside):
             continue
         inside = f"{name}." if isinstance(module, BaseTunerLayer) else None

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+# set by DeepSpeed on a parameter inside `deepspeed.zero.GatheredParameters`
+_GATHERED_DEPTH = "_ds_z3_gathered_param_context_depth"
+
+
 @contextmanager
 def whole_parameters(layer: nn.Module, write: bool = False) -> Iterator[None]:
     """
     Have the parameters of a layer whole and in memory inside the block: those that DeepSpeed ZeRO-3 or FSDP2 have
     sharded, and those that accelerate has offloaded to the host or to disk. Where parameters are sharded, every
-    process has to enter the block.
+    process has to enter the block. What the caller has gathered already is left to the caller.
 
     Args:
         layer (`nn.Module`): The tuner layer; nothing is done for what it has in memory.
@@ -52,7 +56,11 @@ def is_dtensor(tensor: torch.Tensor | None) -> TypeGuard[DTensor]:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this process holds a part of the tensor, that DeepSpeed ZeRO-3 or FSDP2 has left to it."""
+    """
+    Whether this process holds a part of the tensor, that DeepSpeed ZeRO-3 or FSDP2 has left to it.
+
+    Inside `deepspeed.zero.GatheredParameters` and between FSDP2's `unshard` and `reshard` it holds all of it.
+    """
     return _is_partitioned(tensor) or is_dtensor(tensor)
 
 
@@ -62,8 +70,8 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, in memory of the tensor's own: of one that is not sharded, all of it."""
-    if _is_partitioned(tensor):
+    """What this process keeps of a tensor, in memory of the tensor's own: of one that is not sharded, all of it."""
+    if is_zero3(tensor):
         partition: torch.Tensor = cast(Any, tensor).ds_tensor
         return partition
     with torch.no_grad():  # of a tensor with a gradient it would be a view
@@ -80,9 +88,20 @@ def is_tensor_parallel(layer: nn.Module) -> bool:
     return is_dtensor(weight) and not set(weight.device_mesh.mesh_dim_names or ()) <= {"fsdp"}
 
 
-def _is_partitioned(tensor: torch.Tensor) -> bool:
-    # what DeepSpeed sets on a parameter of ZeRO-3
+def is_zero3(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions the tensor, also while it is gathered."""
     return hasattr(tensor, "ds_id")
+
+
+def _is_partitioned(tensor: torch.Tensor) -> bool:
+    if not is_zero3(tensor):
+        return False
+    parameter = cast(Any, tensor)
+    if parameter.ds_status.name != "AVAILABLE":
+        return True
+    # DeepSpeed leaves small parameters in memory after a forward pass. Nobody gathered them, so nobody puts back what
+    # is written to them.
+    return bool(parameter.ds_persist) and not getattr(parameter, _GATHERED_DEPTH, 0)
 
 
 def _is_offloaded(module: nn.Module) -> bool:

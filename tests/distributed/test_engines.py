@@ -203,3 +203,20 @@ def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_not_been(base, tm
 @pytest.mark.slow
 def test_a_tensor_parallel_model_is_refused(base):
     launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "tensor_parallel.py"), str(base))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp1.yaml", "fsdp2.yaml"])
+def test_fsdp_with_activation_checkpointing(base, tmp_path, one_process, config):
+    checkpointing = tmp_path / config
+    settings = (CONFIGS / config).read_text()
+    checkpointing.write_text(f"{settings.rstrip()}\n  fsdp_activation_checkpointing: true\n")
+    check(str(checkpointing), base, tmp_path, one_process)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_merging_and_adding_inside_gathered_parameters():
+    run = started("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "zero3.py"))
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+    assert run.stdout.count("passed: merge_and_unload") == 2

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -109,6 +109,39 @@ def test_merging_sharded_weights_with_an_unmerge_to_come_is_refused(group):
     with pytest.raises(RuntimeError, match=r"lin0(.|\n)*merge_and_unload"):
         shards.merge_adapter()
     assert shards.get_model_status().merged_adapters == []
+
+
+def test_merging_and_unmerging_while_fsdp2_has_unsharded_the_weights(group):
+    model = adapted()
+    shards = sharded(model)
+    model.merge_adapter()
+    modules = [module for module in shards.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.unshard()
+    shards.merge_adapter(safe_merge=True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(shards.get_parameter(name), parameter)
+    model.unmerge_adapter()
+    shards.unmerge_adapter()
+    for module in modules:
+        module.reshard()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(shards.get_parameter(name).full_tensor(), parameter)
+
+
+def test_merging_and_unmerging_while_fsdp1_has_summoned_the_weights(group):
+    model = adapted()
+    wrapper = wrapped(model)
+    x = torch.randn(5, 12)
+    expected = model(x)
+    model.merge_adapter()
+    with FullyShardedDataParallel.summon_full_params(wrapper):
+        wrapper.module.merge_adapter()
+        for name in ("lin0", "lin1"):
+            found = wrapper.module.base_model.model.get_submodule(name).get_base_layer()
+            assert torch.equal(found.weight, model.base_model.model.get_submodule(name).get_base_layer().weight)
+        wrapper.module.unmerge_adapter()
+    torch.testing.assert_close(wrapper(x), expected)
 
 
 def test_a_new_adapter_records_the_masks_of_sharded_weights(group):

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_spp.tuner.whole_parameters import is_sharded, whole_parameters
+from peft_spp.sparsity.names import unwrapped_name
+from peft_spp.tuner.whole_parameters import is_sharded, is_zero3, whole_parameters
 
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 
@@ -79,6 +80,7 @@ def merge(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The weights after merging the adapter where the model is trained."""
     model: PeftModel = trainer.model
     is_fsdp1 = isinstance(trainer.model_wrapped, FullyShardedDataParallel)
+    synced = weights_for_an_inference_engine(model) if any(map(is_zero3, model.parameters())) else {}
     if is_fsdp1 or any(is_sharded(parameter) for parameter in model.parameters()):
         try:
             model.merge_adapter()
@@ -89,7 +91,25 @@ def merge(trainer: Trainer) -> dict[str, torch.Tensor]:
     if is_fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped):
             return weights(model.merge_and_unload(safe_merge=True))
-    return weights(model.merge_and_unload(safe_merge=True))
+    merged = weights(model.merge_and_unload(safe_merge=True))
+    assert all(torch.equal(merged[name], weight) for name, weight in synced.items() if name in merged)
+    return merged
+
+
+def weights_for_an_inference_engine(model: PeftModel) -> dict[str, torch.Tensor]:
+    """As TRL's trainers send them to vLLM: merged while everything is gathered, and unmerged again."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        model.merge_adapter()
+        found = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if model.prefix not in name
+        }
+        model.unmerge_adapter()
+    assert any("_proj.weight" in name for name in found)
+    return found
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -99,7 +119,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             with whole_parameters(module):
                 for parameter_name, parameter in module.named_parameters():
                     if parameter.ndim > 1:
-                        key = f"{name.replace('_fsdp_wrapped_module.', '')}.{parameter_name}"
+                        key = f"{unwrapped_name(name)}.{parameter_name}"
                         found[key] = parameter.detach().cpu().clone()
     return found
 
