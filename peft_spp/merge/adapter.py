@@ -12,9 +12,10 @@ import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
-from ..checkpoints.tensor_file import StoredTensor, open_tensor_file, read_bytes
+from ..checkpoints.tensor_file import StoredTensor, open_tensor_file
 from ..functional import Factors
 from ..sparsity.bits import FORMATS, look_at
+from ..sparsity.file_bytes import read_bytes
 from ..sparsity.names import is_adapter
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
