@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, errors_as_messages, print_report, progress_bar
+from .console import JsonOption, print_report, progress_bar
 
 
 def merge(
@@ -30,6 +30,6 @@ def merge(
     """
     from ..merge import merge_checkpoint
 
-    with errors_as_messages(), progress_bar("Checking" if dry_run else "Merging") as progress:
+    with progress_bar("Checking" if dry_run else "Merging") as progress:
         report = merge_checkpoint(base, adapter, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
     print_report(report, as_json)

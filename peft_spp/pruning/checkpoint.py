@@ -19,6 +19,7 @@ from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from ..checkpoints.hub import local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.tensor_file import StoredTensor
+from ..devices import usable_device
 from ..durable import sync_file
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
@@ -86,8 +87,9 @@ def prune_checkpoint(
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
         sparsity (`float`, *optional*): Fraction of the weights to prune, in [0, 1).
         calibration (`str`, `os.PathLike` or `Iterable`, *optional*):
-            The calibration data: a file of text or of JSON lines with a `"text"` each, or batches of token ids or of
-            keyword arguments of the model's forward. Magnitude pruning does without.
+            The calibration data: a file of plain text, or of JSON (lines or an array), CSV or Parquet with a `"text"`
+            in each row, possibly compressed; or batches of token ids or of keyword arguments of the model's forward.
+            Files other than plain text need the extra `train`. Magnitude pruning does without.
         samples (`int`, *optional*, defaults to 128): How many sequences to draw from the file.
         sequence_length (`int`, *optional*): The tokens in each; by default 2048, or the model's context if shorter.
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
@@ -127,11 +129,12 @@ def prune_checkpoint(
             f"method={method!r} needs calibration data: give a file of text or JSON lines as calibration, or use "
             "method='magnitude'"
         )
+    where = usable_device(device)
     folder = local_folder(model, ignore=OTHER_WEIGHTS)
     out = OutputFolder(Path(output), overwrite)
     out.check_apart_from(folder, "model")
     checkpoint = read_checkpoint(folder)
-    skeleton = Skeleton(checkpoint, _device(device))
+    skeleton = Skeleton(checkpoint, where)
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
     settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
@@ -172,12 +175,6 @@ def _choose(
     raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
 def _calibration_data(
     skeleton: Skeleton,
     calibration: str | os.PathLike[str] | Batches,
@@ -197,7 +194,7 @@ def _calibration_data(
         raise ValueError(f"sequence_length={sequence_length} is more than the model's context of {limit} tokens")
     folder = skeleton.checkpoint.folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no tokenizer that can be loaded ({error}): put the model's tokenizer there, or give "
