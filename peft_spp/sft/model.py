@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from trl import ModelConfig
 
 from ..checkpoints.hub import local_folder
 from ..error_text import one_line
+from ..sparsity.safetensors_files import stored_in_files
 from ..tuner import SPPConfig, SPPLayer
 from .errors import InputError
 from .machine import check_quantization
@@ -88,7 +90,21 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
         adapted = get_peft_model(empty, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise InputError(f"The model {name!r} cannot be adapted: {one_line(error)}") from error
+    _check_weights(name)
     return BaseModel(adapted, processor)
+
+
+def _check_weights(name: str) -> None:
+    """Check that the files of a local model are there and whole, by their headers."""
+    folder = Path(name).expanduser()
+    # what is pickled is read by nobody before the run
+    if not folder.is_dir() or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*"))):
+        return
+    try:
+        _, tensors, _ = stored_in_files(folder)
+        deque(tensors, maxlen=0)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The weights of {name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def _build_empty(model: ModelConfig, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:

@@ -166,6 +166,28 @@ def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path: Path,
     main(["--model_name_or_path", str(folder), "--dataset_name", str(data), *SMALL, "--max_length", "24", "--dry_run"])
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.unlink(), "no .safetensors file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-8]), "not a readable safetensors file"),
+        (lambda file: file.rename(file.with_name("pytorch_model.pkl")), "no .safetensors file"),
+        (
+            lambda file: file.rename(file.with_name("model.safetensors.index.json")).write_text(
+                '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'
+            ),
+            "'model-1.safetensors', which is not there",
+        ),
+    ],
+)
+def test_weights_that_are_missing_or_damaged_are_refused(
+    damage: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "model", pruned_model(), tiny_tokenizer())
+    damage(folder / "model.safetensors")
+    assert said in refused(monkeypatch, folder, write(tmp_path / "data.jsonl", text_rows()))
+
+
 @pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
 def test_quantization_without_its_package_is_refused(
     flag: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
