@@ -28,7 +28,7 @@ def rehearse(model: BaseModel, training: SFTConfig, train_dataset: Any, eval_dat
     """
     Let `SFTTrainer` prepare all data and check its arguments, before the weights of the model are loaded.
 
-    `datasets` keeps what it has prepared, so that the run itself does not do it again.
+    `datasets` caches what was prepared from files, where the run itself finds it.
 
     Args:
         model (`BaseModel`): The model without its weights.
@@ -96,8 +96,9 @@ def _check_prepared(name: str, prepared: Dataset, model: PeftModel, processor: A
         )
     if "input_ids" not in prepared.column_names:
         return  # it was not to be prepared
-    embeddings: Any = model.get_input_embeddings()
-    rows, positions = embeddings.weight.shape[0], _positions(model)
+    # ZeRO-3 leaves no rows in the weight itself
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    positions = _positions(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     # batches are filled up with the padding token
     largest, longest = tokenizer.pad_token_id, 0
@@ -105,7 +106,7 @@ def _check_prepared(name: str, prepared: Dataset, model: PeftModel, processor: A
         ids = batch["input_ids"]
         largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() or 0)
         longest = max(longest, pyarrow.compute.max(pyarrow.compute.list_value_length(ids)).as_py() or 0)
-    if largest >= rows:
+    if rows is not None and largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(
             f"The tokenizer makes token {largest} ({token!r}) of the data, and the model has embeddings for {rows} "

@@ -297,13 +297,3 @@ def test_a_run_stops_when_something_writes_to_the_base(
     with pytest.raises(RuntimeError, match=r"pruned places of the weight of module model\.layers\.0\.mlp\.up_proj"):
         main([*arguments, "--output_dir", str(tmp_path / "out"), "--spp_check_base_steps", "1"])
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def test_what_was_prepared_for_the_check_is_not_prepared_again(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write(tmp_path / "data.jsonl", text_rows())
-    arguments = ["--model_name_or_path", str(base), "--dataset_name", str(data), *SMALL, "--max_steps", "1"]
-    main([*arguments, "--output_dir", str(tmp_path / "out")])
-    # `datasets` shows a bar for what it does, and none for what it has kept
-    assert capsys.readouterr().err.count("Tokenizing train dataset: 100%") == 1
