@@ -34,6 +34,8 @@ def local_folder(
         NotADirectoryError: If it is a file.
         FileNotFoundError: If it looks like a path and nothing is there, or cannot be downloaded.
     """
+    if not os.fspath(source):
+        raise FileNotFoundError("the name of a model or adapter is empty")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +145,24 @@ def test_the_hub_is_not_asked_for_a_path(
     monkeypatch.chdir(tmp_path)
     result = run(*_TWO[command](place, "out"))
     assert result.exit_code == 2 and f"no folder {place!r}" in result.stderr
+
+
+def test_an_empty_name_is_not_the_working_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model)
+    result = run("inspect", "")
+    assert result.exit_code == 2 and "is empty" in result.stderr
+
+
+def test_pruning_a_model_with_its_own_code_is_refused_without_a_question(model: Path, tmp_path: Path) -> None:
+    custom = tmp_path / "custom"
+    shutil.copytree(model, custom)
+    config = json.loads((custom / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "own.Config"}}
+    (custom / "config.json").write_text(json.dumps(config))
+    (custom / "own.py").write_text("raise SystemExit('it was run')")
+    result = run("prune", custom, tmp_path / "out", "--method", "magnitude", "--pattern", "2:4")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "its own code" in result.stderr and "prune_magnitude" in result.stderr
 
 
 _BAD = ["(", "*.q_proj", "[a", "q_proj)", "a{2,1}"]
