@@ -45,8 +45,8 @@ class SPPConfig(PeftConfig):
             module ends with any of the passed strings. If this is specified as 'all-linear', then all linear/Conv1D
             modules are chosen (if the model is a PreTrainedModel, the output layer excluded). If this is not
             specified, every linear/Conv1D layer inside the model's transformer blocks is chosen, and no embedding,
-            head, pooler or router; if the model has no such blocks, an error will be raised -- in this case, you should
-            specify the target modules manually.
+            head, pooler or router; if the model has no such blocks, an error will be raised -- in this case, you
+            should specify the target modules manually.
         exclude_modules (`Optional[Union[List[str], str]]`):
             The names of the modules to not apply the adapter. When passing a string, a regex match will be performed.
             When passing a list of strings, either an exact match will be performed or it is checked if the name of the
