@@ -18,7 +18,7 @@ from .computed_weights import check_writable
 from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
 from .settings import check_rank
-from .whole_parameters import is_sharded, is_zero3, whole_parameters
+from .whole_parameters import is_dtensor, is_sharded, is_zero3, whole_parameters
 
 
 # several threads may come to a merged layer whose adapters are disabled
@@ -371,8 +371,8 @@ class Linear(nn.Module, SPPLayer):
         Raises:
             ValueError: If it has become something that cannot be adapted.
         """
-        kind = type(getattr(self.get_base_layer(), self.parameter_name, None))
-        if kind.__module__.partition(".")[0] != "torch":
+        weight = getattr(self.get_base_layer(), self.parameter_name, None)
+        if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor and not is_dtensor(weight):
             from .quantized.conversion import follow_base_layer  # which derives its layers from this one
 
             follow_base_layer(self)

@@ -239,6 +239,7 @@ def page(table: dict[str, dict[str, Any]]) -> str:
         f"| refused by PEFT, with an error that names the class | {len(by_status['refused'])} |",
         "| not checked: not built from its configuration alone, or not called with plain inputs | "
         f"{len(by_status['unusable'])} |",
+        f"| not swept yet | {len(every_model.model_types()) - len(table)} |",
         "",
         "The layers that are adapted in each, and the reason where a type was not checked, are in",
         "`tests/architectures/every_model.json`.",
