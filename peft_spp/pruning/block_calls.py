@@ -113,7 +113,7 @@ def negated_outputs(blocks: nn.ModuleList) -> Iterator[None]:
     """While active, the blocks return other hidden states than they compute."""
 
     def negate(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return (-output[0], *output[1:]) if isinstance(output, tuple) else -output
+        return type(output)([-output[0], *output[1:]]) if isinstance(output, (tuple, list)) else -output
 
     with ExitStack() as hooks:
         for block in blocks:
@@ -139,8 +139,8 @@ def check_independent(calls: CalibrationBatch, others: CalibrationBatch) -> None
 
 
 def first(output: Any) -> torch.Tensor:
-    """The hidden states that a block returns, alone or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states that a block returns, alone or first in a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def split_hidden_states(

@@ -187,7 +187,7 @@ class _SkippedBlocks:
         if self._others is None:
             first_block = self._first_block()
             output = type(first_block).forward(first_block, *args, **kwargs)
-            self._others = len(output) - 1 if isinstance(output, tuple) else -1
+            self._others = len(output) - 1 if isinstance(output, (tuple, list)) else -1
         return hidden_states if self._others < 0 else (hidden_states, *[self._unknown] * self._others)
 
     def check_unused(self, batch: CalibrationBatch) -> None:
