@@ -14,6 +14,8 @@ from torch import nn
 from ..sparsity.names import WRAPPER_PARTS
 
 
+# the name of the module that FSDP1's wrapper holds; its class cannot be imported where torch is built without it
+_FSDP_WRAPPED = "_fsdp_wrapped_module"
 _lock = threading.Lock()
 
 
@@ -64,7 +66,7 @@ def is_hooked(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     return (
         (forward is not None and not (isinstance(forward, _Dispatch) and forward.own is None))
-        or not WRAPPER_PARTS.isdisjoint(module._modules)
+        or _FSDP_WRAPPED in module._modules
         or bool(module._forward_hooks or module._forward_pre_hooks)
         or bool(module._backward_hooks or module._backward_pre_hooks)
     )
@@ -173,6 +175,8 @@ def _set_or_delete(module: nn.Module, slot: str, forward: Callable[..., Any] | N
 
 def _forward_slot(module: nn.Module) -> tuple[nn.Module, str]:
     """The module, and its attribute, that hold the forward pass which all else is around."""
-    module = innermost(module)
+    # not inside other wrappers: what they call again, in a backward pass or compiled, would not be replaced then
+    while _FSDP_WRAPPED in module._modules:
+        module = module.get_submodule(_FSDP_WRAPPED)
     # accelerate sets a forward pass of its own on the instance, which calls the one that it has put aside
     return module, "_old_forward" if hasattr(module, "_hf_hook") else "forward"

@@ -200,7 +200,8 @@ class SPPModel(BaseTuner):
         if injection.wrappers:
             # PEFT looks for the ends of the parameters' names
             peft_config = copy.copy(peft_config)
-            peft_config.target_parameters = wrapped_parameters(model, injection.names, peft_config.target_parameters)
+            targets = peft_config.target_parameters or []
+            peft_config.target_parameters = wrapped_parameters(model, injection.names, targets)
         return super()._inject_parameters(peft_config, model, *args, **kwargs)
 
     def _record_or_check_base(self, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:

@@ -124,7 +124,7 @@ class ParamWrapper(Linear):
         base_layer = self.get_base_layer()
         module = innermost(base_layer)
         replaced = partial(replaced_parameter, module, self.parameter_name, compute)
-        if not is_hooked(base_layer):
+        if module is base_layer and not is_hooked(base_layer):
             with replaced():
                 return self.base_layer(*args, **kwargs)
         if module is not base_layer and torch.is_grad_enabled():
