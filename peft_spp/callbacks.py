@@ -71,6 +71,11 @@ class SPPGuardCallback(TrainerCallback):
         self._layers: dict[str, Linear] = {}
         self._base: dict[str, _BaseWeight] = {}
 
+    @property
+    def base_masks(self) -> dict[str, MaskRecord]:
+        """The masks of the weights that are watched, by the names of their modules; empty before training begins."""
+        return {name: weight.mask for name, weight in self._base.items()}
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -9,6 +9,7 @@ from ._version import __version__
 from .commands.compare import compare
 from .commands.convert import convert
 from .commands.demo import demo
+from .commands.ending import CommandGroup
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.merge import merge
@@ -16,7 +17,13 @@ from .commands.prune import prune
 from .commands.sft import sft
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
 
 
 def _print_version(requested: bool) -> None:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 def local_folder(
@@ -29,13 +31,19 @@ def local_folder(
         `Path`: The local folder.
 
     Raises:
-        FileNotFoundError: If it is no folder, and cannot be downloaded.
+        NotADirectoryError: If it is a file.
+        FileNotFoundError: If it looks like a path and nothing is there, or cannot be downloaded.
     """
+    if not os.fspath(source):
+        raise FileNotFoundError("the name of a model or adapter is empty")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise NotADirectoryError(f"{path} is not a folder")
+    # the Hub would be asked again and again for what cannot be in it
+    if looks_like_path(source):
+        raise FileNotFoundError(f"there is no folder {os.fspath(source)!r} (looked for {str(path.absolute())!r})")
     try:
         return Path(
             snapshot_download(
@@ -47,7 +55,7 @@ def local_folder(
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{os.fspath(source)!r} is no local folder, and could not be downloaded from the Hub: {error}"
+            f"{os.fspath(source)!r} is not a local folder, and could not be downloaded from the Hub: {error}"
         ) from error
 
 
@@ -58,3 +66,21 @@ def hub_id(source: str | os.PathLike[str]) -> str | None:
         source (`str` or `os.PathLike`): See [`local_folder`].
     """
     return None if Path(source).expanduser().is_dir() else os.fspath(source)
+
+
+def looks_like_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is meant as a path, and not as the id of a repository on the Hub.
+
+    Args:
+        name (`str` or `os.PathLike`): The name; nothing has to be at the path.
+
+    Returns:
+        `bool`: `True` for what no repository can be called.
+    """
+    if not isinstance(name, str) or re.match(r"[./~\\]|[A-Za-z]:", name) or name.endswith("/"):
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..sparsity.file_bytes import byte_ranges, read_bytes
 from ..sparsity.safetensors_files import read_header
 from ..sparsity.weights import Stored
 
@@ -81,48 +81,20 @@ def open_tensor_file(path: Path, listed: Sequence[Stored] | None = None) -> Tens
     """
     # `safetensors` checks the header; what is parsed again below are the offsets, which it does not tell
     checked = read_header(path) if listed is None else listed
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        data_start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(data_start - 8))
+    ranges = byte_ranges(path)
     found = []
     for one in checked:
         name = one.key
-        start, stop = (data_start + offset for offset in header[name]["data_offsets"])
+        start, stop = ranges[name]
         itemsize = one.dtype.itemsize if isinstance(one.dtype, torch.dtype) else None
-        if not data_start <= start <= stop <= size or itemsize not in (None, _itemsize(stop - start, one.shape)):
+        if itemsize not in (None, _itemsize(stop - start, one.shape)):
             raise ValueError(f"{path} is not a readable safetensors file: tensor {name!r} does not fit into it")
         found.append(StoredTensor(path, name, one.dtype, one.shape, start, stop))
-    return TensorFile(path, size, {one.name: one for one in sorted(found, key=lambda one: (one.start, one.stop))})
+    return TensorFile(
+        path, path.stat().st_size, {one.name: one for one in sorted(found, key=lambda one: (one.start, one.stop))}
+    )
 
 
 def _itemsize(size: int, shape: tuple[int, ...]) -> int | None:
     numel = math.prod(shape)
     return size // numel if numel and size % numel == 0 else None
-
-
-def read_bytes(path: Path, start: int, stop: int) -> Tensor:
-    """Read a range of a file.
-
-    Args:
-        path (`Path`): The file.
-        start (`int`): The first byte.
-        stop (`int`): The byte after the last.
-
-    Returns:
-        `torch.Tensor`: uint8, shape `(stop - start,)`.
-
-    Raises:
-        ValueError: If the file ends before that.
-    """
-    buffer = torch.empty(stop - start, dtype=torch.uint8)
-    view = buffer.numpy().data
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise ValueError(f"{path} has become shorter while it was read")
-            done += count
-    return buffer

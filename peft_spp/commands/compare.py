@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, as_modules, errors_as_messages, progress_bar
-
-
-# as `diff` and `grep` do
-DIFFERENT, TROUBLE = 1, 2
+from .console import JsonOption, as_modules, progress_bar
+from .ending import FOUND
+from .terminal import print_text
 
 
 def compare(
@@ -34,16 +32,16 @@ def compare(
     """
     import json
 
-    with errors_as_messages(TROUBLE):
-        from ..sparsity import compare_sparsity
-        from .sources import local_source
+    from ..sparsity import compare_sparsity
+    from .sources import local_source
 
-        before, after = local_source(base), local_source(merged)
-        with progress_bar("Comparing") as progress:
-            comparison = compare_sparsity(before, after, modules=as_modules(modules), progress=progress)
+    chosen = as_modules(modules, "--modules")
+    before, after = local_source(base), local_source(merged)
+    with progress_bar("Comparing") as progress:
+        comparison = compare_sparsity(before, after, modules=chosen, progress=progress)
     if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=2))
+        print_text(json.dumps(comparison.to_dict(), indent=2))
     else:
-        typer.echo(f"{comparison.table()}\n\n{comparison}" if len(comparison) else str(comparison))
+        print_text(f"{comparison.table()}\n\n{comparison}" if len(comparison) else str(comparison))
     if not comparison.kept:
-        raise typer.Exit(code=DIFFERENT)
+        raise typer.Exit(code=FOUND)

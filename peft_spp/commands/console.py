@@ -10,6 +10,9 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
+from ..sparsity.names import names_or_expression
+from .terminal import print_text
+
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 TargetModulesOption = Annotated[
@@ -30,17 +33,7 @@ class Report(Protocol):
 
 def print_report(report: Report, as_json: bool) -> None:
     """Print a report to the standard output, as JSON or as text."""
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-
-
-@contextmanager
-def errors_as_messages(exit_code: int = 1) -> Iterator[None]:
-    """While active, an error that says what is wrong ends the command with that line instead of a traceback."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(code=exit_code) from error
+    print_text(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
 @contextmanager
@@ -51,8 +44,9 @@ def needs_train_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in ("trl", "datasets"):
             raise
-        typer.echo(f'Error: {error.name} is not installed. Install it with: pip install "peft-spp[train]"', err=True)
-        raise typer.Exit(code=1) from error
+        raise ImportError(
+            f'{error.name} is not installed. Install it with: pip install "peft-spp[train]"', name=error.name
+        ) from error
 
 
 @contextmanager
@@ -75,10 +69,6 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], object]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def as_modules(values: list[str] | None) -> str | list[str] | None:
+def as_modules(values: list[str] | None, option: str) -> str | list[str] | None:
     """What the values of an option say about modules, as PEFT has it: names, or one regular expression."""
-    if not values:
-        return None
-    if len(values) == 1 and not all(character.isalnum() or character in "._" for character in values[0]):
-        return values[0]
-    return values
+    return names_or_expression(values, option) if values else None

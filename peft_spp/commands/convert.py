@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, errors_as_messages, print_report
+from .console import JsonOption, print_report
 
 
 def convert(
@@ -30,6 +30,5 @@ def convert(
     """
     from ..interchange import convert_adapter
 
-    with errors_as_messages():
-        report = convert_adapter(adapter, out, base=base, overwrite=overwrite, dry_run=dry_run)
+    report = convert_adapter(adapter, out, base=base, overwrite=overwrite, dry_run=dry_run)
     print_report(report, as_json)

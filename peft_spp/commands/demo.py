@@ -28,11 +28,8 @@ def demo(
     from ..demo.output import OutputFolder
 
     folder = OutputFolder(output)
-    try:
-        # Before the imports, which take seconds.
-        folder.check()
-    except FileExistsError as error:
-        raise typer.BadParameter(str(error), param_hint="--output") from error
+    # Before the imports, which take seconds.
+    folder.check()
 
     with needs_train_extra():
         from ..demo.run import run_demo

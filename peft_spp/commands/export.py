@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, errors_as_messages, print_report
+from .console import JsonOption, print_report
 
 
 class ExportTarget(str, Enum):
@@ -35,6 +35,5 @@ def export(
     """
     from ..interchange import export_adapter
 
-    with errors_as_messages():
-        report = export_adapter(adapter, out, to=to.value, overwrite=overwrite, dry_run=dry_run)
+    report = export_adapter(adapter, out, to=to.value, overwrite=overwrite, dry_run=dry_run)
     print_report(report, as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, as_modules, errors_as_messages, print_report, progress_bar
+from .console import JsonOption, as_modules, print_report, progress_bar
 
 
 def inspect(
@@ -37,29 +37,29 @@ def inspect(
     The model is not built: tensors are read from its files, one at a time. Of a model, a picture shows the sparsity
     by layer and kind of module, and one mask; of an adapter, how much it changes the weights.
     """
-    with errors_as_messages():
-        from ..inspection import AdapterInspection, CheckpointInspection, inspect_adapter, inspect_checkpoint
-        from .sources import local_source
+    from ..inspection import AdapterInspection, CheckpointInspection, inspect_adapter, inspect_checkpoint
+    from .sources import local_source
 
-        if plot is not None:
-            _check_plot(plot)
-        path = local_source(source)
-        found: AdapterInspection | CheckpointInspection
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            if pattern or modules:
-                raise ValueError(f"--pattern and --modules are for models, and {source} is an adapter")
-            found = inspect_adapter(path)
+    if plot is not None:
+        _check_plot(plot)
+    chosen = as_modules(modules, "--modules")
+    path = local_source(source)
+    found: AdapterInspection | CheckpointInspection
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        if pattern or modules:
+            raise ValueError(f"--pattern and --modules are for models, and {source} is an adapter")
+        found = inspect_adapter(path)
+    else:
+        patterns = pattern or ("2:4", "4:8", "2:8")
+        with progress_bar("Reading") as progress:
+            found = inspect_checkpoint(path, patterns=patterns, modules=chosen, progress=progress)
+    if plot is not None:
+        from ..inspection.plots import plot_adapter, plot_checkpoint
+
+        if isinstance(found, AdapterInspection):
+            plot_adapter(found, plot, plot_module)
         else:
-            patterns = pattern or ("2:4", "4:8", "2:8")
-            with progress_bar("Reading") as progress:
-                found = inspect_checkpoint(path, patterns=patterns, modules=as_modules(modules), progress=progress)
-        if plot is not None:
-            from ..inspection.plots import plot_adapter, plot_checkpoint
-
-            if isinstance(found, AdapterInspection):
-                plot_adapter(found, plot, plot_module)
-            else:
-                plot_checkpoint(found, plot, plot_module)
+            plot_checkpoint(found, plot, plot_module)
     print_report(found, as_json)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, errors_as_messages, print_report, progress_bar
+from .console import JsonOption, print_report, progress_bar
 
 
 class CheckBase(str, Enum):
@@ -43,7 +43,7 @@ def merge(
     """
     from ..merge import merge_checkpoint
 
-    with errors_as_messages(), progress_bar("Checking" if dry_run else "Merging") as progress:
+    with progress_bar("Checking" if dry_run else "Merging") as progress:
         report = merge_checkpoint(
             base,
             adapter,

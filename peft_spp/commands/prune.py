@@ -14,7 +14,6 @@ from .console import (
     JsonOption,
     TargetModulesOption,
     as_modules,
-    errors_as_messages,
     print_report,
     progress_bar,
 )
@@ -36,7 +35,10 @@ def prune(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help='A file of text, or of JSON lines with a "text" each. Magnitude pruning does without.'),
+        typer.Option(
+            help='A file of plain text, or of JSON, CSV or Parquet with a "text" in each row, which needs the extra '
+            "`train`. Magnitude pruning does without."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many sequences to draw from it.")] = 128,
     sequence_length: Annotated[
@@ -63,27 +65,26 @@ def prune(
     By default all linear layers inside the transformer blocks are pruned; embeddings and the language model head are
     left as they are. Either the whole pruned model is written, or nothing.
     """
-    with errors_as_messages():
-        from ..pruning import prune_checkpoint
+    from ..pruning import prune_checkpoint
 
-        with progress_bar("Checking" if dry_run else "Pruning") as progress:
-            report = prune_checkpoint(
-                model,
-                out,
-                method=method.value,
-                pattern=pattern,
-                sparsity=sparsity,
-                calibration=calibration,
-                samples=samples,
-                sequence_length=sequence_length,
-                seed=seed,
-                target_modules=as_modules(target_modules),
-                exclude_modules=as_modules(exclude_modules),
-                damping=damping,
-                block_size=block_size,
-                device=device,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                progress=progress,
-            )
+    with progress_bar("Checking" if dry_run else "Pruning") as progress:
+        report = prune_checkpoint(
+            model,
+            out,
+            method=method.value,
+            pattern=pattern,
+            sparsity=sparsity,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            target_modules=as_modules(target_modules, "--target-modules"),
+            exclude_modules=as_modules(exclude_modules, "--exclude-modules"),
+            damping=damping,
+            block_size=block_size,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
     print_report(report, as_json)

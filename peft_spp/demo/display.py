@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo shows on the console."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from ..other_libraries import without_their_future_warnings
 from .checks import SavedModelCheck, recovered_share
 from .output import OutputFolder
 
@@ -83,9 +83,7 @@ def quiet_libraries() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
-            for library in ("transformers", "trl", "peft", "accelerate", "datasets"):
-                warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}(\.|$)")
+        with without_their_future_warnings():
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -20,8 +20,10 @@ from ..checkpoints.output import OutputFolder, write_file
 from ..checkpoints.own_files import CARD, CONFIG, MODEL
 from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
+from ..error_text import message
 from ..sparsity.counting import PairCounts
 from ..sparsity.safetensors_files import read_header
+from ..tuner import SPPConfig
 from ..tuner.adapter_files import ADAPTER_FILES
 from ..tuner.saved_adapter import read_settings
 from .adapter import load_adapter
@@ -95,12 +97,7 @@ def merge_checkpoint(
         raise ValueError(f"check_base={check_base!r} is not one of {', '.join(map(repr, CHECKS))}")
     adapter_folder = _adapter_folder(adapter, adapter_subfolder)
     _, config = read_settings(adapter_folder)
-    revision = None
-    if base is None:
-        base, revision = config.base_model_name_or_path, config.revision
-    if not base:
-        raise ValueError(f"{adapter_folder / CONFIG_NAME} does not name the base model: say which one it is")
-    base_folder = local_folder(base, revision=revision, ignore=OTHER_WEIGHTS)
+    base_folder = _named_base(adapter_folder, config) if base is None else local_folder(base, ignore=OTHER_WEIGHTS)
     folder = OutputFolder(Path(output), overwrite, MODEL)
     folder.check_apart_from(base_folder, "base model")
     folder.check_apart_from(adapter_folder, "adapter")
@@ -122,7 +119,9 @@ def merge_checkpoint(
     with folder, piece_workers() as workers:
         _write(folder, checkpoint, plan, counted, workers)
         report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
-        card = str(merged_card(base_card, report, hub_id(base), hub_id(adapter)))
+        card = str(
+            merged_card(base_card, report, hub_id(base or str(config.base_model_name_or_path)), hub_id(adapter))
+        )
         for name, text in ((CARD, card), (CONFIG, mark_merged(checkpoint, merged_id))):
             path = folder.new_file(Path(name))
             path.write_text(text, encoding="utf-8")
@@ -135,6 +134,20 @@ def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> P
     inside = f"{subfolder}/" if subfolder else ""
     files = [f"{inside}{name}" for name in ADAPTER_FILES]
     return local_folder(adapter, allow=files) / (subfolder or "")
+
+
+def _named_base(adapter_folder: Path, config: SPPConfig) -> Path:
+    """The base model that an adapter names: a path in it may have been written in another working folder."""
+    file, name = adapter_folder / CONFIG_NAME, config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{file} does not name the base model. Name it with base (--base on the command line).")
+    try:
+        return local_folder(name, revision=config.revision, ignore=OTHER_WEIGHTS)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{file} names {name!r} as the base model, and it was not found from {Path.cwd()}: {message(error)}. Name "
+            "the base model with base (--base on the command line)."
+        ) from error
 
 
 @dataclass

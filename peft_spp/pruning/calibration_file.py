@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-
-TEXT_FIELD = "text"
-"""The field of a JSON line that holds its text."""
+from ..text_files import read_texts
 
 
 def read_documents(file: Path) -> list[str]:
@@ -19,41 +16,20 @@ def read_documents(file: Path) -> list[str]:
     Read the texts of a file.
 
     Args:
-        file (`Path`): JSON lines (`.jsonl`, `.json`), each an object with a `"text"`, or plain text in UTF-8.
+        file (`Path`): See [`~peft_spp.text_files.read_texts`].
 
     Returns:
-        `list[str]`: The texts that are not empty; a file of plain text is one.
+        `list[str]`: The texts that are not empty.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no text, or a line that is not as it should be; the message names it.
+        ImportError: If the file needs `datasets`, which is not installed.
+        ValueError: If it holds no text, or a row that is not as it should be; the message names the file and the line.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"the calibration file {file} is not there")
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the calibration file {file} is not text in UTF-8: {error}") from error
-    if file.suffix not in (".jsonl", ".json"):
-        documents = [content]
-    else:
-        documents = [_text_of(line, file, number) for number, line in enumerate(content.splitlines(), 1) if line]
-    documents = [document for document in documents if document.strip()]
+    documents = [document for document in read_texts(file) if document.strip()]
     if not documents:
         raise ValueError(f"the calibration file {file} holds no text")
     return documents
-
-
-def _text_of(line: str, file: Path, number: int) -> str:
-    try:
-        text = json.loads(line)[TEXT_FIELD]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f'line {number} of the calibration file {file} is not a JSON object such as {{"{TEXT_FIELD}": "..."}}'
-        ) from error
-    if not isinstance(text, str):
-        raise ValueError(f"line {number} of the calibration file {file} has a {TEXT_FIELD!r} that is no string")
-    return text
 
 
 def calibration_sequences(

@@ -21,6 +21,7 @@ from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.own_files import CARD, MODEL
 from ..checkpoints.tensor_file import StoredTensor
+from ..devices import usable_device
 from ..durable import sync_file
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
@@ -33,7 +34,7 @@ from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
 from .model_card import pruned_card
-from .preflight import check_finite, check_tokens, choose_device, last_block, needed_tensors
+from .preflight import check_finite, check_tokens, last_block, needed_tensors
 from .report import PrunedModule, PruneReport
 from .skeleton import Skeleton
 from .sparsegpt import BLOCK_SIZE, DAMPING, SparseGPT
@@ -91,8 +92,9 @@ def prune_checkpoint(
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`. Give either this or `sparsity`.
         sparsity (`float`, *optional*): Fraction of the weights to prune, in [0, 1).
         calibration (`str`, `os.PathLike` or `Iterable`, *optional*):
-            The calibration data: a file of text or of JSON lines with a `"text"` each, or batches of token ids or of
-            keyword arguments of the model's forward. Magnitude pruning does without.
+            The calibration data: a file of plain text, or of JSON (lines or an array), CSV or Parquet with a `"text"`
+            in each row, possibly compressed; or batches of token ids or of keyword arguments of the model's forward.
+            Files other than plain text need the extra `train`. Magnitude pruning does without.
         samples (`int`, *optional*, defaults to 128): How many sequences to draw from the file.
         sequence_length (`int`, *optional*): The tokens in each; by default 2048, or the model's context if shorter.
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
@@ -134,13 +136,14 @@ def prune_checkpoint(
             f"method={method!r} needs calibration data: give a file of text or JSON lines as calibration, or use "
             "method='magnitude'"
         )
+    where = usable_device(device)
     folder = local_folder(model, ignore=OTHER_WEIGHTS)
     out = OutputFolder(Path(output), overwrite, MODEL)
     out.check_apart_from(folder, "model")
     checkpoint = read_checkpoint(folder)
     out.check(checkpoint.size, checkpoint.copies)
     dense_card = read_card(folder / CARD)
-    skeleton = Skeleton(checkpoint, choose_device(device))
+    skeleton = Skeleton(checkpoint, where)
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
     settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
@@ -202,7 +205,7 @@ def _calibration_data(
         raise ValueError(f"sequence_length={sequence_length} is more than the model's context of {limit} tokens")
     folder = skeleton.checkpoint.folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no tokenizer that can be loaded ({error}): put the model's tokenizer there, or give "

@@ -15,34 +15,6 @@ from .methods import PruningMethod
 from .skeleton import Skeleton
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """
-    Choose where to compute, and try it.
-
-    Args:
-        device (`str` or `torch.device`, *optional*): The device; by default a CUDA GPU if there is one.
-
-    Returns:
-        `torch.device`: The device.
-
-    Raises:
-        ValueError: If there is no such device.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        if chosen.type == "meta":
-            raise RuntimeError("a meta device does not compute")
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={str(device)!r} cannot be used here ({reason}); name another, such as 'cpu'"
-        ) from error
-    return chosen
-
-
 def last_block(skeleton: Skeleton, layers: dict[str, LinearLayer]) -> int:
     """The number of the last block that has a layer to prune: the calibration data go no further."""
     indices = range(len(skeleton.blocks))

@@ -213,10 +213,16 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     named = checkpoint.config.get("architectures") or []
     cls = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        # without the question on the terminal whether the model's code may be run
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with _default_dtype(dtype), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
     except (ValueError, KeyError) as error:
+        if "auto_map" in checkpoint.config:
+            raise ValueError(
+                f"the model in {checkpoint.folder} comes with its own code, which is not run here. Load it with "
+                "trust_remote_code=True, and prune it in memory with prune_wanda, prune_sparsegpt or prune_magnitude."
+            ) from error
         raise ValueError(
             f"Transformers {transformers.__version__} cannot build the model in {checkpoint.folder} (model_type "
             f"{checkpoint.config['model_type']!r}): {error}"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -12,8 +11,11 @@ from typing import Any, Literal, NamedTuple
 import yaml  # type: ignore[import-untyped]
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from ..error_text import one_line
+from ..sparsity.names import names_or_expression
 from ..tuner import SPPConfig
-from .errors import InputError, one_line
+from .errors import InputError
+from .machine import no_gpu_hint
 
 
 @dataclass
@@ -32,6 +34,7 @@ class SPPArguments:
         spp_layers_to_transform (`list[int]`, *optional*): The indices of the blocks to adapt.
         spp_modules_to_save (`list[str]`, *optional*): Modules to train and save in full.
         spp_bias (`str`): Which biases to train: 'none', 'all' or 'spp_only'.
+        spp_check_base_steps (`int`): After how many steps [`SPPGuardCallback`] compares the base weights.
         dry_run (`bool`): Check arguments, data, model and checkpoint, and write nothing.
     """
 
@@ -55,6 +58,10 @@ class SPPArguments:
         default=None, metadata={"help": "Modules to train and save in full, beside the adapter."}
     )
     spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Biases to train."})
+    spp_check_base_steps: int = field(
+        default=100,
+        metadata={"help": "After how many steps SPPGuardCallback compares the base weights; 0: only when saving."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check arguments, data, model and checkpoint; train nothing and write nothing."},
@@ -67,8 +74,8 @@ class SPPArguments:
             r=self.spp_r,
             spp_alpha=self.spp_alpha,
             spp_dropout=self.spp_dropout,
-            target_modules=_names_or_pattern(self.spp_target_modules),
-            exclude_modules=_names_or_pattern(self.spp_exclude_modules),
+            target_modules=_modules(self.spp_target_modules, "--spp_target_modules"),
+            exclude_modules=_modules(self.spp_exclude_modules, "--spp_exclude_modules"),
             layers_to_transform=self.spp_layers_to_transform,
             modules_to_save=self.spp_modules_to_save,
             bias=self.spp_bias,
@@ -109,8 +116,8 @@ def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
     try:
         # the last is the namespace of --config, which TrlParser has taken out of the words by then
         *parsed, _ = parser.parse_args_and_config(words)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise InputError(one_line(error)) from error
+    except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
+        raise InputError(no_gpu_hint(error) or one_line(error)) from error
     arguments = Arguments(*parsed)
     _check(arguments)
     return arguments
@@ -129,6 +136,8 @@ def _check(arguments: Arguments) -> None:
         )
     if (script.dataset_streaming or mixture.streaming) and arguments.training.max_steps <= 0:
         raise InputError("Streamed data has no length. Pass --max_steps.")
+    if arguments.spp.spp_check_base_steps < 0:
+        raise InputError("--spp_check_base_steps is a number of steps, or 0.")
     try:
         arguments.spp.to_config()
     except ValueError as error:
@@ -158,12 +167,7 @@ def _split_config_option(args: Sequence[str]) -> list[str]:
     return words
 
 
-def _names_or_pattern(values: list[str] | None) -> list[str] | str | None:
-    """PEFT matches a list as ends of names and a string as a regular expression; one plain name means the former."""
-    if (
-        values is not None
-        and len(values) == 1
-        and (values[0] == "all-linear" or not re.fullmatch(r"[\w.]+", values[0]))
-    ):
+def _modules(values: list[str] | None, option: str) -> list[str] | str | None:
+    if values == ["all-linear"]:
         return values[0]
-    return values
+    return names_or_expression(values, option) if values else None

@@ -12,11 +12,13 @@ import datasets  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
 from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
 
-from .errors import InputError, one_line
+from ..checkpoints.hub import looks_like_path
+from ..error_text import one_line
+from ..text_files import READ_ERRORS, builder_of, builder_options, find_fault, kinds
+from .errors import InputError
 
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_READ_ERRORS = (*READ_ERRORS, DatasetsError)
 # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
@@ -69,18 +71,43 @@ def load_data(
             raise InputError(
                 f"The data has no split {name!r}; it has {', '.join(map(repr, splits))}. Pass {option}{hint}."
             )
-        _check_rows(splits[name], name, training)
+        try:
+            _check_rows(splits[name], name, training)
+        except InputError:
+            raise
+        except _READ_ERRORS as error:  # Arrow takes bytes that are not UTF-8, until they are read
+            raise _unreadable(error, script, mixture) from error
     return splits[train_name], splits[test_name] if evaluates else None
 
 
 def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> dict[str, Any]:
     try:
         return _load_mixture(mixture) if mixture.datasets else _load_source(str(script.dataset_name), script)
-    except (OSError, ValueError, DatasetsError) as error:
-        if isinstance(error, InputError):
-            raise
-        source = script.dataset_name or ", ".join(config.path for config in mixture.datasets)
-        raise InputError(f"The data set {source!r} cannot be loaded: {one_line(error)}") from error
+    except InputError:
+        raise
+    except _READ_ERRORS as error:
+        raise _unreadable(error, script, mixture) from error
+
+
+def _unreadable(error: Exception, script: ScriptArguments, mixture: DatasetMixtureConfig) -> InputError:
+    sources = [str(script.dataset_name)] if script.dataset_name else _paths(mixture)
+    faults = (find_fault(file) for source in sources for file in _files(Path(source).expanduser()))
+    reason = next((fault for fault in faults if fault), None) or one_line(error)
+    return InputError(f"The data set {', '.join(map(repr, sources))} cannot be loaded: {reason}")
+
+
+def _paths(mixture: DatasetMixtureConfig) -> list[str]:
+    paths: list[str] = []
+    for config in mixture.datasets:
+        files = config.data_files or config.path
+        if isinstance(files, dict):
+            files = list(files.values())
+        paths += [files] if isinstance(files, str) else files
+    return paths
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def _split(dataset: Any, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -98,10 +125,12 @@ def _load_source(name: str, script: ScriptArguments) -> dict[str, Any]:
     if builder == "disk":
         loaded = datasets.load_from_disk(str(path))
         return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {script.dataset_train_split: loaded}
-    files = {script.dataset_train_split: str(path)} if path is not None and path.is_file() else None
+    is_file = path is not None and path.is_file()
+    files = {script.dataset_train_split: str(path)} if is_file else None
+    options = builder_options(builder) if is_file else {}
     return dict(
         datasets.load_dataset(
-            builder, name=script.dataset_config, data_files=files, streaming=script.dataset_streaming
+            builder, name=script.dataset_config, data_files=files, streaming=script.dataset_streaming, **options
         )
     )
 
@@ -125,27 +154,21 @@ def _local_source(name: str) -> tuple[str, Path | None]:
     """What `load_dataset` is to be called with, or "disk", and the local file or folder, if it is one."""
     path = Path(name).expanduser()
     if path.is_file():
-        suffixes = [suffix for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
-        suffix = suffixes[-1].lower() if suffixes else ""
-        if suffix not in _BUILDERS:
-            raise InputError(f"The data file {name!r} is not of a known kind. It should be {_kinds()}.")
+        builder = builder_of(path)
+        if builder is None:
+            raise InputError(f"The data file {name!r} is not of a known kind. It should be {kinds()}.")
         if path.stat().st_size == 0:
             raise InputError(f"The data file {name!r} is empty.")
-        return _BUILDERS[suffix], path
+        return builder, path
     if path.is_dir():
         if any((path / marker).is_file() for marker in _SAVED_TO_DISK):
             return "disk", path
-        if not any(_BUILDERS.keys() & {suffix.lower() for suffix in file.suffixes} for file in path.rglob("*")):
-            raise InputError(f"The folder {name!r} has no data files. They should be {_kinds()}.")
+        if not any(builder_of(file) for file in path.rglob("*")):
+            raise InputError(f"The folder {name!r} has no data files. They should be {kinds()}.")
         return str(path), path
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in _BUILDERS
-    if looks_local:
+    if looks_like_path(name) or builder_of(path):
         raise InputError(f"There is no data file or folder {name!r}.")
     return name, None
-
-
-def _kinds() -> str:
-    return f"{', '.join(list(_BUILDERS)[:-1])} or {list(_BUILDERS)[-1]}"
 
 
 def _check_rows(dataset: Any, split: str, training: SFTConfig) -> None:
@@ -162,6 +185,24 @@ def _check_rows(dataset: Any, split: str, training: SFTConfig) -> None:
             f"The split {split!r} of the data has the columns {', '.join(map(repr, row))}. Training wants {text!r} "
             "(another name: --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'."
         )
-    for name in (text, "messages"):
-        if name in row and row[name] is None:
-            raise InputError(f"The first row of the split {split!r} has no {name!r}.")
+    for column in _used_columns(row, text):
+        wanted = type(row[column]) if column in ("prompt", "completion") and row[column] is not None else None
+        wanted = wanted or (list if column in ("messages", "conversations") else str)
+        # of streamed data, the first row is all that is there
+        values = dataset[column] if isinstance(dataset, datasets.Dataset) else [row[column]]
+        for number, value in enumerate(values, 1):
+            if wanted not in (str, list) or not isinstance(value, wanted):
+                found = "null" if value is None else f"of type {type(value).__name__}"
+                raise InputError(
+                    f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training wants "
+                    f"{'a list of messages' if wanted is list else 'text'}. Correct the row, or take it out."
+                )
+
+
+def _used_columns(row: dict[str, Any], text: str) -> tuple[str, ...]:
+    """What TRL trains on, where the data has more than one of the columns that it knows."""
+    if "input_ids" in row:
+        return ()
+    if "prompt" in row and "completion" in row:
+        return "prompt", "completion"
+    return (next(column for column in ("messages", "conversations", text) if column in row),)

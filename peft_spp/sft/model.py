@@ -3,29 +3,53 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.constants import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PretrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
+from ..checkpoints.hub import local_folder
+from ..error_text import one_line
+from ..sparsity.safetensors_files import stored_in_files
 from ..tuner import SPPConfig, SPPLayer
-from .errors import InputError, one_line
+from .errors import InputError
+from .machine import check_quantization
 
 
-class AdapterSize(NamedTuple):
-    """How many layers an adapter has, and how many parameters it trains, of how many in all."""
-
-    layers: int
-    trainable: int
-    total: int
+# what is read of a model before its weights
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 
 
-def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) -> AdapterSize:
+class BaseModel(NamedTuple):
+    """
+    A base model without its weights.
+
+    Args:
+        adapted (`PeftModel`): The model on the meta device, with the adapter.
+        processor (`Any`): Its tokenizer, or the processor of a multimodal model.
+    """
+
+    adapted: PeftModel
+    processor: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, also where a processor holds it."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the adapted layers."""
+        return [module.module_name for module in self.adapted.modules() if isinstance(module, SPPLayer)]
+
+
+def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) -> BaseModel:
     """
     Check that the base model is there and that it can be adapted, without its weights.
 
@@ -35,7 +59,7 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
         trust_remote_code (`bool`): Whether code that comes with the model may be run.
 
     Returns:
-        `AdapterSize`: The size of the adapter.
+        `BaseModel`: The model.
 
     Raises:
         InputError: If the model cannot be found or the adapter does not fit it.
@@ -48,30 +72,49 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
         )
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
     try:
+        # Transformers would ask the Hub again and again for what is not there
+        local_folder(name, revision=model.model_revision, allow=_SMALL_FILES)
         model_config = AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         raise InputError(f"The model {name!r} cannot be loaded: {one_line(error)}") from error
     try:
         # as SFTTrainer does, once it has loaded the model
-        AutoProcessor.from_pretrained(name, **source)
+        processor = AutoProcessor.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         raise InputError(f"The tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
-
-    architecture = getattr(transformers, (model_config.architectures or ["AutoModelForCausalLM"])[0], None)
-    with torch.device("meta"):
-        if architecture is None or architecture is AutoModelForCausalLM:
-            empty = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-        else:
-            empty = architecture(model_config)
+    check_quantization(model, model_config)
+    empty = _build_empty(model, model_config, trust_remote_code)
     if not empty.can_generate():
         raise InputError(f"The model {name!r} is a {type(empty).__name__}, which does not generate text.")
-    return _adapt(empty, config, name)
-
-
-def _adapt(empty: PreTrainedModel, config: SPPConfig, name: str) -> AdapterSize:
     try:
         adapted = get_peft_model(empty, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise InputError(f"The model {name!r} cannot be adapted: {one_line(error)}") from error
-    layers = sum(isinstance(module, SPPLayer) for module in adapted.modules())
-    return AdapterSize(layers, *adapted.get_nb_trainable_parameters())
+    _check_weights(name)
+    return BaseModel(adapted, processor)
+
+
+def _check_weights(name: str) -> None:
+    """Check that the files of a local model are there and whole, by their headers."""
+    folder = Path(name).expanduser()
+    # what is pickled is read by nobody before the run
+    if not folder.is_dir() or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*"))):
+        return
+    try:
+        _, tensors, _ = stored_in_files(folder)
+        deque(tensors, maxlen=0)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The weights of {name!r} cannot be loaded: {one_line(error)}") from error
+
+
+def _build_empty(model: ModelConfig, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    if model.attn_implementation is not None:
+        config._attn_implementation = model.attn_implementation
+    architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], None)
+    try:
+        with torch.device("meta"):
+            if architecture is None or architecture is AutoModelForCausalLM:
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return architecture(config)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"The model {model.model_name_or_path!r} cannot be built: {one_line(error)}") from error

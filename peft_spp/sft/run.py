@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]
-from peft import PeftModel
-from trl import SFTTrainer, get_quantization_config
+from trl import get_quantization_config
 
-from ..model_card import update_model_card
-from ..tuner import SPPConfig
+from ..callbacks import SPPGuardCallback
+from ..other_libraries import without_their_future_warnings
 from .arguments import Arguments, parse_arguments
+from .base_report import SparsityCallback, sparsity_on_disk
 from .checkpoints import find_checkpoint
 from .data import check_sources, load_data
-from .errors import InputError
-from .model import AdapterSize, check_model
+from .machine import check_machine
+from .model import BaseModel, check_model
+from .processes import is_first_process
+from .rehearsal import rehearse
+from .trainer import CardedSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -29,32 +31,20 @@ class Run:
 
     Args:
         arguments (`Arguments`): All arguments.
-        size (`AdapterSize`): The size of the adapter.
+        model (`BaseModel`): The base model without its weights.
         train_dataset (`Dataset` or `IterableDataset`): The data to train on.
         eval_dataset (`Dataset` or `IterableDataset`, *optional*): The data to evaluate on.
         checkpoint (`str`, *optional*): The folder of the checkpoint to go on from.
     """
 
     arguments: Arguments
-    size: AdapterSize
+    model: BaseModel
     train_dataset: datasets.Dataset | datasets.IterableDataset
     eval_dataset: datasets.Dataset | datasets.IterableDataset | None
     checkpoint: str | None
 
 
-class CardedSFTTrainer(SFTTrainer):
-    """An `SFTTrainer` whose model cards, also those it pushes, say how an SPP adapter is loaded."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            # TRL takes the adapter for a whole model of Transformers
-            model, folder = cast(PeftModel, self.model), str(self.args.output_dir)
-            model.create_or_update_model_card(folder)
-            update_model_card(folder, cast(SPPConfig, model.peft_config["default"]))
-
-
-def main(args: Sequence[str], prog: str = "peft-spp sft") -> int:
+def main(args: Sequence[str], prog: str = "peft-spp sft") -> None:
     """
     Fine-tune a model with SPP, as the command line says.
 
@@ -62,21 +52,15 @@ def main(args: Sequence[str], prog: str = "peft-spp sft") -> int:
         args (`Sequence[str]`): The command line, without the name of the program.
         prog (`str`): The name of the program, for the help.
 
-    Returns:
-        `int`: The exit code: 0, or 2 if arguments, data, model or checkpoint cannot be used; nothing has been trained
-        or written then. An error of the training itself is raised.
+    Raises:
+        InputError: If arguments, data, model or checkpoint cannot be used; nothing has been trained or written then.
     """
-    try:
+    with without_their_future_warnings():
         run = prepare(parse_arguments(args, prog))
-    except InputError as error:
-        if _is_first_process():
-            print(f"Error: {error}", file=sys.stderr)
-        return 2
-    if _is_first_process():
-        print(_describe(run), file=sys.stderr)
-    if not run.arguments.spp.dry_run:
-        train(run)
-    return 0
+        if is_first_process():
+            print(_describe(run), file=sys.stderr)
+        if not run.arguments.spp.dry_run:
+            train(run)
 
 
 def prepare(arguments: Arguments) -> Run:
@@ -90,14 +74,16 @@ def prepare(arguments: Arguments) -> Run:
         `Run`: For [`train`].
 
     Raises:
-        InputError: If data, model or checkpoint cannot be used.
+        InputError: If data, model or checkpoint cannot be used, or this machine cannot train it.
     """
     training = arguments.training
+    check_machine(training)
     check_sources(arguments.script, arguments.mixture)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, str(training.output_dir))
-    size = check_model(arguments.model, arguments.spp.to_config(), training.trust_remote_code)
+    model = check_model(arguments.model, arguments.spp.to_config(), training.trust_remote_code)
     train_dataset, eval_dataset = load_data(arguments.script, arguments.mixture, training)
-    return Run(arguments, size, train_dataset, eval_dataset, checkpoint)
+    rehearse(model, training, train_dataset, eval_dataset)
+    return Run(arguments, model, train_dataset, eval_dataset, checkpoint)
 
 
 def train(run: Run) -> None:
@@ -117,6 +103,7 @@ def train(run: Run) -> None:
         "dtype": model.dtype,
         **(given or {}),
     }
+    guard = SPPGuardCallback(spp.spp_check_base_steps)
     trainer = CardedSFTTrainer(
         model=str(model.model_name_or_path),
         args=training,
@@ -124,6 +111,7 @@ def train(run: Run) -> None:
         eval_dataset=run.eval_dataset,
         quantization_config=get_quantization_config(model),
         peft_config=spp.to_config(),
+        callbacks=[guard, SparsityCallback(guard)],
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model(training.output_dir)
@@ -136,18 +124,16 @@ def train(run: Run) -> None:
 
 
 def _describe(run: Run) -> str:
-    layers, trainable, total = run.size
+    trainable, total = run.model.adapted.get_nb_trainable_parameters()
     rows = len(run.train_dataset) if isinstance(run.train_dataset, datasets.Dataset) else "streamed"
-    lines = (
-        f"Model:      {run.arguments.model.model_name_or_path}",
-        f"Adapter:    SPP on {layers} layers, {trainable:,} trainable parameters of {total:,}",
+    name = run.arguments.model.model_name_or_path
+    lines = [
+        f"Model:      {name}",
+        f"Adapter:    SPP on {len(run.model.layers)} layers, {trainable:,} trainable parameters of {total:,}",
         f"Data:       {rows} rows",
         f"Checkpoint: {run.checkpoint or 'none, from the first step'}",
         f"Output:     {run.arguments.training.output_dir}",
-    )
-    return "\n".join(lines)
-
-
-def _is_first_process() -> bool:
-    """Whether this process is the one to print, as a launcher's environment says."""
-    return os.environ.get("RANK", "0") == "0"
+    ]
+    # a run says it once it has loaded the model
+    found = sparsity_on_disk(str(name), run.model.layers) if run.arguments.spp.dry_run else None
+    return "\n".join([*lines, *(found.lines() if found else ())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 
 WRAPPER_PARTS = frozenset(
@@ -131,7 +132,43 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
 
     Returns:
         `bool`: Whether the name matches.
+
+    Raises:
+        ValueError: If `wanted` is not a valid regular expression.
     """
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return _compile(wanted).fullmatch(name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:
+    """What the values of an option say about modules, by the rule of PEFT's `target_modules`.
+
+    Args:
+        values (`Sequence[str]`): Names or their ends, or one regular expression.
+        option (`str`): The option, for messages.
+
+    Returns:
+        `str` or `list[str]`: For [`matches`]: the expression, or the names.
+
+    Raises:
+        ValueError: If the expression is not valid, or one of several.
+    """
+    expressions = [value for value in values if not re.fullmatch(r"[\w.-]+", value)]
+    for expression in expressions:
+        _compile(expression, option)
+    if len(expressions) > 1 or (expressions and len(values) > 1):
+        raise ValueError(
+            f"{option} takes names, or one regular expression, and {expressions[0]!r} is one of {len(values)} values. "
+            f"Join them to one expression: {'|'.join(f'({value})' for value in values)!r}"
+        )
+    return expressions[0] if expressions else list(values)
+
+
+@lru_cache
+def _compile(expression: str, option: str = "") -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        where = f"{option}: " if option else ""
+        raise ValueError(f"{where}{expression!r} is not a valid regular expression: {error}") from error

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .file_bytes import byte_ranges, read_bytes
 from .weights import Stored
 
 
@@ -250,11 +251,12 @@ def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Store
             missing = [name for name in expected or () if name not in present]
             if missing:
                 raise ValueError(f"{file} does not hold tensor {missing[0]!r}, which the index says it does")
+            ranges = byte_ranges(file)
             for name in sorted(present):
                 view = tensors.get_slice(name)
-                dtype = view.get_dtype()
+                dtype = DTYPES.get(view.get_dtype(), view.get_dtype())
                 shape = checked_shape(file, name, view.get_shape())
-                listed.append(Stored(name, shape, DTYPES.get(dtype, dtype), partial(_load, file, name)))
+                listed.append(Stored(name, shape, dtype, partial(_load, file, name, dtype, shape, ranges[name])))
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or damaged): {error}") from error
     return listed
@@ -279,11 +281,9 @@ def checked_shape(file: Path, name: str, shape: Sequence[int]) -> tuple[int, ...
     return tuple(shape)
 
 
-def _load(file: Path, name: str) -> Tensor:
-    # Opened anew for each tensor, since an open file keeps all that was read of it mapped into memory.
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-            return tensor
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file (cut short or damaged): {error}") from error
+def _load(
+    file: Path, name: str, dtype: torch.dtype | str, shape: tuple[int, ...], byte_range: tuple[int, int]
+) -> Tensor:
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"tensor {name!r} of {file} has dtype {dtype}, which is not floating")
+    return read_bytes(file, *byte_range).view(dtype).view(shape)

@@ -32,7 +32,7 @@ def test_prune_writes_a_model_and_prints_a_table_or_json(tmp_path: Path, model: 
     result = run(model, tmp_path / "out", *arguments)
     assert result.exit_code == 0 and "18 layers" in result.stdout and result.stderr == ""
     assert sparsity_report(tmp_path / "out", modules=r".*mlp.*").all_satisfy("2:4")
-    assert run(model, tmp_path / "out", *arguments).exit_code == 1
+    assert run(model, tmp_path / "out", *arguments).exit_code == 2
     again = run(model, tmp_path / "out", *arguments, "--overwrite", "--json")
     found = json.loads(again.stdout)
     assert found["sparsity"] == 0.5 and found["settings"]["method"] == "magnitude" and len(found["modules"]) == 18
@@ -54,7 +54,7 @@ def test_a_dry_run_says_what_would_be_pruned(tmp_path: Path, model: Path) -> Non
 )
 def test_a_refusal_says_why_in_one_line(tmp_path: Path, model: Path, arguments: list[str], message: str) -> None:
     result = run(model, tmp_path / "out", *arguments)
-    assert result.exit_code == 1 and result.stdout == ""
+    assert result.exit_code == 2 and result.stdout == ""
     assert message in result.stderr and result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 

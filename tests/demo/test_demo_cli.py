@@ -33,7 +33,7 @@ def test_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypat
         if module.startswith("peft_spp.demo"):
             monkeypatch.delitem(sys.modules, module)
     result = runner.invoke(app, ["demo", "--output", str(tmp_path / "out")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert f'{package} is not installed. Install it with: pip install "peft-spp[train]"' in result.output
     assert not (tmp_path / "out").exists()
 

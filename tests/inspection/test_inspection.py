@@ -124,7 +124,7 @@ def test_pictures_are_drawn(tmp_path: Path, model: Path, adapter: Path) -> None:
 def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path, model: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(model, "--plot", tmp_path / "out.png")
-    assert result.exit_code == 1 and 'pip install "peft-spp[plot]"' in result.stderr
+    assert result.exit_code == 2 and 'pip install "peft-spp[plot]"' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -139,27 +139,27 @@ def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path, model: Pat
 def test_refusals_say_why_in_one_line(model: Path, arguments: list[str], message: str) -> None:
     pytest.importorskip("matplotlib")
     result = run(model, *arguments)
-    assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_what_is_asked_of_a_model_is_refused_for_an_adapter(adapter: Path) -> None:
     result = run(adapter, "--modules", "q_proj")
-    assert result.exit_code == 1 and "is an adapter" in result.stderr
+    assert result.exit_code == 2 and "is an adapter" in result.stderr
 
 
 def test_an_unknown_layer_to_draw_is_named(tmp_path: Path, model: Path, adapter: Path) -> None:
     pytest.importorskip("matplotlib")
     for source in (model, adapter):
         result = run(source, "--plot", tmp_path / "out.png", "--plot-module", "nowhere")
-        assert result.exit_code == 1 and "'nowhere'" in result.stderr
+        assert result.exit_code == 2 and "'nowhere'" in result.stderr
 
 
 def test_an_adapter_of_another_method_is_named(tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     result = run(tmp_path)
-    assert result.exit_code == 1 and "LORA" in result.stderr
+    assert result.exit_code == 2 and "LORA" in result.stderr
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     result = run(tmp_path / "nowhere")
-    assert result.exit_code == 1 and "nowhere" in result.stderr
+    assert result.exit_code == 2 and "nowhere" in result.stderr

@@ -211,7 +211,7 @@ def test_the_command_has_a_dry_run_json_and_exit_codes(tmp_path):
     assert run(authors, out, "--base", "someone/llama").exit_code == 0
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/llama"
     again = run(authors, out)
-    assert again.exit_code == 1 and again.stdout == "" and again.stderr.count("\n") == 1
+    assert again.exit_code == 2 and again.stdout == "" and again.stderr.count("\n") == 1
     assert run(authors, out, "--overwrite").exit_code == 0
     assert run(authors).exit_code == 2
     # saved as safetensors it is the same

@@ -225,11 +225,11 @@ def test_the_command_has_a_dry_run_json_and_exit_codes(tmp_path):
     assert report["size"] == sum(t.numel() * t.element_size() for t in stored.values())
     assert sum(module["parameters"] for module in report["modules"]) == sum(t.numel() for t in stored.values())
     again = run(adapter, out)
-    assert again.exit_code == 1 and again.stdout == "" and again.stderr.count("\n") == 1
+    assert again.exit_code == 2 and again.stdout == "" and again.stderr.count("\n") == 1
     assert run(adapter, out, "--overwrite").exit_code == 0
-    assert run(tmp_path / "nowhere", tmp_path / "other").exit_code == 1
+    assert run(tmp_path / "nowhere", tmp_path / "other").exit_code == 2
     assert run(adapter).exit_code == 2 and run(adapter, out, "--to", "lora").exit_code == 2
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert run(adapter, tmp_path / "model", "--overwrite").exit_code == 1
+    assert run(adapter, tmp_path / "model", "--overwrite").exit_code == 2
     assert (tmp_path / "model" / "config.json").read_text() == "{}"

@@ -32,7 +32,7 @@ def test_merge_prints_json(tmp_path, case):
 
 def test_merge_overwrites_if_asked(tmp_path, case):
     assert merge(case.adapter, tmp_path / "out").exit_code == 0
-    assert merge(case.adapter, tmp_path / "out").exit_code == 1
+    assert merge(case.adapter, tmp_path / "out").exit_code == 2
     assert merge(case.adapter, tmp_path / "out", "--overwrite").exit_code == 0
     assert contents(tmp_path / "out").keys() == contents(case.base).keys() | {"README.md"}
 
@@ -40,7 +40,7 @@ def test_merge_overwrites_if_asked(tmp_path, case):
 def test_a_refused_merge_says_why_in_one_line(tmp_path, case):
     edit_json(case.adapter / "adapter_config.json", peft_type="LORA")
     result = merge(case.adapter, tmp_path / "out")
-    assert result.exit_code == 1 and result.stdout == ""
+    assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith("Error: ") and "LORA" in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -48,3 +48,16 @@ def test_a_refused_merge_says_why_in_one_line(tmp_path, case):
 def test_wrong_usage_is_told_from_a_failed_merge(tmp_path):
     assert merge(tmp_path).exit_code == 2
     assert merge(tmp_path, tmp_path, "--nonsense").exit_code == 2
+
+
+def test_a_base_that_only_the_adapter_names_is_reported_with_the_option(tmp_path, case, monkeypatch):
+    edit_json(case.adapter / "adapter_config.json", base_model_name_or_path=f"./{case.base.name}")
+    monkeypatch.chdir(case.base.parent)
+    assert merge(case.adapter, tmp_path / "out", "--dry-run").exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = merge(case.adapter, tmp_path / "out")
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    for part in (str(case.adapter), f"'./{case.base.name}'", str(tmp_path / "elsewhere"), "--base"):
+        assert part in result.stderr
+    assert merge(case.adapter, tmp_path / "out", "--base", case.base).exit_code == 0

@@ -151,7 +151,7 @@ def test_a_file_size_limit_leaves_nothing(tmp_path, case):
     command = [sys.executable, "-c", code, "merge", str(case.adapter), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     # other packages may log lines of their own when they are imported
-    assert done.returncode == 1 and "space" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "space" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert contents(tmp_path) == before and not (tmp_path / "out").exists() and hidden(tmp_path) == []
 
 

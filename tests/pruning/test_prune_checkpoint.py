@@ -272,7 +272,7 @@ def remove_tokenizer(model: Path) -> None:
         (None, {"sparsity": 0.5}, "exactly one"),
         (None, {"method": "obc"}, "'obc' is not one of 'wanda', 'magnitude', 'sparsegpt'"),
         (None, {"calibration": None}, "method='wanda' needs calibration data"),
-        (None, {"calibration": Path("missing.txt")}, "missing.txt is not there"),
+        (None, {"calibration": Path("missing.txt")}, "there is no file 'missing.txt'"),
         (None, {"samples": 10_000}, "samples=10000"),
         (None, {"sequence_length": 65}, "65 is more than the model's context of 64"),
         (None, {"target_modules": ["qkv"]}, "qkv"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sparsity_tiny_models import keep_n_m
 
+from peft_spp.inspection import inspect_checkpoint
 from peft_spp.sparsity import compare_sparsity, safetensors_files, sparsity_report
 
 
@@ -213,12 +214,12 @@ def watched(monkeypatch):
     alive, resident, seen = [], [], []
     load = safetensors_files._load
 
-    def watching(file, name):
+    def watching(*where):
         alive.append(sum(one() is not None for one in seen))
         if os.path.exists("/proc/self/statm"):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
-        tensor = load(file, name)
+        tensor = load(*where)
         seen.append(weakref.ref(tensor))
         return tensor
 
@@ -249,3 +250,15 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, watched):
     if not resident:
         pytest.skip("resident memory is told on Linux only")
     assert max(resident) - resident[0] < 64 * 2**20 < size * count // 2
+
+
+def test_the_header_of_a_file_is_read_once_and_not_for_each_tensor(tmp_path, monkeypatch):
+    tensors = {f"layers.{n}.fc.weight": torch.eye(4) for n in range(200)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    opened = []
+    open_file = safetensors_files.safe_open
+    monkeypatch.setattr(safetensors_files, "safe_open", lambda *a, **k: opened.append(a) or open_file(*a, **k))
+    for read in (sparsity_report, inspect_checkpoint):
+        opened.clear()
+        report = read(tmp_path)
+        assert len(report) == 200 and report.zeros == 200 * 12 and len(opened) == 1

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command ends: with 0, with 1 for what it was asked to find, and with 2 for trouble of any kind."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..error_text import message
+from .terminal import make_printable, silence
+
+
+# as `diff` and `grep` do; an interrupted command ends as the shell has it
+FOUND, TROUBLE, INTERRUPTED = 1, 2, 130
+
+
+class CommandGroup(TyperGroup):
+    """All commands: each ends with one of the exit codes, whatever is raised in it."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        make_printable()
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_as_exit_codes():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def errors_as_exit_codes() -> Iterator[None]:
+    """While active, an error that says what is wrong ends the command with its message, any other with a traceback.
+
+    Python itself ends with 1 after an uncaught error, which would read as a finding.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _print_error("Interrupted.")
+        raise typer.Exit(code=INTERRUPTED) from error
+    except BrokenPipeError as error:
+        # nobody reads what is printed: `peft-spp ... | head`
+        silence()
+        raise typer.Exit(code=TROUBLE) from error
+    except Exception as error:
+        # Click's exceptions say by themselves how to end: wrong usage, help, an exit code
+        if hasattr(error, "exit_code"):
+            raise
+        _print_error(f"Error: {message(error)}" if _is_message(error) else traceback.format_exc().rstrip())
+        raise typer.Exit(code=TROUBLE) from error
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether an error says what is wrong with what the command was given, or with the machine."""
+    # PyTorch is not imported for its error alone
+    return isinstance(error, (ImportError, OSError, ValueError, MemoryError)) or (
+        type(error).__name__ == "OutOfMemoryError"
+    )
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

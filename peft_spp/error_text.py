@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The messages of errors, for messages of ours."""
+
+from __future__ import annotations
+
+
+def message(error: BaseException) -> str:
+    """The message of an error on one line, or the name of the error if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """
+    The message of an error of another library on one line, with that of its cause if the message leaves it out.
+
+    Args:
+        error (`BaseException`): The error.
+
+    Returns:
+        `str`: The message, or the name of the error if it has none.
+    """
+    text = message(error)
+    if error.__cause__ is None:
+        return text
+    cause = one_line(error.__cause__)
+    return text if cause in text else f"{text}: {cause}"
