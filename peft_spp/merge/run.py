@@ -119,7 +119,9 @@ def merge_checkpoint(
     with folder, piece_workers() as workers:
         _write(folder, checkpoint, plan, counted, workers)
         report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
-        card = str(merged_card(base_card, report, hub_id(base), hub_id(adapter)))
+        card = str(
+            merged_card(base_card, report, hub_id(base or str(config.base_model_name_or_path)), hub_id(adapter))
+        )
         for name, text in ((CARD, card), (CONFIG, mark_merged(checkpoint, merged_id))):
             path = folder.new_file(Path(name))
             path.write_text(text, encoding="utf-8")

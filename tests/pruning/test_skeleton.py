@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from every_model import build
-from peft_spp.merge.checkpoint import read_checkpoint
 from safetensors.torch import load_file, save_file
 
+from peft_spp.checkpoints.checkpoint import read_checkpoint
 from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_wanda
 from peft_spp.pruning.skeleton import Skeleton
 from peft_spp.sparsity import compare_sparsity, sparsity_report
