@@ -95,7 +95,7 @@ def test_the_pattern_is_looked_for_along_the_inputs_of_each_architecture(name):
 def test_the_adapter_remembers_the_masks_of_all_experts(name, tmp_path):
     model = get_peft_model(tiny_moe(name, pattern="2:4"), spp_config(target_modules=[]))
     model.save_pretrained(tmp_path)
-    masks = json.loads((tmp_path / "adapter_config.json").read_text())["base_record"]["masks"]
+    masks = json.loads((tmp_path / "base_masks.json").read_text())["masks"]
     assert set(masks) == set(experts(model))
     # 4 experts: gate and up have 24 rows each, of 32 inputs
     assert {(key.rpartition(".")[2], *mask["shape"], mask["pattern"]) for key, mask in masks.items()} == {

@@ -105,7 +105,7 @@ def check(
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter")
     record = loaded.peft_config["default"].base_record
-    assert record == reference.peft_config["default"].base_record and record["masks"]
+    assert record == reference.peft_config["default"].base_record and record.masks
     trained = {name: p for name, p in reference.named_parameters() if ".spp_" in name}
     for name, parameter in loaded.named_parameters():
         if ".spp_" in name:

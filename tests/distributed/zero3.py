@@ -126,7 +126,7 @@ def a_second_adapter(plain: PeftModel, model: PeftModel) -> None:
     other = SPPConfig(r=2, target_modules=TARGETS)
     with gathered(model.parameters()):
         model.add_adapter("second", other)
-    assert other.base_record == config.base_record and config.base_record["masks"]["lin0"]["zeros"] == 120
+    assert other.base_record == config.base_record and config.base_record.masks["lin0"].zeros == 120
     model.delete_adapter("second")
     plain.delete_adapter("second")
 

@@ -198,7 +198,7 @@ def test_an_adapter_of_a_quantized_base_records_it_and_loads_onto_the_float_base
         warnings.filterwarnings("error", message=".*pruned in other places")
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path)
         again = PeftModel.from_pretrained(load_quantized(checkpoint, kind), tmp_path)
-    recorded = loaded.peft_config["default"].base_record["quantization"]
+    recorded = loaded.peft_config["default"].base_record.quantization
     package, _, form = recorded.partition(" ")
     assert package == ("torchao" if kind == "torchao-int8" else "bitsandbytes")
     assert (
