@@ -266,7 +266,7 @@ class Linear(nn.Module, SPPLayer):
         if not names or self.disable_adapters or self.merged or not self._is_computed_with():
             weight: torch.Tensor = super().weight
             return weight
-        if threading.get_ident() in self.mixed_batch_threads:
+        if self.mixed_batch_threads and threading.get_ident() in self.mixed_batch_threads:
             raise RuntimeError(
                 f"The module that holds {self.module_name!r} reads its weight and does not call it, so that a batch "
                 "with several adapters cannot pass through it. Call the model once for each adapter."
