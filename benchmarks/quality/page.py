@@ -8,7 +8,6 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from peft_spp.durable import write_text
 
@@ -235,9 +234,8 @@ def _pruned_cell(analysis: Analysis, model: str, pruning: str) -> str:
 
 
 def _command(store: Store) -> str:
-    """The command of the last run, without the machine's own folders."""
-    words: list[Any] = store.environments[-1]["command"].split()
-    return " ".join("FOLDER" if word.startswith(("/", "~")) else word for word in words)
+    """The command of the last run."""
+    return str(store.environments[-1]["command"])
 
 
 def _relative(path: Path, page: Path) -> str:

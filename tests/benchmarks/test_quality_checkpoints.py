@@ -4,18 +4,24 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 
 pytest.importorskip("datasets")
 
 from benchmarks.quality import __main__ as command
+from benchmarks.quality import samples
 from benchmarks.quality.harness_tasks import evaluate_tasks
-from benchmarks.quality.suites import CHECKPOINTS
+from benchmarks.quality.pretrained import FOUR, OTHERS, PRETRAINED
+from benchmarks.quality.suites import AT_2_4, CHECKPOINTS, Pruning, Study
+from benchmarks.quality.tuning import distillation_loss
 from peft_spp.demo.data import train_tokenizer
 from peft_spp.pruning import prune_magnitude
 
@@ -128,6 +134,61 @@ def test_two_processes_of_accelerate_share_the_work(checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     check_results(tmp_path)
+
+
+@pytest.fixture
+def questions(checkpoint):
+    """The folder of the text, with questions as well."""
+    rows = [{"question": f"Is thing {n} red?", "choices": ["red", "it is green"], "answer": n % 2} for n in range(9)]
+    (checkpoint / "data" / "colors_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return checkpoint / "data"
+
+
+@pytest.mark.slow
+def test_a_dense_model_is_pruned_tuned_and_asked_questions(checkpoint, questions, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    budget = replace(PRETRAINED.budget, steps=2, rate_steps=1, sampled_blocks=2, task_limit=7, apart_blocks=2)
+    monkeypatch.setattr(samples, "BATCH", 2)
+    studies = (
+        replace(PRETRAINED.studies[0], seeds=(0, 1)),
+        Study("pretrained", AT_2_4, (OTHERS[3], OTHERS[1])),
+        Study("pretrained", Pruning("wanda", 0.5), FOUR[:1], rates_from=AT_2_4),
+        Study("pretrained", AT_2_4, (*FOUR, OTHERS[3]), steps_only=True),
+    )
+    small = replace(PRETRAINED, budget=replace(budget, calibration_blocks=2, timing_rounds=1), studies=studies)
+    monkeypatch.setitem(command.ALL_SUITES, "pretrained", small)
+    options = ["--suite", "pretrained", "--model", checkpoint / "tiny", "--data", questions, "--machine", "here"]
+    options += ["--output-dir", tmp_path, "--page", tmp_path / "page.md", "--work-dir", tmp_path / "work"]
+    result = CliRunner().invoke(command.app, list(map(str, options)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "0 steps left" in result.output
+    content = (tmp_path / "here" / "quality-pretrained.json").read_text()
+    assert str(tmp_path) not in content and str(checkpoint) not in content
+    records = json.loads(content)["records"]
+    tuned = [record for record in records if record["kind"] == "tune"]
+    assert len(tuned) == 2 * len(FOUR) + 3
+    deployed = [one for record in tuned for one in record["measured"]["deployments"].items()]
+    assert all(len(one["tasks"]["colors"]["acc_norm right"]) == 7 for name, one in deployed if name != "unmerged")
+    assert all(one["zeros_lost"] == 0 for name, one in deployed if name == "remasked")
+    assert all(set(one["losses"]) == {"text", "unlike"} for _, one in deployed)
+    # the teacher and the samples change what is learned
+    first = [record["measured"]["first_loss"] for record in tuned if record["settings"]["method"] == "spp_positive"]
+    assert first[0] != first[2]
+
+
+def test_the_distillation_loss_is_the_divergence_from_the_teacher():
+    torch.manual_seed(0)
+    scores, wanted = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+
+    def fixed(logits):
+        return lambda input_ids: SimpleNamespace(logits=logits)
+
+    p, q = wanted.softmax(-1), scores.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    assert distillation_loss(fixed(scores), fixed(wanted), torch.zeros(2, 3)).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+    assert distillation_loss(fixed(scores), fixed(scores), torch.zeros(2, 3)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_without_the_evaluation_harness_the_error_names_the_extra(monkeypatch):
