@@ -22,11 +22,12 @@ from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
 from .pretrained import PRETRAINED
+from .pretrained_page import write_pretrained
 from .store import Store
 from .suites import QUICK, SUITES, Checkpoint, Suite, TuningBudget
 
 
-PAGE = Path("docs/quality.md")
+PAGES = {"small": Path("docs/quality.md"), "pretrained": Path("docs/pretrained.md")}
 WORK = Path("~/.cache/peft_spp/quality")
 
 ALL_SUITES = {**SUITES, PRETRAINED.name: PRETRAINED}
@@ -71,7 +72,9 @@ def main(
     work_dir: Annotated[Path, typer.Option(help="Where models are kept between runs.")] = WORK,
     page: Annotated[
         Path | None,
-        typer.Option(help="The page to write; by default docs/quality.md, or beside the JSON of a quick run."),
+        typer.Option(
+            help="The page to write; by default docs/quality.md or, of the suite pretrained, docs/pretrained.md; next to the JSON of a quick run."
+        ),
     ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only write the page of what is measured.")
@@ -109,8 +112,10 @@ def main(
             progress.disable = progress.disable or not accelerator.is_main_process
             Session(chosen, bases, store, progress).run()
     if accelerator.is_main_process:
-        target = page or (run.json_path.with_suffix(".md") if quick else PAGE)
-        for path in write_report(run.json_path.parent, target, quick):
+        target = page or (run.json_path.with_suffix(".md") if quick else PAGES.get(suite, PAGES["small"]))
+        pretrained = suite == PRETRAINED.name and not quick
+        written = write_pretrained(store, target) if pretrained else write_report(run.json_path.parent, target, quick)
+        for path in written:
             console.print(f"Written: {path}", markup=False)
 
 

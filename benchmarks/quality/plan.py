@@ -216,14 +216,14 @@ class Session:
                     on_step=bar,
                 )
 
-        share = settings["batch"] / self.suite.budget.batch
-        return self._measure(kind, settings, measure, steps * share, label)
+        whole = steps if kind == "tune" else steps / self.suite.budget.batch
+        return self._measure(kind, settings, measure, whole, label)
 
     def _profile(self, study: Study) -> dict[str, Any] | None:
         """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""
         base = self.bases[study.model]
         apart = isinstance(base.spec, Checkpoint) and not study.steps_only
-        if apart or len({one.method for one in study.contenders}) == 1:
+        if apart or {one.method for one in study.contenders} == {"spp"}:
             return None
         # SPP is always among them: times are told as ratios to its
         contenders: dict[str, tuple[str, Mapping[str, Any]]] = {contender_name("spp", {}): ("spp", {})}

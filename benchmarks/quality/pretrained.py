@@ -83,7 +83,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         folder (`Path`): The folder to write.
     """
     source: dict[str, Any] = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **source)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     # the weights are dequantized, but are still described as quantized
     model.hf_quantizer = None

@@ -229,8 +229,8 @@ EQUAL = (
 )
 CLAIMED = tuple(map(Contender, ("spp", "spp_positive", "masked_full", "lora", "ia3")))
 SUPERTUNING = (Contender("supertuning", equal="parameters"), Contender("supertuning"))
-RIVALS = (Contender("hira"), Contender("masked_lora"), *EQUAL, *SUPERTUNING)
-ALL = CLAIMED + RIVALS
+RIVALS = (Contender("hira"), Contender("masked_lora"), *EQUAL)
+ALL = CLAIMED + RIVALS + SUPERTUNING
 FEW = tuple(map(Contender, ("spp", "lora", "masked_full")))
 
 
@@ -260,6 +260,8 @@ SMALL = Suite(
         Study("llama", AT_2_4, CLAIMED, SEEDS),
         Study("llama", AT_75, RIVALS, SEEDS),
         Study("llama", AT_2_4, RIVALS, SEEDS),
+        Study("llama", AT_75, SUPERTUNING, SEEDS),
+        Study("llama", AT_2_4, SUPERTUNING, SEEDS),
         *other_prunings("llama", FEW, SEEDS[:1]),
         Study("gpt2", AT_2_4, FEW),
         Study("gpt2", AT_75, FEW),

@@ -315,6 +315,8 @@ def test_muon_trains_the_matrices_inside_the_blocks_and_AdamW_the_rest(spec, qui
 @pytest.mark.parametrize("spec", [QUICK_LLAMA, QUICK_GPT2], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_model_computes_what_the_trained_one_did(spec, name, quick_run, data_folder, tmp_path):
+    if (spec, name) == (QUICK_GPT2, "supertuning"):
+        pytest.skip("PEFT's Supertuning adapts linear layers only")
     base = quick_base(spec, quick_run[0], data_folder)
     method = METHODS[name]
     torch.manual_seed(0)
