@@ -73,7 +73,8 @@ def main(
     page: Annotated[
         Path | None,
         typer.Option(
-            help="The page to write; by default docs/quality.md or, of the suite pretrained, docs/pretrained.md; next to the JSON of a quick run."
+            help="The page to write; by default docs/quality.md or, of the suite pretrained, docs/pretrained.md; next "
+            "to the JSON of a quick run."
         ),
     ] = None,
     report_only: Annotated[

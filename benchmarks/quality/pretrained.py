@@ -69,7 +69,7 @@ PRETRAINED = Suite(
         rate_steps=20,
         task_limit=150,
         apart_blocks=12,
-        sampled_blocks=128,
+        sampled_blocks=64,
     ),
 )
 

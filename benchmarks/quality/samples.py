@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from peft_spp.durable import write_text
 
 
-BATCH = 16
+BATCH = 32
 OPENINGS = ("<|endoftext|>", "<|im_start|>user\n")
 """What batches of samples begin with, in turn: a document, and a question to an assistant, which is then answered."""
 
