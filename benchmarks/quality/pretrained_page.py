@@ -49,7 +49,11 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     ]
     for comparison in comparisons:
         parts += [f"## {comparison.pruning.label}", quality_table(store, comparison)]
-    parts += [paragraph(prose.PRETRAINED_READING.format(**reading(store, comparisons[0])) + published(store))]
+    parts += [
+        paragraph(
+            prose.PRETRAINED_READING.format(**reading(store, comparisons[0])).strip() + " " + published(store).strip()
+        )
+    ]
     parts += ["## Costs", costs_table(store, comparisons[0]), "## Learning rates"]
     parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(comparisons)]
     parts += ["## How it was measured", paragraph(method(store)), missing(store, comparisons)]
@@ -81,7 +85,7 @@ def _spp(one: Comparison) -> list[Entry]:
 def _pruned_sentence(store: Store, one: Comparison) -> str:
     lost, error = one.pruned.gain(one.dense)
     return (
-        f"{one.pruning.label} costs this model a lot: {_perplexities(one.dense)} become {_perplexities(one.pruned)} "
+        f"{one.pruning.label}: {_perplexities(one.dense)} become {_perplexities(one.pruned)} "
         f"(perplexity on {_text_names(store)}), and the mean accuracy goes from {one.dense.accuracy:.1%} to "
         f"{one.pruned.accuracy:.1%} ({100 * lost:+.1f} ± {100 * error:.1f} points)."
     )
@@ -109,11 +113,11 @@ def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
         "" if best is spp else f"; the best of SPP's recipes, {best.label}: {100 * own:+.1f} ± {100 * own_error:.1f}"
     )
     share = one.tasks_won_back(best)
-    verdict = (
-        f"so {share:.0%} of what pruning took from the tasks is back"
-        if share >= 0.5
-        else f"so nothing tried here brings back half of what pruning took from the tasks (the best: {share:.0%})"
-    )
+    verdict = f"of what pruning took from the tasks, {share:.0%} is back at best"
+    if abs(own) < 2 * own_error:
+        verdict += ", a difference of less than two standard errors, which is not told from none"
+    elif share < 0.5:
+        verdict += ", less than half"
     return (
         "Perplexity on the tuning text shows adaptation, the tasks show recovery: against the pruned model the mean "
         f"accuracy of {spp.label} is {100 * gain:+.1f} ± {100 * error:.1f} points{recipe}; {verdict}."
@@ -270,12 +274,13 @@ def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
 
 def _is_of(entry: Entry, planned: Mapping[str, Any]) -> bool:
     """Whether an entry is of a contender of the suite, which knows no rank or share that makes it equal to SPP."""
-    settings, options = entry.settings, planned["options"]
-    if (settings["method"], settings["equal"]) != (planned["method"], planned["equal"]):
-        return False
-    return all(
-        settings["options"].get(name) == options.get(name)
-        for name in (settings["options"] if not planned["equal"] else options)
+    settings, options = dict(entry.settings), dict(planned["options"])
+    if planned["equal"]:
+        settings["options"] = options
+    return (settings["method"], settings["equal"], dict(settings["options"])) == (
+        planned["method"],
+        planned["equal"],
+        options,
     )
 
 

@@ -17,11 +17,7 @@ from .suites import Pruning
 
 
 METRIC = "acc_norm"
-TEXTS = {
-    "data": "",
-    "samples": " on the dense model's own text",
-    "both": " on the same text and the dense model's own, half of each",
-}
+TEXTS = {"data": "", "samples": " on samples", "both": " on mixed text"}
 
 
 @dataclass(frozen=True)
@@ -122,8 +118,9 @@ class Comparison:
         return (self.pruned.losses(text)[0] - statistics.fmean(entry.losses(text))) / lost
 
     def tasks_won_back(self, entry: Entry) -> float:
-        """The share of the accuracy lost by pruning that was won back."""
-        return entry.gain(self.pruned)[0] / self.dense.gain(self.pruned)[0]
+        """The share of the accuracy lost by pruning that was won back; NaN if pruning cost none."""
+        lost = self.dense.gain(self.pruned)[0]
+        return entry.gain(self.pruned)[0] / lost if lost > 0 else math.nan
 
 
 def comparisons_of(store: Store) -> list[Comparison]:

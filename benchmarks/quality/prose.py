@@ -100,8 +100,9 @@ PRETRAINED_READING = """
 ({counts}), ± its standard error by the questions. *Against pruned*: the difference on the same questions, in points,
 ± its standard error, which is smaller, since the questions are the same. Perplexities are over {blocks} sequences of
 each text; ± is the standard deviation over seeds where there are several. No training part of any task was tuned on.
-*Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens. The
-dense model has {dense}.
+*Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
+samples*: on text that the dense model wrote itself; *on mixed text*: half that and half the tuning text. The dense
+model has {dense}.
 """
 
 PRETRAINED_PUBLISHED = """

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 
@@ -18,9 +19,11 @@ pytest.importorskip("datasets")
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import samples
+from benchmarks.quality.base_models import BaseModel
+from benchmarks.quality.data import load_texts
 from benchmarks.quality.harness_tasks import evaluate_tasks
 from benchmarks.quality.pretrained import FOUR, OTHERS, PRETRAINED
-from benchmarks.quality.suites import AT_2_4, CHECKPOINTS, Pruning, Study
+from benchmarks.quality.suites import AT_2_4, CHECKPOINTS, Checkpoint, Pruning, Study
 from benchmarks.quality.tuning import distillation_loss
 from peft_spp.demo.data import train_tokenizer
 from peft_spp.pruning import prune_magnitude
@@ -171,6 +174,21 @@ def test_a_dense_model_is_pruned_tuned_and_asked_questions(checkpoint, questions
     assert all(len(one["tasks"]["colors"]["acc_norm right"]) == 7 for name, one in deployed if name != "unmerged")
     assert all(one["zeros_lost"] == 0 for name, one in deployed if name == "remasked")
     assert all(set(one["losses"]) == {"text", "unlike"} for _, one in deployed)
+    assert "tasks" in (tmp_path / "page.md").read_text() and (tmp_path / "here" / "quality-pretrained.png").is_file()
+    base = BaseModel(
+        Checkpoint("tiny", str(checkpoint / "tiny")),
+        load_texts(questions, seed=0),
+        small.budget,
+        tmp_path / "work",
+        Accelerator(cpu=True),
+    )
+    folders = {None: checkpoint / "tiny", "wanda-2:4": next(tmp_path.glob("work/*/wanda-2-4"))}
+    for pruning, folder in folders.items():
+        # the same by a few lines of plain Transformers
+        scores = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(base.apart_blocks["unlike"]).logits
+        loss = -scores[:, :-1].log_softmax(-1).gather(2, base.apart_blocks["unlike"][:, 1:, None]).mean()
+        (record,) = (one for one in records if one["kind"] == "base" and one["settings"]["pruning"] == pruning)
+        assert record["measured"]["losses"]["unlike"] == pytest.approx(loss.item(), rel=1e-5)
     # the teacher and the samples change what is learned
     first = [record["measured"]["first_loss"] for record in tuned if record["settings"]["method"] == "spp_positive"]
     assert first[0] != first[2]
