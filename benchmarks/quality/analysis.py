@@ -93,11 +93,8 @@ class Outcome:
     @property
     def recovery(self) -> Spread:
         """The share of the log-perplexity lost by pruning that was won back, towards the dense model."""
-        return self.recovery_towards(self.dense_loss)
-
-    def recovery_towards(self, loss: float) -> Spread:
-        """The share won back of the way from the pruned model to one with another loss."""
-        return Spread.of([(self.pruned_loss - own) / (self.pruned_loss - loss) for own in self.losses])
+        lost = self.pruned_loss - self.dense_loss
+        return Spread.of([(self.pruned_loss - own) / lost for own in self.losses])
 
     @property
     def at_edge(self) -> bool:

@@ -12,15 +12,17 @@ INCOMPLETE = """
 what is missing and writes this page anew.
 """
 
+NOT_MEASURED = """
+The suite has these as well, which have not been run yet: {names}.
+"""
+
 HOW_TO_READ = """
-*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. *Of masked full*: what was
-won back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation
-over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
-of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
-masked LoRA there is each a variant whose rank is nearest to SPP's number of parameters, and one with as many steps as
-fit in SPP's time, at the learning rate chosen for the method without this. *SPP, positive start* is
-`SPPConfig(init_weights="positive")`, which draws A without negative values. A share of masked full fine-tuning above
-100% says that it had too few steps to be an upper bound.
+*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. ± is the standard deviation
+over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. Of
+HiRA, masked LoRA and Supertuning there is each a variant with SPP's number of parameters, as near as it goes; of the
+first two one with as many steps as fit in SPP's time, at the learning rate chosen for the method without this. *SPP,
+positive start* is `SPPConfig(init_weights="positive")`, which draws A without negative values. Sizes of adapters,
+sparsities and the memory of a step are in the JSON.
 """
 
 ALL_PRUNINGS = """
