@@ -27,6 +27,8 @@ from ..harness.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMIL
 SPP_RANK = 16
 RANKS = {"spp": SPP_RANK, "spp_positive": SPP_RANK, "hira": 32, "lora": 16, "masked_lora": 16}
 """The default rank of each method that has one: HiRA's is that of PEFT."""
+SHARE = 0.01
+"""The share of the weights that Supertuning trains, PEFT's default."""
 SCALING = 2.0
 """alpha / r, for the methods that have an alpha."""
 
@@ -186,7 +188,7 @@ def supertuning_config(model: PreTrainedModel, options: Mapping[str, Any]) -> Pe
     from peft import SupertuningConfig
 
     return SupertuningConfig(
-        task_type="CAUSAL_LM", sparsity=1 - options.get("share", 0.01), target_modules=target_names(model)
+        task_type="CAUSAL_LM", sparsity=1 - options.get("share", SHARE), target_modules=target_names(model)
     )
 
 

@@ -15,10 +15,11 @@ from peft_spp.durable import write_text
 
 from ..harness import format_bytes, plots
 from . import prose
+from .analysis import label_of
 from .data import UNLIKE
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_results import Comparison, Entry, comparisons_of, label_of
+from .pretrained_results import Comparison, Entry, comparisons_of
 from .store import Store
 from .suites import Pruning
 from .tables import format_kilobytes, table
@@ -194,7 +195,7 @@ def costs_table(store: Store, one: Comparison) -> str:
         if measured:
             own, spp = sorted(measured["seconds"]), sorted(steps["spp"]["seconds"])
             ratio, memory = f"{own[len(own) // 2] / spp[len(spp) // 2]:.2f}", format_bytes(measured["bytes"])
-        label = label_of(entry.settings).removesuffix(", merged")
+        label = label_of(entry.settings).removesuffix("; merged")
         size = format_kilobytes(entry.tuned["adapter_bytes"])
         rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory])
     return table(["", "trained parameters", "adapter", "step ÷ SPP's", "memory of a step"], rows, numbers_from=1)
@@ -212,7 +213,7 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
                 text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
                 cells.append(f"**{text}**" if rate == entry.settings["rate"] else text)
             edge = entry.settings["rate"] in (min(entry.rates), max(entry.rates))
-            label = entry.label.removesuffix(", merged")
+            label = entry.label.removesuffix("; merged")
             rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
 
@@ -263,7 +264,7 @@ def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
         pruning = Pruning(**study["pruning"])
         entries = [entry for one in comparisons if one.pruning == pruning for entry in one.entries]
         for planned in study["contenders"]:
-            label = label_of(planned, "merged").replace(", merged", "")
+            label = label_of(planned, "merged").removesuffix("; merged")
             if not any(_is_of(entry, planned) for entry in entries) and label not in left.setdefault(
                 pruning.label, []
             ):

@@ -9,15 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .analysis import DEPLOYMENTS, RANKS, Spread
-from .methods import METHODS
+from .analysis import Spread, label_of
 from .plan import contender_name
 from .store import Record, Store
 from .suites import Pruning
 
 
 METRIC = "acc_norm"
-TEXTS = {"data": "", "samples": " on samples", "both": " on mixed text"}
 
 
 @dataclass(frozen=True)
@@ -158,18 +156,3 @@ def _entries(records: Sequence[Record], pruning: str) -> list[Entry]:
 
 def _contender(settings: Mapping[str, Any]) -> str:
     return f"{contender_name(settings['method'], settings['options'])} {settings['equal']}"
-
-
-def label_of(settings: Mapping[str, Any], deployment: str = "merged") -> str:
-    """A contender for readers."""
-    method, options = settings["method"], settings["options"]
-    label = METHODS[method].style.label
-    if method in RANKS:
-        label += f", r={options.get('r', RANKS[method])}"
-    if method == "supertuning":
-        label += ", SPP's number of parameters" if settings["equal"] else ", its default of 1%"
-    if method == "lora":
-        label += f", {DEPLOYMENTS[deployment]}"
-    if options.get("teacher"):
-        label += f", distilled{TEXTS[options['text']]}"
-    return label
