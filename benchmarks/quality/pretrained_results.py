@@ -111,9 +111,10 @@ class Comparison:
         return None
 
     def won_back(self, entry: Entry, text: str) -> float:
-        """The share of the log-perplexity lost by pruning that was won back, in the mean over the seeds."""
+        """The share of the log-perplexity lost by pruning that was won back; NaN if pruning cost none."""
         lost = self.pruned.losses(text)[0] - self.dense.losses(text)[0]
-        return (self.pruned.losses(text)[0] - statistics.fmean(entry.losses(text))) / lost
+        own = self.pruned.losses(text)[0] - statistics.fmean(entry.losses(text))
+        return own / lost if lost > 0 else math.nan
 
     def tasks_won_back(self, entry: Entry) -> float:
         """The share of the accuracy lost by pruning that was won back; NaN if pruning cost none."""

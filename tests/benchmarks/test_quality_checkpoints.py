@@ -47,7 +47,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny pruned Llama, a task, and text."""
+    """A tiny Llama, dense and pruned, a task, and text."""
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "data").mkdir()
     lines = [
@@ -69,9 +69,11 @@ def checkpoint(tmp_path_factory):
             pad_token_id=tokenizer.pad_token_id,
         )
     ).bfloat16()
-    prune_magnitude(model, pattern="2:4")
-    model.save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
+    for name in ("dense", "tiny"):
+        if name == "tiny":
+            prune_magnitude(model, pattern="2:4")
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     (folder / "tasks").mkdir()
     (folder / "tasks" / "documents.jsonl").write_text(
         "".join(json.dumps({"thing": f"thing {n}", "label": n % 2}) + "\n" for n in range(6))
@@ -160,7 +162,7 @@ def test_a_dense_model_is_pruned_tuned_and_asked_questions(checkpoint, questions
     )
     small = replace(PRETRAINED, budget=replace(budget, calibration_blocks=2, timing_rounds=1), studies=studies)
     monkeypatch.setitem(command.ALL_SUITES, "pretrained", small)
-    options = ["--suite", "pretrained", "--model", checkpoint / "tiny", "--data", questions, "--machine", "here"]
+    options = ["--suite", "pretrained", "--model", checkpoint / "dense", "--data", questions, "--machine", "here"]
     options += ["--output-dir", tmp_path, "--page", tmp_path / "page.md", "--work-dir", tmp_path / "work"]
     result = CliRunner().invoke(command.app, list(map(str, options)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -176,13 +178,13 @@ def test_a_dense_model_is_pruned_tuned_and_asked_questions(checkpoint, questions
     assert all(set(one["losses"]) == {"text", "unlike"} for _, one in deployed)
     assert "tasks" in (tmp_path / "page.md").read_text() and (tmp_path / "here" / "quality-pretrained.png").is_file()
     base = BaseModel(
-        Checkpoint("tiny", str(checkpoint / "tiny")),
+        Checkpoint("dense", str(checkpoint / "dense")),
         load_texts(questions, seed=0),
         small.budget,
         tmp_path / "work",
         Accelerator(cpu=True),
     )
-    folders = {None: checkpoint / "tiny", "wanda-2:4": next(tmp_path.glob("work/*/wanda-2-4"))}
+    folders = {None: checkpoint / "dense", "wanda-2:4": next(tmp_path.glob("work/*/wanda-2-4"))}
     for pruning, folder in folders.items():
         # the same by a few lines of plain Transformers
         scores = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(base.apart_blocks["unlike"]).logits
