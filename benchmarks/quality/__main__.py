@@ -89,6 +89,8 @@ def main(
     chosen = QUICK if quick else choose_models(ALL_SUITES[suite], model or [])
     if chosen.models == PRETRAINED.models and not (plan_only or report_only):
         raise typer.BadParameter("The suite pretrained needs the folder of a dense model.", param_hint="--model")
+    if chosen.name == PRETRAINED.name and data is None and not (plan_only or report_only):
+        raise typer.BadParameter("The suite pretrained needs texts to tune on, and questions.", param_hint="--data")
     chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
     console = make_console()
     if plan_only:

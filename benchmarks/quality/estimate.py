@@ -41,4 +41,4 @@ class Estimate:
         hours = (time.monotonic() - self._start) / 3600
         if not self._made:
             return f"{self._left:.0f} steps left"
-        return f"{self._left:.0f} steps left, about {hours / self._made * self._left:.1f} hours as it goes"
+        return f"{self._left:.0f} steps left, about {hours / self._made * self._left:.1f} hours at this pace"

@@ -116,7 +116,7 @@ def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
     share = one.tasks_won_back(best)
     verdict = f"of what pruning took from the tasks, {share:.0%} is back at best"
     if abs(own) < 2 * own_error:
-        verdict += ", a difference of less than two standard errors, which is not told from none"
+        verdict += ", a difference of less than two standard errors: not distinguishable from zero"
     elif share < 0.5:
         verdict += ", less than half"
     return (

@@ -171,7 +171,16 @@ def test_results_of_another_suite_are_not_overwritten(quick_run, data_folder, tm
     assert result.exit_code == 2 and path.read_text() == '{"benchmark": "layer"}'
 
 
-@pytest.mark.parametrize("arguments", [["--suite", "unknown"], ["--model", "x"], ["--suite", "llama", "--model", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--suite", "unknown"],
+        ["--model", "x"],
+        ["--suite", "llama", "--model", "x"],
+        ["--suite", "pretrained", "--data", "."],
+        ["--suite", "pretrained", "--model", "."],
+    ],
+)
 def test_what_cannot_be_run_is_refused_before_anything_is(arguments, tmp_path):
     result = CliRunner().invoke(command.app, [*arguments, "--output-dir", str(tmp_path)])
     assert result.exit_code == 2 and not list(tmp_path.iterdir())

@@ -94,7 +94,7 @@ def test_the_estimate_counts_what_two_studies_share_once():
     estimate.count("a", 100, fresh=False)
     assert str(estimate) == "230 steps left"
     estimate.count("b", 230, fresh=True)
-    assert re.fullmatch("0 steps left, about 0.0 hours as it goes", str(estimate))
+    assert re.fullmatch("0 steps left, about 0.0 hours at this pace", str(estimate))
 
 
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
