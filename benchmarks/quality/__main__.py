@@ -143,7 +143,7 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
             raise typer.BadParameter(
                 f"{name!r} is no folder and not one of: {', '.join(known)}.", param_hint="--model"
             )
-        model = known.get(name) or replace(first, name=Path(name).name, source=name)
+        model = known.get(name) or replace(first, name=Path(name).resolve().name, source=name)
         studied = model.name if name in known else suite.models[0].name
         models.append(model)
         studies += [replace(study, model=model.name) for study in suite.studies if study.model == studied]
