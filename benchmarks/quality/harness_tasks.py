@@ -54,8 +54,8 @@ def evaluate_tasks(
 
     Returns:
         `dict[str, dict[str, Any]]`: By task the metrics that the harness gives, and for each that is 0 or 1 for every
-            question which ones were right, as a string of digits by the name of the metric and `right`; empty on all
-            processes but the first.
+            question which ones were right, as a string of digits by the name of the metric and `right`, and the
+            `probability` of each question's right choice; empty on all processes but the first.
 
     Raises:
         ImportError: If lm-evaluation-harness is not installed.
@@ -84,7 +84,7 @@ def evaluate_tasks(
     )
     if results is None:
         return {}
-    return {task: _metrics(results["results"][task]) | _right(results["samples"][task]) for task in tasks}
+    return {task: _metrics(results["results"][task]) | _by_question(results["samples"][task]) for task in tasks}
 
 
 def write_tasks(data: Path, folder: Path) -> tuple[str, ...]:
@@ -113,13 +113,26 @@ def write_tasks(data: Path, folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _right(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    right = {}
+def _by_question(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which questions are right, and how probable the model takes each question's right choice for."""
     ordered = sorted(samples, key=lambda one: one["doc_id"])
+    found: dict[str, Any] = {}
     for metric in ("acc", "acc_norm"):
         if ordered and all(one.get(metric) in (0, 1) for one in ordered):
-            right[f"{metric} right"] = "".join(str(int(one[metric])) for one in ordered)
-    return right
+            found[f"{metric} right"] = "".join(str(int(one[metric])) for one in ordered)
+    if found:
+        found["probability"] = [round(_probability(one), 4) for one in ordered]
+    return found
+
+
+def _probability(sample: Mapping[str, Any]) -> float:
+    """The probability of the right choice among all, each taken to be of their mean length in characters."""
+    lengths = [len(choice.lstrip()) for _, choice in sample["arguments"]]
+    mean = sum(lengths) / len(lengths)
+    scores = [
+        float(score) * mean / length for (score, _), length in zip(sample["filtered_resps"], lengths, strict=True)
+    ]
+    return float(torch.tensor(scores).softmax(0)[int(sample["target"])])
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -76,6 +76,7 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
         return []
     best = max(_spp(one), key=lambda entry: entry.accuracy)
     said = [_pruned_sentence(store, one), _perplexity_sentence(one, spp), _tasks_sentence(one, spp, best)]
+    said.append(_probability_sentence(one))
     return [*said, *_start_sentence(comparisons), _zeros_sentence(store, comparisons)]
 
 
@@ -88,7 +89,7 @@ def _pruned_sentence(store: Store, one: Comparison) -> str:
     return (
         f"{one.pruning.label}: {_perplexities(one.dense)} become {_perplexities(one.pruned)} "
         f"(perplexity on {_text_names(store)}), and the mean accuracy goes from {one.dense.accuracy:.1%} to "
-        f"{one.pruned.accuracy:.1%} ({100 * lost:+.1f} ± {100 * error:.1f} points)."
+        f"{one.pruned.accuracy:.1%} ({points(lost, error)} points)."
     )
 
 
@@ -108,11 +109,8 @@ def _perplexity_sentence(one: Comparison, spp: Entry) -> str:
 
 
 def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
-    gain, error = spp.gain(one.pruned)
     own, own_error = best.gain(one.pruned)
-    recipe = (
-        "" if best is spp else f"; the best of SPP's recipes, {best.label}: {100 * own:+.1f} ± {100 * own_error:.1f}"
-    )
+    recipe = "" if best is spp else f"; the best of SPP's recipes, {best.label}: {points(own, own_error)}"
     share = one.tasks_won_back(best)
     verdict = f"of what pruning took from the tasks, {share:.0%} is back at best"
     if abs(own) < 2 * own_error:
@@ -121,7 +119,18 @@ def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
         verdict += ", less than half"
     return (
         "Perplexity on the tuning text shows adaptation, the tasks show recovery: against the pruned model the mean "
-        f"accuracy of {spp.label} is {100 * gain:+.1f} ± {100 * error:.1f} points{recipe}; {verdict}."
+        f"accuracy of {spp.label} is {points(*spp.gain(one.pruned))} points{recipe}; {verdict}."
+    )
+
+
+def _probability_sentence(one: Comparison) -> str:
+    best = max(_spp(one), key=lambda entry: entry.probability_gain(one.pruned)[0])
+    rivals = [entry for entry in one.entries if entry.has_tasks and entry not in _spp(one)]
+    compared = "".join(f", {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
+    return (
+        "The probability of the right choice, which shows smaller changes, moved by "
+        f"{points(*one.pruned.probability_gain(one.dense))} points with pruning, and from there {best.label}, SPP's "
+        f"best, moved it by {points(*best.probability_gain(one.pruned))}{compared}."
     )
 
 
@@ -167,15 +176,20 @@ def quality_table(store: Store, one: Comparison) -> str:
     for entry in (one.dense, one.pruned, *one.entries):
         cells = [_perplexity_cell(entry, text) for text in texts]
         if entry.has_tasks:
-            gain, error = entry.gain(one.pruned)
-            change = "–" if entry is one.pruned else f"{100 * gain:+.1f} ± {100 * error:.1f}"
-            cells += [f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}", change]
+            cells.append(f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}")
+            gains = [entry.gain(one.pruned), entry.probability_gain(one.pruned)]
+            cells += ["–" if entry is one.pruned else points(*gain) for gain in gains]
         else:
-            cells += ["as merged", "–"]
-        zeros = "–" if not entry.settings else f"{entry.deployed[0].get('zeros_lost', 0) or 0:,}"
-        rows.append([f"**{entry.label}**" if entry in _spp(one) else entry.label, *cells, zeros])
-    headings = ["", *(text_name(store, text) for text in texts), "tasks", "against pruned", "zeros lost"]
+            cells += ["as merged", "–", "–"]
+        rows.append([f"**{entry.label}**" if entry in _spp(one) else entry.label, *cells])
+    names = [text_name(store, text) for text in texts]
+    headings = ["", *names, "accuracy", "against pruned", "probability, against pruned"]
     return table(headings, rows, numbers_from=1)
+
+
+def points(gain: float, error: float) -> str:
+    """A difference in percentage points, with its standard error."""
+    return f"{100 * gain:+.1f} ± {100 * error:.1f}"
 
 
 def _perplexity_cell(entry: Entry, text: str) -> str:
@@ -197,8 +211,10 @@ def costs_table(store: Store, one: Comparison) -> str:
             ratio, memory = f"{own[len(own) // 2] / spp[len(spp) // 2]:.2f}", format_bytes(measured["bytes"])
         label = label_of(entry.settings).removesuffix("; merged")
         size = format_kilobytes(entry.tuned["adapter_bytes"])
-        rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory])
-    return table(["", "trained parameters", "adapter", "step ÷ SPP's", "memory of a step"], rows, numbers_from=1)
+        lost = f"{max(one['zeros_lost'] or 0 for one in entry.deployed):,}"
+        rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, lost])
+    headings = ["", "trained parameters", "adapter", "step ÷ SPP's", "memory of a step", "zeros lost, merged"]
+    return table(headings, rows, numbers_from=1)
 
 
 def rates_table(comparisons: Sequence[Comparison]) -> str:

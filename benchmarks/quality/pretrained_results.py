@@ -63,9 +63,11 @@ class Entry:
 
     def gain(self, other: Entry) -> tuple[float, float]:
         """How much more accurate it is than another, and the standard error, by the same questions."""
-        pairs = zip(self._right(), other._right(), strict=True)
-        differences = [[own - theirs for own, theirs in zip(*pair, strict=True)] for pair in pairs]
-        return statistics.fmean(statistics.fmean(some) for some in differences), _error(differences)
+        return _paired(self._right(), other._right())
+
+    def probability_gain(self, other: Entry) -> tuple[float, float]:
+        """The same of the probability of the right choice, which tells models apart that are right as often."""
+        return _paired(self._probabilities(), other._probabilities())
 
     @property
     def has_tasks(self) -> bool:
@@ -79,6 +81,18 @@ class Entry:
         return [
             [statistics.fmean(map(int, digits)) for digits in zip(*some, strict=True)] for some in strings.values()
         ]
+
+    def _probabilities(self) -> list[list[float]]:
+        """By task and question the probability of the right choice, in the mean over seeds."""
+        tasks = self.deployed[0]["tasks"]
+        columns = {task: [one["tasks"][task]["probability"] for one in self.deployed] for task in tasks}
+        return [[statistics.fmean(values) for values in zip(*some, strict=True)] for some in columns.values()]
+
+
+def _paired(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean over tasks of the differences between the same questions, and its standard error."""
+    differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(own, other, strict=True)]
+    return statistics.fmean(statistics.fmean(some) for some in differences), _error(differences)
 
 
 def _error(tasks: Sequence[Sequence[float]]) -> float:

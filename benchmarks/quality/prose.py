@@ -98,9 +98,10 @@ pretrained`.
 """
 
 PRETRAINED_READING = """
-*Tasks*: the mean of acc_norm by lm-evaluation-harness, zero-shot, over the first questions of each test part
+*Accuracy*: the mean of acc_norm by lm-evaluation-harness, zero-shot, over the first questions of each test part
 ({counts}), ± its standard error by the questions. *Against pruned*: the difference on the same questions, in points,
-± its standard error, which is smaller, since the questions are the same. Perplexities are over {blocks} sequences of
+± its standard error. *Probability*: of the right choice among all, each taken to be of their mean length; it moves
+with every question, where accuracy moves with the few that are close. Perplexities are over {blocks} sequences of
 each text; ± is the standard deviation over seeds where there are several. No training part of any task was tuned on.
 *Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
 samples*: on text that the dense model wrote itself; *on mixed text*: half that and half the tuning text. The dense

@@ -12,7 +12,7 @@ pytest.importorskip("datasets")
 
 from benchmarks.quality.__main__ import described
 from benchmarks.quality.estimate import Estimate
-from benchmarks.quality.harness_tasks import write_tasks
+from benchmarks.quality.harness_tasks import _probability, write_tasks
 from benchmarks.quality.pretrained import FOUR, POSITIVE, PRETRAINED, distilled
 from benchmarks.quality.pretrained_page import write_pretrained
 from benchmarks.quality.pretrained_results import comparisons_of
@@ -32,7 +32,13 @@ ENVIRONMENT = {
 def deployed(loss, *right):
     """Of two tasks which questions are right, as digits."""
     tasks = {
-        name: {"acc": 0.5, "acc_norm": 0.5, "acc right": digits, "acc_norm right": digits}
+        name: {
+            "acc": 0.5,
+            "acc_norm": 0.5,
+            "acc right": digits,
+            "acc_norm right": digits,
+            "probability": [loss / 10] * 4,
+        }
         for name, digits in zip(("one", "two"), right, strict=True)
     }
     losses = {"text": loss, "problems": loss - 1, "unlike": loss + 1}
@@ -69,7 +75,16 @@ def test_perplexity_and_accuracy_are_over_seeds_and_questions(store):
     assert gain == pytest.approx((0.5 / 4 + 1 / 4) / 2)
     # the variances of (0, 0, 1/2, 0) and (1, 0, 0, 0) are 1/16 and 1/4
     assert error == pytest.approx(math.sqrt((1 / 16) / 4 + (1 / 4) / 4) / 2)
+    assert spp.probability_gain(one.pruned) == pytest.approx((0.35 - 0.5, 0.0))
     assert one.tasks_won_back(spp) == pytest.approx(gain / ((2 / 4 + 3 / 4) / 2))
+
+
+def test_the_probability_of_a_choice_does_not_depend_on_its_length():
+    sample = {"target": 1, "arguments": [("Q", " abcd"), ("Q", " ab")]}
+    # each 1 for a character, then twice as much for the right one
+    assert _probability({**sample, "filtered_resps": [(-4.0, False), (-2.0, False)]}) == pytest.approx(0.5)
+    expected = math.exp(-3) / (math.exp(-3) + math.exp(-6))
+    assert _probability({**sample, "filtered_resps": [(-8.0, False), (-2.0, False)]}) == pytest.approx(expected)
 
 
 def test_the_page_says_what_is_missing_and_has_no_table_wider_than_seven_columns(store, tmp_path):
