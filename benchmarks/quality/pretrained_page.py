@@ -39,7 +39,7 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     Returns:
         `list[Path]`: The files written.
     """
-    comparisons = [one for one in comparisons_of(store) if one.entries]
+    comparisons = comparisons_of(store)
     picture = store.path.with_suffix(".png")
     draw(comparisons, store, picture)
     parts = [
@@ -50,13 +50,12 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     ]
     for comparison in comparisons:
         parts += [f"## {comparison.pruning.label}", quality_table(store, comparison)]
-    parts += [
-        paragraph(
-            prose.PRETRAINED_READING.format(**reading(store, comparisons[0])).strip() + " " + published(store).strip()
-        )
-    ]
-    parts += ["## Costs", costs_table(store, comparisons[0]), "## Learning rates"]
-    parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(comparisons)]
+    read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
+    parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
+    tuned = [one for one in comparisons if one.entries]
+    if tuned:
+        parts += ["## Costs", costs_table(store, tuned[0]), "## Learning rates"]
+        parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(tuned)]
     parts += ["## How it was measured", paragraph(method(store)), missing(store, comparisons)]
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, "\n\n".join(part for part in parts if part) + "\n")
@@ -72,11 +71,11 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     """What the first pruning says, in a few sentences, as far as it is measured."""
     one = comparisons[0]
     spp = one.find("spp_positive") or one.find("spp")
+    said = [_pruned_sentence(store, one)]
     if spp is None:
-        return []
+        return said
     best = max(_spp(one), key=lambda entry: entry.accuracy)
-    said = [_pruned_sentence(store, one), _perplexity_sentence(one, spp), _tasks_sentence(one, spp, best)]
-    said.append(_probability_sentence(one))
+    said += [_perplexity_sentence(one, spp), _tasks_sentence(one, spp, best), _probability_sentence(one)]
     return [*said, *_start_sentence(comparisons), _zeros_sentence(store, comparisons)]
 
 

@@ -99,6 +99,13 @@ def test_the_page_says_what_is_missing_and_has_no_table_wider_than_seven_columns
     assert "not been run" not in (tmp_path / "page.md").read_text()
 
 
+def test_a_page_can_be_written_before_anything_is_tuned(store, tmp_path):
+    store.records = store.records[:2]
+    write_pretrained(store, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "pruned, not tuned" in page and "SPP, positive start" in page.partition("What has not been run yet")[2]
+
+
 def test_the_estimate_counts_what_two_studies_share_once():
     budget = replace(PRETRAINED.budget, steps=100, rate_steps=20, batch=2)
     first, again = Study("tiny", AT_2_4, (POSITIVE,)), Study("tiny", AT_2_4, (POSITIVE,), seeds=(0, 1))
