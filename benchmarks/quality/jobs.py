@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from peft_spp.durable import write_text
+
 from ..harness import Contestant, Rounds, measure_interleaved
 from ..harness.memory import storage_bytes, trace_memory
-from .base_models import BaseModel, load_plain
+from .base_models import BaseModel, fingerprint, load_plain
 from .data import UNLIKE
 from .evaluation import exact_match, loss_per_token, sparsity_measures
 from .harness_tasks import evaluate_tasks
@@ -37,7 +41,9 @@ def measure_base(base: BaseModel, pruning: Pruning | None) -> dict[str, Any]:
     """The measures of the model before fine-tuning, dense if there is no pruning."""
     source = base.source(pruning)
     model = base.load(pruning)
-    measured = {**_quality(base, model), **_tasks(base, source)}
+    with _work_folder(base, "base", pruning and pruning.name) as folder:
+        measured = _kept(base, folder / "quality.json", partial(_quality, base, model))
+        measured |= _kept(base, folder / "tasks.json", partial(_tasks, base, source))
     if pruning is not None:
         measured |= sparsity_measures(source, Path(source), pruning)
     return measured | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -109,21 +115,24 @@ def measure_tuned(
         `dict[str, Any]`: Of the run: `validation_loss`, `diverged`, `first_loss`, `last_loss`, `max_loss`, `tokens`,
             `seconds`, `cpu_seconds`, `trainable`, `adapter_bytes`, on CUDA `peak_bytes`; and `deployments`.
     """
-    accelerator = base.accelerator
     dtype = _dtype(options)
-    adapted, measured = _tune(base, pruning, method, options, rate, seed, steps, on_step)
-    measured["deployments"] = {}
-    if measured["diverged"]:
+
+    def tune_and_save(folder: Path) -> dict[str, Any]:
+        adapted, measured = _tune(base, pruning, method, options, rate, seed, steps, on_step)
+        if not measured["diverged"]:
+            if base.accelerator.is_main_process:
+                method.save(adapted, folder / "adapter")
+            base.accelerator.wait_for_everyone()
+            measured["adapter_bytes"] = (folder / "adapter" / ADAPTER_FILE).stat().st_size
         return measured
-    with _shared_folder(base) as folder, _quiet():
-        if accelerator.is_main_process:
-            method.save(adapted, folder / "adapter")
-        accelerator.wait_for_everyone()
-        measured["adapter_bytes"] = (folder / "adapter" / ADAPTER_FILE).stat().st_size
-        del adapted
+
+    with _work_folder(base, pruning.name, method.name, dict(options), rate, seed, steps) as folder, _quiet():
+        measured = _kept(base, folder / "training.json", partial(tune_and_save, folder))
+        measured["deployments"] = {}
         gc.collect()
-        for deployment in method.deployments:
-            measured["deployments"][deployment] = _measure_deployment(base, pruning, method, deployment, folder, dtype)
+        for deployment in () if measured["diverged"] else method.deployments:
+            measure = partial(_measure_deployment, base, pruning, method, deployment, folder, dtype)
+            measured["deployments"][deployment] = _kept(base, folder / f"{deployment}.json", measure)
     return measured
 
 
@@ -257,9 +266,30 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _keeps(base: BaseModel) -> bool:
+    """Whether parts of a measurement are kept until all of it is done: those of a checkpoint take long."""
+    return isinstance(base.spec, Checkpoint) and base.accelerator.num_processes == 1
+
+
+def _kept(base: BaseModel, file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part of a measurement, from its file if a run before this one was stopped after it."""
+    if file.is_file():
+        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+    measured = measure()
+    if _keeps(base):
+        write_text(file, json.dumps(measured))
+    return measured
+
+
 @contextmanager
-def _shared_folder(base: BaseModel) -> Iterator[Path]:
-    """A folder that all processes see, removed afterwards."""
+def _work_folder(base: BaseModel, *settings: Any) -> Iterator[Path]:
+    """A folder for a measurement with these settings, which all processes see and which is removed once it is done."""
+    if _keeps(base):
+        own = base.folder / "unfinished" / fingerprint(*settings)
+        own.mkdir(parents=True, exist_ok=True)
+        yield own
+        shutil.rmtree(own)
+        return
     with tempfile.TemporaryDirectory() as own:
         folders = [own]
         if base.accelerator.num_processes > 1:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,11 @@ from typer.testing import CliRunner
 pytest.importorskip("datasets")
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import samples
+from benchmarks.quality import jobs, samples
 from benchmarks.quality.base_models import BaseModel
 from benchmarks.quality.data import load_texts
 from benchmarks.quality.harness_tasks import evaluate_tasks
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.pretrained import FOUR, OTHERS, PRETRAINED
 from benchmarks.quality.suites import AT_2_4, CHECKPOINTS, Checkpoint, Pruning, Study
 from benchmarks.quality.tuning import distillation_loss
@@ -194,6 +196,30 @@ def test_a_dense_model_is_pruned_tuned_and_asked_questions(checkpoint, questions
     # the teacher and the samples change what is learned
     first = [record["measured"]["first_loss"] for record in tuned if record["settings"]["method"] == "spp_positive"]
     assert first[0] != first[2]
+
+
+def test_a_measurement_that_was_stopped_is_continued_where_it_was(checkpoint, tmp_path, monkeypatch):
+    budget = replace(PRETRAINED.budget, task_limit=None, calibration_blocks=2)
+    texts = load_texts(checkpoint / "data", seed=0)
+    base = BaseModel(Checkpoint("dense", str(checkpoint / "dense")), texts, budget, tmp_path, Accelerator(cpu=True))
+    run = partial(jobs.measure_tuned, base, AT_2_4, METHODS["lora"], {}, rate=1e-3, seed=0, steps=1)
+    measure, measured = jobs._measure_deployment, []
+
+    def stop_at_the_third(*arguments):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(arguments[3])
+        return measure(*arguments)
+
+    monkeypatch.setattr(jobs, "_measure_deployment", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(on_step=lambda step, loss: None)
+    monkeypatch.setattr(jobs, "train", None)
+    monkeypatch.setattr(jobs, "_measure_deployment", lambda *arguments: {"deployment": arguments[3]})
+    done = run(on_step=lambda step, loss: None)["deployments"]
+    assert [*done] == ["unmerged", "merged", "remasked"] and measured == ["unmerged", "merged"]
+    assert done["merged"]["zeros_lost"] > 0 and done["remasked"] == {"deployment": "remasked"}
+    assert not list((base.folder / "unfinished").iterdir())
 
 
 def test_the_distillation_loss_is_the_divergence_from_the_teacher():
