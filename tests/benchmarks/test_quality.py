@@ -145,7 +145,7 @@ def test_a_run_that_was_cut_short_measures_only_what_is_missing(quick_run, data_
 def test_the_report_has_the_table_and_two_pictures(quick_run):
     folder, _ = quick_run
     page = (folder / "here" / "quality-small-quick.md").read_text()
-    assert "**Wanda 2:4**" in page and "| none |" in page and "LoRA, r=16; merged, masked again" in page
+    assert "**Wanda 2:4**" in page and "| none |" in page and "LoRA, merged and masked again" in page
     for name in ("sparsity", "parameters"):
         picture = folder / "here" / f"quality-small-quick-{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG") and f"]({picture.name})" in page
