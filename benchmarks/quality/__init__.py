@@ -8,7 +8,8 @@ the merged model, saved, and loaded by plain Transformers.
 
 - `suites`: what is run, as data;  `methods`: how each method adapts a model, and how it is deployed;
 - `data`, `base_models`: the texts, and the dense and pruned models, which are kept between runs;
-- `tuning`, `evaluation`, `deployment`: one fine-tuning run, what is measured, and what is saved;
+- `tuning`, `evaluation`, `harness_tasks`: one fine-tuning run, and what is measured;
 - `jobs`: one measurement;  `store`: those that are done;  `plan`: which come next, learning rates among them;
-- `claims`, `tables`, `pictures`, `page`: what the results say.
+- `pretrained`: the suite of a pretrained model;  `samples`: what that model writes;  `estimate`: what is left;
+- `analysis`, `tables`, `pictures`, `page`: what the results say, and `pretrained_results`, `pretrained_page`.
 """

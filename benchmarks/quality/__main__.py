@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,33 +18,42 @@ from ..harness import describe_environment, make_console
 from ..harness import options as opt
 from .base_models import BaseModel
 from .data import load_texts
+from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
+from .pretrained import PRETRAINED
+from .pretrained_page import write_pretrained
 from .store import Store
 from .suites import QUICK, SUITES, Checkpoint, Suite, TuningBudget
 
 
-PAGE = Path("docs/quality.md")
+PAGES = {"small": Path("docs/quality.md"), "pretrained": Path("docs/pretrained.md")}
 WORK = Path("~/.cache/peft_spp/quality")
+
+ALL_SUITES = {**SUITES, PRETRAINED.name: PRETRAINED}
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def main(
-    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")] = "small",
+    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(ALL_SUITES)}.")] = "small",
     data: Annotated[
         Path | None,
         typer.Option(
             help="A folder with gsm8k_train.jsonl and gsm8k_test.jsonl, text files (*.txt, *.md, *.rst) or both; by "
-            "default Python's documentation.",
+            "default Python's documentation. The suite pretrained takes its tasks from there too: *_test.jsonl, of "
+            "objects with a question, choices and the index of the answer.",
             exists=True,
             file_okay=False,
         ),
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Of the suite llama only these checkpoints, by name or folder. May be repeated."),
+        typer.Option(
+            help="Of the suite llama only these checkpoints, by name or folder. Of the suite pretrained the folder of "
+            "a dense model. May be repeated."
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -62,7 +72,10 @@ def main(
     work_dir: Annotated[Path, typer.Option(help="Where models are kept between runs.")] = WORK,
     page: Annotated[
         Path | None,
-        typer.Option(help="The page to write; by default docs/quality.md, or beside the JSON of a quick run."),
+        typer.Option(
+            help="The page to write; by default docs/quality.md or, of the suite pretrained, docs/pretrained.md; next "
+            "to the JSON of a quick run."
+        ),
     ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only write the page of what is measured.")
@@ -71,9 +84,13 @@ def main(
     quick: opt.QuickOption = False,
 ) -> None:
     """Fine-tune pruned models by SPP and its competitors, and measure what is won back. What is done is kept."""
-    if suite not in SUITES:
-        raise typer.BadParameter(f"{suite!r} is not one of: {', '.join(SUITES)}.", param_hint="--suite")
-    chosen = QUICK if quick else choose_models(SUITES[suite], model or [])
+    if suite not in ALL_SUITES:
+        raise typer.BadParameter(f"{suite!r} is not one of: {', '.join(ALL_SUITES)}.", param_hint="--suite")
+    chosen = QUICK if quick else choose_models(ALL_SUITES[suite], model or [])
+    if chosen.models == PRETRAINED.models and not (plan_only or report_only):
+        raise typer.BadParameter("The suite pretrained needs the folder of a dense model.", param_hint="--model")
+    if chosen.name == PRETRAINED.name and data is None and not (plan_only or report_only):
+        raise typer.BadParameter("The suite pretrained needs texts to tune on, and questions.", param_hint="--data")
     chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
     console = make_console()
     if plan_only:
@@ -88,16 +105,20 @@ def main(
     accelerator = Accelerator(cpu=run.device.type == "cpu")
     if not report_only:
         texts = load_texts(data, seed=0)
-        about = {"text": texts.source, "suite": asdict(chosen)}
-        store.begin(describe_environment(run.device), about)
+        store.begin(describe_run(run.device), {"text": texts.source, "suite": described(chosen)})
         folder = work_dir.expanduser()
+        if suite == PRETRAINED.name and data is not None and not (quick or task):
+            tasks = write_tasks(data, folder / "tasks")
+            chosen = replace(chosen, budget=change_budget(chosen.budget, None, list(tasks), folder / "tasks"))
         bases = {spec.name: BaseModel(spec, texts, chosen.budget, folder, accelerator) for spec in chosen.models}
         with quiet_libraries(), make_progress(console) as progress:
             progress.disable = progress.disable or not accelerator.is_main_process
             Session(chosen, bases, store, progress).run()
     if accelerator.is_main_process:
-        target = page or (run.json_path.with_suffix(".md") if quick else PAGE)
-        for path in write_report(run.json_path.parent, target, quick):
+        target = page or (run.json_path.with_suffix(".md") if quick else PAGES.get(suite, PAGES["small"]))
+        pretrained = suite == PRETRAINED.name and not quick
+        written = write_pretrained(store, target) if pretrained else write_report(run.json_path.parent, target, quick)
+        for path in written:
             console.print(f"Written: {path}", markup=False)
 
 
@@ -113,18 +134,38 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
         return suite
     if not all(isinstance(model, Checkpoint) for model in suite.models):
         raise typer.BadParameter(f"The suite {suite.name} trains its own models.", param_hint="--model")
-    known = {model.name: model for model in suite.models}
+    first = suite.models[0]
+    assert isinstance(first, Checkpoint)
+    known = {model.name: model for model in suite.models if isinstance(model, Checkpoint) and model.source}
     models, studies = [], []
     for name in names:
         if name not in known and not Path(name).is_dir():
             raise typer.BadParameter(
                 f"{name!r} is no folder and not one of: {', '.join(known)}.", param_hint="--model"
             )
-        model = known.get(name) or Checkpoint(Path(name).name, name)
+        model = known.get(name) or replace(first, name=Path(name).resolve().name, source=name)
         studied = model.name if name in known else suite.models[0].name
         models.append(model)
         studies += [replace(study, model=model.name) for study in suite.studies if study.model == studied]
     return replace(suite, models=tuple(models), studies=tuple(studies))
+
+
+def described(suite: Suite) -> dict[str, Any]:
+    """A suite as data, without the folders of this machine."""
+    content = asdict(suite)
+    content["budget"].pop("task_folder")
+    for model in content["models"]:
+        if "source" in model and Path(model["source"]).is_dir():
+            model["source"] = Path(model["source"]).name
+    return content
+
+
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """Where a run is made, with `FOLDER` in the place of the folders of this machine in its command."""
+    environment = describe_environment(device)
+    words = shlex.split(environment["command"])
+    words = ["FOLDER" if word.startswith(("/", "~")) else word for word in words]
+    return {**environment, "command": shlex.join(words)}
 
 
 def change_budget(

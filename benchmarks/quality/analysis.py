@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, RANKS
+from .methods import METHODS, RANKS, SHARE
 from .plan import contender_name
 from .store import Record, Store
 from .suites import Pruning
 
 
+TEXTS = {"data": "", "samples": " on samples", "both": " on mixed text"}
+NAMED = {"r", "share", "teacher", "text"}
+"""The options that a label has words for."""
 DEPLOYMENTS = {"merged": "merged", "unmerged": "not merged", "remasked": "merged, masked again"}
 
 
@@ -70,15 +73,7 @@ class Outcome:
     @property
     def label(self) -> str:
         """For readers."""
-        parts = [METHODS[self.method].style.label]
-        if self.method in RANKS:
-            parts[0] += f", r={self.options.get('r', RANKS[self.method])}"
-        parts += [f"{name} {value}" for name, value in self.options.items() if name != "r"]
-        if self.method == "lora":
-            parts.append(DEPLOYMENTS[self.deployment])
-        if self.equal == "time":
-            parts.append(f"SPP's time ({self.runs[0].settings['steps']} steps)")
-        return "; ".join(parts)
+        return label_of(self.runs[0].settings, self.deployment)
 
     @property
     def losses(self) -> list[float]:
@@ -93,11 +88,8 @@ class Outcome:
     @property
     def recovery(self) -> Spread:
         """The share of the log-perplexity lost by pruning that was won back, towards the dense model."""
-        return self.recovery_towards(self.dense_loss)
-
-    def recovery_towards(self, loss: float) -> Spread:
-        """The share won back of the way from the pruned model to one with another loss."""
-        return Spread.of([(self.pruned_loss - own) / (self.pruned_loss - loss) for own in self.losses])
+        lost = self.pruned_loss - self.dense_loss
+        return Spread.of([(self.pruned_loss - own) / lost for own in self.losses])
 
     @property
     def at_edge(self) -> bool:
@@ -111,6 +103,24 @@ class Outcome:
     def deployed(self, name: str) -> list[Any]:
         """A measure of the deployed model, by seed."""
         return [run.measured["deployments"][self.deployment].get(name) for run in self.runs]
+
+
+def label_of(settings: Mapping[str, Any], deployment: str = "merged") -> str:
+    """A contender in one deployment for readers, by the settings of a run or of a suite."""
+    method, options, equal = settings["method"], settings["options"], settings["equal"]
+    label = METHODS[method].style.label
+    if method in RANKS:
+        label += f", r={options.get('r', RANKS[method])}"
+    if method == "supertuning":
+        label += ", SPP's number of parameters" if equal else f", {SHARE:.0%} of the weights"
+    parts = [label, *(f"{name} {value}" for name, value in options.items() if name not in NAMED)]
+    if options.get("teacher"):
+        parts.append(f"distilled{TEXTS[options['text']]}")
+    if method == "lora":
+        parts.append(DEPLOYMENTS[deployment])
+    if equal == "time":
+        parts.append(f"SPP's time ({settings['steps']} steps)")
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from peft_spp.demo.data import train_tokenizer
 from peft_spp.pruning import prune_magnitude, prune_sparsegpt, prune_wanda
 
 from .data import Texts, blocks_of
+from .samples import sampled_blocks
 from .suites import Checkpoint, Pruning, TrainedModel, TuningBudget
 from .tuning import TuningSettings, as_tensor, train
 
@@ -61,7 +62,9 @@ class BaseModel:
         accelerator: Accelerator,
     ) -> None:
         self.spec, self.texts, self.budget, self.accelerator = spec, texts, budget, accelerator
-        self.fingerprint = fingerprint(asdict(spec), texts.fingerprint, budget.calibration_blocks)
+        # not the folder of a checkpoint, which another machine may have elsewhere
+        described = asdict(spec) | ({"source": Path(spec.source).name} if isinstance(spec, Checkpoint) else {})
+        self.fingerprint = fingerprint(described, texts.fingerprint, budget.calibration_blocks)
         self.folder = folder / f"{spec.name.replace(':', '-')}-{self.fingerprint}"
 
     def load(self, pruning: Pruning | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -78,13 +81,20 @@ class BaseModel:
         """The dtype asked for, by default that of the model."""
         if dtype is not None:
             return dtype
-        return (
-            cast(torch.dtype, getattr(torch, self.spec.dtype)) if isinstance(self.spec, Checkpoint) else torch.float32
-        )
+        if isinstance(self.spec, Checkpoint):
+            return cast(torch.dtype, getattr(torch, self.spec.compute or self.spec.dtype))
+        return torch.float32
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Save a model and the tokenizer, a checkpoint's in its own dtype; the model is converted in place."""
+        if isinstance(self.spec, Checkpoint):
+            model = model.to(getattr(torch, self.spec.dtype))
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def source(self, pruning: Pruning | None) -> str:
         """The folder of the model, which is made or downloaded before where it has to be."""
-        if isinstance(self.spec, Checkpoint):
+        if isinstance(self.spec, Checkpoint) and (pruning is None or pruning.method == "published"):
             return self._checkpoint
         return str(self._dense if pruning is None else self._pruned(pruning))
 
@@ -103,6 +113,34 @@ class BaseModel:
     def train_blocks(self) -> torch.Tensor:
         """The text to train on."""
         return as_tensor(blocks_of(self.tokenizer, self.texts.train, self.spec.sequence, seed=0))
+
+    @cached_property
+    def sampled_blocks(self) -> torch.Tensor:
+        """Text that the dense model wrote."""
+        path = self.folder / "samples.json"
+        return sampled_blocks(
+            lambda: self.load(None), self.tokenizer, self.budget.sampled_blocks, self.spec.sequence, path
+        )
+
+    def tuning_blocks(self, text: str) -> torch.Tensor:
+        """
+        Text to tune on.
+
+        Args:
+            text (`str`): `"data"`, `"samples"` (which the dense model wrote) or `"both"`, half of each.
+        """
+        if text == "data":
+            return self.train_blocks
+        if text == "samples":
+            return self.sampled_blocks
+        count = min(len(self.train_blocks), len(self.sampled_blocks))
+        return torch.cat([self.train_blocks[:count], self.sampled_blocks[:count]])
+
+    @cached_property
+    def apart_blocks(self) -> dict[str, torch.Tensor]:
+        """The texts to measure on one by one; none if the budget has none."""
+        count = self.budget.apart_blocks
+        return {name: self._some(texts, count) for name, texts in self.texts.apart.items()} if count else {}
 
     @cached_property
     def validation_blocks(self) -> torch.Tensor:
@@ -178,8 +216,7 @@ class BaseModel:
             model = self.load(None)
             prune(model, pruning, self.train_blocks[: self.budget.calibration_blocks].to(self.accelerator.device))
             with new_folder(folder) as new:
-                model.save_pretrained(new)
-                self.tokenizer.save_pretrained(new)
+                self.save(model, new)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -22,6 +23,9 @@ HELD_OUT = 0.1
 
 PART = 1000
 """The characters after which a file is divided, at the end of a paragraph, so that a part of it can be held out."""
+
+UNLIKE = "unlike"
+"""The name of the text that is like none that is trained on."""
 
 TEXT_FILES = (".txt", ".md", ".rst")
 
@@ -59,6 +63,8 @@ class Texts:
         test (`tuple[str, ...]`): To measure on.
         problems (`tuple[Problem, ...]`): The problems among those of the test.
         source (`str`): Where they are from, for readers.
+        apart (`Mapping[str, tuple[str, ...]]`): Texts to measure on one by one: the test texts by their file, and
+            Python's documentation, which no folder's text is like.
     """
 
     train: tuple[str, ...]
@@ -66,6 +72,7 @@ class Texts:
     test: tuple[str, ...]
     problems: tuple[Problem, ...]
     source: str
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -105,12 +112,14 @@ def load_texts(folder: Path | None, seed: int) -> Texts:
     random.Random(seed).shuffle(held_out)
     middle = len(held_out) // 2
     names += ["gsm8k_train.jsonl", "gsm8k_test.jsonl"] if problems["train"] else []
+    apart = {"text": texts.test, "problems": tuple(problem.text for problem in held_out[middle:])}
     return Texts(
         texts.train + tuple(problem.text for problem in problems["train"]),
         texts.validation + tuple(problem.text for problem in held_out[:middle]),
         texts.test + tuple(problem.text for problem in held_out[middle:]),
         tuple(held_out[middle:]),
         ", ".join(names),
+        {name: some for name, some in apart.items() if some} | {UNLIKE: tuple(topics.values())},
     )
 
 

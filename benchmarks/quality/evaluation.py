@@ -20,6 +20,8 @@ from .suites import Pruning
 
 
 BATCH = 16
+BATCH_TOKENS = 2048
+"""At most so many sequences and tokens in a batch: the scores of a token for 50,000 words take 200 kB."""
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def loss_per_token(model: nn.Module, blocks: torch.Tensor, device: torch.device)
     """
     model.eval()
     total = 0.0
-    for batch in blocks.split(BATCH):
+    for batch in blocks.split(max(1, min(BATCH, BATCH_TOKENS // blocks.shape[1]))):
         ids = batch.to(device)
         # every block predicts the same number of tokens
         total += model(input_ids=ids, labels=ids).loss.double().item() * len(ids)

@@ -3,11 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from peft_spp.durable import write_text
+
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {file}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{prompt}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
 
 
 def evaluate_tasks(
@@ -18,7 +36,8 @@ def evaluate_tasks(
     adapter: Path | None = None,
     task_folder: Path | None = None,
     limit: int | None = None,
-) -> dict[str, dict[str, float]]:
+    dtype: str | None = None,
+) -> dict[str, dict[str, Any]]:
     """
     Evaluate a saved model on tasks, zero-shot.
 
@@ -30,11 +49,13 @@ def evaluate_tasks(
         device (`torch.device`): The device.
         adapter (`Path`, *optional*): The folder of an adapter of PEFT that is used without merging it.
         task_folder (`Path`, *optional*): A folder with more tasks, as YAML files.
-        limit (`int`, *optional*): Only the first examples of each task, to try it.
+        limit (`int`, *optional*): Only the first examples of each task.
+        dtype (`str`, *optional*): The dtype to compute in, by default that of the model.
 
     Returns:
-        `dict[str, dict[str, float]]`: By task the metrics that the harness gives, without their standard errors;
-            empty on all processes but the first.
+        `dict[str, dict[str, Any]]`: By task the metrics that the harness gives, and for each that is 0 or 1 for every
+            question which ones were right, as a string of digits by the name of the metric and `right`, and the
+            `probability` of each question's right choice; empty on all processes but the first.
 
     Raises:
         ImportError: If lm-evaluation-harness is not installed.
@@ -46,10 +67,11 @@ def evaluate_tasks(
         raise ImportError(
             'Tasks are evaluated by lm-evaluation-harness: pip install "peft-spp[quality]" installs it.'
         ) from error
-    arguments: dict[str, Any] = {"pretrained": source, "dtype": "auto"}
+    arguments: dict[str, Any] = {"pretrained": source, "dtype": dtype or "auto"}
     if adapter is not None:
         arguments["peft"] = str(adapter)
-    manager = TaskManager(include_path=str(task_folder) if task_folder is not None else None)
+    own = all((task_folder / f"{task}.yaml").is_file() for task in tasks) if task_folder is not None else False
+    manager = TaskManager(include_path=str(task_folder) if task_folder is not None else None, include_defaults=not own)
     results = simple_evaluate(
         model="hf",
         model_args=arguments,
@@ -60,7 +82,57 @@ def evaluate_tasks(
         task_manager=manager,
         bootstrap_iters=0,
     )
-    return {} if results is None else {task: _metrics(results["results"][task]) for task in tasks}
+    if results is None:
+        return {}
+    return {task: _metrics(results["results"][task]) | _by_question(results["samples"][task]) for task in tasks}
+
+
+def write_tasks(data: Path, folder: Path) -> tuple[str, ...]:
+    """
+    Tasks of the harness for the multiple-choice questions of a folder, with the prompts of its own tasks.
+
+    Args:
+        data (`Path`): Holds files named `*_test.jsonl`, of objects with `question`, `choices` and `answer`, an index.
+        folder (`Path`): Where the tasks go, a YAML file each.
+
+    Returns:
+        `tuple[str, ...]`: Their names.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for file in sorted(data.glob("*_test.jsonl")):
+        name = file.stem.removesuffix("_test")
+        with file.open(encoding="utf-8") as lines:
+            if "choices" not in json.loads(next(lines)):
+                continue
+        prompt = "{{question}}" if name == "openbookqa" else "Question: {{question}}\\nAnswer:"
+        write_text(
+            folder / f"{name}.yaml", TASK.format(name=name, file=json.dumps(str(file.resolve())), prompt=prompt)
+        )
+        names.append(name)
+    return tuple(names)
+
+
+def _by_question(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which questions are right, and how probable the model takes each question's right choice for."""
+    ordered = sorted(samples, key=lambda one: one["doc_id"])
+    found: dict[str, Any] = {}
+    for metric in ("acc", "acc_norm"):
+        if ordered and all(one.get(metric) in (0, 1) for one in ordered):
+            found[f"{metric} right"] = "".join(str(int(one[metric])) for one in ordered)
+    if found:
+        found["probability"] = [round(_probability(one), 4) for one in ordered]
+    return found
+
+
+def _probability(sample: Mapping[str, Any]) -> float:
+    """The probability of the right choice among all, each taken to be of their mean length in characters."""
+    lengths = [len(choice.lstrip()) for _, choice in sample["arguments"]]
+    mean = sum(lengths) / len(lengths)
+    scores = [
+        float(score) * mean / length for (score, _), length in zip(sample["filtered_resps"], lengths, strict=True)
+    ]
+    return float(torch.tensor(scores).softmax(0)[int(sample["target"])])
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +19,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from peft_spp.durable import write_text
+
 from ..harness import Contestant, Rounds, measure_interleaved
 from ..harness.memory import storage_bytes, trace_memory
-from .base_models import BaseModel, load_plain
+from .base_models import BaseModel, fingerprint, load_plain
+from .data import UNLIKE
 from .evaluation import exact_match, loss_per_token, sparsity_measures
 from .harness_tasks import evaluate_tasks
 from .methods import ADAPTER_FILE, METHODS, Method, remask, trainable_parameters
@@ -28,13 +33,17 @@ from .tuning import TuningSettings, train
 
 
 TUNING_OPTIONS = ("B_rate_ratio", "weight_decay")
+"""Options of a contender that are of its training, next to `"text"`, what is tuned on, and `"teacher"`, whether the
+dense model's predictions are what is learned."""
 
 
 def measure_base(base: BaseModel, pruning: Pruning | None) -> dict[str, Any]:
     """The measures of the model before fine-tuning, dense if there is no pruning."""
     source = base.source(pruning)
     model = base.load(pruning)
-    measured = {**_quality(base, model), **_tasks(base, source)}
+    with _work_folder(base, "base", pruning and pruning.name) as folder:
+        measured = _kept(base, folder / "quality.json", partial(_quality, base, model))
+        measured |= _kept(base, folder / "tasks.json", partial(_tasks, base, source))
     if pruning is not None:
         measured |= sparsity_measures(source, Path(source), pruning)
     return measured | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -106,24 +115,73 @@ def measure_tuned(
         `dict[str, Any]`: Of the run: `validation_loss`, `diverged`, `first_loss`, `last_loss`, `max_loss`, `tokens`,
             `seconds`, `cpu_seconds`, `trainable`, `adapter_bytes`, on CUDA `peak_bytes`; and `deployments`.
     """
+    dtype = _dtype(options)
+
+    def tune_and_save(folder: Path) -> dict[str, Any]:
+        adapted, measured = _tune(base, pruning, method, options, rate, seed, steps, on_step)
+        if not measured["diverged"]:
+            if base.accelerator.is_main_process:
+                method.save(adapted, folder / "adapter")
+            base.accelerator.wait_for_everyone()
+            measured["adapter_bytes"] = (folder / "adapter" / ADAPTER_FILE).stat().st_size
+        return measured
+
+    with _work_folder(base, pruning.name, method.name, dict(options), rate, seed, steps) as folder, _quiet():
+        measured = _kept(base, folder / "training.json", partial(tune_and_save, folder))
+        measured["deployments"] = {}
+        gc.collect()
+        for deployment in () if measured["diverged"] else method.deployments:
+            measure = partial(_measure_deployment, base, pruning, method, deployment, folder, dtype)
+            measured["deployments"][deployment] = _kept(base, folder / f"{deployment}.json", measure)
+    return measured
+
+
+def measure_rate(
+    base: BaseModel,
+    pruning: Pruning,
+    method: Method,
+    options: Mapping[str, Any],
+    *,
+    rate: float,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, float], object],
+) -> dict[str, Any]:
+    """Fine-tune as [`measure_tuned`] does, with one sequence a step, and measure the loss on the validation text."""
+    return _tune(base, pruning, method, options, rate, seed, steps, on_step, batch=1)[1]
+
+
+def _tune(
+    base: BaseModel,
+    pruning: Pruning,
+    method: Method,
+    options: Mapping[str, Any],
+    rate: float,
+    seed: int,
+    steps: int,
+    on_step: Callable[[int, float], object],
+    batch: int | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A fine-tuned model, and what is to be said of its training."""
     accelerator, device = base.accelerator, base.accelerator.device
-    dtype = getattr(torch, options["dtype"]) if "dtype" in options else None
     set_seed(seed)
     with _quiet():
-        adapted = method.adapt(base.load(pruning, dtype), options)
-    if isinstance(base.spec, Checkpoint):
+        adapted = method.adapt(base.load(pruning, _dtype(options)), options)
+    if isinstance(base.spec, Checkpoint) and device.type == "cuda":
         cast(PreTrainedModel, adapted).gradient_checkpointing_enable({"use_reentrant": False})
     settings = TuningSettings(
         rate,
         steps,
-        base.budget.batch,
+        batch or base.budget.batch,
         seed,
         micro_batch=base.budget.micro_batch,
         **{name: options[name] for name in TUNING_OPTIONS if name in options},
     )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    record = train(adapted, base.train_blocks, settings, accelerator, on_step)
+    teacher = base.load(None).eval() if options.get("teacher") else None
+    blocks = base.tuning_blocks(options.get("text", "data"))
+    record = train(adapted, blocks, settings, accelerator, on_step, teacher)
     validation = math.inf if record.diverged else loss_per_token(adapted, base.validation_blocks, device)
     measured: dict[str, Any] = {
         "validation_loss": _finite(validation),
@@ -135,22 +193,14 @@ def measure_tuned(
         "seconds": round(record.seconds, 3),
         "cpu_seconds": round(record.cpu_seconds, 3),
         "trainable": trainable_parameters(adapted),
-        "deployments": {},
     }
     if device.type == "cuda":
         measured["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    if record.diverged:
-        return measured
-    with _shared_folder(base) as folder, _quiet():
-        if accelerator.is_main_process:
-            method.save(adapted, folder / "adapter")
-        accelerator.wait_for_everyone()
-        measured["adapter_bytes"] = (folder / "adapter" / ADAPTER_FILE).stat().st_size
-        del adapted
-        gc.collect()
-        for deployment in method.deployments:
-            measured["deployments"][deployment] = _measure_deployment(base, pruning, method, deployment, folder, dtype)
-    return measured
+    return adapted, measured
+
+
+def _dtype(options: Mapping[str, Any]) -> torch.dtype | None:
+    return getattr(torch, options["dtype"]) if "dtype" in options else None
 
 
 def _measure_deployment(
@@ -165,8 +215,7 @@ def _measure_deployment(
         merged = method.merge(base.load(pruning, dtype), adapter)
         if deployment == "remasked":
             remask(merged, base.load(pruning, dtype))
-        merged.save_pretrained(saved)
-        base.tokenizer.save_pretrained(saved)
+        base.save(merged, saved)
         del merged
     base.accelerator.wait_for_everyone()
     model = load_plain(saved, base.accelerator.device, base.load_dtype(dtype))
@@ -176,7 +225,13 @@ def _measure_deployment(
 
 def _quality(base: BaseModel, model: nn.Module) -> dict[str, Any]:
     device = base.accelerator.device
-    measured = {"test_loss": _finite(loss_per_token(model, base.test_blocks, device))}
+    if base.apart_blocks:
+        losses = {name: loss_per_token(model, blocks, device) for name, blocks in base.apart_blocks.items()}
+        like = [loss for name, loss in losses.items() if name != UNLIKE]
+        measured: dict[str, Any] = {"test_loss": _finite(sum(like) / len(like))}
+        measured["losses"] = {name: _finite(loss) for name, loss in losses.items()}
+    else:
+        measured = {"test_loss": _finite(loss_per_token(model, base.test_blocks, device))}
     problems = base.texts.problems[: base.budget.exact_match_problems]
     if problems:
         measured["exact_match"] = exact_match(model, base.tokenizer, problems, device)
@@ -184,11 +239,21 @@ def _quality(base: BaseModel, model: nn.Module) -> dict[str, Any]:
 
 
 def _tasks(base: BaseModel, source: str, adapter: Path | None = None) -> dict[str, Any]:
-    if not base.budget.tasks:
+    # of a checkpoint that is measured on part of its tasks, the merged LoRA says what the one not merged would
+    if not base.budget.tasks or (adapter is not None and base.budget.task_limit is not None):
         return {}
     folder = None if base.budget.task_folder is None else Path(base.budget.task_folder)
     device = base.accelerator.device
-    return {"tasks": evaluate_tasks(source, base.budget.tasks, device, adapter=adapter, task_folder=folder)}
+    scores = evaluate_tasks(
+        source,
+        base.budget.tasks,
+        device,
+        adapter=adapter,
+        task_folder=folder,
+        limit=base.budget.task_limit,
+        dtype=base.spec.compute if isinstance(base.spec, Checkpoint) else None,
+    )
+    return {"tasks": scores}
 
 
 def _step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -201,9 +266,30 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _keeps(base: BaseModel) -> bool:
+    """Whether parts of a measurement are kept until all of it is done: those of a checkpoint take long."""
+    return isinstance(base.spec, Checkpoint) and base.accelerator.num_processes == 1
+
+
+def _kept(base: BaseModel, file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part of a measurement, from its file if a run before this one was stopped after it."""
+    if file.is_file():
+        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+    measured = measure()
+    if _keeps(base):
+        write_text(file, json.dumps(measured))
+    return measured
+
+
 @contextmanager
-def _shared_folder(base: BaseModel) -> Iterator[Path]:
-    """A folder that all processes see, removed afterwards."""
+def _work_folder(base: BaseModel, *settings: Any) -> Iterator[Path]:
+    """A folder for a measurement with these settings, which all processes see and which is removed once it is done."""
+    if _keeps(base):
+        own = base.folder / "unfinished" / fingerprint(*settings)
+        own.mkdir(parents=True, exist_ok=True)
+        yield own
+        shutil.rmtree(own)
+        return
     with tempfile.TemporaryDirectory() as own:
         folders = [own]
         if base.accelerator.num_processes > 1:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -21,12 +21,14 @@ from peft_spp.pruning.layers import apply_mask, find_target_layers, weight_matri
 
 from ..competitors.block_linears import replace_block_linears
 from ..competitors.masked import MaskedFullLinear, MaskedLoRALinear
-from ..harness.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, YELLOW, Style
+from ..harness.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY_BLUE, VERMILLION, YELLOW, Style
 
 
 SPP_RANK = 16
 RANKS = {"spp": SPP_RANK, "spp_positive": SPP_RANK, "hira": 32, "lora": 16, "masked_lora": 16}
 """The default rank of each method that has one: HiRA's is that of PEFT."""
+SHARE = 0.01
+"""The share of the weights that Supertuning trains, PEFT's default."""
 SCALING = 2.0
 """alpha / r, for the methods that have an alpha."""
 
@@ -49,8 +51,6 @@ class Method(ABC):
     style: Style
     rates: tuple[float, ...]
     deployments: tuple[str, ...] = ("merged",)
-
-    options: ClassVar[frozenset[str]] = frozenset({"r", "dtype"})
 
     @abstractmethod
     def adapt(self, model: PreTrainedModel, options: Mapping[str, Any]) -> nn.Module:
@@ -182,6 +182,16 @@ def lora_config(model: PreTrainedModel, options: Mapping[str, Any]) -> LoraConfi
     )
 
 
+def supertuning_config(model: PreTrainedModel, options: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's Supertuning of linear layers: it trains the largest entries, 1 % of the weights by default."""
+    # not at the top: PEFT has it since 0.21
+    from peft import SupertuningConfig
+
+    return SupertuningConfig(
+        task_type="CAUSAL_LM", sparsity=1 - options.get("share", SHARE), target_modules=target_names(model)
+    )
+
+
 def ia3_config(model: PreTrainedModel, options: Mapping[str, Any]) -> IA3Config:
     """PEFT's IA³: a vector on the output of every layer, on the input of the last of the feed-forward part."""
     names = target_names(model)
@@ -209,8 +219,12 @@ LORA = PeftMethod(
 MASKED_LORA = MaskedMethod("masked_lora", Style("Masked LoRA", GREEN, "D"), (1e-3, 3e-3, 1e-2))
 MASKED_FULL = MaskedMethod("masked_full", Style("Masked full fine-tuning", PURPLE, "P"), (3e-4, 1e-3, 3e-3))
 
+SUPERTUNING = PeftMethod(
+    "supertuning", Style("Supertuning", VERMILLION, "X"), (3e-4, 1e-3, 3e-3), make_config=supertuning_config
+)
+
 METHODS: dict[str, Method] = {
-    method.name: method for method in (SPP, SPP_POSITIVE, HIRA, IA3, LORA, MASKED_LORA, MASKED_FULL)
+    method.name: method for method in (SPP, SPP_POSITIVE, HIRA, IA3, LORA, MASKED_LORA, MASKED_FULL, SUPERTUNING)
 }
 
 
@@ -236,11 +250,13 @@ def replace_conv1d(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, linear)
 
 
-def equal_rank(model: nn.Module) -> int:
-    """The rank whose factors (r, in) and (out, r) hold as many parameters as SPP's with its defaults, nearly."""
+def equal_options(model: nn.Module, method: str) -> dict[str, Any]:
+    """The rank or share of the weights with which a method trains as many parameters as SPP's default, nearly."""
     shapes = [weight_matrix(layer).shape for layer in find_target_layers(model, None).values()]
     spp = sum(min(SPP_RANK, m) * n + m for m, n in shapes)
-    return max(1, round(spp / sum(m + n for m, n in shapes)))
+    if method == "supertuning":
+        return {"share": round(spp / sum(m * n for m, n in shapes), 5)}
+    return {"r": max(1, round(spp / sum(m + n for m, n in shapes)))}
 
 
 @torch.no_grad()

@@ -8,18 +8,17 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from peft_spp.durable import write_text
 
 from ..harness.plots import machine_note
 from . import prose
-from .analysis import Analysis, Outcome, analyse
-from .claims import VARIANTS, claims_of
+from .analysis import Analysis, analyse
+from .methods import METHODS
 from .pictures import draw_parameters, draw_sparsity
 from .store import Store
-from .suites import Pruning
-from .tables import main_table, prunings_table, rates_table, table, variations_table
+from .suites import SUITES, Pruning
+from .tables import main_table, percent, perplexity, prunings_table, rates_table, table, variations_table
 
 
 MAIN_SUITES = ("full", "small", "quick")
@@ -76,18 +75,12 @@ def main_parts(analysis: Analysis, pictures: Mapping[str, str]) -> list[str]:
     parts = [
         "" if analysis.store.about.get("complete") else paragraph(prose.INCOMPLETE),
         "## What was found",
-        bullets(
-            f"{'**Holds.**' if claim.holds else '**Does not hold.**'} {claim.text}: {claim.evidence}."
-            for claim in claims_of(analysis, model)
-        ),
-        *(_comparisons(analysis, model, pruning, name) for pruning in gridded(analysis, model) for name in VARIANTS),
-        "## How it was measured",
-        bullets(_facts(analysis)),
-        _models_table(analysis),
-        "## All methods",
-        paragraph(prose.HOW_TO_READ),
-        main_table(analysis, model, gridded(analysis, model)),
+        *(paragraph(finding(analysis, model, pruning)) for pruning in gridded(analysis, model)),
         f"![Won back, by trained parameters]({pictures['parameters']})",
+        "## All methods",
+        not_measured(analysis),
+        *main_tables(analysis, model),
+        paragraph(prose.HOW_TO_READ),
     ]
     if others_table.count("\n") > 1:
         parts += [
@@ -97,10 +90,39 @@ def main_parts(analysis: Analysis, pictures: Mapping[str, str]) -> list[str]:
             f"![Won back, by sparsity]({pictures['sparsity']})",
         ]
     for other in others:
-        parts += [f"## {TITLES.get(other, other)}", main_table(analysis, other, gridded(analysis, other))]
+        parts += [f"## {TITLES.get(other, other)}", *main_tables(analysis, other)]
     parts += ["## Learning rates", paragraph(prose.RATES)]
     parts += [rates_table(analysis, name, gridded(analysis, name)) for name in (model, *others)]
-    return parts
+    return [*parts, "## How it was measured", bullets(_facts(analysis)), _models_table(analysis)]
+
+
+def not_measured(analysis: Analysis) -> str:
+    """The methods of the suite, as it is now, that there are no results of."""
+    suite = SUITES.get(analysis.store.suite)
+    planned = dict.fromkeys(one.method for study in suite.studies for one in study.contenders) if suite else {}
+    names = [METHODS[name].style.label for name in planned if not any(one.method == name for one in analysis.outcomes)]
+    return paragraph(prose.NOT_MEASURED.format(names=", ".join(names))) if names else ""
+
+
+def main_tables(analysis: Analysis, model: str) -> list[str]:
+    """The table of each pruning that methods chose a rate for, with its name."""
+    prunings = gridded(analysis, model)
+    return [part for one in prunings for part in (f"**{one.label}**", main_table(analysis, model, one))]
+
+
+def finding(analysis: Analysis, model: str, pruning: Pruning) -> str:
+    """What each method with its defaults reached on a pruned model, the best first, and what was lost."""
+    dense, pruned = (math.exp(analysis.losses[model, name]) for name in (None, pruning.name))
+    shown = [one for one in analysis.of(model, pruning) if one.equal is None and one.deployment != "unmerged"]
+    ranked = sorted(shown, key=lambda one: one.perplexity.mean)
+    reached = "; ".join(f"{one.label} {perplexity(one)} ({percent(one.recovery)})" for one in ranked)
+    spp = [one for one in ranked if one.method.startswith("spp")]
+    lost = sum(count or 0 for one in spp for count in one.deployed("zeros_lost"))
+    return (
+        f"**{pruning.label}**: pruning takes the perplexity from {dense:.2f} to {pruned:.2f}, and tuning brings it to "
+        f"(in brackets: the share of the log-perplexity that is won back): {reached}. SPP lost {lost} zeros in "
+        f"{sum(len(one.runs) for one in spp)} models."
+    )
 
 
 def ablation_parts(analysis: Analysis) -> list[str]:
@@ -158,28 +180,6 @@ def first_model(analysis: Analysis) -> str:
     return analysis.outcomes[0].model
 
 
-def _comparisons(analysis: Analysis, model: str, pruning: Pruning, method: str) -> str:
-    """SPP beside the two methods that keep the zeros too, as measured."""
-    name, spp = VARIANTS[method], analysis.find(model, pruning, method)
-    others = [one for one in analysis.of(model, pruning) if one.method in ("hira", "masked_lora")]
-    if spp is None or not others:
-        return ""
-    measured = "; ".join(_comparison(spp, other) for other in others)
-    spread = spp.perplexity
-    return paragraph(f"{pruning.label}, perplexity of {name} {spread.mean:.2f} ± {spread.deviation:.2f}. {measured}.")
-
-
-def _comparison(spp: Outcome, other: Outcome) -> str:
-    ratio = other.measured("trainable") / spp.measured("trainable")
-    basis = f"at equal tokens with {ratio:.2g} times the parameters"
-    if other.equal == "time":
-        basis = f"in SPP's time ({other.runs[0].settings['steps']} steps for {spp.runs[0].settings['steps']})"
-    pairs = list(zip(spp.losses, other.losses, strict=False))
-    wins = sum(own < theirs for own, theirs in pairs)
-    label = other.label.partition(";")[0]
-    return f"{label} {basis}: {other.perplexity.mean:.2f} (worse with {wins} of {len(pairs)} seeds)"
-
-
 def _facts(analysis: Analysis) -> list[str]:
     store = analysis.store
     budget, environment = store.about["suite"]["budget"], store.environments[-1]
@@ -235,9 +235,8 @@ def _pruned_cell(analysis: Analysis, model: str, pruning: str) -> str:
 
 
 def _command(store: Store) -> str:
-    """The command of the last run, without the machine's own folders."""
-    words: list[Any] = store.environments[-1]["command"].split()
-    return " ".join("FOLDER" if word.startswith(("/", "~")) else word for word in words)
+    """The command of the last run."""
+    return str(store.environments[-1]["command"])
 
 
 def _relative(path: Path, page: Path) -> str:

@@ -15,9 +15,10 @@ from rich.progress import Progress
 from peft_spp.demo.display import add_bar
 
 from .base_models import BaseModel
-from .jobs import measure_base, measure_steps, measure_tuned
-from .methods import METHODS, equal_rank
-from .store import Store
+from .estimate import Estimate
+from .jobs import measure_base, measure_rate, measure_steps, measure_tuned
+from .methods import METHODS, equal_options
+from .store import Store, key_of
 from .suites import Checkpoint, Contender, Study, Suite
 
 
@@ -25,7 +26,9 @@ EXTENSIONS = 2
 """How often a grid of learning rates is extended where the best is at its edge."""
 
 
-def choose_rate(grid: tuple[float, ...], validation_loss: Callable[[float], float]) -> float:
+def choose_rate(
+    grid: tuple[float, ...], validation_loss: Callable[[float], float], *, grid_only: bool = False
+) -> float:
     """
     The learning rate with the lowest loss on the validation text.
 
@@ -37,8 +40,11 @@ def choose_rate(grid: tuple[float, ...], validation_loss: Callable[[float], floa
     Args:
         grid (`tuple[float, ...]`): Rates to try.
         validation_loss (`Callable[[float], float]`): Measures a rate; infinite where training diverges.
+        grid_only (`bool`): Whether no other rates are tried.
     """
     losses = {rate: validation_loss(rate) for rate in sorted(grid)}
+    if grid_only:
+        return min(losses, key=losses.__getitem__)
     for _ in range(EXTENSIONS):
         beyond = rate_beyond(losses)
         if beyond is None:
@@ -106,6 +112,7 @@ class Session:
     def run(self) -> None:
         """Measure what is missing."""
         self._total = self.progress.add_task(f"Suite {self.suite.name}", total=planned_runs(self.suite), note="")
+        self._left = Estimate(self.suite.studies, self.suite.budget)
         for study in self.suite.studies:
             self._prepare(self.bases[study.model])
             self._run_study(study)
@@ -124,6 +131,8 @@ class Session:
         settings = {"base": base.fingerprint, "model": study.model, "pruning": study.pruning.name}
         self._measure("base", settings, lambda: measure_base(base, study.pruning))
         profile = self._profile(study) if study.rates_from is None else None
+        if study.steps_only:
+            return
         chosen: dict[str, float] = {}
         for contender in sorted(study.contenders, key=lambda one: one.equal is not None):
             options = self._options(contender, base)
@@ -137,14 +146,16 @@ class Session:
                 rate = self._rate_of(study, contender.method, options)
             else:
                 grid = contender.rates or METHODS[contender.method].rates
-                rate = choose_rate(grid, partial(self._validation_loss, study, contender, options))
+                validation_loss = partial(self._validation_loss, study, contender, options)
+                rate = choose_rate(grid, validation_loss, grid_only=self._rate_runs[0] == "rate")
             chosen[name] = rate
             for seed in study.seeds:
                 self._tune(study, contender, options, rate, seed, steps)
                 self.progress.advance(self._total)
 
     def _validation_loss(self, study: Study, contender: Contender, options: Mapping[str, Any], rate: float) -> float:
-        measured = self._tune(study, contender, options, rate, study.seeds[0], self.suite.budget.steps)
+        kind, steps = self._rate_runs
+        measured = self._tune(study, contender, options, rate, study.seeds[0], steps, kind)
         loss = measured["validation_loss"]
         return float("inf") if loss is None else float(loss)
 
@@ -154,19 +165,26 @@ class Session:
         losses = {
             record.settings["rate"]: record.measured["validation_loss"]
             for record in self.store.records
-            if record.kind == "tune"
+            if record.kind == self._rate_runs[0]
             and record.settings["base"] == self.bases[study.model].fingerprint
             and record.settings["pruning"] == study.rates_from.name
             and (record.settings["method"], record.settings["options"]) == (method, dict(options))
             and record.settings["seed"] == 0
-            and record.settings["steps"] == self.suite.budget.steps
+            and record.settings["steps"] == self._rate_runs[1]
             and record.settings["equal"] is None
             and record.measured["validation_loss"] is not None
         }
         return float(min(losses, key=losses.__getitem__))
 
     def _tune(
-        self, study: Study, contender: Contender, options: Mapping[str, Any], rate: float, seed: int, steps: int
+        self,
+        study: Study,
+        contender: Contender,
+        options: Mapping[str, Any],
+        rate: float,
+        seed: int,
+        steps: int,
+        kind: str = "tune",
     ) -> dict[str, Any]:
         base = self.bases[study.model]
         settings = {
@@ -179,14 +197,15 @@ class Session:
             "rate": rate,
             "seed": seed,
             "steps": steps,
-            "batch": self.suite.budget.batch,
+            "batch": self.suite.budget.batch if kind == "tune" else 1,
         }
         name = contender_name(contender.method, options)
         label = f"{study.model}, {study.pruning.label}: {name}, rate {rate:g}, seed {seed}"
 
         def measure() -> dict[str, Any]:
             with _Bar(self.progress, label, steps) as bar:
-                return measure_tuned(
+                measure_run = measure_tuned if kind == "tune" else measure_rate
+                return measure_run(
                     base,
                     study.pruning,
                     METHODS[contender.method],
@@ -197,37 +216,55 @@ class Session:
                     on_step=bar,
                 )
 
-        return self._measure("tune", settings, measure)
+        whole = steps if kind == "tune" else steps / self.suite.budget.batch
+        return self._measure(kind, settings, measure, whole, label)
 
     def _profile(self, study: Study) -> dict[str, Any] | None:
         """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""
         base = self.bases[study.model]
-        if isinstance(base.spec, Checkpoint) or len({one.method for one in study.contenders}) == 1:
+        apart = isinstance(base.spec, Checkpoint) and not study.steps_only
+        if apart or {one.method for one in study.contenders} == {"spp"}:
             return None
         # SPP is always among them: times are told as ratios to its
         contenders: dict[str, tuple[str, Mapping[str, Any]]] = {contender_name("spp", {}): ("spp", {})}
         for contender in study.contenders:
             options = self._options(contender, base)
-            contenders[contender_name(contender.method, options)] = (contender.method, options)
+            # a step does not depend on the text, and a teacher adds a forward pass to any method's
+            if not {"teacher", "text"} & set(options):
+                contenders[contender_name(contender.method, options)] = (contender.method, options)
         settings = {"base": base.fingerprint, "model": study.model, "contenders": sorted(contenders)}
         return self._measure("profile", settings, lambda: measure_steps(base, study.pruning, contenders))
 
     def _options(self, contender: Contender, base: BaseModel) -> dict[str, Any]:
-        options = dict(contender.options)
-        if contender.equal == "parameters":
-            options["r"] = equal_rank(base.load(None))
-        return options
+        if contender.equal != "parameters":
+            return dict(contender.options)
+        return {**contender.options, **equal_options(base.load(None), contender.method)}
 
     def _measure(
-        self, kind: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+        self,
+        kind: str,
+        settings: Mapping[str, Any],
+        measure: Callable[[], dict[str, Any]],
+        steps: float = 0.0,
+        label: str = "",
     ) -> dict[str, Any]:
         """What the store has, or what is measured now and then stored, by the first process alone."""
         known = self.store.find(kind, settings)
         if known is not None:
+            self._left.count(key_of(kind, settings), steps, fresh=False)
             return known
         measured = measure()
         self.store.add(kind, settings, measured, write=self._is_main)
+        self._left.count(key_of(kind, settings), steps, fresh=True)
+        if label:
+            self.progress.console.print(f"{label}: {self._left}", markup=False)
         return measured
+
+    @property
+    def _rate_runs(self) -> tuple[str, int]:
+        """The kind and the steps of the runs that choose learning rates."""
+        budget = self.suite.budget
+        return ("tune", budget.steps) if budget.rate_steps is None else ("rate", budget.rate_steps)
 
     @property
     def _is_main(self) -> bool:

@@ -12,15 +12,17 @@ INCOMPLETE = """
 what is missing and writes this page anew.
 """
 
+NOT_MEASURED = """
+The suite has these as well, which have not been run yet: {names}.
+"""
+
 HOW_TO_READ = """
-*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. *Of masked full*: what was
-won back over what full fine-tuning with masked gradients won back, with the same seed. ± is the standard deviation
-over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. *Memory
-of a step*: adapter, gradients, state of the optimizer and activations, above the pruned model, counted. Of HiRA and
-masked LoRA there is each a variant whose rank is nearest to SPP's number of parameters, and one with as many steps as
-fit in SPP's time, at the learning rate chosen for the method without this. *SPP, positive start* is
-`SPPConfig(init_weights="positive")`, which draws A without negative values. A share of masked full fine-tuning above
-100% says that it had too few steps to be an upper bound.
+*Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. ± is the standard deviation
+over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. Of
+HiRA, masked LoRA and Supertuning there is each a variant with SPP's number of parameters, as near as it goes; of the
+first two one with as many steps as fit in SPP's time, at the learning rate chosen for the method without this. *SPP,
+positive start* is `SPPConfig(init_weights="positive")`, which draws A without negative values. Sizes of adapters,
+sparsities and the memory of a step are in the JSON.
 """
 
 ALL_PRUNINGS = """
@@ -87,4 +89,47 @@ local task.
 PEFT = """
 `benchmarks/quality/metamathqa` holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP beside LoRA and
 HiRA there. That needs a GPU and has not been done yet.
+"""
+
+PRETRAINED_OPENING = """
+What tuning wins back of a pruned {model}, with the zeros kept: perplexity on text like that of the tuning and unlike
+it, and accuracy on tasks that nobody tuned on. This page is written by `python -m benchmarks.quality --suite
+pretrained`.
+"""
+
+PRETRAINED_READING = """
+*Accuracy*: the mean of acc_norm by lm-evaluation-harness, zero-shot, over the first questions of each test part
+({counts}), ± its standard error by the questions. *Against pruned*: the difference on the same questions, in points,
+± its standard error. *Probability*: of the right choice among all, each taken to be of their mean length; it moves
+with every question, where accuracy moves with the few that are close. Perplexities are over {blocks} sequences of
+each text; ± is the standard deviation over seeds where there are several. No training part of any task was tuned on.
+*Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
+samples*: on text that the dense model wrote itself; *on mixed text*: half that and half the tuning text. The dense
+model has {dense}.
+"""
+
+PRETRAINED_PUBLISHED = """
+For comparison, [others report](https://huggingface.co/lldois/SmolLM2-135M-Reasoning-SLERP-Champion) 54.1 (acc) on
+ARC-easy and 27.7 (acc_norm) on ARC-challenge for SmolLM2-135M-Instruct by the same harness, zero-shot, on all
+questions; the one here was dequantized from 4 bits.
+"""
+
+PRETRAINED_RATES = """
+Each contender's rate is the one of a stated grid with the lowest perplexity on the validation text after {rate_steps}
+steps of one sequence; *(edge)* says that it is at the edge of the grid. Prunings without a line here take the rates of
+the first.
+"""
+
+PRETRAINED_METHOD = """
+{model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of
+the tuning text ({text}; of each a test part is held out), and tuned for {steps} steps of {batch} such sequences:
+AdamW, 10% warm-up, cosine to zero, gradients clipped to 1, no dropout, no weight decay. Files are in {dtype},
+computation, factors and optimizer in {compute}. Measured is what is deployed: the adapter saved, merged into the
+pruned model from disk, saved, and loaded by plain Transformers. {machine}, Python {python}, PEFT {peft}, Transformers
+{transformers}; all {count} runs of tuning took {hours:.1f} hours of processor time, on a machine with other work, so
+no time of a single run is given. Command: `{command}`; results: `{results}`.
+"""
+
+PRETRAINED_MISSING = """
+The same command continues where it was stopped. Not measured yet:
 """

@@ -50,19 +50,21 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pruned checkpoint that exists, on the Hub or in a folder.
+    """A checkpoint that exists, on the Hub or in a folder: pruned already, or dense.
 
     Args:
         name (`str`): Its name in results.
         source (`str`): The Hub's repository or the folder.
-        dtype (`str`): The dtype to load it in.
+        dtype (`str`): The dtype of the files that are made of it.
         sequence (`int`): The tokens in a sequence, in training and evaluation.
+        compute (`str`, *optional*): The dtype to load it in, by default that of the files.
     """
 
     name: str
     source: str
     dtype: str = "bfloat16"
     sequence: int = 512
+    compute: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ class Contender:
         method (`str`): One of those in `methods.METHODS`.
         options (`Mapping[str, Any]`): What differs from the method's defaults.
         equal (`str`, *optional*):
-            `"parameters"` chooses the rank so that it trains as many parameters as SPP with its defaults, as near as
-            it goes; `"time"` chooses the steps so that it takes SPP's time, at the learning rate that was chosen for
-            the method without this.
+            `"parameters"` chooses the rank, of Supertuning the share of the weights, so that it trains as many
+            parameters as SPP with its defaults, as near as it goes; `"time"` chooses the steps so that it takes SPP's
+            time, at the learning rate that was chosen for the method without this.
         rates (`tuple[float, ...]`): The grid of learning rates; empty for that of the method.
     """
 
@@ -142,6 +144,7 @@ class Study:
         seeds (`tuple[int, ...]`): Of the factors and the order of the data. The first chooses the learning rate.
         rates_from (`Pruning`, *optional*):
             Take the learning rates that were chosen for this pruning of the same model, instead of a grid of its own.
+        steps_only (`bool`): Whether only the costs of the contenders' training steps are measured.
     """
 
     model: str
@@ -149,6 +152,7 @@ class Study:
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...] = (0,)
     rates_from: Pruning | None = None
+    steps_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,11 @@ class TuningBudget:
         task_folder (`str`, *optional*): A folder with tasks that the harness does not have.
         micro_batch (`int`, *optional*): The most sequences in one forward pass of a process, by default its whole part
             of the batch. Gradients are summed up to the batch.
+        rate_steps (`int`, *optional*): Steps of the runs that choose a learning rate, where these are shorter: of one
+            sequence each, and at the rates of the grid only.
+        task_limit (`int`, *optional*): Only the first questions of each task.
+        apart_blocks (`int`): Sequences of each of the texts that perplexity is measured on one by one.
+        sampled_blocks (`int`): Sequences that the dense model writes, for contenders that are tuned on those.
     """
 
     steps: int
@@ -179,6 +188,10 @@ class TuningBudget:
     tasks: tuple[str, ...] = ()
     task_folder: str | None = None
     micro_batch: int | None = None
+    rate_steps: int | None = None
+    task_limit: int | None = None
+    apart_blocks: int = 0
+    sampled_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,8 +228,9 @@ EQUAL = (
     Contender("masked_lora", equal="time"),
 )
 CLAIMED = tuple(map(Contender, ("spp", "spp_positive", "masked_full", "lora", "ia3")))
+SUPERTUNING = (Contender("supertuning", equal="parameters"), Contender("supertuning"))
 RIVALS = (Contender("hira"), Contender("masked_lora"), *EQUAL)
-ALL = CLAIMED + RIVALS
+ALL = CLAIMED + RIVALS + SUPERTUNING
 FEW = tuple(map(Contender, ("spp", "lora", "masked_full")))
 
 
@@ -246,6 +260,8 @@ SMALL = Suite(
         Study("llama", AT_2_4, CLAIMED, SEEDS),
         Study("llama", AT_75, RIVALS, SEEDS),
         Study("llama", AT_2_4, RIVALS, SEEDS),
+        Study("llama", AT_75, SUPERTUNING, SEEDS),
+        Study("llama", AT_2_4, SUPERTUNING, SEEDS),
         *other_prunings("llama", FEW, SEEDS[:1]),
         Study("gpt2", AT_2_4, FEW),
         Study("gpt2", AT_75, FEW),

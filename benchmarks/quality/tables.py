@@ -6,50 +6,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from ..harness import format_bytes
 from .analysis import Analysis, Outcome, Spread
-from .claims import VARIANTS, shares_of_full
 from .suites import PRUNERS, REQUESTS, Pruning
 
 
-def main_table(analysis: Analysis, model: str, prunings: Sequence[Pruning]) -> str:
-    """All contenders on some pruned copies of a model, with every measure."""
-    headings = [
-        "",
-        "",
-        "learning rate",
-        "trained parameters",
-        "adapter",
-        "perplexity",
-        "won back",
-        "of masked full",
-        "sparsity",
-        "zeros lost",
-        "step ÷ SPP's",
-        "memory of a step",
-    ]
-    rows = []
-    for pruning in prunings:
-        full = analysis.find(model, pruning, "masked_full")
-        loss = analysis.losses[model, pruning.name]
-        rows.append([f"**{pruning.label}**", "none", *["–"] * 3, f"{math.exp(loss):.2f}", "0%", "0%", *["–"] * 4])
-        for one in sorted(analysis.of(model, pruning), key=lambda one: one.method not in VARIANTS):
-            share = "–" if full is None else percent(Spread.of(shares_of_full(one, full)))
-            rows.append(
-                [
-                    "",
-                    f"**{one.label}**" if one.method in VARIANTS else one.label,
-                    f"{one.rate:g}",
-                    f"{one.measured('trainable'):,}",
-                    format_kilobytes(one.measured("adapter_bytes")),
-                    perplexity(one),
-                    percent(one.recovery),
-                    share,
-                    *sparsity_cells(one),
-                    *cost_cells(analysis, one),
-                ]
-            )
-    return table(headings, rows)
+def main_table(analysis: Analysis, model: str, pruning: Pruning) -> str:
+    """All contenders on a pruned model; what does not fit is in the JSON."""
+    headings = ["", "learning rate", "trained parameters", "perplexity", "won back", "zeros lost", "step ÷ SPP's"]
+    rows = [["none", "–", "–", f"{math.exp(analysis.losses[model, pruning.name]):.2f}", "0%", "–", "–"]]
+    for one in sorted(analysis.of(model, pruning), key=lambda one: not one.method.startswith("spp")):
+        ratio = analysis.step_ratio(one.model, one.name)
+        rows.append(
+            [
+                f"**{one.label}**" if one.method.startswith("spp") else one.label,
+                f"{one.rate:g}",
+                f"{one.measured('trainable'):,}",
+                perplexity(one),
+                percent(one.recovery),
+                "not merged"
+                if one.deployment == "unmerged"
+                else f"{max(x or 0 for x in one.deployed('zeros_lost')):,}",
+                "–" if ratio is None else f"{ratio:.2f}",
+            ]
+        )
+    return table(headings, rows, numbers_from=1)
 
 
 def prunings_table(analysis: Analysis, model: str) -> str:
@@ -130,29 +110,6 @@ def variations_table(analysis: Analysis, model: str, pruning: Pruning) -> str:
 def _rate_cell(rate: float, loss: float | None, chosen: float) -> str:
     text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
     return f"**{text}**" if rate == chosen else text
-
-
-def sparsity_cells(outcome: Outcome) -> list[str]:
-    """The sparsity of the deployed model, and how many zeros it has lost, with whichever seed these are most."""
-    if outcome.deployment == "unmerged":
-        return ["dense factors beside it", "0"]
-    sparsity = outcome.deployed("sparsity")[0]
-    if sparsity is None:
-        return ["–", "–"]
-    lost = max(count or 0 for count in outcome.deployed("zeros_lost"))
-    kept = outcome.deployed("pattern_kept")
-    pattern = (
-        "" if kept[0] is None or sparsity == 0 else f", {outcome.pruning.pattern}" if all(kept) else ", no pattern"
-    )
-    return [f"{sparsity:.1%}{pattern}", f"{lost:,}"]
-
-
-def cost_cells(analysis: Analysis, outcome: Outcome) -> list[str]:
-    """The time of a step over SPP's, and the memory that a step takes."""
-    ratio = analysis.step_ratio(outcome.model, outcome.name)
-    measured = analysis.steps(outcome.model, outcome.name).get(outcome.name)
-    memory = outcome.measured("peak_bytes") if measured is None else measured["bytes"]
-    return ["–" if ratio is None else f"{ratio:.2f}", "–" if memory is None else format_bytes(memory)]
 
 
 def perplexity(outcome: Outcome) -> str:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
@@ -98,6 +99,7 @@ def train(
     settings: TuningSettings,
     accelerator: Accelerator,
     on_step: Callable[[int, float], object] = lambda step, loss: None,
+    teacher: nn.Module | None = None,
 ) -> TuningRecord:
     """
     Train the parameters that are to be trained, with AdamW or, where the settings say so, matrices with Muon.
@@ -110,6 +112,8 @@ def train(
         settings (`TuningSettings`): How to train.
         accelerator (`Accelerator`): The device; and the other processes, among which each batch is divided.
         on_step (`Callable[[int, float], object]`): Called with the number of steps done and the loss.
+        teacher (`nn.Module`, *optional*): Instead of predicting the text, come near to the predictions of this model:
+            the loss is the Kullback-Leibler divergence from them, in the mean over all tokens.
 
     Raises:
         ValueError: If the number of processes does not divide the batch.
@@ -125,7 +129,7 @@ def train(
     record = TuningRecord()
     wall, cpu = time.perf_counter(), time.process_time()
     for step, numbers in enumerate(order_of_blocks(len(blocks), settings.steps, settings.batch, settings.seed), 1):
-        loss = _backward(wrapped, blocks[numbers[part]], settings, accelerator)
+        loss = _backward(wrapped, blocks[numbers[part]], settings, accelerator, teacher)
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -172,17 +176,35 @@ def make_optimizers(model: nn.Module, settings: TuningSettings) -> list[torch.op
 
 
 def _backward(
-    model: nn.Module, blocks: torch.Tensor, settings: TuningSettings, accelerator: Accelerator
+    model: nn.Module,
+    blocks: torch.Tensor,
+    settings: TuningSettings,
+    accelerator: Accelerator,
+    teacher: nn.Module | None,
 ) -> torch.Tensor:
     """Add to the gradients those of the mean loss over blocks, and return that loss."""
     total = torch.zeros((), device=accelerator.device)
     for some in blocks.split(settings.micro_batch or len(blocks)):
         ids = some.to(accelerator.device)
         with _autocast(settings, accelerator.device):
-            loss = model(input_ids=ids, labels=ids).loss * (len(ids) / len(blocks))
+            loss = text_loss(model, ids) if teacher is None else distillation_loss(model, teacher, ids)
+            loss = loss * (len(ids) / len(blocks))
         accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def text_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The mean negative log-likelihood of the next tokens."""
+    return cast(torch.Tensor, model(input_ids=ids, labels=ids).loss)
+
+
+def distillation_loss(model: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The mean over all tokens of KL(teacher ‖ model) of the distributions of the next token."""
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids).logits.float().log_softmax(-1)
+    scores = model(input_ids=ids).logits.float().log_softmax(-1)
+    return F.kl_div(scores.flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
 
 
 def _permutations(count: int, shuffler: random.Random) -> Iterator[int]:

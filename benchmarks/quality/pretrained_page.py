@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of the suite of a pretrained model. Nothing on it is written by hand."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from peft_spp.durable import write_text
+
+from ..harness import format_bytes, plots
+from . import prose
+from .analysis import label_of
+from .data import UNLIKE
+from .methods import METHODS
+from .page import bullets, paragraph
+from .pretrained_results import Comparison, Entry, comparisons_of
+from .store import Store
+from .suites import Pruning
+from .tables import format_kilobytes, table
+
+
+MAIN_TEXT = "text"
+
+
+def write_pretrained(store: Store, page: Path) -> list[Path]:
+    """
+    Write the page and its picture.
+
+    Args:
+        store (`Store`): The measurements of the suite; the picture goes next to their file.
+        page (`Path`): The page.
+
+    Returns:
+        `list[Path]`: The files written.
+    """
+    comparisons = comparisons_of(store)
+    picture = store.path.with_suffix(".png")
+    draw(comparisons, store, picture)
+    parts = [
+        "# Quality on a pretrained model",
+        paragraph(prose.PRETRAINED_OPENING.format(model=model_name(store))),
+        bullets(findings(store, comparisons)),
+        f"![Perplexity and accuracy, by pruning]({Path(os.path.relpath(picture, page.parent)).as_posix()})",
+    ]
+    for comparison in comparisons:
+        parts += [f"## {comparison.pruning.label}", quality_table(store, comparison)]
+    read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
+    parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
+    tuned = [one for one in comparisons if one.entries]
+    if tuned:
+        parts += ["## Costs", costs_table(store, tuned[0]), "## Learning rates"]
+        parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(tuned)]
+    parts += ["## How it was measured", paragraph(method(store)), missing(store, comparisons)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, "\n\n".join(part for part in parts if part) + "\n")
+    return [page, picture]
+
+
+def model_name(store: Store) -> str:
+    """The model of the last run."""
+    return str(store.records[-1].settings["model"])
+
+
+def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
+    """What the first pruning says, in a few sentences, as far as it is measured."""
+    one = comparisons[0]
+    spp = one.find("spp_positive") or one.find("spp")
+    said = [_pruned_sentence(store, one)]
+    if spp is None:
+        return said
+    best = max(_spp(one), key=lambda entry: entry.accuracy)
+    said += [_perplexity_sentence(one, spp), _tasks_sentence(one, spp, best), _probability_sentence(one)]
+    return [*said, *_start_sentence(comparisons), _zeros_sentence(store, comparisons)]
+
+
+def _spp(one: Comparison) -> list[Entry]:
+    return [entry for entry in one.entries if entry.settings["method"].startswith("spp")]
+
+
+def _pruned_sentence(store: Store, one: Comparison) -> str:
+    lost, error = one.pruned.gain(one.dense)
+    return (
+        f"{one.pruning.label}: {_perplexities(one.dense)} become {_perplexities(one.pruned)} "
+        f"(perplexity on {_text_names(store)}), and the mean accuracy goes from {one.dense.accuracy:.1%} to "
+        f"{one.pruned.accuracy:.1%} ({points(lost, error)} points)."
+    )
+
+
+def _perplexity_sentence(one: Comparison, spp: Entry) -> str:
+    others = [one.find("masked_full"), one.find("lora", "remasked"), one.find("ia3")]
+    others += [entry for entry in one.entries if entry.settings["equal"] == "parameters"]
+    compared = "; ".join(
+        f"{entry.label} {entry.perplexity(MAIN_TEXT).mean:.1f} ({one.won_back(entry, MAIN_TEXT):.0%})"
+        for entry in others
+        if entry is not None
+    )
+    return (
+        f"After {spp.tuned['tokens']:,} tokens {spp.label} has a perplexity of {spp.perplexity(MAIN_TEXT).mean:.1f} "
+        f"on text like that of the tuning and has won back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity, "
+        f"on text unlike it {one.won_back(spp, UNLIKE):.0%}" + (f"; on the former, {compared}." if compared else ".")
+    )
+
+
+def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
+    own, own_error = best.gain(one.pruned)
+    recipe = "" if best is spp else f"; the best of SPP's recipes, {best.label}: {points(own, own_error)}"
+    share = one.tasks_won_back(best)
+    verdict = f"of what pruning took from the tasks, {share:.0%} is back at best"
+    if abs(own) < 2 * own_error:
+        verdict += ", a difference of less than two standard errors: not distinguishable from zero"
+    elif share < 0.5:
+        verdict += ", less than half"
+    return (
+        "Perplexity on the tuning text shows adaptation, the tasks show recovery: against the pruned model the mean "
+        f"accuracy of {spp.label} is {points(*spp.gain(one.pruned))} points{recipe}; {verdict}."
+    )
+
+
+def _probability_sentence(one: Comparison) -> str:
+    best = max(_spp(one), key=lambda entry: entry.probability_gain(one.pruned)[0])
+    rivals = [entry for entry in one.entries if entry.has_tasks and entry not in _spp(one)]
+    compared = "".join(f", {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
+    return (
+        "The probability of the right choice, which shows smaller changes, moved by "
+        f"{points(*one.pruned.probability_gain(one.dense))} points with pruning, and from there {best.label}, SPP's "
+        f"best, moved it by {points(*best.probability_gain(one.pruned))}{compared}."
+    )
+
+
+def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
+    pairs = [(one, one.find("spp_positive"), one.find("spp")) for one in comparisons]
+    said = [
+        f"{one.pruning.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
+        f"{default.perplexity(MAIN_TEXT).mean:.2f} and, on text unlike that of the tuning, "
+        f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}"
+        for one, positive, default in pairs
+        if positive is not None and default is not None
+    ]
+    return [f"The positive start of A against the default start: {'; '.join(said)}."] if said else []
+
+
+def _zeros_sentence(store: Store, comparisons: Sequence[Comparison]) -> str:
+    models = [deployed for one in comparisons for entry in _spp(one) for deployed in entry.deployed]
+    lost = sum(one["zeros_lost"] for one in models)
+    lora = next((entry for one in comparisons if (entry := one.find("lora"))), None)
+    merged = "" if lora is None else f"; LoRA, merged, lost {lora.deployed[0]['zeros_lost']:,}"
+    return f"The {len(models)} models tuned by SPP lost {lost:,} zeros{merged}."
+
+
+def _text_names(store: Store) -> str:
+    return ", ".join(text_name(store, text) for text in store.records[0].measured["losses"])
+
+
+def text_name(store: Store, text: str) -> str:
+    """A text that perplexity is measured on, for readers."""
+    if text == MAIN_TEXT:
+        return "WikiText-2" if "wikitext" in store.about["text"] else "text"
+    return {"problems": "GSM8K", UNLIKE: "Python docs"}[text]
+
+
+def _perplexities(entry: Entry) -> str:
+    return ", ".join(f"{entry.perplexity(text).mean:.1f}" for text in entry.deployed[0]["losses"])
+
+
+def quality_table(store: Store, one: Comparison) -> str:
+    """Perplexities and accuracies, a row for each deployed model."""
+    texts = list(one.dense.deployed[0]["losses"])
+    rows = []
+    for entry in (one.dense, one.pruned, *one.entries):
+        cells = [_perplexity_cell(entry, text) for text in texts]
+        if entry.has_tasks:
+            cells.append(f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}")
+            gains = [entry.gain(one.pruned), entry.probability_gain(one.pruned)]
+            cells += ["–" if entry is one.pruned else points(*gain) for gain in gains]
+        else:
+            cells += ["as merged", "–", "–"]
+        rows.append([f"**{entry.label}**" if entry in _spp(one) else entry.label, *cells])
+    names = [text_name(store, text) for text in texts]
+    headings = ["", *names, "accuracy", "against pruned", "probability, against pruned"]
+    return table(headings, rows, numbers_from=1)
+
+
+def points(gain: float, error: float) -> str:
+    """A difference in percentage points, with its standard error."""
+    return f"{100 * gain:+.1f} ± {100 * error:.1f}"
+
+
+def _perplexity_cell(entry: Entry, text: str) -> str:
+    spread = entry.perplexity(text)
+    return f"{spread.mean:.2f}" + (f" ± {spread.deviation:.2f}" if spread.count > 1 else "")
+
+
+def costs_table(store: Store, one: Comparison) -> str:
+    """What each contender trains, saves, and takes."""
+    steps = next((record.measured for record in reversed(store.records) if record.kind == "profile"), {})
+    rows = []
+    for entry in one.entries:
+        if entry.deployment in ("unmerged", "remasked") or entry.settings["options"].get("teacher"):
+            continue
+        measured = steps.get(entry.name)
+        ratio, memory = "–", "–"
+        if measured:
+            own, spp = sorted(measured["seconds"]), sorted(steps["spp"]["seconds"])
+            ratio, memory = f"{own[len(own) // 2] / spp[len(spp) // 2]:.2f}", format_bytes(measured["bytes"])
+        label = label_of(entry.settings).removesuffix("; merged")
+        size = format_kilobytes(entry.tuned["adapter_bytes"])
+        lost = f"{max(one['zeros_lost'] or 0 for one in entry.deployed):,}"
+        rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, lost])
+    headings = ["", "trained parameters", "adapter", "step ÷ SPP's", "memory of a step", "zeros lost, merged"]
+    return table(headings, rows, numbers_from=1)
+
+
+def rates_table(comparisons: Sequence[Comparison]) -> str:
+    """The rates that were tried, where they were."""
+    rows = []
+    for one in comparisons:
+        for entry in one.entries:
+            if not entry.rates or entry.deployment in ("unmerged", "remasked"):
+                continue
+            cells = []
+            for rate, loss in sorted(entry.rates.items()):
+                text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
+                cells.append(f"**{text}**" if rate == entry.settings["rate"] else text)
+            edge = entry.settings["rate"] in (min(entry.rates), max(entry.rates))
+            label = entry.label.removesuffix("; merged")
+            rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
+    return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
+
+
+def reading(store: Store, one: Comparison) -> dict[str, object]:
+    """The figures for the sentences on how to read the tables."""
+    tasks = one.dense.deployed[0]["tasks"]
+    counts = ", ".join(f"{name} {len(scores['acc right'])}" for name, scores in tasks.items())
+    scores = "; ".join(
+        f"{name}: acc {100 * scores['acc']:.1f}, acc_norm {100 * scores['acc_norm']:.1f}"
+        for name, scores in tasks.items()
+    )
+    return {"counts": counts, "dense": scores, "blocks": store.about["suite"]["budget"]["apart_blocks"]}
+
+
+def published(store: Store) -> str:
+    """What others measured of the same model, where that is known."""
+    return prose.PRETRAINED_PUBLISHED if model_name(store).startswith("SmolLM2-135M-Instruct") else ""
+
+
+def method(store: Store) -> str:
+    """How it was measured."""
+    budget, environment = store.about["suite"]["budget"], store.environments[-1]
+    tuned = [one.measured for one in store.records if one.kind in ("tune", "rate")]
+    checkpoint = store.about["suite"]["models"][0]
+    return prose.PRETRAINED_METHOD.format(
+        **budget,
+        model=model_name(store),
+        text=store.about["text"],
+        sequence=checkpoint["sequence"],
+        dtype=checkpoint["dtype"],
+        compute=checkpoint["compute"] or checkpoint["dtype"],
+        machine=plots.machine_note(environment),
+        count=len(tuned),
+        hours=sum(one["cpu_seconds"] for one in tuned) / 3600,
+        command=environment["command"],
+        results=store.path.name,
+        **{name: environment["versions"][name] for name in ("python", "peft", "transformers")},
+    )
+
+
+def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
+    """What the suite has planned and not run yet."""
+    if store.about.get("complete"):
+        return ""
+    left: dict[str, list[str]] = {}
+    for study in store.about["suite"]["studies"]:
+        pruning = Pruning(**study["pruning"])
+        entries = [entry for one in comparisons if one.pruning == pruning for entry in one.entries]
+        for planned in study["contenders"]:
+            label = label_of(planned, "merged").removesuffix("; merged")
+            if not any(_is_of(entry, planned) for entry in entries) and label not in left.setdefault(
+                pruning.label, []
+            ):
+                left[pruning.label].append(label)
+    lines = [f"{pruning}: {'; '.join(labels)}." for pruning, labels in left.items() if labels]
+    return "## What has not been run yet\n\n" + paragraph(prose.PRETRAINED_MISSING) + "\n\n" + bullets(lines)
+
+
+def _is_of(entry: Entry, planned: Mapping[str, Any]) -> bool:
+    """Whether an entry is of a contender of the suite, which knows no rank or share that makes it equal to SPP."""
+    settings, options = dict(entry.settings), dict(planned["options"])
+    if planned["equal"]:
+        settings["options"] = options
+    return (settings["method"], settings["equal"], dict(settings["options"])) == (
+        planned["method"],
+        planned["equal"],
+        options,
+    )
+
+
+def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
+    """
+    Draw perplexity and accuracy by pruning, all contenders.
+
+    Args:
+        comparisons (`Sequence[Comparison]`): What was measured.
+        store (`Store`): Where.
+        path (`Path`): The picture.
+    """
+    note = (
+        "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
+        f"accuracy.\n{plots.machine_note(store.environments[-1])}"
+    )
+    figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
+    for place, one in enumerate(comparisons):
+        entries = [one.pruned, *(entry for entry in one.entries if entry.deployment != "unmerged")]
+        for index, entry in enumerate(entries):
+            x = place + 0.8 * ((index + 0.5) / len(entries) - 0.5)
+            for axes, text in ((left, MAIN_TEXT), (middle, UNLIKE)):
+                _mark(axes, x, entry.perplexity(text).mean, entry)
+            right.errorbar([x], [100 * entry.accuracy], [100 * entry.accuracy_error], color="#bbbbbb", linewidth=0.8)
+            _mark(right, x, 100 * entry.accuracy, entry)
+    dense = comparisons[0].dense
+    for axes, title, value in (
+        (left, "perplexity, text like the tuning's", dense.perplexity(MAIN_TEXT).mean),
+        (middle, "perplexity, text unlike it", dense.perplexity(UNLIKE).mean),
+        (right, "mean accuracy of the tasks, %", 100 * dense.accuracy),
+    ):
+        axes.set_title(title, loc="left")
+        axes.axhline(value, color=plots.BLACK, linewidth=0.8, linestyle=(0, (4, 2)))
+        axes.set_xticks(range(len(comparisons)), [one.pruning.label for one in comparisons])
+        if axes is not right:
+            axes.set_yscale("log")
+    handles, labels = left.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=2, frameon=False, fontsize=7)
+    plots.save_figure(figure, path)
+
+
+def _mark(axes: Axes, x: float, y: float, entry: Entry) -> None:
+    style = METHODS[entry.settings["method"]].style if entry.settings else plots.Style("", plots.GREY, "x")
+    hollow = bool(entry.settings) and (entry.settings["options"].get("teacher") or entry.label.endswith(" merged"))
+    axes.plot(
+        [x],
+        [y],
+        marker=style.marker,
+        color=style.colour,
+        markerfacecolor="white" if hollow else style.colour,
+        markeredgecolor=plots.BLACK if style.colour == plots.YELLOW else style.colour,
+        linestyle="none",
+        markersize=5,
+        label=entry.label,
+    )

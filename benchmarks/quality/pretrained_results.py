@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the suite of a pretrained model found: entries with perplexities, accuracies, and their spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .analysis import Spread, label_of
+from .plan import contender_name
+from .store import Record, Store
+from .suites import Pruning
+
+
+METRIC = "acc_norm"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model as it is deployed: dense, pruned, or tuned by a contender.
+
+    Args:
+        label (`str`): For readers.
+        deployed (`tuple[Mapping[str, Any], ...]`): What was measured of it, by seed.
+        settings (`Mapping[str, Any]`): Of its run; empty if it was not tuned.
+        tuned (`Mapping[str, Any]`): What was measured of its training with the first seed.
+        deployment (`str`): What became of the trained model.
+        rates (`Mapping[float, float | None]`): The rates that were tried, with the loss on the validation text.
+    """
+
+    label: str
+    deployed: tuple[Mapping[str, Any], ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    deployment: str = "merged"
+    rates: Mapping[float, float | None] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The contender, as in the measurements of the steps."""
+        return contender_name(self.settings["method"], self.settings["options"]) if self.settings else ""
+
+    def losses(self, text: str) -> list[float]:
+        """The loss on a text, by seed."""
+        return [one["losses"][text] for one in self.deployed]
+
+    def perplexity(self, text: str) -> Spread:
+        """The perplexity on a text, over the seeds."""
+        return Spread.of([math.exp(loss) for loss in self.losses(text)])
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over tasks of the share of right answers, over the seeds."""
+        return statistics.fmean(statistics.fmean(right) for right in self._right())
+
+    @property
+    def accuracy_error(self) -> float:
+        """Its standard error, by the questions."""
+        return _error(self._right())
+
+    def gain(self, other: Entry) -> tuple[float, float]:
+        """How much more accurate it is than another, and the standard error, by the same questions."""
+        return _paired(self._right(), other._right())
+
+    def probability_gain(self, other: Entry) -> tuple[float, float]:
+        """The same of the probability of the right choice, which tells models apart that are right as often."""
+        return _paired(self._probabilities(), other._probabilities())
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether it was asked questions."""
+        return all(one.get("tasks") for one in self.deployed)
+
+    def _right(self) -> list[list[float]]:
+        """By task and question the share of seeds that are right."""
+        tasks = self.deployed[0]["tasks"]
+        strings = {task: [one["tasks"][task][f"{METRIC} right"] for one in self.deployed] for task in tasks}
+        return [
+            [statistics.fmean(map(int, digits)) for digits in zip(*some, strict=True)] for some in strings.values()
+        ]
+
+    def _probabilities(self) -> list[list[float]]:
+        """By task and question the probability of the right choice, in the mean over seeds."""
+        tasks = self.deployed[0]["tasks"]
+        columns = {task: [one["tasks"][task]["probability"] for one in self.deployed] for task in tasks}
+        return [[statistics.fmean(values) for values in zip(*some, strict=True)] for some in columns.values()]
+
+
+def _paired(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean over tasks of the differences between the same questions, and its standard error."""
+    differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(own, other, strict=True)]
+    return statistics.fmean(statistics.fmean(some) for some in differences), _error(differences)
+
+
+def _error(tasks: Sequence[Sequence[float]]) -> float:
+    """The standard error of the mean over tasks of the means over questions."""
+    return math.sqrt(sum(statistics.variance(values) / len(values) for values in tasks)) / len(tasks)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured on one pruned model.
+
+    Args:
+        pruning (`Pruning`): How it is pruned.
+        dense (`Entry`): The model before.
+        pruned (`Entry`): It, not tuned.
+        entries (`tuple[Entry, ...]`): It, tuned, in the order of the suite.
+    """
+
+    pruning: Pruning
+    dense: Entry
+    pruned: Entry
+    entries: tuple[Entry, ...]
+
+    def find(self, method: str, deployment: str = "merged", **options: Any) -> Entry | None:
+        """The entry of a method with these options."""
+        for one in self.entries:
+            wanted = (method, deployment, options)
+            if (one.settings["method"], one.deployment, dict(one.settings["options"])) == wanted:
+                return one
+        return None
+
+    def won_back(self, entry: Entry, text: str) -> float:
+        """The share of the log-perplexity lost by pruning that was won back; NaN if pruning cost none."""
+        lost = self.pruned.losses(text)[0] - self.dense.losses(text)[0]
+        own = self.pruned.losses(text)[0] - statistics.fmean(entry.losses(text))
+        return own / lost if lost > 0 else math.nan
+
+    def tasks_won_back(self, entry: Entry) -> float:
+        """The share of the accuracy lost by pruning that was won back; NaN if pruning cost none."""
+        lost = self.dense.gain(self.pruned)[0]
+        return entry.gain(self.pruned)[0] / lost if lost > 0 else math.nan
+
+
+def comparisons_of(store: Store) -> list[Comparison]:
+    """The comparisons of a suite's last model, as far as they are measured, in the order of the prunings."""
+    newest = store.records[-1].settings["base"]
+    records = [one for one in store.records if one.settings["base"] == newest]
+    bases = {one.settings["pruning"]: one.measured for one in records if one.kind == "base"}
+    dense = Entry("dense", (bases[None],))
+    return [
+        Comparison(Pruning.of(name), dense, Entry("pruned, not tuned", (base,)), tuple(_entries(records, name)))
+        for name, base in bases.items()
+        if name is not None
+    ]
+
+
+def _entries(records: Sequence[Record], pruning: str) -> list[Entry]:
+    groups: dict[str, list[Record]] = {}
+    for one in records:
+        if one.kind == "tune" and one.settings["pruning"] == pruning and one.measured["deployments"]:
+            groups.setdefault(_contender(one.settings), []).append(one)
+    entries = []
+    for key, group in groups.items():
+        first = group[0]
+        rates = {
+            one.settings["rate"]: one.measured["validation_loss"]
+            for one in records
+            if one.kind == "rate" and _contender(one.settings) == key and one.settings["pruning"] == pruning
+        }
+        for deployment in first.measured["deployments"]:
+            deployed = tuple(one.measured["deployments"][deployment] for one in group)
+            label = label_of(first.settings, deployment)
+            entries.append(Entry(label, deployed, first.settings, first.measured, deployment, rates))
+    return entries
+
+
+def _contender(settings: Mapping[str, Any]) -> str:
+    return f"{contender_name(settings['method'], settings['options'])} {settings['equal']}"

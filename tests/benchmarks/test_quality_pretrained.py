@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the suite of a pretrained model says of made-up results."""
+
+import math
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+
+pytest.importorskip("datasets")
+
+from benchmarks.quality.__main__ import described
+from benchmarks.quality.estimate import Estimate
+from benchmarks.quality.harness_tasks import _probability, write_tasks
+from benchmarks.quality.pretrained import FOUR, POSITIVE, PRETRAINED, distilled
+from benchmarks.quality.pretrained_page import write_pretrained
+from benchmarks.quality.pretrained_results import comparisons_of
+from benchmarks.quality.store import Store
+from benchmarks.quality.suites import AT_2_4, Study
+
+
+COMMON = {"base": "b", "model": "tiny"}
+ENVIRONMENT = {
+    "command": "python -m benchmarks.quality --suite pretrained --model FOLDER",
+    "hardware": {"gpu": None, "cpu": "CPU", "cpu_capability": "AVX2"},
+    "threads": {"torch": 1},
+    "versions": {"torch": "2", "python": "3", "peft": "0", "transformers": "5"},
+}
+
+
+def deployed(loss, *right):
+    """Of two tasks which questions are right, as digits."""
+    tasks = {
+        name: {
+            "acc": 0.5,
+            "acc_norm": 0.5,
+            "acc right": digits,
+            "acc_norm right": digits,
+            "probability": [loss / 10] * 4,
+        }
+        for name, digits in zip(("one", "two"), right, strict=True)
+    }
+    losses = {"text": loss, "problems": loss - 1, "unlike": loss + 1}
+    return {"test_loss": loss, "losses": losses, "tasks": tasks, "zeros_lost": 0, "parameters": 1000}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Dense, pruned, and two seeds of one method; of another one seed."""
+    store = Store("pretrained", tmp_path / "quality-pretrained.json")
+    suite = replace(PRETRAINED, studies=(Study("tiny", AT_2_4, FOUR),))
+    store.begin(ENVIRONMENT, {"text": "wikitext.txt", "suite": described(suite)})
+    store.add("base", {**COMMON, "pruning": None}, deployed(3.0, "1111", "1110"))
+    store.add("base", {**COMMON, "pruning": "wanda-2:4"}, deployed(5.0, "1100", "0000"))
+    runs = [("spp_positive", 0, (3.4, "1110", "1000")), ("spp_positive", 1, (3.6, "1100", "1000"))]
+    for method, seed, measured in [*runs, ("masked_full", 0, (3.0, "1100", "0000"))]:
+        settings = {**COMMON, "pruning": "wanda-2:4", "method": method, "options": {}, "equal": None, "seed": seed}
+        trained = {"tokens": 1024, "trainable": 10, "adapter_bytes": 40, "cpu_seconds": 3.0, "validation_loss": 3.0}
+        if seed == 0:
+            store.add("rate", {**settings, "rate": 0.1, "steps": 1}, trained)
+        merged = {"merged": deployed(*measured)}
+        store.add("tune", {**settings, "rate": 0.1, "steps": 2}, {**trained, "deployments": merged})
+    return store
+
+
+def test_perplexity_and_accuracy_are_over_seeds_and_questions(store):
+    (one,) = comparisons_of(store)
+    spp = one.find("spp_positive")
+    assert spp.perplexity("text").mean == pytest.approx((math.exp(3.4) + math.exp(3.6)) / 2)
+    assert one.won_back(spp, "text") == pytest.approx(0.75) and one.won_back(one.dense, "unlike") == 1.0
+    # over the seeds the questions are right with 1, 1, 1/2, 0 and 1, 0, 0, 0
+    assert spp.accuracy == pytest.approx((2.5 / 4 + 1 / 4) / 2)
+    gain, error = spp.gain(one.pruned)
+    assert gain == pytest.approx((0.5 / 4 + 1 / 4) / 2)
+    # the variances of (0, 0, 1/2, 0) and (1, 0, 0, 0) are 1/16 and 1/4
+    assert error == pytest.approx(math.sqrt((1 / 16) / 4 + (1 / 4) / 4) / 2)
+    assert spp.probability_gain(one.pruned) == pytest.approx((0.35 - 0.5, 0.0))
+    assert one.tasks_won_back(spp) == pytest.approx(gain / ((2 / 4 + 3 / 4) / 2))
+
+
+def test_the_probability_of_a_choice_does_not_depend_on_its_length():
+    sample = {"target": 1, "arguments": [("Q", " abcd"), ("Q", " ab")]}
+    # each 1 for a character, then twice as much for the right one
+    assert _probability({**sample, "filtered_resps": [(-4.0, False), (-2.0, False)]}) == pytest.approx(0.5)
+    expected = math.exp(-3) / (math.exp(-3) + math.exp(-6))
+    assert _probability({**sample, "filtered_resps": [(-8.0, False), (-2.0, False)]}) == pytest.approx(expected)
+
+
+def test_the_page_says_what_is_missing_and_has_no_table_wider_than_seven_columns(store, tmp_path):
+    write_pretrained(store, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    left = page.partition("What has not been run yet")[2]
+    assert "LoRA" in left and "distilled on mixed text" in left and "Masked full" not in left
+    assert max(line.count("|") - 1 for line in page.splitlines() if line.startswith("|")) == 7
+    assert "0 zeros" in page and (tmp_path / "quality-pretrained.png").is_file()
+    store.finish()
+    write_pretrained(store, tmp_path / "page.md")
+    assert "not been run" not in (tmp_path / "page.md").read_text()
+
+
+def test_a_page_can_be_written_before_anything_is_tuned(store, tmp_path):
+    store.records = store.records[:2]
+    write_pretrained(store, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "pruned, not tuned" in page and "SPP, positive start" in page.partition("What has not been run yet")[2]
+
+
+def test_the_estimate_counts_what_two_studies_share_once():
+    budget = replace(PRETRAINED.budget, steps=100, rate_steps=20, batch=2)
+    first, again = Study("tiny", AT_2_4, (POSITIVE,)), Study("tiny", AT_2_4, (POSITIVE,), seeds=(0, 1))
+    taken = Study("tiny", AT_2_4, (distilled(POSITIVE),), rates_from=AT_2_4)
+    estimate = Estimate((first, again, taken), budget)
+    assert str(estimate) == f"{100 + 3 * 10 + 100 + 100} steps left"
+    estimate.count("a", 100, fresh=False)
+    estimate.count("a", 100, fresh=False)
+    assert str(estimate) == "230 steps left"
+    estimate.count("b", 230, fresh=True)
+    assert re.fullmatch("0 steps left, about 0.0 hours at this pace", str(estimate))
+
+
+def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}\n')
+    (tmp_path / "arc_easy_test.jsonl").write_text('{"question": "Why?", "choices": ["a", "b"], "answer": 1}\n')
+    assert write_tasks(tmp_path, tmp_path / "tasks") == ("arc_easy",)
+    task = (tmp_path / "tasks" / "arc_easy.yaml").read_text()
+    assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in task
+
+
+def test_no_folder_of_the_machine_is_in_the_description(tmp_path):
+    suite = replace(PRETRAINED, models=(replace(PRETRAINED.models[0], name="tiny", source=str(tmp_path)),))
+    budget = replace(suite.budget, task_folder=str(tmp_path))
+    assert str(tmp_path.parent) not in str(described(replace(suite, budget=budget)))
+    assert str(tmp_path.parent) in str(asdict(suite))
