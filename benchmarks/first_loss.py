@@ -6,7 +6,7 @@ A small Llama is trained on the documentation that every CPython ships, pruned t
 right way and in wrong ones. Each is trained for ten steps with the SPP authors' learning rate, without warm-up. What
 is compared is the loss of the first step and the largest of the ten, and other numbers that a log may call the loss.
 
-The logits of a Llama are what its head makes of a normalised vector, so no finite adapter in its blocks can bring the
+The logits of a Llama are what its head makes of a normalized vector, so no finite adapter in its blocks can bring the
 mean loss above `2 · max |w ⊙ g| · √d + log V`, with w the rows of the head, g the scales of the last norm, d the width
 and V the vocabulary. The bound of this model is printed too.
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What `import peft_spp` takes beside `import peft`: `python -m benchmarks.import_time`.
+What `import peft_spp` takes next to `import peft`: `python -m benchmarks.import_time`.
 
 Each import is timed by a fresh process, without the start of the interpreter. A round is one process of each, in a
 random order, so that load from elsewhere meets both alike. The target is a median ratio of 1.05.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The Triton kernels beside PyTorch's own on a CUDA device: `python -m benchmarks.kernels_gpu`.
+The Triton kernels next to PyTorch's own on a CUDA device: `python -m benchmarks.kernels_gpu`.
 
 Both passes, `scaled_weight` and `factor_gradients`, are bound by memory, so the measure is the bytes that a pass
 cannot do without (each input read once, each result written once) over its time, and the reference is a plain copy in
@@ -45,7 +45,7 @@ PASSES = ["scaled_weight", "factor_gradients"]
 
 # of the inputs that a graph goes through before it comes back to the first: ten times the cache of an H100
 WORKING_SET_BYTES = 512 << 20
-# times that a graph goes through them: milliseconds in all, beside some microseconds for its launch
+# times that a graph goes through them: milliseconds in all, next to some microseconds for its launch
 TURNS = 16
 HOST_CALLS = 50
 
@@ -72,7 +72,7 @@ def main(
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
     quick: opt.QuickOption = False,
 ) -> None:
-    """Time the Triton kernels on a CUDA device, beside PyTorch's operations and a copy of as many bytes."""
+    """Time the Triton kernels on a CUDA device, next to PyTorch's operations and a copy of as many bytes."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("This benchmark needs a CUDA device, and PyTorch finds none here.")
     if not triton.is_available():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Recording the mask of a weight, beside copying the weight: `python -m benchmarks.mask_record`.
+Recording the mask of a weight, next to copying the weight: `python -m benchmarks.mask_record`.
 
 One weight of a Llama-7B (11008×4096, larger than the caches), random and half zero, in each dtype, stored as
 `nn.Linear` stores it and transposed, as `Conv1D` does. An adapter's record holds one mask for each adapted layer, so

@@ -32,7 +32,7 @@ from .competitors import COMPETITORS
 from .harness import BenchmarkResult, Case, format_bytes, make_console, print_table
 from .harness import options as opt
 from .harness.memory import record_saved_tensors, storage_bytes, trace_memory
-from .harness.plots import BLUE, GREY, VERMILLION, machine_note, panels, save_figure
+from .harness.plots import BLUE, GRAY, VERMILLION, machine_note, panels, save_figure
 from .models import PRECISIONS, build_llama
 from .training import MAIN_COMPETITORS, MAIN_PRECISIONS, TrainingStep, choose_size, title_of
 
@@ -177,7 +177,7 @@ def draw(result: BenchmarkResult, path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("GiB")
     handles = [
-        Patch(facecolor=GREY, label="parameters, masks, optimizer"),
+        Patch(facecolor=GRAY, label="parameters, masks, optimizer"),
         Patch(facecolor=BLUE, label="the step at its highest"),
         Line2D([], [], color=VERMILLION, marker="D", linestyle="none", label="of that, saved for backward"),
     ]
@@ -196,7 +196,7 @@ def _draw_case(axes: Axes, case: Case) -> None:
             axes.annotate("out of memory", (0, place), xytext=(3, 0), textcoords="offset points", va="center")
             continue
         static, saved, peak = (values[f"{key}_bytes"] / GIBIBYTE for key in ("static", "saved", "peak"))
-        axes.barh(place, static, 0.7, color=GREY)
+        axes.barh(place, static, 0.7, color=GRAY)
         axes.barh(place, peak - static, 0.7, left=static, color=BLUE)
         axes.plot(static + saved, place, marker="D", markersize=4, color=VERMILLION, markeredgecolor="white")
         axes.annotate(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Merging an adapter into a checkpoint on disk, beside copying its files: `python -m benchmarks.merge`.
+Merging an adapter into a checkpoint on disk, next to copying its files: `python -m benchmarks.merge`.
 
 The checkpoint has the names and shapes of a Llama of about 2B parameters, in bfloat16, its blocks pruned to 2:4, as
 many of them as the size asks for. Each round copies its files (`shutil.copyfile` and `fsync`) and merges an adapter of
@@ -42,7 +42,7 @@ from .harness import (
 )
 from .harness import options as opt
 from .harness.environment import machine_slug
-from .harness.plots import BLUE, GREY, machine_note, panels, save_figure
+from .harness.plots import BLUE, GRAY, machine_note, panels, save_figure
 
 
 NAME = "merge"
@@ -77,7 +77,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and factors.")] = 0,
     plot_only: opt.PlotOnlyOption = None,
 ) -> None:
-    """Time a merge from disk to disk beside a copy of the same files, and measure its memory."""
+    """Time a merge from disk to disk next to a copy of the same files, and measure its memory."""
     if plot_only is not None:
         draw(opt.load_result(plot_only, NAME), plot_only.with_suffix(".png"))
         return
@@ -264,19 +264,19 @@ def report(result: BenchmarkResult) -> None:
 
 
 def draw(result: BenchmarkResult, path: Path) -> None:
-    """Draw the seconds and the peak memory of both, beside what we want of them."""
+    """Draw the seconds and the peak memory of both, next to what we want of them."""
     case, settings = result.cases[0], result.settings
     size = f"{settings['size_bytes'] / 1e9:.1f} GB in {settings['shards']} files"
     note = f"Left of the dashed lines is what we want of the merge. {machine_note(result.environment)}"
     figure, ((time_axes, memory_axes),) = panels(1, 2, f"Merging {size} from disk to disk", note, panel_height=1.5)
-    labels, colours = list(LABELS.values()), [GREY, BLUE]
+    labels, colors = list(LABELS.values()), [GRAY, BLUE]
     summaries = [case.summary(name) for name in LABELS]
     medians = [summary.median for summary in summaries]
     extremes = [[s.median - s.minimum for s in summaries], [s.maximum - s.median for s in summaries]]
-    time_axes.barh(labels, medians, xerr=extremes, color=colours, height=0.6)
+    time_axes.barh(labels, medians, xerr=extremes, color=colors, height=0.6)
     time_axes.set_xlabel("seconds, median and extremes")
     memory = [case.values[name]["peak_bytes"] / 2**20 for name in LABELS]
-    memory_axes.barh(labels, memory, color=colours, height=0.6)
+    memory_axes.barh(labels, memory, color=colors, height=0.6)
     memory_axes.set_xlabel("peak memory beyond the imports, MiB")
     limits = (2 * medians[0], (settings["largest_tensor_bytes"] + 500e6) / 2**20)
     for axes, limit in zip((time_axes, memory_axes), limits, strict=True):

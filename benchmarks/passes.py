@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The passes over a weight that SPP makes beside the three matmuls, on CPU: `python -m benchmarks.passes`.
+The passes over a weight that SPP makes besides the three matmuls, on CPU: `python -m benchmarks.passes`.
 
 Making W' reads W once and writes W' once; the sums for the gradients of A and B read W and gyᵀx once. Both move as
 many bytes as copying W does, so the copy, which is `torch.Tensor.copy_`, is the floor for either. Each is timed after
@@ -54,7 +54,7 @@ def main(
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
     quick: opt.QuickOption = False,
 ) -> None:
-    """Time the passes over one weight beside copying it."""
+    """Time the passes over one weight next to copying it."""
     precisions = opt.choose("--precision", precision, PRECISIONS)
     shapes = [(32, 16)] if quick else opt.parse_shapes(shape)
     tokens = 8 if quick else 512

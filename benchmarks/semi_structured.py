@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Linear layers packed as 2:4 beside dense ones on a CUDA device: `python -m benchmarks.semi_structured`.
+Linear layers packed as 2:4 next to dense ones on a CUDA device: `python -m benchmarks.semi_structured`.
 
 This is what `peft_spp.inference.to_semi_structured` does to a merged model. Contestants are the dense layer and the
 packed one, for several numbers of tokens: few, as in decoding, and many, as in prefill.
@@ -53,7 +53,7 @@ def main(
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
     quick: opt.QuickOption = False,
 ) -> None:
-    """Time linear layers whose 2:4 weights are packed, beside the same layers with dense weights."""
+    """Time linear layers whose 2:4 weights are packed, next to the same layers with dense weights."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < MINIMUM_CAPABILITY:
         raise typer.BadParameter("This benchmark needs a CUDA device of compute capability 8.0 or more.")
     device = opt.Device.cuda

@@ -3,7 +3,7 @@
 Where the time of a training step goes: `python -m benchmarks.step_profile`.
 
 The step of `benchmarks.training_step` under PyTorch's profiler, once each round; the time that operators take without
-what they call is summed by kind. It says what a method pays beside the matmuls, and what it would pay without that.
+what they call is summed by kind. It says what a method pays besides the matmuls, and what it would pay without that.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def _look_at_base(layer: Linear) -> _BaseWeight:
 
 
 def _version(layer: Linear) -> int:
-    """How often PyTorch has counted a change in place; not every quantised layer has a weight to ask."""
+    """How often PyTorch has counted a change in place; not every quantized layer has a weight to ask."""
     base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
     return 0 if base_weight is None else local_part(base_weight)._version
 

@@ -268,7 +268,7 @@ def _check_configs(model: nn.Module, layers: Collection[SPPLayer], adapter_name:
     if loaded.spp_dropout != config.spp_dropout:
         raise ValueError(
             f"Configs are incompatible: for spp_dropout, {loaded.spp_dropout} != {config.spp_dropout}. Set "
-            "`spp_dropout` of the new configuration, or load the new adapter beside the old one."
+            "`spp_dropout` of the new configuration, or load the new adapter next to the old one."
         )
     return loaded
 
@@ -281,7 +281,7 @@ def _check_tensors(
     if unexpected:
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:_SHOWN])} "
-            f"({len(unexpected)} in all). The new adapter adapts what the loaded one does not: load it beside it."
+            f"({len(unexpected)} in all). The new adapter adapts what the loaded one does not: load it next to it."
         )
     missing = set(current) - set(state_dict)
     halves = sorted(key for key in missing if not _is_whole_layer(key, missing))

@@ -79,7 +79,7 @@ def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
     """
     Say what an SPP adapter is in the model card that PEFT has written for it.
 
-    PEFT puts the card beside the `default` adapter, and one folder up for any other. Where there is none nothing is
+    PEFT puts the card next to the `default` adapter, and one folder up for any other. Where there is none nothing is
     written, nor into a card that is not PEFT's. What an earlier call has written is replaced, everything else is kept.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written beside models and adapters: complete or as it was."""
+"""What is written next to models and adapters: complete or as it was."""
 
 import errno
 import os

@@ -8,12 +8,12 @@ from torch import nn
 
 from peft_spp import SPPConfig
 
-from ..harness.plots import BLACK, BLUE, GREY, ORANGE, YELLOW, Style
+from ..harness.plots import BLACK, BLUE, GRAY, ORANGE, YELLOW, Style
 from .block_linears import block_linear_suffixes
 from .registry import competitor
 
 
-@competitor("base", Style("Frozen base", GREY, "x"))
+@competitor("base", Style("Frozen base", GRAY, "x"))
 def adapt_base(model: nn.Module) -> nn.Module:
     """No adapter: nothing to train, only the gradient of the input flows."""
     return model.requires_grad_(False)

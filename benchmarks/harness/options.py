@@ -91,7 +91,7 @@ class Run:
     Args:
         benchmark (`str`): The name of the benchmark.
         device (`torch.device`): What is measured.
-        json_path (`Path`): The file of the result; the picture lies beside it.
+        json_path (`Path`): The file of the result; the picture lies next to it.
     """
 
     benchmark: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The look of the pictures: readable at 800 pixels, in colours that colour-blind readers can tell apart."""
+"""The look of the pictures: readable at 800 pixels, in colors that color-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ WIDTH_INCHES = 8.0
 # twice the 800 pixels that a README shows, for sharp screens
 DPI = 200
 
-# Okabe and Ito's colours for all kinds of colour vision
+# Okabe and Ito's colors for all kinds of color vision
 BLACK = "#000000"
-GREY = "#7f7f7f"
+GRAY = "#7f7f7f"
 ORANGE = "#e69f00"
 SKY_BLUE = "#56b4e9"
 GREEN = "#009e73"
@@ -63,12 +63,12 @@ class Style:
 
     Args:
         label (`str`): Its name for readers.
-        colour (`str`): One of the colours above.
-        marker (`str`): A Matplotlib marker, so that colour is never the only difference.
+        color (`str`): One of the colors above.
+        marker (`str`): A Matplotlib marker, so that color is never the only difference.
     """
 
     label: str
-    colour: str
+    color: str
     marker: str
 
 
@@ -114,7 +114,7 @@ def add_legend(
     figure: Figure, styles: Iterable[Style], *, reference: str, lines: bool = False, columns: int = 4
 ) -> None:
     """
-    Explain the contestants' colours below the panels.
+    Explain the contestants' colors below the panels.
 
     Args:
         figure (`Figure`): A figure of [`panels`].
@@ -124,9 +124,9 @@ def add_legend(
         columns (`int`): Of the legend.
     """
     handles: list[Artist] = [
-        Line2D([], [], color=s.colour, marker=s.marker, label=s.label)
+        Line2D([], [], color=s.color, marker=s.marker, label=s.label)
         if lines
-        else Patch(facecolor=s.colour, label=s.label)
+        else Patch(facecolor=s.color, label=s.label)
         for s in styles
     ]
     handles.append(Line2D([], [], label=f"{reference} = 1", **_REFERENCE_LINE))
@@ -173,9 +173,9 @@ def grouped_bars(
         for group, summary in enumerate(series[name]):
             place = group - 0.42 + (index + 0.5) * width
             if summary is None:
-                _write_over(axes, "out of memory", place, 0.0, color=style.colour, rotation=90)
+                _write_over(axes, "out of memory", place, 0.0, color=style.color, rotation=90)
                 continue
-            axes.bar(place, summary.median, width, color=style.colour, edgecolor="white", linewidth=0.4)
+            axes.bar(place, summary.median, width, color=style.color, edgecolor="white", linewidth=0.4)
             axes.vlines(place, summary.lower_quartile, summary.upper_quartile, color="#333333", linewidth=0.8)
             if name in value_labels_of:
                 _write_over(axes, f"{summary.median:.2f}", place, summary.upper_quartile, fontweight="bold")
@@ -200,7 +200,7 @@ def ratio_lines(
         below = [summary.median - summary.lower_quartile for summary in series[name]]
         above = [summary.upper_quartile - summary.median for summary in series[name]]
         axes.errorbar(
-            places, medians, yerr=(below, above), color=style.colour, marker=style.marker, markersize=4, linewidth=1.3
+            places, medians, yerr=(below, above), color=style.color, marker=style.marker, markersize=4, linewidth=1.3
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{place:g}" for place in places])

@@ -14,7 +14,7 @@ from .statistics import Summary
 
 
 def make_console() -> Console:
-    """The console that benchmarks print to. File names and numbers are not coloured."""
+    """The console that benchmarks print to. File names and numbers are not colored."""
     return Console(highlight=False, soft_wrap=True)
 
 

@@ -87,7 +87,7 @@ class Outcome:
 
     @property
     def recovery(self) -> Spread:
-        """The share of the log-perplexity lost by pruning that was won back, towards the dense model."""
+        """The share of the log-perplexity lost by pruning that was won back, toward the dense model."""
         lost = self.pruned_loss - self.dense_loss
         return Spread.of([(self.pruned_loss - own) / lost for own in self.losses])
 
@@ -169,7 +169,7 @@ class Analysis:
         return statistics.median(own / other for own, other in pairs)
 
 
-def analyse(store: Store) -> Analysis:
+def analyze(store: Store) -> Analysis:
     """Gather the measurements of a suite, of the models that it had at its last run."""
     newest = {one.settings["model"]: one.settings["base"] for one in store.records}
     records = [one for one in store.records if one.settings["base"] == newest[one.settings["model"]]]

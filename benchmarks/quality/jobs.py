@@ -290,8 +290,8 @@ def _work_folder(base: BaseModel, *settings: Any) -> Iterator[Path]:
         yield own
         shutil.rmtree(own)
         return
-    with tempfile.TemporaryDirectory() as own:
-        folders = [own]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [temporary]
         if base.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(folders)
         yield Path(folders[0])

@@ -43,7 +43,7 @@ class Method(ABC):
         name (`str`): Its name in results.
         style (`Style`): How it appears in pictures and tables.
         rates (`tuple[float, ...]`): The grid of learning rates, ascending.
-        deployments (`tuple[str, ...]`): What becomes of a trained model: `"merged"`, `"unmerged"` (the adapter beside
+        deployments (`tuple[str, ...]`): What becomes of a trained model: `"merged"`, `"unmerged"` (the adapter next to
             the pruned weights) or `"remasked"` (merged, and what had been pruned set to zero again).
     """
 

@@ -13,7 +13,7 @@ from peft_spp.durable import write_text
 
 from ..harness.plots import machine_note
 from . import prose
-from .analysis import Analysis, analyse
+from .analysis import Analysis, analyze
 from .methods import METHODS
 from .pictures import draw_parameters, draw_sparsity
 from .store import Store
@@ -42,7 +42,7 @@ def write_report(folder: Path, page: Path, quick: bool = False) -> list[Path]:
     main = next((stores[name] for name in MAIN_SUITES if name in stores), None)
     parts, written = ["# Quality: what fine-tuning wins back", paragraph(prose.OPENING)], [page]
     if main is not None:
-        analysis = analyse(main)
+        analysis = analyze(main)
         pictures = {name: main.path.with_name(f"{main.path.stem}-{name}.png") for name in ("sparsity", "parameters")}
         model, environment = first_model(analysis), main.environments[-1]
         draw_sparsity(analysis, model, environment, pictures["sparsity"])
@@ -50,7 +50,7 @@ def write_report(folder: Path, page: Path, quick: bool = False) -> list[Path]:
         written += pictures.values()
         parts += main_parts(analysis, {name: _relative(path, page) for name, path in pictures.items()})
     if "ablation" in stores:
-        parts += ablation_parts(analyse(stores["ablation"]))
+        parts += ablation_parts(analyze(stores["ablation"]))
     parts += llama_parts(stores.get("llama"))
     parts += ["## PEFT's own comparison", paragraph(prose.PEFT)]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def llama_parts(store: Store | None) -> list[str]:
     """What was found on published checkpoints, or how that is to be found out."""
     if store is None:
         return ["## Real checkpoints", paragraph(prose.NOT_RUN)]
-    analysis, tasks = analyse(store), store.about["suite"]["budget"]["tasks"]
+    analysis, tasks = analyze(store), store.about["suite"]["budget"]["tasks"]
     rows = []
     for model, pruning in analysis.studied:
         for one in analysis.of(model, pruning):

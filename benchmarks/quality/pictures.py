@@ -109,23 +109,23 @@ def _sparsity_panel(axes: Axes, analysis: Analysis, model: str, pruner: str, sho
                 _point(axes, place, one, style)
     axes.set_xlim(-0.5, len(REQUESTS) - 0.5)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.axhline(0.0, color=plots.GREY, linewidth=0.8)
+    axes.axhline(0.0, color=plots.GRAY, linewidth=0.8)
 
 
 def _point(axes: Axes, place: float, outcome: Outcome, style: plots.Style) -> None:
     recovery = outcome.recovery
     values = [(outcome.pruned_loss - loss) / (outcome.pruned_loss - outcome.dense_loss) for loss in outcome.losses]
-    axes.vlines(place, min(values), max(values), color=style.colour, linewidth=1.2)
+    axes.vlines(place, min(values), max(values), color=style.color, linewidth=1.2)
     dense = outcome.method == "lora" and outcome.deployment in DENSE
     axes.plot(
         [place],
         [recovery.mean],
-        color=style.colour,
+        color=style.color,
         marker=style.marker,
         markersize=5,
         linestyle="none",
-        markerfacecolor="white" if dense else style.colour,
-        markeredgecolor=plots.BLACK if style.colour == plots.YELLOW else style.colour,
+        markerfacecolor="white" if dense else style.color,
+        markeredgecolor=plots.BLACK if style.color == plots.YELLOW else style.color,
     )
 
 
@@ -134,11 +134,11 @@ def _legend(figure: Figure, styles: Mapping[str, plots.Style]) -> None:
         Line2D(
             [],
             [],
-            color=style.colour,
+            color=style.color,
             marker=style.marker,
             linestyle="none",
             label="LoRA, masked again" if name == "lora" else style.label,
-            markeredgecolor=plots.BLACK if style.colour == plots.YELLOW else style.colour,
+            markeredgecolor=plots.BLACK if style.color == plots.YELLOW else style.color,
         )
         for name, style in styles.items()
     ]

@@ -33,7 +33,7 @@ def choose_rate(
     The learning rate with the lowest loss on the validation text.
 
     Where the best is at an edge of the grid, the grid is extended beyond it by the step at that edge, at most
-    [`EXTENSIONS`] times. Then the rates halfway between the best and its neighbours are tried: with steps of three a
+    [`EXTENSIONS`] times. Then the rates halfway between the best and its neighbors are tried: with steps of three a
     method is up to √3 away from its best rate, which can be more than what two methods differ by. A grid of one rate
     is a choice already.
 
@@ -61,16 +61,16 @@ def rate_beyond(losses: Mapping[float, float]) -> float | None:
     best = min(losses, key=losses.__getitem__)
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return None
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / neighbour:.2g}")
+    neighbor = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbor:.2g}")
 
 
 def rates_between(losses: Mapping[float, float]) -> list[float]:
-    """The rates halfway, on a logarithmic scale, between the best one and those beside it."""
+    """The rates halfway, on a logarithmic scale, between the best one and those next to it."""
     rates = sorted(losses)
     best = rates.index(min(losses, key=losses.__getitem__))
-    neighbours = rates[max(best - 1, 0) : best] + rates[best + 1 : best + 2]
-    return [float(f"{math.sqrt(rates[best] * neighbour):.2g}") for neighbour in neighbours]
+    neighbors = rates[max(best - 1, 0) : best] + rates[best + 1 : best + 2]
+    return [float(f"{math.sqrt(rates[best] * neighbor):.2g}") for neighbor in neighbors]
 
 
 def equal_time_steps(steps: int, seconds: Mapping[str, Any], reference: str, name: str) -> int:

@@ -340,15 +340,15 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
 
 
 def _mark(axes: Axes, x: float, y: float, entry: Entry) -> None:
-    style = METHODS[entry.settings["method"]].style if entry.settings else plots.Style("", plots.GREY, "x")
+    style = METHODS[entry.settings["method"]].style if entry.settings else plots.Style("", plots.GRAY, "x")
     hollow = bool(entry.settings) and (entry.settings["options"].get("teacher") or entry.label.endswith(" merged"))
     axes.plot(
         [x],
         [y],
         marker=style.marker,
-        color=style.colour,
-        markerfacecolor="white" if hollow else style.colour,
-        markeredgecolor=plots.BLACK if style.colour == plots.YELLOW else style.colour,
+        color=style.color,
+        markerfacecolor="white" if hollow else style.color,
+        markeredgecolor=plots.BLACK if style.color == plots.YELLOW else style.color,
         linestyle="none",
         markersize=5,
         label=entry.label,

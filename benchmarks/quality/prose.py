@@ -33,7 +33,7 @@ the others have one seed, at the rates of whichever of these two is closer in sp
 RATES = """
 Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best
 was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge. Then the
-rates halfway between the best and its neighbours were tried.
+rates halfway between the best and its neighbors were tried.
 The rate of LoRA is chosen before merging, and serves all its deployments.
 """
 
@@ -87,7 +87,7 @@ local task.
 """
 
 PEFT = """
-`benchmarks/quality/metamathqa` holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP beside LoRA and
+`benchmarks/quality/metamathqa` holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP next to LoRA and
 HiRA there. That needs a GPU and has not been done yet.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint in a local folder: its weight files, and the files that belong to the model beside them."""
+"""A checkpoint in a local folder: its weight files, and the files that belong to the model next to them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OTHER_WEIGHTS = (
     "*.h5.index.json",
     "*.msgpack.index.json",
 )
-"""Weights in formats that are not merged: beside merged weights they would be a second, unmerged model."""
+"""Weights in formats that are not merged: next to merged weights they would be a second, unmerged model."""
 
 # an adapter in the folder of a model is applied by Transformers when it loads the model
 _NOT_CARRIED = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer with an SPP-scaled weight that is dequantised when it is needed and never kept."""
+"""A linear layer with an SPP-scaled weight that is dequantized when it is needed and never kept."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def spp_linear_dequantized(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """
-    [`spp_linear`] for a weight that is stored in another form, such as quantised: W' = W ⊙ (1 + Σ s · P(A) ⊙ B).
+    [`spp_linear`] for a weight that is stored in another form, such as quantized: W' = W ⊙ (1 + Σ s · P(A) ⊙ B).
 
-    The dense weight is made once in the forward pass and once in the backward pass, and thrown away after each: what
-    is kept in between is `x` and the factors. On an accelerator W' is built in the buffer that the dense weight came
-    in, if that has the matmul's dtype; on CPU it is built chunk by chunk beside it. W' is computed in float32 (float64
-    if any input is float64) and rounded once.
+    The dense weight is made once in the forward pass and once in the backward pass, and dropped after each: only `x` and
+    the factors are kept in between. On an accelerator W' is built in the buffer of the dense weight, if that has the
+    matmul's dtype; on CPU it is built chunk by chunk next to it. W' is computed in float32 (float64 if any input is
+    float64) and rounded once.
 
     Args:
         x (`torch.Tensor`): Input, shape `(*, n)`.

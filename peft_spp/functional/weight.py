@@ -26,7 +26,7 @@ def scaled_weight(
 
     Computed in float32 (float64 if any input is float64) as `w + Σ s·b · (w·a)` and rounded once, to `dtype`. It is
     the weight that [`spp_linear`] multiplies by, bit for bit. It is differentiable; for the backward pass only the
-    inputs are kept, nothing of the weight's size beside the weight itself.
+    inputs are kept, nothing of the weight's size besides the weight itself.
 
     Args:
         weight (`torch.Tensor`):

@@ -134,7 +134,7 @@ class AdapterInspection(ByModule[AdaptedModuleInspection]):
         if untouched:
             lines.append(f"{untouched} of them are as they were: their B is zero")
         if self.trained:
-            lines.append(f"{len(self.trained)} trained tensors beside them: {some(self.trained, 3)}")
+            lines.append(f"{len(self.trained)} trained tensors besides them: {some(self.trained, 3)}")
         if self.modules and all(module.mask is None for module in self):
             lines.append("no record of the masks of the base model")
         return "\n".join(lines)

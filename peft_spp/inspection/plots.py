@@ -143,9 +143,9 @@ def _heat_map(
     low, high = image.get_clim()
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            # dark numbers on the light end of the colours
-            colour = "black" if value > low + 0.6 * (high - low) else "white"
-            axes.text(column, row, write(float(value)), ha="center", va="center", color=colour, fontsize=8)
+            # dark numbers on the light end of the colors
+            color = "black" if value > low + 0.6 * (high - low) else "white"
+            axes.text(column, row, write(float(value)), ha="center", va="center", color=color, fontsize=8)
 
 
 def _draw_whole(figure: Figure, axes: Axes, values: Tensor, name: str, label: str, **limits: Any) -> None:
@@ -174,7 +174,7 @@ def _draw_corner(axes: Axes, nonzero: Tensor) -> None:
     axes.set_xticks(range(0, inputs + 1, 4 if inputs <= 32 else 8))
     for group in range(4, inputs, 4):
         axes.axvline(group, color="white", linewidth=1.2)
-    axes.set_title("Its first weights: blue are kept, grey are zero", fontsize=10)
+    axes.set_title("Its first weights: blue are kept, gray are zero", fontsize=10)
     axes.set_xlabel("input, a line every four")
     axes.set_ylabel("output")
 

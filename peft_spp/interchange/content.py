@@ -29,7 +29,7 @@ class AdapterContent:
         tensors (`Mapping[str, torch.Tensor]`): Its tensors, under the names that PEFT saves them by.
         modules (`tuple[ExchangedModule, ...]`): The adapted modules.
         others (`tuple[str, ...]`): The names of the tensors that are no factors.
-        text (`str`): What its model card says, beside what an SPP configuration adds when it is saved.
+        text (`str`): What its model card says, besides what an SPP configuration adds when it is saved.
     """
 
     config: PeftConfig

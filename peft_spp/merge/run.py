@@ -65,7 +65,7 @@ def merge_checkpoint(
     GGUF, ONNX, ...) and safetensors that are not part of the checkpoint: they would be unmerged.
 
     The output folder is changed in one step at the end: if anything goes wrong before, it is as it was, and if the
-    process is killed, a hidden folder beside it is all that is left.
+    process is killed, a hidden folder next to it is all that is left.
 
     Args:
         base (`str`, `os.PathLike` or `None`):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `peft-spp sft`: TRL's, and SPP's beside them."""
+"""The arguments of `peft-spp sft`: TRL's, and SPP's next to them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SPPArguments:
         default=None, metadata={"help": "Indices of the transformer blocks to adapt. By default all."}
     )
     spp_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save in full, beside the adapter."}
+        default=None, metadata={"help": "Modules to train and save in full, besides the adapter."}
     )
     spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Biases to train."})
     spp_check_base_steps: int = field(

@@ -31,7 +31,7 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls\.p
 _ROUTER = re.compile(r"(?<!gateway)(^|\.)(gate|router|\w+_router|router_gate|shared_experts?_gate)(\.|$)")
 _EMBEDDING = re.compile(r"(^|\.)(embed_\w+|\w*_?(embed|embedding|embeddings)|wte|wpe|shared|relative_attention_bias)$")
 _NORM = re.compile(r"(^|\.)(\w*_?(norm|layernorm)\d*|ln_\w+)$")
-# What quantized experts store beside their weights.
+# What quantized experts store next to their weights.
 _QUANTIZATION = re.compile(r"(bias|scales?|scale_inv|zeros|zero_point|blocks)$")
 
 

@@ -263,7 +263,7 @@ def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Store
 
 
 def checked_shape(file: Path, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Check a shape from a header: beside a 0, `safetensors` lets sizes pass that PyTorch cannot count to.
+    """Check a shape from a header: next to a 0, `safetensors` lets sizes pass that PyTorch cannot count to.
 
     Args:
         file (`Path`): The file, for the message.

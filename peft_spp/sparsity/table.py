@@ -17,7 +17,7 @@ MAX_ROWS = 40
 
 
 def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> str:
-    """Draw a table without colours, as wide as its content.
+    """Draw a table without colors, as wide as its content.
 
     Args:
         columns (`Sequence[str]`): The heads of the columns.

@@ -424,7 +424,7 @@ class SPPModel(BaseTuner):
             put_module(parent, child_name, new_module)
         else:
             # PEFT would look for a weight: a parameter of experts has another name, and its factors are on its device
-            # already; and of a base layer that is put back, not every quantised one has a weight
+            # already; and of a base layer that is put back, not every quantized one has a weight
             put_module(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -467,16 +467,16 @@ class SPPModel(BaseTuner):
                 The list of adapter names that should be merged. If None, all active adapters will be merged. Defaults
                 to `None`.
             dequantize (`bool`):
-                whether to return a model whose quantised layers, adapted or not, are plain linear layers in the dtype
-                of the model's other parameters. The merged weights are not rounded to the quantised format then. By
-                default they are quantised again as the base model is.
+                whether to return a model whose quantized layers, adapted or not, are plain linear layers in the dtype
+                of the model's other parameters. The merged weights are not rounded to the quantized format then. By
+                default they are quantized again as the base model is.
 
         Returns:
             `torch.nn.Module`: The base model.
 
         Raises:
-            ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantised, or if
-                quantising would lose a zero. The model is as it was before.
+            ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantized, or if
+                quantizing would lose a zero. The model is as it was before.
         """
         identities = merged_ids(self.model, adapter_names or list(self.active_adapters))
         if dequantize:
@@ -499,7 +499,7 @@ class SPPModel(BaseTuner):
                     module.check_writable()
         for module in self.model.modules():
             if isinstance(module, QuantizedLinear):
-                if quantized:  # a weight may not survive quantising, safe merge or not
+                if quantized:  # a weight may not survive quantizing, safe merge or not
                     module.check_merge(adapter_names)
             elif safe_merge and isinstance(module, Linear):
                 module.check_merge(adapter_names)

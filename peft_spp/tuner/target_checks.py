@@ -18,12 +18,12 @@ from .whole_parameters import is_tensor_parallel, whole_shape
 
 def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
     """
-    Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantised.
+    Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantized.
 
     Args:
         layer (`nn.Module`): The layer that an adapter targets.
         module_name (`str`): Its name, for the message.
-        backend ([`Backend`], *optional*): How to read its weight, if that is quantised.
+        backend ([`Backend`], *optional*): How to read its weight, if that is quantized.
 
     Raises:
         ValueError: If it is another layer.
@@ -43,8 +43,8 @@ def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> 
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise ValueError(
             f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
-            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantised linear layers of "
-            "bitsandbytes, torchao, HQQ and others. For the layers of another quantisation package see "
+            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantized linear layers of "
+            "bitsandbytes, torchao, HQQ and others. For the layers of another quantization package see "
             "`peft_spp.tuner.quantized.register_backend`."
         )
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
@@ -121,7 +121,7 @@ def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, 
         wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
         raise ValueError(
             f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
-            "in one of these, leave it out of the targets, or, for a quantisation that is not supported, tell how its "
+            "in one of these, leave it out of the targets, or, for a quantization that is not supported, tell how its "
             "weights are read with `peft_spp.tuner.quantized.register_backend`."
         )
 

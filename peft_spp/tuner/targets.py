@@ -72,7 +72,7 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer, quantised or not, or a tuner layer around one."""
+    """Whether the module is a linear layer, quantized or not, or a tuner layer around one."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return is_linear_layer(module) or find_backend(module) is not None

@@ -74,7 +74,7 @@ def test_memory(tmp_path):
     for name, values in off["values"].items():
         assert on["values"][name]["saved_bytes"] < values["saved_bytes"]
         assert on["values"][name]["static_bytes"] == values["static_bytes"]
-    # SPP keeps nothing beside the inputs of the layers; HiRA keeps two tensors of the weight's size
+    # SPP keeps nothing next to the inputs of the layers; HiRA keeps two tensors of the weight's size
     assert (
         off["values"]["spp"]["saved_bytes"]
         <= off["values"]["lora"]["saved_bytes"]

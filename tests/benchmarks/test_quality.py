@@ -21,7 +21,7 @@ from peft import PeftConfig
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import base_models, jobs, plan
-from benchmarks.quality.analysis import analyse
+from benchmarks.quality.analysis import analyze
 from benchmarks.quality.data import load_texts
 from benchmarks.quality.evaluation import exact_match, final_number, loss_per_token
 from benchmarks.quality.methods import METHODS, SPP_RANK, equal_options, remask, replace_conv1d, trainable_parameters
@@ -80,7 +80,7 @@ def quick_base(spec, folder, data_folder):
 
 def test_a_quick_run_measures_every_method_and_keeps_the_zeros_of_those_that_are_masked(quick_run):
     folder, _ = quick_run
-    analysis = analyse(Store.open(folder / "here" / "quality-small-quick.json", "quick"))
+    analysis = analyze(Store.open(folder / "here" / "quality-small-quick.json", "quick"))
     at_2_4 = {(one.method, one.deployment): one for one in analysis.of("llama", AT_2_4)}
     assert set(at_2_4) == {
         *((method, "merged") for method in METHODS),
@@ -477,7 +477,7 @@ def made_up_store(tmp_path, losses):
 
 def test_the_finding_ranks_the_methods_and_tells_what_was_won_back(tmp_path):
     losses = {("spp", "merged"): 2.4, ("masked_full", "merged"): 2.2, ("lora", "merged"): 2.5, ("ia3", "merged"): 2.6}
-    analysis = analyse(made_up_store(tmp_path, losses))
+    analysis = analyze(made_up_store(tmp_path, losses))
     spp = analysis.find("llama", AT_2_4, "spp")
     assert spp.recovery.mean == pytest.approx(0.59) and spp.recovery.count == 3
     said = finding(analysis, "llama", AT_2_4)

@@ -33,13 +33,13 @@ from peft_spp.pruning import prune_magnitude
 
 ROOT = Path(__file__).parents[2]
 TASK = """
-task: colours
+task: colors
 dataset_path: json
 dataset_kwargs:
   data_files: {file}
 output_type: multiple_choice
 test_split: train
-doc_to_text: "The colour of the {{{{thing}}}} is"
+doc_to_text: "The color of the {{{{thing}}}} is"
 doc_to_choice: ["red", "green"]
 doc_to_target: "{{{{label}}}}"
 metric_list:
@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "data").mkdir()
     lines = [
-        f"The colour of the thing {n} is {'red' if n % 2 else 'green'}, and it is {n} years old." for n in range(400)
+        f"The color of the thing {n} is {'red' if n % 2 else 'green'}, and it is {n} years old." for n in range(400)
     ]
     (folder / "data" / "text.txt").write_text("\n\n".join(lines))
     tokenizer = train_tokenizer(lines, 320)
@@ -80,14 +80,14 @@ def checkpoint(tmp_path_factory):
     (folder / "tasks" / "documents.jsonl").write_text(
         "".join(json.dumps({"thing": f"thing {n}", "label": n % 2}) + "\n" for n in range(6))
     )
-    (folder / "tasks" / "colours.yaml").write_text(TASK.format(file=folder / "tasks" / "documents.jsonl"))
+    (folder / "tasks" / "colors.yaml").write_text(TASK.format(file=folder / "tasks" / "documents.jsonl"))
     return folder
 
 
 def arguments(checkpoint, output):
     return [
         *("--suite", "llama", "--model", str(checkpoint / "tiny"), "--data", str(checkpoint / "data")),
-        *("--task", "colours", "--task-folder", str(checkpoint / "tasks"), "--steps", "1"),
+        *("--task", "colors", "--task-folder", str(checkpoint / "tasks"), "--steps", "1"),
         *("--output-dir", str(output), "--machine", "here", "--page", str(output / "page.md")),
     ]
 
@@ -100,11 +100,11 @@ def check_results(output):
     }
     for record in tuned:
         for name, deployed in record["measured"]["deployments"].items():
-            assert 0 <= deployed["tasks"]["colours"]["acc"] <= 1, name
+            assert 0 <= deployed["tasks"]["colors"]["acc"] <= 1, name
         if record["settings"]["method"] != "lora":
             assert record["measured"]["deployments"]["merged"]["zeros_lost"] == 0
             assert record["measured"]["deployments"]["merged"]["pattern_kept"] is True
-    assert "colours" in (output / "page.md").read_text()
+    assert "colors" in (output / "page.md").read_text()
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_the_distillation_loss_is_the_divergence_from_the_teacher():
 def test_without_the_evaluation_harness_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"peft-spp\[quality\]"):
-        evaluate_tasks("nowhere", ["colours"], torch.device("cpu"))
+        evaluate_tasks("nowhere", ["colors"], torch.device("cpu"))
 
 
 def test_a_folder_is_studied_as_the_first_checkpoint_and_names_choose_their_own(tmp_path):

@@ -45,8 +45,8 @@ def kill_merges(overwrite: bool) -> Counter[str]:
             found = contents(out) if out.exists() else None
             if found is None:
                 # the old model may be out of its place for a moment, and is not lost
-                beside = [contents(path) for path in out.parent.iterdir()] if out.parent.exists() else []
-                assert not overwrite or OLD in beside
+                others = [contents(path) for path in out.parent.iterdir()] if out.parent.exists() else []
+                assert not overwrite or OLD in others
                 outcomes["absent"] += 1
             else:
                 assert found == new or (overwrite and found == OLD), found.keys()

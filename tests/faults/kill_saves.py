@@ -55,7 +55,7 @@ def outcome(folder: Path, old: tuple, new: tuple) -> str:
     if found == new or (found[1] == new[1] and old[0] == new[0]):
         read_adapter(folder)
         return "new"
-    # the new weights beside the old settings
+    # the new weights next to the old settings
     assert found == (old[0], new[1]), found
     try:
         read_adapter(folder)

@@ -20,7 +20,7 @@ from peft_spp.interchange import convert_adapter
 from tiny import block_linears, prune_, tiny_llama
 
 
-# what their scripts write beside the factors
+# what their scripts write besides the factors
 SETTINGS = {
     "base_model_name_or_path": "",
     "bias": "none",

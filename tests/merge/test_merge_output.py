@@ -274,8 +274,8 @@ for kill_at in range(1, 10_000):
     outcome = "absent" if found is None else "new" if found == new else "old"
     assert outcome != "old" or (overwrite and found == OLD), (kill_at, found.keys())
     # the old model may be out of its place for a moment, but not lost
-    beside = [contents(p) for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.")]
-    assert not overwrite or outcome != "absent" or OLD in beside, kill_at
+    others = [contents(p) for p in out.parent.iterdir() if p.name.startswith(f".{out.name}.")]
+    assert not overwrite or outcome != "absent" or OLD in others, kill_at
     outcomes[outcome] += 1
     for path in out.parent.glob(f".{out.name}.*"):
         shutil.rmtree(path)

@@ -31,7 +31,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution, and a wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
     copy = tmp_path_factory.mktemp("source") / "repository"
-    # from a copy of what is under version control: a build leaves files beside its sources
+    # from a copy of what is under version control: a build leaves files next to its sources
     files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
     for name in filter(None, files):
         if (ROOT / name).is_file() and not name.startswith("benchmarks/results"):

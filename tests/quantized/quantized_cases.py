@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised layers and models of the real packages."""
+"""Quantized layers and models of the real packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny import prune_, tiny_llama
 
 
 IN, OUT = 128, 64
-# the formats that have a code for zero, and can be quantised again
+# the formats that have a code for zero, and can be quantized again
 EXACT_ZERO = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "torchao-int8", "torchao-int4")
 ALL = (*EXACT_ZERO, "hqq", "bitnet")
 
@@ -26,7 +26,7 @@ class OneLayer(nn.Module):
 
 
 def quantized(kind: str, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """The layer, quantised by the package that `kind` names."""
+    """The layer, quantized by the package that `kind` names."""
     if kind.startswith(("nf4", "fp4")):
         return _bnb_4bit(kind, linear, compute_dtype)
     if kind == "int8":
@@ -106,7 +106,7 @@ def pruned_linear(seed: int = 0, pattern: str = "2:4", bias: bool = True, dtype:
 
 
 def packed_bits(layer: nn.Module) -> list[torch.Tensor]:
-    """Copies of all tensors that a quantised layer's weight is made of."""
+    """Copies of all tensors that a quantized layer's weight is made of."""
     if hasattr(layer, "W_q"):
         return [layer.W_q.data.clone(), layer.meta["scale"].clone(), layer.meta["zero"].clone()]
     weight = layer.weight

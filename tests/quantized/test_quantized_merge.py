@@ -38,7 +38,7 @@ def test_merging_quantizes_the_scaled_weight_and_keeps_every_zero(kind):
     # half of the widest step between two codes, as a share of the largest weight of the block or row
     step = 0.17 if "4" in kind else 0.004
     assert ((after - expected).abs() <= step * 1.01 * expected.abs().amax()).all()
-    # and it is what quantising the merged weight gives
+    # and it is what quantizing the merged weight gives
     plain = nn.Linear(IN, OUT)
     plain.weight.data.copy_(merged_weight(before, layer.get_factors(["default"])))
     assert torch.equal(after, dequantized_weight(quantized(kind, plain)))
@@ -179,7 +179,7 @@ def test_a_merge_that_would_lose_a_zero_is_refused_with_the_module_and_the_count
 
 
 def test_a_weight_that_the_format_cannot_hold_is_refused():
-    # LLM.int8 quantises from float16
+    # LLM.int8 quantizes from float16
     model, layer = spp_on("int8")
     layer.spp_B["default"].weight.data.fill_(1e6)
     before = packed_bits(layer.get_base_layer())

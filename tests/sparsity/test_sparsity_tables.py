@@ -92,7 +92,7 @@ def test_the_first_column_may_be_aligned_to_the_right():
     assert [row.rpartition(" ")[0].rstrip() for row in rows] == ["   1", "1000"]
 
 
-def test_a_table_is_plain_text_where_colours_are_forced_and_in_a_notebook(monkeypatch):
+def test_a_table_is_plain_text_where_colors_are_forced_and_in_a_notebook(monkeypatch):
     expected = plain_table(("first", "second"), [("1", "2")])
 
     class ZMQInteractiveShell:

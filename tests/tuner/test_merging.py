@@ -251,7 +251,7 @@ def test_merge_and_unload_peaks_at_one_layer():
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
-    # one merged layer, beside tiles and the mask of a few rows
+    # one merged layer, next to tiles and the mask of a few rows
     assert layer_bytes <= peak < 2.2 * layer_bytes
 
 

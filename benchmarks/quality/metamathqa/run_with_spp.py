@@ -9,7 +9,7 @@ import peft_spp  # noqa: F401  # registers SPP
 
 
 if __name__ == "__main__":
-    # as for a script: its own modules lie beside it
+    # as for a script: its own modules lie next to it
     sys.path.insert(0, str(Path.cwd()))
     sys.argv[0] = "run.py"
     runpy.run_path("run.py", run_name="__main__")

@@ -43,7 +43,7 @@ def linear_backward(
     overwrite: bool = False,
 ) -> list[torch.Tensor]:
     """The gradients of x, if needed, and then of A and B of each adapter, if needed; W' may be written over W."""
-    # one m×n tensor beside the weight at a time: first gyᵀx and then W', which may take the weight's place
+    # one m×n tensor next to the weight at a time: first gyᵀx and then W', which may take the weight's place
     grads = _factor_gradients(backend, grad_y, x, weight, factors, dtype) if needs_factors else []
     if needs_x:
         effective = backend.scaled_weight(weight, factors, identity, dtype, out=_buffer(weight, dtype, overwrite))

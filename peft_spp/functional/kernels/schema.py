@@ -40,7 +40,7 @@ _library.define(
     "bool fan_in_fan_out, bool identity, ScalarType dtype, bool needs_x, bool needs_weight, bool needs_factors) "
     "-> Tensor[]"
 )
-# The same for a weight that is the caller's to give away, one just dequantised: W' may be written over it.
+# The same for a weight that is the caller's to give away, one just dequantized: W' may be written over it.
 _library.define(
     "linear_in_place(Tensor x, Tensor(a!) weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, "
     "bool identity, ScalarType dtype) -> Tensor"

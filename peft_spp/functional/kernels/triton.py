@@ -15,7 +15,7 @@ Triton 3.7, float32 factors and one adapter. All loads of the weight are 16 byte
 The gradients are sums over rows and over columns of the same tiles. Each tile writes its part of both to a workspace,
 and a second launch sums the parts in a fixed order: no atomics, the same bits every time. A tile of 64×64 writes 64
 numbers for B and 64 for A (for each row block in it, mostly one), which is 4·(64 + 64) / 64² = 1/8 byte an element,
-beside the 4 bytes of a bfloat16 W and product that are read.
+next to the 4 bytes of a bfloat16 W and product that are read.
 """
 
 from __future__ import annotations

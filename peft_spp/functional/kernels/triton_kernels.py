@@ -36,7 +36,7 @@ def blocks_of_tile(tile, m, length, longer, TILE_ROWS: tl.constexpr):
 
 @triton.jit
 def tile_of_program(m, n, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """The row and column of this program's tile: successive programs work on neighbours in memory."""
+    """The row and column of this program's tile: successive programs work on neighbors in memory."""
     program = tl.program_id(0)
     if ROWS_FIRST:
         tiles = tl.cdiv(m, TILE_ROWS)

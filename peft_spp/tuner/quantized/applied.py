@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised layers of other packages, whose weight is read off what they do to the unit vectors."""
+"""Quantized layers of other packages, whose weight is read off what they do to the unit vectors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Applied(Backend):
 
     It needs no more of the layer than its call, `in_features` and `out_features`, and costs a call with `in_features`
     tokens. Every product is one weight times one, so nothing is rounded but the sum with the bias; a zero is exact.
-    The weight cannot be quantised again.
+    The weight cannot be quantized again.
 
     Args:
         package (`str`): The package, or a module of it, that defines the classes of the layers.
@@ -67,7 +67,7 @@ class Applied(Backend):
         return (torch.cat(columns) - at_zero).t().contiguous()
 
     def quantize(self, layer: nn.Module, weight: torch.Tensor) -> None:
-        raise ValueError(f"the weights of {type(layer).__module__}.{type(layer).__name__} cannot be quantised again")
+        raise ValueError(f"the weights of {type(layer).__module__}.{type(layer).__name__} cannot be quantized again")
 
     def put(self, layer: nn.Module, packed: None) -> None:
         raise ValueError(f"the weights of {type(layer).__module__}.{type(layer).__name__} cannot be replaced")

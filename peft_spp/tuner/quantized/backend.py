@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quantisation backend has to tell about a linear layer."""
+"""What a quantization backend has to tell about a linear layer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 class Backend(ABC):
     """
-    How to read and replace the weight of one family of quantised linear layers.
+    How to read and replace the weight of one family of quantized linear layers.
 
-    A backend keeps nothing: all of its methods take the layer. "Packed" is whatever form the layer holds its quantised
+    A backend keeps nothing: all of its methods take the layer. "Packed" is whatever form the layer holds its quantized
     weight in, as one object; it is never changed in place.
     """
 
@@ -36,7 +36,7 @@ class Backend(ABC):
     @abstractmethod
     def kind(self, layer: nn.Module) -> str:
         """
-        How the weight is quantised.
+        How the weight is quantized.
 
         Args:
             layer (`nn.Module`): A layer that matches.
@@ -48,7 +48,7 @@ class Backend(ABC):
     @abstractmethod
     def packed(self, layer: nn.Module) -> Any:
         """
-        The quantised weight.
+        The quantized weight.
 
         Args:
             layer (`nn.Module`): A layer that matches.
@@ -73,7 +73,7 @@ class Backend(ABC):
     @abstractmethod
     def quantize(self, layer: nn.Module, weight: torch.Tensor) -> Any:
         """
-        Quantise a weight as that of the layer is quantised.
+        Quantize a weight as that of the layer is quantized.
 
         Args:
             layer (`nn.Module`): A layer that matches; it is not changed.
@@ -83,13 +83,13 @@ class Backend(ABC):
             `Any`: The packed weight.
 
         Raises:
-            ValueError: If layers of this kind cannot be quantised again.
+            ValueError: If layers of this kind cannot be quantized again.
         """
 
     @abstractmethod
     def put(self, layer: nn.Module, packed: Any) -> None:
         """
-        Replace the quantised weight of a layer, on the device where the layer is.
+        Replace the quantized weight of a layer, on the device where the layer is.
 
         Args:
             layer (`nn.Module`): A layer that matches.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bitsandbytes: NF4 and FP4, with and without double quantisation, and LLM.int8."""
+"""bitsandbytes: NF4 and FP4, with and without double quantization, and LLM.int8."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Bnb4bit(Backend):
 
         data, state = packed.data, packed.quant_state
         if state is None:
-            return data.clone()  # bitsandbytes quantises when the layer is first moved to a device
+            return data.clone()  # bitsandbytes quantizes when the layer is first moved to a device
         if getattr(state, "packing_format_for_cpu", False):
             # its kernel for CPUs with AVX-512 reorders the weight and its scales at the first call in eval mode
             scales = state.absmax.t().reshape(-1).float()
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
-            state.absmax, state.nested = scales, False  # bitsandbytes leaves them out, or quantises them once more
+            state.absmax, state.nested = scales, False  # bitsandbytes leaves them out, or quantizes them once more
         weight: torch.Tensor = functional.dequantize_4bit(data, state)
         return weight
 
@@ -74,13 +74,13 @@ class Bnb4bit(Backend):
 
 class _Int8(NamedTuple):
     codes: torch.Tensor
-    row_maxima: torch.Tensor | None  # None before bitsandbytes has quantised
+    row_maxima: torch.Tensor | None  # None before bitsandbytes has quantized
 
 
 class Bnb8bit(Backend):
     """
     `bitsandbytes.nn.Linear8bitLt` with `has_fp16_weights=False`. Rows are scaled by their largest magnitude, so that
-    zeros stay zeros. W' is made from the dequantised weight, and the matmul is an ordinary one: activations are not
+    zeros stay zeros. W' is made from the dequantized weight, and the matmul is an ordinary one: activations are not
     rounded to int8, so that there are no outliers to take apart.
     """
 
@@ -102,7 +102,7 @@ class Bnb8bit(Backend):
         from bitsandbytes import functional
 
         if packed.row_maxima is None:
-            return packed.codes.clone()  # bitsandbytes quantises when the layer is first moved to a device
+            return packed.codes.clone()  # bitsandbytes quantizes when the layer is first moved to a device
         maxima = packed.row_maxima.to(packed.codes.device)
         weight: torch.Tensor = functional.int8_vectorwise_dequant(packed.codes, maxima)
         return weight

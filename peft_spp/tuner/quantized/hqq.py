@@ -19,7 +19,7 @@ class _Packed(NamedTuple):
 
 
 class Hqq(Backend):
-    """`hqq.core.quantize.HQQLinear`. Quantising a pruned weight with it makes most zeros small numbers."""
+    """`hqq.core.quantize.HQQLinear`. Quantizing a pruned weight with it makes most zeros small numbers."""
 
     package = "hqq"
 

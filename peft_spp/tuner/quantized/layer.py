@@ -16,9 +16,9 @@ from .backend import Backend
 
 class QuantizedLinear(Linear):
     """
-    SPP on a linear layer with a quantised weight: W' = W ⊙ (1 + s · P(A) ⊙ B) with W the dequantised weight.
+    SPP on a linear layer with a quantized weight: W' = W ⊙ (1 + s · P(A) ⊙ B) with W the dequantized weight.
 
-    The weight is dequantised in the forward pass and once more in the backward pass, and nothing of its size is kept
+    The weight is dequantized in the forward pass and once more in the backward pass, and nothing of its size is kept
     in between.
 
     Args:
@@ -40,11 +40,11 @@ class QuantizedLinear(Linear):
 
     @property
     def quantization(self) -> str:
-        """How the base layer is quantised, such as `"bitsandbytes nf4"`."""
+        """How the base layer is quantized, such as `"bitsandbytes nf4"`."""
         return self.backend.kind(self.get_base_layer())
 
     def unmerged_weight(self) -> torch.Tensor:
-        """The dequantised weight as it was before any merge, shape (out_features, in_features)."""
+        """The dequantized weight as it was before any merge, shape (out_features, in_features)."""
         base_layer = self.get_base_layer()
         if any(parameter.is_meta for parameter in base_layer.parameters(recurse=False)):
             return torch.empty(self.out_features, self.in_features, device="meta")
@@ -68,11 +68,11 @@ class QuantizedLinear(Linear):
 
     def merge_dequantized(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> torch.Tensor:
         """
-        The dequantised weight with adapters merged into it.
+        The dequantized weight with adapters merged into it.
 
         Args:
             adapter_names (`list[str]`, *optional*):
-                The adapters to merge beside those that are merged already, by default the active ones.
+                The adapters to merge besides those that are merged already, by default the active ones.
             safe_merge (`bool`): Whether to check that the result is finite.
 
         Returns:
@@ -95,7 +95,7 @@ class QuantizedLinear(Linear):
             adapter_names (`list[str]`, *optional*): The adapters to merge, by default the active ones.
 
         Raises:
-            ValueError: If the merged weight would not be finite, or quantising it would lose a zero.
+            ValueError: If the merged weight would not be finite, or quantizing it would lose a zero.
         """
         new_adapters = self._new_adapters(adapter_names)
         if new_adapters:
@@ -121,7 +121,7 @@ class QuantizedLinear(Linear):
 
     def unmerge(self) -> None:
         """
-        This method unmerges all merged adapter layers from the base weights, restoring the quantised data bit for bit.
+        This method unmerges all merged adapter layers from the base weights, restoring the quantized data bit for bit.
         """
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -145,7 +145,7 @@ class QuantizedLinear(Linear):
         merged = self._merged_weight([*self.merged_adapters, *new_adapters])
         # always, not only for a safe merge: a value that is not finite takes the zeros of its block with it
         self._check_merged_weight(merged, new_adapters)
-        advice = "Nothing was merged. `merge_and_unload(dequantize=True)` merges into a model that is not quantised."
+        advice = "Nothing was merged. `merge_and_unload(dequantize=True)` merges into a model that is not quantized."
         try:
             packed = self.backend.quantize(base_layer, merged)
         except ValueError as error:
@@ -154,13 +154,13 @@ class QuantizedLinear(Linear):
         if not torch.isfinite(quantized).all():
             raise ValueError(
                 f"Cannot merge into module {self.module_name!r} ({self.quantization}): the merged weight is too large "
-                f"for the quantised format. {advice}"
+                f"for the quantized format. {advice}"
             )
         lost = int(((quantized != 0) & (self.unmerged_weight() == 0)).sum())
         if lost:
             raise ValueError(
                 f"Cannot merge into module {self.module_name!r} ({self.quantization}): {lost} weights that are zero "
-                f"would not be zero after quantising. {advice}"
+                f"would not be zero after quantizing. {advice}"
             )
         return packed
 
@@ -187,10 +187,10 @@ class QuantizedLinear(Linear):
 
 def plain_linear(layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Linear:
     """
-    A `torch.nn.Linear` in place of a quantised layer.
+    A `torch.nn.Linear` in place of a quantized layer.
 
     Args:
-        layer (`nn.Module`): The quantised layer, for its bias and its mode.
+        layer (`nn.Module`): The quantized layer, for its bias and its mode.
         weight (`torch.Tensor`): The weight, shape (out_features, in_features).
         dtype (`torch.dtype`): The dtype of the new layer.
 

@@ -28,21 +28,21 @@ _backends: list[Backend] = [Bnb4bit(), Bnb8bit(), Torchao(), Hqq(), *(Applied(pa
 
 def find_backend(layer: nn.Module) -> Backend | None:
     """
-    The backend of a quantised linear layer.
+    The backend of a quantized linear layer.
 
     Args:
         layer (`nn.Module`): Any module.
 
     Returns:
         `Backend` or `None`: The one registered last of those that match; `None` if the layer is not known to be a
-        quantised one.
+        quantized one.
     """
     return next((backend for backend in reversed(_backends) if backend.matches(layer)), None)
 
 
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     """
-    The weight of a quantised linear layer.
+    The weight of a quantized linear layer.
 
     Args:
         layer (`nn.Module`): The layer.
@@ -56,7 +56,7 @@ def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     backend = find_backend(layer)
     if backend is None:
         raise ValueError(
-            f"{type(layer).__name__} is not known to be a quantised linear layer: see `register_backend`."
+            f"{type(layer).__name__} is not known to be a quantized linear layer: see `register_backend`."
         )
     return backend.dequantize(layer, backend.packed(layer))
 
@@ -75,7 +75,7 @@ def is_foreign(tensor: torch.Tensor) -> bool:
 
 def register_backend(backend: Backend) -> None:
     """
-    Make SPP adapt the layers of another quantisation package.
+    Make SPP adapt the layers of another quantization package.
 
     Args:
         backend ([`Backend`]): It takes precedence over those that are there. `Applied("package")` serves for any

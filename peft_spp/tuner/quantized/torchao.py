@@ -14,11 +14,11 @@ from .backend import Backend
 
 class Torchao(Backend):
     """
-    Any weight that is a `torchao.utils.TorchAOBaseTensor` and can be dequantised.
+    Any weight that is a `torchao.utils.TorchAOBaseTensor` and can be dequantized.
 
-    W' is made from the dequantised weight, so that of torchao's operators none but `dequantize` is needed. The integer
+    W' is made from the dequantized weight, so that of torchao's operators none but `dequantize` is needed. The integer
     formats are symmetric, or have an integer zero point within their range, so that zeros stay zeros. Int4 layouts
-    that only a GPU kernel can pack are not quantised again.
+    that only a GPU kernel can pack are not quantized again.
     """
 
     package = "torchao"
@@ -47,7 +47,7 @@ class Torchao(Backend):
         old = layer.weight
         quantize = {"Int8Tensor": _int8_like, "IntxUnpackedToInt8Tensor": _intx_like}.get(type(old).__name__)
         if quantize is None:
-            raise ValueError(f"weights of torchao's {type(old).__name__} cannot be quantised again")
+            raise ValueError(f"weights of torchao's {type(old).__name__} cannot be quantized again")
         return nn.Parameter(quantize(old, weight), requires_grad=False)
 
     def put(self, layer: Any, packed: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model without quantisation, out of one with it."""
+"""A model without quantization, out of one with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .registry import dequantized_weight, find_backend
 
 def unload_dequantized(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """
-    Replace every quantised linear layer by a plain one, with the adapters merged into those that are adapted.
+    Replace every quantized linear layer by a plain one, with the adapters merged into those that are adapted.
 
     The new layers have the dtype of the model's other parameters, so that the model runs as it is.
 
@@ -42,7 +42,7 @@ def unload_dequantized(model: nn.Module, adapter_names: list[str] | None, safe_m
 
 
 def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The quantised layers, the adapted ones with their adapters."""
+    """The quantized layers, the adapted ones with their adapters."""
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
@@ -53,7 +53,7 @@ def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _dtype_of_the_rest(model: nn.Module, quantized_layers: list[str]) -> torch.dtype | None:
-    """The dtype of the parameters that are neither in a quantised layer nor an adapter's."""
+    """The dtype of the parameters that are neither in a quantized layer nor an adapter's."""
     quantized = tuple(f"{name}." for name in quantized_layers)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and ".spp_" not in name and not name.startswith(quantized):
@@ -62,7 +62,7 @@ def _dtype_of_the_rest(model: nn.Module, quantized_layers: list[str]) -> torch.d
 
 
 def _forget_quantization(model: nn.Module) -> None:
-    """Take away what Transformers keeps of the quantisation, so that the model saves and loads as a plain one."""
+    """Take away what Transformers keeps of the quantization, so that the model saves and loads as a plain one."""
     config = getattr(model, "config", None)
     for owner, name in (
         (config, "quantization_config"),

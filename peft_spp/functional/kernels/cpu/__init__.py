@@ -111,7 +111,7 @@ def factor_gradients(
 def _elementwise(
     weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype, other: torch.Tensor | None = None
 ) -> Elementwise:
-    """`other` is a tensor to write or read beside the weight, where that is not a buffer of ours."""
+    """`other` is a tensor to write or read next to the weight, where that is not a buffer of ours."""
     kind = NativeElementwise if NativeElementwise.supports(weight, factors, dtype, other) else TiledElementwise
     return kind(weight, factors)
 

@@ -26,7 +26,7 @@ class Elementwise(ABC):
         self.factors = factors
         self.dtype = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
         self.scaled_factors = [(A.to(self.dtype), B.to(self.dtype) * s) for A, B, s in factors]
-        # a Conv1D weight comes as a transposed view: everything beside it is laid out alike, to be walked alike
+        # a Conv1D weight comes as a transposed view: everything next to it is laid out alike, to be walked alike
         self.transposed = weight.stride(0) < weight.stride(1)
         self._scratch: dict[str, torch.Tensor] = {}
 

@@ -57,7 +57,7 @@ struct Adapter {
   Size r;
 };
 
-// The part W[row:row+rows, column:column+columns] of an m×n weight; the pointers beside it are to its first element.
+// The part W[row:row+rows, column:column+columns] of an m×n weight; the pointers next to it are to its first element.
 struct Region {
   Size m, n, row, rows, column, columns;
   Size transposed;
