@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -16,11 +16,8 @@ from peft import PeftModel
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 from .durable import write_file
+from .sparsity.base_masks import BaseRecord
 from .sparsity.mask_record import MaskRecord
-
-
-if TYPE_CHECKING:
-    from .tuner import SPPConfig
 
 
 CARD = "README.md"
@@ -64,7 +61,21 @@ assert compare_sparsity("path/to/base-model", "merged-model").kept  # no zero wa
 ```"""
 
 
-def update_model_card(folder: str | Path, config: SPPConfig) -> None:
+class AdapterSettings(Protocol):
+    """What a card tells of an adapter's settings; an [`SPPConfig`] has all of it."""
+
+    base_model_name_or_path: str | None
+    revision: str | None
+    task_type: Any
+    r: int
+    spp_alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: list[str] | set[str] | str | None
+    base_record: BaseRecord | None
+
+
+def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
     """
     Say what an SPP adapter is in the model card that PEFT has written for it.
 
@@ -73,7 +84,7 @@ def update_model_card(folder: str | Path, config: SPPConfig) -> None:
 
     Args:
         folder (`str` or `Path`): The folder that the adapter's configuration was saved in.
-        config (`SPPConfig`): The configuration.
+        config (`AdapterSettings`): The configuration.
     """
     folder = Path(folder).resolve()
     name = "default"
@@ -144,7 +155,7 @@ def _is_local(base_model: str) -> bool:
     return False
 
 
-def _update_metadata(data: ModelCardData, config: SPPConfig, patterns: set[str]) -> None:
+def _update_metadata(data: ModelCardData, config: AdapterSettings, patterns: set[str]) -> None:
     data.base_model = data.base_model or config.base_model_name_or_path
     if data.base_model:
         data["base_model_relation"] = "adapter"
@@ -153,7 +164,7 @@ def _update_metadata(data: ModelCardData, config: SPPConfig, patterns: set[str])
     data.tags = sorted({*(data.tags or []), *TAGS, *common})
 
 
-def _facts(config: SPPConfig, name: str, masks: list[MaskRecord]) -> str:
+def _facts(config: AdapterSettings, name: str, masks: list[MaskRecord]) -> str:
     title = "## SPP adapter" if name == "default" else f"## SPP adapter `{name}`"
     rows = "\n".join(f"| {key} | {value} |" for key, value in _fact_rows(config, masks))
     return (
@@ -163,7 +174,7 @@ def _facts(config: SPPConfig, name: str, masks: list[MaskRecord]) -> str:
     )
 
 
-def _fact_rows(config: SPPConfig, masks: list[MaskRecord]) -> Iterator[tuple[str, str]]:
+def _fact_rows(config: AdapterSettings, masks: list[MaskRecord]) -> Iterator[tuple[str, str]]:
     if config.base_model_name_or_path:
         revision = f", revision `{config.revision}`" if config.revision else ""
         yield "Base model", f"`{config.base_model_name_or_path}`{revision}"
@@ -188,7 +199,7 @@ def _pattern(pattern: Mapping[str, Any]) -> str:
     return "".join(f", {value:g} in `{key}`" for key, value in pattern.items())
 
 
-def _auto_class(config: SPPConfig) -> str:
+def _auto_class(config: AdapterSettings) -> str:
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type))
     return f"Auto{PeftModel.__name__ if peft_class is None else peft_class.__name__}"
 

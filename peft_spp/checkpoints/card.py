@@ -13,6 +13,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 
+INVITATION = (
+    "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) (`pip install peft-spp`)."
+)
+"""How a pruned model's card ends; once it is fine-tuned, it does not say so any more."""
+
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
 

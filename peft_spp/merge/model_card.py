@@ -6,9 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._version import __version__
-from ..checkpoints.card import Card
+from ..checkpoints.card import INVITATION, Card
 from ..model_card import TAGS
-from ..pruning.model_card import INVITATION
 from ..sparsity.table import percent
 from .report import MergeReport
 

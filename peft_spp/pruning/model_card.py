@@ -6,16 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._version import __version__
-from ..checkpoints.card import Card
+from ..checkpoints.card import INVITATION, Card
 from .methods import PruningMethod
 from .report import PruneReport
 
 
 HEADING = "## Pruning"
-INVITATION = (
-    "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) (`pip install peft-spp`)."
-)
-"""How a pruned model's card ends; once it is fine-tuned, it does not say so any more."""
 
 
 def pruned_card(dense: Card, report: PruneReport, method: PruningMethod, base_model: str | None) -> Card:

@@ -2,7 +2,7 @@
 """Which weights of a model or checkpoint are zero, in which pattern, and which zeros a change has lost.
 
 [`sparsity_report`] and [`compare_sparsity`] read a model, a state dict, or a safetensors file or folder. They read one
-tensor at a time and look at its bits, so `-0.0` is told from `0.0`. Only torch, safetensors and rich are imported.
+tensor at a time and look at its bits, so `-0.0` differs from `0.0`.
 """
 
 from .base_masks import BaseRecord, record_checkpoint, relate_checkpoint

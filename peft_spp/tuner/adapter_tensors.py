@@ -21,6 +21,7 @@ from torch import nn
 from ..sparsity.names import WRAPPER_PARTS, unwrapped_name
 from .adapter_files import FACTOR, PREFIX
 from .layer import SPPLayer
+from .module_names import ModuleNames, own_modules
 
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
         `dict[str, SPPLayer]`: The layers by name.
     """
     return {
-        saved_name(name): module
-        for name, module in model.named_modules()
+        name.removeprefix(PREFIX): module
+        for name, module in own_modules(model)
         if isinstance(module, SPPLayer) and adapter_name in module.spp_A
     }
 
@@ -92,10 +93,12 @@ def expected_tensors(model: nn.Module, config: SPPConfig, adapter_name: str) -> 
         expected[f"{name}.spp_A.weight"] = (rows[0], layer.in_features)
         expected[f"{name}.spp_B.weight"] = (rows[1], 1)
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, AuxiliaryTrainingWrapper):
             inside.append(f"{name}.")
-            expected |= {saved_name(f"{name}.{key}"): None for key in module.adapter_state_dict_load_map(adapter_name)}
+            expected |= {
+                f"{name}.{key}".removeprefix(PREFIX): None for key in module.adapter_state_dict_load_map(adapter_name)
+            }
     expected |= dict.fromkeys(_biases(model, config, tuple(inside)))
     return expected
 
@@ -103,15 +106,15 @@ def expected_tensors(model: nn.Module, config: SPPConfig, adapter_name: str) -> 
 def _biases(model: nn.Module, config: SPPConfig, inside: tuple[str, ...]) -> Iterator[str]:
     if config.bias == "none":
         return
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, BaseTunerLayer) and getattr(module.get_base_layer(), "bias", None) is not None:
             depth, base = 1, getattr(module, "base_layer", None)
             while isinstance(base, BaseTunerLayer):
                 depth, base = depth + 1, getattr(base, "base_layer", None)
-            yield saved_name(f"{name}{'.base_layer' * depth}.bias")
+            yield f"{name}{'.base_layer' * depth}.bias".removeprefix(PREFIX)
         elif config.bias == "all" and "base_layer" not in name.split(".") and not f"{name}.".startswith(inside):
             if module._parameters.get("bias") is not None:
-                yield saved_name(f"{name}.bias" if name else "bias")
+                yield (f"{name}.bias" if name else "bias").removeprefix(PREFIX)
 
 
 def check_count(
@@ -139,7 +142,8 @@ def check_count(
     Raises:
         ValueError: If tensors are missing or left over; the message counts them and names the first.
     """
-    have, want = {saved_name(name) for name in names}, expected_tensors(model, config, adapter_name)
+    plain = ModuleNames(model).plain
+    have, want = {saved_name(plain(name)) for name in names}, expected_tensors(model, config, adapter_name)
     missing = [name for name in want if name not in have]
     left = sorted(have - want.keys())
     left = [name for name in left if not _has_place(name, model, adapter_name)] if left else []
@@ -175,8 +179,8 @@ def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
     heads = set(head.modules()) if isinstance(head, nn.Module) else set()
     return any(
         tensor in module._parameters and (isinstance(module, nn.Embedding) or module in heads)
-        for other, module in model.named_modules()
-        if saved_name(other) in (owner_name, f"{owner_name}.{adapter_name}")
+        for other, module in own_modules(model)
+        if other.removeprefix(PREFIX) in (owner_name, f"{owner_name}.{adapter_name}")
     ) or any("_flat_param" in parameter for parameter, _ in model.named_parameters())
 
 

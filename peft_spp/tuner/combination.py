@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..functional import Factors
@@ -19,15 +20,11 @@ from .param_wrapper import ParamWrapper
 from .settings import check_rank
 
 
-if TYPE_CHECKING:
-    from .model import SPPModel
-
-
 COMBINATION_TYPES = ("rank_one_svd",)
 
 
 def activate_weighted_adapters(
-    model: SPPModel, adapters: Sequence[str], weights: Sequence[float], inference_mode: bool
+    model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], inference_mode: bool
 ) -> None:
     """See [`SPPModel.set_weighted_adapters`]."""
     _check_adapters(model, adapters, weights)
@@ -45,7 +42,7 @@ def activate_weighted_adapters(
 
 
 def add_weighted_adapter(
-    model: SPPModel,
+    model: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -129,7 +126,7 @@ def _write(layer: SPPLayer, adapter_name: str, combined: RankOneBlocks) -> None:
     cast(nn.Linear, layer.spp_B[adapter_name]).requires_grad_(False)
 
 
-def _check_adapters(model: SPPModel, adapters: Sequence[str], weights: Sequence[float]) -> None:
+def _check_adapters(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float]) -> None:
     if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
         raise ValueError(
             f"Different adapters are needed, and a weight for each, not {list(adapters)} and {list(weights)}."
@@ -141,5 +138,5 @@ def _check_adapters(model: SPPModel, adapters: Sequence[str], weights: Sequence[
             raise ValueError(f"The weight of adapter {name!r} is {weight}, which is not finite.")
 
 
-def _layers(model: SPPModel) -> list[SPPLayer]:
+def _layers(model: BaseTuner) -> list[SPPLayer]:
     return [module for module in model.model.modules() if isinstance(module, SPPLayer)]

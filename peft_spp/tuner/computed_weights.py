@@ -49,6 +49,11 @@ def _computed_by(module: nn.Module, name: str) -> tuple[str, str] | None:
     weight = getattr(module, name, None)
     if not isinstance(weight, torch.Tensor) or isinstance(weight, nn.Parameter) or name in module._buffers:
         return None
+    if getattr(module, "_is_replica", False):
+        return (
+            "`torch.nn.DataParallel`, which has copied it for a forward pass,",
+            "Call `unmerge_adapter` on the model before its forward pass.",
+        )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return (
             "FSDP1, which has gathered it for a forward pass,",

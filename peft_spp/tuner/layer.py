@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -266,7 +266,7 @@ class Linear(nn.Module, SPPLayer):
         if not names or self.disable_adapters or self.merged or not self._is_computed_with():
             weight: torch.Tensor = super().weight
             return weight
-        if threading.get_ident() in self.mixed_batch_threads:
+        if self.mixed_batch_threads and threading.get_ident() in self.mixed_batch_threads:
             raise RuntimeError(
                 f"The module that holds {self.module_name!r} reads its weight and does not call it, so that a batch "
                 "with several adapters cannot pass through it. Call the model once for each adapter."
@@ -364,6 +364,9 @@ class Linear(nn.Module, SPPLayer):
         self._is_merge_unproven = False
         self.merged_adapters.clear()
 
+    convert: ClassVar[Callable[[Any], None]]
+    """Set by `quantized.conversion`, whose layers derive from this one."""
+
     def follow_base_layer(self) -> None:
         """
         Adapt the base layer as it is now, if its weight has been quantized since the adapter was added.
@@ -373,9 +376,7 @@ class Linear(nn.Module, SPPLayer):
         """
         weight = getattr(self.get_base_layer(), self.parameter_name, None)
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor and not is_dtensor(weight):
-            from .quantized.conversion import follow_base_layer  # which derives its layers from this one
-
-            follow_base_layer(self)
+            self.convert()
 
     def check_writable(self) -> None:
         """

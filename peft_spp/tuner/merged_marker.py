@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
 from .config import SPPConfig
 from .layer import Linear
 from .saved_adapter import SavedAdapter
+from .whole_parameters import is_sharded, whole_parameters, whole_shape
 
 
 def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
@@ -24,20 +26,35 @@ def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
         adapter_names (`list[str]`): The adapters.
 
     Returns:
-        `list[str]`: An id for each that has factors in memory; those that are sharded get none.
+        `list[str]`: An id for each; none for an adapter whose factors this process cannot have whole, as with FSDP1.
     """
     if not _keeps_attributes(model):
         return []
-    factors = {name: list(_factors(model, name)) for name in adapter_names}
-    return [adapter_id(one) for one in factors.values() if one and all(A.numel() and B.numel() for _, _, A, B in one)]
+    return [identity for name in adapter_names if (identity := _identity(model, name)) is not None]
 
 
-def _factors(model: nn.Module, adapter_name: str) -> Iterator[Factor]:
-    for module in model.modules():
-        if isinstance(module, Linear) and adapter_name in module.spp_A:
-            A, B = (cast(Tensor, one[adapter_name].weight) for one in (module.spp_A, module.spp_B))
-            if not A.is_meta and not B.is_meta:
-                yield module.module_name, float(module.scaling[adapter_name]), A, B
+def _identity(model: nn.Module, adapter_name: str) -> str | None:
+    layers = [one for one in model.modules() if isinstance(one, Linear) and adapter_name in one.spp_A]
+    if not layers or not all(_is_whole(layer, adapter_name) for layer in layers):
+        return None
+    return adapter_id(_factors(layers, adapter_name))
+
+
+def _is_whole(layer: Linear, adapter_name: str) -> bool:
+    parameters = [one for part in _parts(layer, adapter_name) for one in part.parameters()]
+    return all(math.prod(whole_shape(one)) and (is_sharded(one) or not one.is_meta) for one in parameters)
+
+
+def _factors(layers: Iterable[Linear], adapter_name: str) -> Iterator[Factor]:
+    for layer in layers:
+        part_A, part_B = _parts(layer, adapter_name)
+        with whole_parameters(part_A), whole_parameters(part_B):
+            A, B = cast(Tensor, part_A.weight), cast(Tensor, part_B.weight)
+            yield layer.module_name, float(layer.scaling[adapter_name]), A, B
+
+
+def _parts(layer: Linear, adapter_name: str) -> tuple[nn.Module, nn.Module]:
+    return layer.spp_A[adapter_name], layer.spp_B[adapter_name]
 
 
 def mark_merged(model: nn.Module, identities: list[str]) -> None:

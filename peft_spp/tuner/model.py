@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -89,10 +90,12 @@ class SPPModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (as in PEFT)
     # the injection in progress
     _injection: Injection | None = None
+    _living: ClassVar[weakref.WeakSet[SPPModel]] = weakref.WeakSet()
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(peft_config, dict):  # by a PeftModel, which wraps the model for a task
             check_task(model, peft_config[adapter_name])
+        self._living.add(self)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SPPConfig, model_config: dict) -> SPPConfig:  # type: ignore[override]
@@ -137,15 +140,14 @@ class SPPModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        # A copy, as the configuration that was passed may serve other models, or describe a saved adapter: what is
-        # filled in here, the record of the base model included, is this adapter's.
-        passed = cast(SPPConfig, self.peft_config[adapter_name])
-        config = self.peft_config[adapter_name] = copy.deepcopy(passed)
+        config = cast(SPPConfig, self.peft_config[adapter_name])
+        self._leave_to_others(config, adapter_name)
         check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
         check_can_be_saved(model, config, adapter_name, self.peft_config)
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = Injection(model, adapter_name)
+        injection.on_undo(partial(vars(config).update, vars(config).copy()))
         if state_dict is not None:
             # PEFT looks for the names of the model's modules in it
             parts = ((key.rpartition(f".{self.prefix}"), tensor) for key, tensor in state_dict.items())
@@ -177,6 +179,17 @@ class SPPModel(BaseTuner):
                 "if this is not intended.",
                 stacklevel=2,
             )
+
+    def _leave_to_others(self, config: SPPConfig, adapter_name: str) -> None:
+        """
+        Give every other adapter that has this very configuration a copy of it.
+
+        What is filled in for the new adapter, the record of its base model included, is then not taken for theirs.
+        """
+        for tuner in self._living:
+            for name, other in getattr(tuner, "peft_config", {}).items():
+                if other is config and (tuner is not self or name != adapter_name):
+                    tuner.peft_config[name] = copy.deepcopy(config)
 
     def _check_target_module_exists(self, peft_config: SPPConfig, key: str) -> Any:  # type: ignore[override]
         injection = self._injection

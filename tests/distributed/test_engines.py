@@ -117,7 +117,7 @@ def check(
     merged = load_file(output / "merged.safetensors")
     expected = loaded.merge_and_unload().state_dict()
     assert merged.keys() == {name for name, weight in expected.items() if ".layers." in name and weight.ndim > 1}
-    assert {name.removesuffix(".weight") for name in merged} >= record["masks"].keys()
+    assert {name.removesuffix(".weight") for name in merged} >= record.masks.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
 
 

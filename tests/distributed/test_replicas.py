@@ -116,7 +116,7 @@ def test_replicas_of_linear_layers_and_of_merged_ones():
 def test_disabling_a_merged_adapter_in_a_replica_is_refused_by_name():
     model = get_peft_model(MLP(), SPPConfig(r=3, target_modules=["lin0"], init_weights=False))
     model.merge_adapter()
-    with model.disable_adapter(), pytest.raises(RuntimeError, match=r"'lin0'(.|\n)*unmerge_adapter"):
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"'lin0'(.|\n)*unmerge_adapter"):
         replica(model)(torch.randn(2, 12))
 
 

@@ -284,7 +284,8 @@ def test_a_run_stops_when_something_writes_to_the_base(
     class Vandal(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             with torch.no_grad():
-                kwargs["model"].get_base_model().model.layers[0].mlp.up_proj.weight.fill_(1.0)
+                layer = kwargs["model"].get_base_model().model.layers[0].mlp.up_proj
+                layer.get_base_layer().weight.fill_(1.0)
 
     original = sft_run.CardedSFTTrainer
 

@@ -127,7 +127,7 @@ def test_the_adapter_works_on_the_weight_that_is_computed(kind):
 
 def test_the_record_has_the_masks_of_pytorchs_pruning():
     model = adapted("prune")
-    assert set(model.peft_config["default"].base_record["masks"]) == {"lin0", "lin1"}
+    assert set(model.peft_config["default"].base_record.masks) == {"lin0", "lin1"}
     other = adapted("prune")
     with torch.no_grad():
         mask = other.base_model.model.lin1.get_base_layer().weight_mask

@@ -140,14 +140,17 @@ def test_gradients_with_dropout():
 
 
 def test_a_base_layer_with_its_own_forward_keeps_it():
-    class Doubling(nn.Linear):
+    class Counting(nn.Linear):
+        calls = 0
+
         def forward(self, x):
-            return 2 * super().forward(x)
+            Counting.calls += 1
+            return super().forward(x)
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.lin = Doubling(6, 8)
+            self.lin = Counting(6, 8)
 
         def forward(self, x):
             return self.lin(x)
@@ -159,8 +162,11 @@ def test_a_base_layer_with_its_own_forward_keeps_it():
     assert torch.equal(model(x), expected)
     randomize(model)
     layer = model.base_model.model.lin
-    update = reference.linear(x, layer.get_base_layer().weight, None, factors_of(layer, "default"), identity=False)
-    torch.testing.assert_close(model(x), expected + update)
+    expected = reference.linear(x, layer.get_base_layer().weight, layer.bias, factors_of(layer, "default"))
+    before = Counting.calls
+    torch.testing.assert_close(model(x), expected)
+    assert Counting.calls == before + 1
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
 def test_hooks_of_the_base_layer_run():

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SPP on quantised base layers: one interface, a backend a file."""
+"""SPP on quantized base layers: one interface, a backend a file."""
 
 from .applied import Applied
 from .backend import Backend
+from .conversion import follow_base_layer
 from .layer import QuantizedLinear
 from .registry import dequantized_weight, find_backend, is_foreign, register_backend
 from .unload import unload_dequantized
@@ -14,6 +15,7 @@ __all__ = [
     "QuantizedLinear",
     "dequantized_weight",
     "find_backend",
+    "follow_base_layer",
     "is_foreign",
     "register_backend",
     "unload_dequantized",

@@ -53,3 +53,6 @@ def follow_base_layer(layer: Linear) -> None:
     assert isinstance(layer, QuantizedLinear)
     layer.backend = backend
     layer._unmerged_packed = None
+
+
+Linear.convert = follow_base_layer

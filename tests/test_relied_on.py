@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the package relies on in others beyond their documented API is still there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+
+TEXT = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `([\w.]+)` \| (`[^|]+) \|", TEXT.partition("## What we rely on in others")[2], re.MULTILINE)
+NAMES = [(module, name) for module, names in ROWS for name in re.findall(r"`([\w.]+)`", names)]
+
+
+@pytest.mark.parametrize(("module_name", "name"), NAMES)
+def test_the_name_is_there(module_name: str, name: str) -> None:
+    if module_name.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    module = importlib.import_module(module_name)
+    try:
+        reduce(getattr, name.split("."), module)
+    except AttributeError:
+        # an attribute that is set on instances, or written by its name alone
+        assert re.search(rf"\b{name}\b", inspect.getsource(module)), f"{module_name} has no {name} any more"
+
+
+def test_the_table_is_read() -> None:
+    assert len(NAMES) > 20
