@@ -83,8 +83,12 @@ def linear_layers_in_blocks(
 
 
 def has_plain_forward(layer: LinearLayer) -> bool:
-    """Whether a layer has the forward pass of `nn.Linear` or `Conv1D`, and not that of a subclass."""
-    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+    """Whether a layer has the forward pass and the call of `nn.Linear` or `Conv1D`, and not those of a subclass."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward) and not _has_own_call(layer)
+
+
+def _has_own_call(layer: LinearLayer) -> bool:
+    return type(layer).__call__ is not nn.Module.__call__
 
 
 @torch.no_grad()
@@ -105,6 +109,8 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     weight = layer.weight
     if has_plain_forward(layer) or weight.dtype not in FLOATING or weight.ndim != 2:
         return None
+    if _has_own_call(layer):
+        return "its class has its own `__call__`"
     inputs = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
     # no random numbers, which would change those of the run that asks
     x = torch.arange(2 * inputs, device=weight.device, dtype=torch.float32).cos().reshape(2, inputs)

@@ -104,3 +104,23 @@ def check_finite(origin: str, name: str, stored: Stored) -> None:
                 f"The adapter file {origin} is broken: tensor {name!r} has values that are NaN or infinite. "
                 "Load an earlier checkpoint of the adapter."
             )
+
+
+def check_finite_as(origin: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """
+    Check that a tensor of an adapter still has only finite values in the dtype of the model's parameter.
+
+    Args:
+        origin (`str`): The file, for messages.
+        name (`str`): The name of the tensor.
+        tensor (`torch.Tensor`): The tensor, whose values are finite.
+        dtype (`torch.dtype`): The dtype of the parameter.
+
+    Raises:
+        ValueError: If a value is too large for it.
+    """
+    if any(not torch.isfinite(piece.to(dtype)).all() for piece in tensor.reshape(-1).split(_PIECE)):
+        raise ValueError(
+            f"{origin}: tensor {name!r} has values that are too large for {dtype}, the dtype of the model's "
+            "parameter. Load the model in a wider dtype, or an earlier checkpoint of the adapter."
+        )

@@ -162,12 +162,16 @@ def list_loaded(origin: object, content: object) -> dict[str, Stored]:
         `dict[str, Stored]`: The tensors by name.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is something else, or a tensor is sparse or has no values.
     """
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
         raise ValueError(f"{origin} does not hold a dictionary of tensors")
+    for name, tensor in content.items():
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            kind = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
+            raise ValueError(f"{origin}: tensor {name!r} is {kind}. Save the adapter again with dense tensors.")
     return {
         name: Stored(name, tuple(tensor.shape), tensor.dtype, partial(content.__getitem__, name))
         for name, tensor in content.items()
@@ -177,7 +181,7 @@ def list_loaded(origin: object, content: object) -> dict[str, Stored]:
 def _unpickle(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f"The adapter file {file} cannot be read ({error}), at least not without running code that is in it, "
             "which is never done. Ask for the adapter in safetensors."

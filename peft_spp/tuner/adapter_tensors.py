@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..sparsity.names import unwrapped_name
+from ..sparsity.names import WRAPPER_PARTS, unwrapped_name
 from .adapter_files import FACTOR, PREFIX
 from .layer import SPPLayer
 from .module_names import ModuleNames, own_modules
@@ -171,12 +171,14 @@ def _listed(names: list[str]) -> str:
 
 
 def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
-    """Whether a tensor that is not part of the adapter is loaded into the model all the same, as embeddings are."""
+    """Whether a tensor that is not part of the adapter is loaded into the model all the same: embeddings alone are."""
     if FACTOR.fullmatch(name):
         return False
     owner_name, _, tensor = name.rpartition(".")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = set(head.modules()) if isinstance(head, nn.Module) else set()
     return any(
-        tensor in module._parameters or tensor in module._buffers
+        tensor in module._parameters and (isinstance(module, nn.Embedding) or module in heads)
         for other, module in own_modules(model)
         if other.removeprefix(PREFIX) in (owner_name, f"{owner_name}.{adapter_name}")
     ) or any("_flat_param" in parameter for parameter, _ in model.named_parameters())
@@ -282,10 +284,10 @@ def check_can_be_saved(model: nn.Module, config: SPPConfig, adapter_name: str, n
             module, and PEFT is older than 0.21.
     """
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-    if adapter_name in BY_ADAPTER | parameters | {"base_layer"}:
+    if adapter_name in BY_ADAPTER.union(WRAPPER_PARTS, parameters, ["base_layer"]):
         raise ValueError(
-            f"An adapter cannot have the name {adapter_name!r}, which is that of a parameter or of a part of an "
-            "adapted layer: PEFT would save its tensors under other names. Choose another name."
+            f"An adapter cannot have the name {adapter_name!r}, which is that of a parameter, of a wrapper or of a "
+            "part of an adapted layer: PEFT would save its tensors under other names. Choose another name."
         )
     if Version(peft.__version__) >= SAVES_BY_MODULE:
         return

@@ -31,6 +31,11 @@ class Injection:
         self.steps: list[Callable[[], None]] = []
         self.one_block_a_row: list[str] = []
 
+    def holders(self, module_name: str) -> set[type[nn.Module]]:
+        """The classes of the modules that hold a module, directly or inside of others."""
+        parts = self.names.wrapped(module_name).split(".")
+        return {type(self.model.get_submodule(".".join(parts[:at]))) for at in range(len(parts))}
+
     def on_undo(self, step: Callable[[], None]) -> None:
         """Tell how to undo what is about to be done. The steps are undone in reverse order."""
         self.steps.append(step)

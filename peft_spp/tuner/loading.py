@@ -23,7 +23,8 @@ from torch import nn
 
 from ..sparsity.base_masks import BaseRecord
 from ..sparsity.safetensors_files import read_json
-from .adapter_checks import check_finite
+from ..sparsity.weights import Stored
+from .adapter_checks import check_finite, check_finite_as
 from .adapter_files import find_file, list_loaded
 from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name
 from .base_record import check_base
@@ -138,10 +139,12 @@ def check_fits(
         ignore_shapes (`bool`): Whether tensors of other shapes are to be left out.
 
     Raises:
-        ValueError: If tensors are missing or left over, or a scaling is another.
+        ValueError: If tensors are missing or left over, a value is too large for the model's dtype, or a scaling is
+            another.
         RuntimeError: If factors have other shapes.
     """
     check_count(saved.origin, saved.tensors, model, config, adapter_name, may_be_renamed=True)
+    check_dtypes(saved.origin, saved.tensors, model, adapter_name)
     if not ignore_shapes:
         check_shapes({saved_name(name): one.shape for name, one in saved.tensors.items()}, model, config, adapter_name)
     for name, layer in adapter_layers(model, adapter_name).items():
@@ -216,7 +219,7 @@ def check_loaded(
         state_dict (`Mapping[str, torch.Tensor]`): The tensors.
 
     Raises:
-        ValueError: If tensors are missing or left over, or a value is not finite.
+        ValueError: If tensors are missing or left over, or a value is not finite in the model's dtype.
         RuntimeError: If factors have other shapes.
     """
     origin = "the state dict of the adapter" if (current := loading_of(adapter_name)) is None else current.saved.origin
@@ -228,11 +231,42 @@ def check_loaded(
         # a `PeftModel` checks the shapes itself, and knows whether PEFT leaves out what does not fit
         shapes = {saved_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
         check_shapes(shapes, model, config, adapter_name)
-    for name, one in list_loaded(origin, tensors).items():
+    listed = list_loaded(origin, tensors)
+    for name, one in listed.items():
         check_finite(origin, name, one)
+    check_dtypes(origin, listed, model, adapter_name)
     if config.record_of_weights is not None:
         take_record(config.record_of_weights, model, config, adapter_name)
         config.record_of_weights = None
+
+
+def check_dtypes(origin: str, tensors: Mapping[str, Stored], model: nn.Module, adapter_name: str) -> None:
+    """
+    Check that the values of an adapter's tensors stay finite numbers in the dtypes that a model has for them.
+
+    Args:
+        origin (`str`): Where the tensors are, for messages.
+        tensors (`Mapping[str, Stored]`): The tensors by name, with PEFT's prefix or without it; all values are finite.
+        model (`nn.Module`): The model.
+        adapter_name (`str`): The name of the adapter in it.
+
+    Raises:
+        ValueError: If a tensor is not floating where the model's is, or a value is too large for its dtype.
+    """
+    dtypes = {
+        saved_name(_without_adapter(key, adapter_name)): parameter.dtype
+        for key, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for name, one in tensors.items():
+        dtype = dtypes.get(saved_name(name))
+        if dtype is None or not dtype.is_floating_point or one.dtype == dtype:
+            continue
+        if not isinstance(one.dtype, torch.dtype) or not one.dtype.is_floating_point:
+            raise ValueError(
+                f"{origin}: tensor {name!r} has dtype {one.dtype}, and {dtype} in the model. Save the adapter again."
+            )
+        if torch.finfo(one.dtype).max > torch.finfo(dtype).max:
+            check_finite_as(origin, name, one.load(), dtype)
 
 
 def _without_adapter(key: str, adapter_name: str) -> str:

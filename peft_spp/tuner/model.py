@@ -362,7 +362,7 @@ class SPPModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
                 new_module.requires_grad_(False)
-            new_module.weight_is_only_described = only_describes_weight(cast(Any, type(parent)), target_name)
+            new_module.weight_is_only_described = only_describes_weight(injection.holders(current_key), target_name)
             injection.on_undo(partial(put_module, parent, target_name, target))
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:

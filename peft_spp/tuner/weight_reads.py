@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
 
@@ -18,35 +18,43 @@ _DESCRIBING_METHODS = {"size", "dim", "numel", "stride", "element_size", "is_flo
 _DESCRIBING_FUNCTIONS = {"isinstance", "hasattr", "type", "id"}
 
 
-@cache
-def only_describes_weight(parent: type[nn.Module], child: str) -> bool:
+# they run before a layer is adapted
+_BEFORE_ADAPTERS = {"__init__", "_init_weights", "reset_parameters"}
+
+
+def only_describes_weight(holders: Iterable[type[nn.Module]], child: str) -> bool:
     """
-    Whether a class reads the weight of one of its layers, and only to learn its dtype, its shape or the like.
+    Whether the code around a layer reads its weight, and only to learn its dtype, its shape or the like.
 
     T5 does so in each forward pass, to cast the layer's input. There the base layer's weight will do, and W' need not
-    be computed. Code that cannot be read is taken to compute with the weight.
+    be computed. Code that cannot be read, or that hands the layer on, is taken to compute with the weight.
 
     Args:
-        parent (`type[nn.Module]`): The class of the module that holds the layer.
-        child (`str`): The name of the layer in it.
+        holders (`Iterable[type[nn.Module]]`): The classes of the modules that hold the layer, or hold such a module.
+        child (`str`): The name of the layer in its parent.
     """
-    reads = [read for function in _functions(parent) for read in _reads(function, child)]
+    reads = [read for holder in holders for read in _reads_of(holder, child)]
     return bool(reads) and all(reads)
 
 
-def _functions(parent: type[nn.Module]) -> Iterator[FunctionType]:
-    for cls in parent.__mro__:
+@cache
+def _reads_of(holder: type[nn.Module], child: str) -> tuple[bool, ...]:
+    return tuple(read for function in _functions(holder) for read in _reads(function, child))
+
+
+def _functions(holder: type[nn.Module]) -> Iterator[FunctionType]:
+    for cls in holder.__mro__:
         if cls in (nn.Module, object):
             continue
-        for attribute in vars(cls).values():
+        for name, attribute in vars(cls).items():
             function = inspect.unwrap(getattr(attribute, "__func__", attribute)) if callable(attribute) else None
-            if isinstance(function, FunctionType):
+            if isinstance(function, FunctionType) and name not in _BEFORE_ADAPTERS:
                 yield function
 
 
 def _reads(function: FunctionType, child: str) -> Iterator[bool]:
     """For each read of the weight in a function, whether it only describes it."""
-    if not {child, "weight"} <= set(_names(function.__code__)):
+    if child not in _names(function.__code__):
         return
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -55,9 +63,13 @@ def _reads(function: FunctionType, child: str) -> Iterator[bool]:
         return
     parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
-            if isinstance(node.value, ast.Attribute) and node.value.attr == child:
-                yield _describes(node, parents)
+        if isinstance(node, ast.Attribute) and node.attr == child and isinstance(node.ctx, ast.Load):
+            outer = parents[node]
+            if isinstance(outer, ast.Attribute):
+                if outer.attr == "weight":
+                    yield _describes(outer, parents)
+            elif not (isinstance(outer, ast.Call) and outer.func is node) and not _describes(node, parents):
+                yield False  # under another name, or by another function, its weight may be read
 
 
 def _describes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:

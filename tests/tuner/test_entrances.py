@@ -77,6 +77,10 @@ def rename(tensors):
         tensors[name.replace("layers.1.", "layers.7.")] = tensors.pop(name)
 
 
+def put_a_weight_of_the_base(tensors):
+    tensors["base_model.model.model.norm.weight"] = torch.zeros(32)
+
+
 # what is done to the adapter, and a part of the message
 DAMAGES = {
     "nan": (lambda folder: edit_weights(folder, put_nan), "up_proj"),
@@ -241,6 +245,74 @@ def test_a_damaged_state_dict_is_refused(whole, tmp_path, damage, bare):
         assert not plain._hf_peft_config_loaded
 
 
+def put_too_large(tensors):
+    name = f"{PREFIX}0.self_attn.q_proj.spp_A.weight"
+    tensors[name] = tensors[name].double().fill_(1e300)
+
+
+def put_a_layer_of_the_base(tensors):
+    tensors[f"{PREFIX}1.mlp.up_proj.base_layer.weight"] = torch.zeros(48, 32)
+
+
+# what only a model can tell
+MISFITS = {"base": (put_a_weight_of_the_base, "norm"), "layer": (put_a_layer_of_the_base, "up_proj.base_layer"),
+           "too large": (put_too_large, "q_proj.*too large for torch.float32")}  # fmt: skip
+
+
+@pytest.mark.parametrize("misfit", list(MISFITS))
+def test_what_an_adapter_would_overwrite_or_overflow_is_refused(whole, tmp_path, misfit):
+    change, named = MISFITS[misfit]
+    folder = damaged(whole, tmp_path, lambda folder: edit_weights(folder, change))
+    for entrance in (over_an_existing_one, into_a_new_name, from_pretrained, with_config, by_transformers, hotswap):
+        model, load = entrance(whole, folder)
+        before = snapshot(model)
+        with pytest.raises((ValueError, RuntimeError), match=named):
+            load(model)
+        assert_unchanged(model, before)
+    model = living(whole)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=named):
+        set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    assert_unchanged(model, before)
+
+
+def test_a_module_saved_in_integers_is_refused(whole, tmp_path):
+    model = living(whole, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.update({n: t.long() for n, t in tensors.items() if "head" in n}))
+    for load in (
+        lambda: PeftModel.from_pretrained(tiny_llama(**SMALL), tmp_path),
+        lambda: model.load_adapter(tmp_path, "default"),
+    ):
+        with pytest.raises(ValueError, match=r"lm_head.*(I64|int64)"):
+            load()
+
+
+def test_resized_embeddings_are_loaded(whole, tmp_path):
+    model = living(whole)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(tiny_llama(**SMALL), tmp_path)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("change", ["truncated", "sparse", "meta"])
+def test_damaged_pickled_weights_are_named(whole, tmp_path, change):
+    folder = damaged(whole, tmp_path, lambda folder: None)
+    tensors, file = load_file(folder / WEIGHTS), folder / "adapter_model.bin"
+    (folder / WEIGHTS).unlink()
+    if change != "truncated":
+        tensors = {
+            name: tensor.to_sparse() if change == "sparse" else tensor.to("meta") for name, tensor in tensors.items()
+        }
+    torch.save(tensors, file)
+    if change == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"adapter_model\.bin"):
+        PeftModel.from_pretrained(tiny_llama(**SMALL), folder)
+
+
 @pytest.mark.parametrize("settings", [{"spp_alpha": 64}, {"alpha_pattern": {"layers.1.mlp.up_proj": 5}}, {"r": 8}])
 def test_other_settings_than_those_of_the_living_adapter_are_refused(whole, settings):
     model = get_peft_model(tiny_llama(**SMALL), SPPConfig(**{"r": 4, "task_type": "CAUSAL_LM", **settings}))
@@ -317,7 +389,7 @@ def test_adapters_with_the_names_of_modules_are_saved_as_a_whole(tmp_path, names
         assert len(get_peft_model_state_dict(model, adapter_name=name)) == len(saved)
 
 
-@pytest.mark.parametrize("name", ["weight", "spp_A", "base_layer", "modules_to_save"])
+@pytest.mark.parametrize("name", ["weight", "spp_A", "base_layer", "modules_to_save", "_orig_mod"])
 def test_names_that_PEFT_cannot_tell_from_those_of_tensors_are_refused(name):
     base = tiny_llama(**SMALL)
     before = snapshot(base)

@@ -242,11 +242,11 @@ def test_a_weight_that_is_only_described_is_not_computed(monkeypatch):
     from transformers.models.t5.modeling_t5 import T5Attention, T5DenseActDense
     from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-    assert only_describes_weight(T5DenseActDense, "wo")
-    assert not only_describes_weight(T5DenseActDense, "wi") and not only_describes_weight(T5Attention, "q")
-    assert not only_describes_weight(FalconMambaMixer, "dt_proj")
-    assert not only_describes_weight(WavLMAttention, "q_proj")
-    assert not only_describes_weight(nn.TransformerEncoderLayer, "linear1")
+    assert only_describes_weight([T5DenseActDense], "wo")
+    assert not only_describes_weight([T5DenseActDense], "wi") and not only_describes_weight([T5Attention], "q")
+    assert not only_describes_weight([FalconMambaMixer], "dt_proj")
+    assert not only_describes_weight([WavLMAttention], "q_proj")
+    assert not only_describes_weight([nn.TransformerEncoderLayer], "linear1")
 
     computed = []
     original = layer_module.scaled_weight
@@ -267,8 +267,63 @@ def test_code_that_reads_in_other_ways():
     class Inherits(Reader):
         pass
 
-    assert only_describes_weight(Reader, "described") and only_describes_weight(Inherits, "described")
-    assert not only_describes_weight(Reader, "used") and not only_describes_weight(Reader, "other")
+    assert only_describes_weight([Reader], "described") and only_describes_weight([Inherits], "described")
+    assert not only_describes_weight([Reader], "used") and not only_describes_weight([Reader], "other")
+
+
+def by_function(x, layer):
+    return nn.functional.linear(x, layer.weight)
+
+
+class Describes(nn.Module):
+    """A block that reads the dtype of a weight, and computes with the weight in another way."""
+
+    def __init__(self, read=None):
+        super().__init__()
+        self.proj, self.read = nn.Linear(8, 8), read
+
+    def forward(self, x):
+        x = x.to(self.proj.weight.dtype)
+        if self.read == "alias":
+            layer = self.proj
+            return nn.functional.linear(x, layer.weight)
+        if self.read == "function":
+            return by_function(x, self.proj)
+        if self.read == "getattr":
+            return nn.functional.linear(x, getattr(self.proj, "weight"))  # noqa: B009
+        return self.proj(x)
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x.to(self.proj.weight.dtype))
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Calls()
+
+    def forward(self, x):
+        return nn.functional.linear(self.block(x), self.block.proj.weight)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [*(lambda read=read: Describes(read) for read in ("alias", "function", "getattr")), Around],
+    ids=["alias", "function", "getattr", "around"],
+)
+def test_a_weight_that_is_described_and_computed_with_in_another_place_is_w_prime(base):
+    model = get_peft_model(base(), SPPConfig(r=2, target_modules=["proj"], init_weights=False))
+    x = torch.randn(3, 8)
+    output = model(x)
+    output.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for key, p in model.named_parameters() if ".spp_" in key)
+    torch.testing.assert_close(output, model.merge_and_unload()(x))
 
 
 def test_compiled_models_read_it_too():

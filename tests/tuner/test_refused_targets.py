@@ -71,6 +71,19 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Calls(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_a_subclass_with_its_own_call_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), Calls(8, 8))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'1'.*its own `__call__`"):
+        get_peft_model(model, SPPConfig(target_modules=["0", "1"]))
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_a_subclass_with_another_map_is_left_out_by_name(targets):
     with pytest.warns(UserWarning, match=r"2 layers .*layers\.1\.proj: DeepseekV4GroupedLinear.*layers\.2\.proj: Dou"):
