@@ -86,7 +86,7 @@ def test_a_base_that_lost_no_zero_but_gained_some_passes(tmp_path, case):
 def test_the_command_warns_refuses_and_keeps_quiet(tmp_path, case):
     base = other_base(tmp_path / "other", "2:4")
     refused = merge(case.adapter, tmp_path / "out", "--base", base, "--check-base", "error")
-    assert refused.exit_code == 1 and "21 of 21 modules" in refused.stderr and not (tmp_path / "out").exists()
+    assert refused.exit_code == 2 and "21 of 21 modules" in refused.stderr and not (tmp_path / "out").exists()
     with pytest.warns(UserWarning, match="pruned in other places"):
         told = merge(case.adapter, tmp_path / "out", "--base", base, "--dry-run", "--json")
     assert told.exit_code == 0 and json.loads(told.stdout)["base_masks"].startswith("different")
