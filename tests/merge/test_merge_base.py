@@ -128,8 +128,9 @@ def test_the_list_of_merged_adapters_survives_what_people_do_to_a_model(tmp_path
     AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     shutil.copytree(case.adapter, tmp_path / "renamed")
     edit_json(tmp_path / "renamed" / "adapter_config.json", inference_mode=False)
+    case.peft_model().to(torch.bfloat16).save_pretrained(tmp_path / "in_bfloat16")
     for base in ("copied", "saved"):
-        for adapter in (case.adapter, tmp_path / "renamed"):
+        for adapter in (case.adapter, tmp_path / "renamed", tmp_path / "in_bfloat16"):
             with pytest.raises(ValueError, match="applied twice"):
                 merge_checkpoint(tmp_path / base, adapter, tmp_path / "twice")
 
