@@ -2,6 +2,7 @@
 """A merge looks at the masks of the base model, and at what was merged into it before."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from peft_spp.checkpoints.merged import MERGED
 from peft_spp.cli import app
 from peft_spp.merge import merge_checkpoint
+from peft_spp.pruning import prune_checkpoint
 
 from tiny import prune_, tiny_llama
 
@@ -154,6 +156,14 @@ def test_what_decorates_cannot_end_a_merge(tmp_path, case):
         merge_checkpoint(case.base, case.adapter, tmp_path / "merged")
     assert "café" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert stored(tmp_path / "merged").keys() == stored(case.base).keys()
+
+
+def test_a_folder_whose_name_is_not_utf8_cannot_end_a_merge(tmp_path, case):
+    place = tmp_path / os.fsdecode(b"mod\xe8le")
+    merge_checkpoint(case.base, case.adapter, place)
+    assert r"# mod\udce8le" in (place / "README.md").read_text(encoding="utf-8")
+    prune_checkpoint(place, tmp_path / os.fsdecode(b"\xff"), method="magnitude", pattern="2:4")
+    assert (tmp_path / os.fsdecode(b"\xff") / "model.safetensors.index.json").is_file()
 
 
 def test_a_model_that_was_merged_in_memory_says_so_too(tmp_path, case):
