@@ -47,7 +47,8 @@ class Card:
 
     def __str__(self) -> str:
         head = yaml.safe_dump(self.data, sort_keys=False, allow_unicode=True) if self.data else ""
-        return f"---\n{head}---\n\n{self.text.strip()}\n"
+        # half of a surrogate pair stands for a byte of a file name that is not UTF-8
+        return f"---\n{head}---\n\n{self.text.strip()}\n".encode("utf-8", "backslashreplace").decode()
 
 
 def read_card(file: Path) -> Card:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..sparsity.base_masks import BASE_MASKS
-from ..sparsity.safetensors_files import INDEX, SINGLE
+from ..sparsity.safetensors_files import INDEX, INDEX_SUFFIX, SINGLE
 from .merged import MERGED
 
 
@@ -27,14 +27,11 @@ CARD = "README.md"
 CONFIG = "config.json"
 # the root of a file system may have it, and nobody but the file system writes there
 _OF_FILE_SYSTEM = "lost+found"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CHAT_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _MODEL_FILES = frozenset(
     {
         CONFIG,
         "generation_config.json",
-        SINGLE,
-        INDEX,
         CARD,
         # tokenizers
         "tokenizer.json",
@@ -99,12 +96,12 @@ class FolderKind:
     Args:
         what (`str`): What to call it.
         sign (`Callable[[Path], bool]`): Whether a folder holds one.
-        is_named (`Callable[[Path, str], bool]`): Whether the file of a folder under a relative name is a part of it.
+        own (`Callable[[Path, Iterable[str]], set[str]]`): Which of the relative names in a folder are a part of it.
     """
 
     what: str
     sign: Callable[[Path], bool]
-    is_named: Callable[[Path, str], bool]
+    own: Callable[[Path, Iterable[str]], set[str]]
 
     def foreign(
         self, folder: Path, entries: Mapping[Path, Signature], copied: Mapping[Path, Path] | None = None
@@ -120,12 +117,12 @@ class FolderKind:
         Returns:
             `list[str]`: The entries, as relative paths.
         """
-        signed = self.sign(folder)
+        own = self.own(folder, [path.as_posix() for path in entries]) if self.sign(folder) else set()
         found = []
         for path, signature in entries.items():
             is_file = stat.S_ISREG(signature[2])
             name = path.as_posix()
-            if is_file and signed and self.is_named(folder, name):
+            if is_file and name in own:
                 continue
             source = (copied or {}).get(path)
             if is_file and source is not None and filecmp.cmp(folder / path, source, shallow=False):
@@ -135,31 +132,38 @@ class FolderKind:
 
 
 def _is_model(folder: Path) -> bool:
-    return _is_model_config(folder) or any((folder / name).is_file() for name in (SINGLE, INDEX))
+    config = _read_object(folder / CONFIG)
+    # a configuration alone, with a text next to it, may be another program's
+    return any(key in config for key in ("model_type", "architectures", "transformers_version", MERGED)) and any(
+        os.path.isfile(folder / name) for name in _weight_files(folder)
+    )
 
 
-def _is_model_config(folder: Path) -> bool:
-    content = _read_object(folder / CONFIG)
-    return any(key in content for key in ("model_type", "architectures", "transformers_version", MERGED))
+def _files_of_model(folder: Path, names: Iterable[str]) -> set[str]:
+    known = _MODEL_FILES | _weight_files(folder)
+    return {name for name in names if name in known or _CHAT_TEMPLATE.fullmatch(name)}
 
 
-def _is_file_of_model(folder: Path, name: str) -> bool:
-    if name == CONFIG:
-        return _is_model_config(folder)
-    if name in _MODEL_FILES or _SHARD.fullmatch(name) or _CHAT_TEMPLATE.fullmatch(name):
-        return True
-    if not name.endswith(".safetensors"):
-        return False
-    listed = _read_object(folder / INDEX).get("weight_map")
-    return isinstance(listed, dict) and name in listed.values()
+def _weight_files(folder: Path) -> set[str]:
+    """The names of the weight files that Transformers loads from a folder, whether or not they are there."""
+    named = _read_object(folder / CONFIG).get("transformers_weights")
+    found = {SINGLE, INDEX}
+    if isinstance(named, str) and named.endswith((".safetensors", INDEX_SUFFIX)):
+        found.add(named)
+    for index in [name for name in found if name.endswith(INDEX_SUFFIX)]:
+        listed = _read_object(folder / index).get("weight_map")
+        shards = listed.values() if isinstance(listed, dict) else ()
+        place = Path(index).parent
+        found |= {(place / one).as_posix() for one in shards if isinstance(one, str) and one.endswith(".safetensors")}
+    return found
 
 
 def _is_adapter(folder: Path) -> bool:
     return "peft_type" in _read_object(folder / CONFIG_NAME)
 
 
-def _is_file_of_adapter(folder: Path, name: str) -> bool:
-    return name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE_MASKS, CARD)
+def _files_of_adapter(folder: Path, names: Iterable[str]) -> set[str]:
+    return {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, BASE_MASKS, CARD}.intersection(names)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -171,8 +175,8 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-MODEL = FolderKind("a model", _is_model, _is_file_of_model)
+MODEL = FolderKind("a model", _is_model, _files_of_model)
 """A model as Transformers saves it: the names of its formats, and the shards that the index names."""
 
-ADAPTER = FolderKind("an adapter", _is_adapter, _is_file_of_adapter)
+ADAPTER = FolderKind("an adapter", _is_adapter, _files_of_adapter)
 """An adapter as PEFT saves it."""

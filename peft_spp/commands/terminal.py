@@ -25,8 +25,8 @@ def make_printable() -> None:
     """Let the standard streams write a plain stand-in for each character that their encoding lacks."""
     codecs.register_error(_HANDLER, _stand_in)
     for stream in (sys.stdout, sys.stderr):
-        # another way of handling errors was asked for, as by PYTHONIOENCODING
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+        # others were asked for, as by PYTHONIOENCODING; `surrogateescape` is what Python takes in the locale "C"
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace", "surrogateescape"):
             stream.reconfigure(errors=_HANDLER)
 
 

@@ -15,7 +15,9 @@ MARKER = ".peft-spp-demo"
 _FILES = FolderKind(
     "the demo",
     lambda folder: True,
-    lambda folder, name: MODEL.is_named(folder, name) or ADAPTER.is_named(folder, name) or name == "training_args.bin",
+    lambda folder, names: (
+        MODEL.own(folder, names) | ADAPTER.own(folder, names) | {"training_args.bin"}.intersection(names)
+    ),
 )
 
 

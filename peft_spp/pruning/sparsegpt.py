@@ -109,8 +109,10 @@ class SparseGPT(PruningMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         # The negated form also rejects NaN.
-        if not self.damping > 0.0:
-            raise ValueError(f"damping must be positive, but is {self.damping}: without it H may have no inverse.")
+        if not 0.0 < self.damping < float("inf"):
+            raise ValueError(
+                f"damping must be positive and finite, but is {self.damping}: without it H may have no inverse."
+            )
         multiple = 1 if self.pattern is None else NMPattern.parse(self.pattern).m
         if self.block_size < 1 or self.block_size % multiple:
             raise ValueError(

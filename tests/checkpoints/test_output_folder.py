@@ -22,9 +22,9 @@ from peft_spp.checkpoints.own_files import ADAPTER, MODEL, FolderKind
 OLD = {
     MODEL: {
         "config.json": '{"model_type": "llama"}',
-        "model.safetensors.index.json": '{"weight_map": {"a": "part-a.safetensors"}}',
+        "model.safetensors.index.json": '{"weight_map": {"a": "part-a.safetensors", "b": "sub/b.safetensors"}}',
         "part-a.safetensors": "old",
-        "model-00001-of-00002.safetensors": "old",
+        "sub/b.safetensors": "old",
         "tokenizer.json": "old",
         "README.md": "old",
         "additional_chat_templates/tool.jinja": "old",
@@ -51,6 +51,8 @@ FOREIGN = (
     "consolidated.safetensors",
     "mine.safetensors",
     "model-1-of-2.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model-00001-of-00099.safetensors",
     "pytorch_model.bin",
     "optimizer.pt",
     "training_args.bin",
@@ -228,13 +230,34 @@ def test_only_known_files_are_replaced(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("config.json", "{}"), ("config.json", '{"port": 80}'), ("config.json", "not json"), ("config.json", "[1]")],
+    [
+        ("config.json", "{}"),
+        ("config.json", '{"port": 80}'),
+        ("config.json", "not json"),
+        ("config.json", "[1]"),
+        ("config.json", '{"model_type": "car"}'),
+        ("model.safetensors", "weights without a configuration"),
+    ],
 )
 def test_a_config_json_that_is_not_a_models_does_not_make_a_folder_one(tmp_path, name, text):
     write(tmp_path / "out", {name: text, "README.md": "mine", "vocab.txt": "mine"})
     with pytest.raises(FileExistsError, match=r"README\.md"):
         replace(tmp_path / "out", MODEL)
     assert everything(tmp_path / "out") == {name: text, "README.md": "mine", "vocab.txt": "mine"}
+
+
+def test_weights_that_the_configuration_names_are_replaced(tmp_path):
+    old = {
+        "config.json": '{"model_type": "llama", "transformers_weights": "w/fp8.safetensors.index.json"}',
+        "w/fp8.safetensors.index.json": '{"weight_map": {"a": "one.safetensors"}}',
+        "w/one.safetensors": "old",
+    }
+    write(tmp_path / "out", old)
+    replace(tmp_path / "out", MODEL)
+    assert everything(tmp_path / "out") == NEW
+    write(tmp_path / "other", {**old, "one.safetensors": "mine"})
+    with pytest.raises(FileExistsError, match=r"lost: one\.safetensors"):
+        replace(tmp_path / "other", MODEL)
 
 
 def test_a_file_with_the_content_that_is_written_is_not_lost(tmp_path):

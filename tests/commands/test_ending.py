@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import peft_spp.sparsity
 from peft_spp.cli import app
 from peft_spp.commands.ending import CommandGroup
+from peft_spp.commands.terminal import make_printable, print_text
 
 from tiny import prune_, tiny_llama
 
@@ -46,6 +48,16 @@ def test_a_terminal_without_utf8_changes_no_exit_code(model: Path, charset: str)
     assert shown.exit_code == 0 and "up_proj" in shown.stdout
     helped = run("export", "--help", charset=charset)
     assert helped.exit_code == 0 and "numbers a layer" in " ".join(helped.stdout.replace("|", " ").split())
+
+
+@pytest.mark.parametrize("errors", ["strict", "backslashreplace", "surrogateescape"])
+def test_the_streams_of_any_locale_can_be_written_to(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LC_ALL=POSIX PYTHONUTF8=0` makes the standard output ASCII, with `surrogateescape`."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", errors=errors))
+    make_printable()
+    print_text("─ 50 % · é \udcff")
+    assert written.getvalue() == b"- 50 % * \\xe9 \\udcff\n"
 
 
 def test_names_beyond_the_encoding_are_printed_escaped(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """A merge looks at the masks of the base model, and at what was merged into it before."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from peft_spp.checkpoints.merged import MERGED
 from peft_spp.cli import app
 from peft_spp.merge import merge_checkpoint
+from peft_spp.pruning import prune_checkpoint
 
 from tiny import prune_, tiny_llama
 
@@ -128,8 +130,9 @@ def test_the_list_of_merged_adapters_survives_what_people_do_to_a_model(tmp_path
     AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     shutil.copytree(case.adapter, tmp_path / "renamed")
     edit_json(tmp_path / "renamed" / "adapter_config.json", inference_mode=False)
+    case.peft_model().to(torch.bfloat16).save_pretrained(tmp_path / "in_bfloat16")
     for base in ("copied", "saved"):
-        for adapter in (case.adapter, tmp_path / "renamed"):
+        for adapter in (case.adapter, tmp_path / "renamed", tmp_path / "in_bfloat16"):
             with pytest.raises(ValueError, match="applied twice"):
                 merge_checkpoint(tmp_path / base, adapter, tmp_path / "twice")
 
@@ -153,6 +156,14 @@ def test_what_decorates_cannot_end_a_merge(tmp_path, case):
         merge_checkpoint(case.base, case.adapter, tmp_path / "merged")
     assert "café" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert stored(tmp_path / "merged").keys() == stored(case.base).keys()
+
+
+def test_a_folder_whose_name_is_not_utf8_cannot_end_a_merge(tmp_path, case):
+    place = tmp_path / os.fsdecode(b"mod\xe8le")
+    merge_checkpoint(case.base, case.adapter, place)
+    assert r"# mod\udce8le" in (place / "README.md").read_text(encoding="utf-8")
+    prune_checkpoint(place, tmp_path / os.fsdecode(b"\xff"), method="magnitude", pattern="2:4")
+    assert (tmp_path / os.fsdecode(b"\xff") / "model.safetensors.index.json").is_file()
 
 
 def test_a_model_that_was_merged_in_memory_says_so_too(tmp_path, case):

@@ -35,7 +35,8 @@ def old_model(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "config.json").write_text(OLD_CONFIG)
-    (folder / "model-00009-of-00009.safetensors").write_bytes(b"old")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+    (folder / "old.safetensors").write_bytes(b"old")
     return folder
 
 

@@ -226,6 +226,7 @@ def test_bfloat16_is_computed_in_float32(llama: LlamaForCausalLM, calibration_ba
     [
         ({"damping": 0.0}, "damping must be positive"),
         ({"damping": float("nan")}, "damping must be positive"),
+        ({"damping": float("inf")}, "damping must be positive and finite"),
         ({"block_size": 0}, "multiple of 4"),
         ({"block_size": 6}, "multiple of 4"),
     ],
