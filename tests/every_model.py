@@ -144,9 +144,11 @@ def _shrunk(settings: dict[str, Any], tokens: dict[int, int]) -> dict[str, Any]:
     layers = _layers_to_keep(settings, before)
     small: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in _DROPPED or not isinstance(name, str):
+        if name in _DROPPED:
             continue
-        if value is None and name in _UNSET:
+        if not isinstance(name, str):
+            small[name] = value
+        elif value is None and name in _UNSET:
             small[name] = _UNSET[name]
         elif isinstance(value, dict):
             small[name] = _shrunk(value, tokens)

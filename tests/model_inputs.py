@@ -112,6 +112,8 @@ def _uncommon_inputs(model: Any, text: torch.Tensor, given: dict[str, Any]) -> I
             "timesteps": torch.arange(8).expand(2, 8),
             "attention_mask": torch.ones(2, 8),
         }
+    if "inputs" in parameters:
+        yield {"inputs": random(2, _SEQUENCE, _find(config, "d_model", hidden))}
     if "latents" in parameters:
         yield {"latents": random(2, _SEQUENCE, hidden)}
         yield {"latents": random(2, hidden, _SEQUENCE)}

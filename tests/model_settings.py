@@ -10,11 +10,12 @@ _MROPE = {"rope_parameters": {"mrope_section": [2, 1, 1]}}
 _MROPE_OF_HALF = {"rope_parameters": {"mrope_section": [1, 1, 0]}}
 _HEAD_DIM = {"head_dim": 8}
 _SWIN = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 64}
+_SWIN_OF_FOUR = {**_SWIN, "depths": [1, 1, 1, 1], "num_heads": [2, 4, 8, 16]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TINY_DECODER = {"latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1], "resolution": 32}
 _INDEXER = {
     "indexer_n_heads": 4,
-    "indexer_kv_heads": 2,
+    "indexer_kv_heads": 1,
     "indexer_head_dim": 8,
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
@@ -41,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": _BIASED_DENSE},
+    "dia": {"decoder_config": {"cross_num_key_value_heads": 4}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3},
@@ -69,9 +71,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hrm_text": {"use_cache": False},
     "hunyuan_v1_dense": _HEAD_DIM,
     "hunyuan_v1_moe": _HEAD_DIM,
-    "hunyuan_vl": {"text_config": _HEAD_DIM},
-    "hunyuan_vl_text": _HEAD_DIM,
+    "hunyuan_vl": {"text_config": {**_HEAD_DIM, **_MROPE}},
+    "hunyuan_vl_text": {**_HEAD_DIM, **_MROPE},
     "informer": {"prediction_length": 8},
+    "instructblip": {"image_token_index": 100},
+    "instructblipvideo": {"video_token_index": 100},
     "janus": {"vq_config": {**_TINY_DECODER, "image_token_embed_dim": 32}},
     "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
@@ -79,11 +83,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48},
     "longcat_flash": {"expert_ffn_hidden_size": 48, "zero_expert_num": 2, "qk_head_dim": 16},
     "mamba2": {"num_heads": 8},
-    "mask2former": {"backbone_config": _SWIN},
+    "mask2former": {"backbone_config": _SWIN_OF_FOUR},
     "ministral": _HEAD_DIM,
     "nemotron": {"num_key_value_heads": 2},
     "neomme": {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
-    "oneformer": {"backbone_config": _SWIN},
+    "oneformer": {"backbone_config": _SWIN_OF_FOUR},
     "paddleocr_vl": {"text_config": _MROPE},
     "perceiver": {"d_latents": 32, "num_blocks": 1, "num_self_attends_per_block": 2},
     "qwen2_5_omni_thinker": {"text_config": _MROPE},
