@@ -21,13 +21,19 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
     "ngram_vocab_size_base": 64,
 }
-_BIASED_DENSE = {"mlp_layer_types": ["dense", "sparse"]}
+_DENSE_AND_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 _SAM = {
     "prompt_encoder_config": {"image_size": 64, "hidden_size": 32, "mask_input_channels": 4},
     "vision_config": {"image_size": 64, "output_channels": 32, "window_size": 2, "global_attn_indexes": [1]},
     "mask_decoder_config": {"hidden_size": 32, "vit_dim": 32},
 }
 _LINEAR_AND_FULL = ["linear_attention", "full_attention"]
+_ZAMBA = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
 
 # Merged into the shrunk configuration; lists and plain values replace what is there.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "deepseek_ocr2": {"text_config": _BIASED_DENSE},
+    "deepseek_ocr2": {"text_config": _DENSE_AND_SPARSE},
     "dia": {"decoder_config": {"cross_num_key_value_heads": 4}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
@@ -111,10 +117,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sam_hq": _SAM,
     "swin": _SWIN,
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": _ZAMBA,
     "zamba2": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **_ZAMBA,
         "hybrid_layer_ids": [1, 3],
         "mamba_headdim": 8,
     },
