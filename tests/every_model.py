@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A tiny model of every class of Transformers that can be built from its configuration alone, and inputs for it.
+A tiny model of every class of Transformers that can be built from its configuration alone.
 
 The default configuration of a model type is shrunk by the names of its settings; what Transformers then cannot build
 or run says so itself, and a sweep records the reason.
@@ -8,12 +8,11 @@ or run says so itself, and a sweep records the reason.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
+from model_settings import SETTINGS, merged
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
@@ -23,7 +22,6 @@ from transformers.models.auto import modeling_auto as auto
 MOST_PARAMETERS = 25_000_000
 _VOCABULARY = 160
 _FIRST_SPECIAL_TOKEN = 100
-_SEQUENCE = 16
 
 _SIZES = {
     32: """
@@ -121,7 +119,7 @@ def model_class(model_type: str) -> type[nn.Module]:
 def tiny_config(model_type: str) -> Any:
     """The configuration of a model type, shrunk."""
     default = CONFIG_MAPPING[model_type]()
-    return type(default)(**_shrunk(default.to_dict(), {}))
+    return type(default)(**merged(_shrunk(default.to_dict(), {}), SETTINGS.get(model_type, {})))
 
 
 def build(model_type: str, seed: int = 0) -> nn.Module:
@@ -141,60 +139,6 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
     return cls(config).eval()
 
 
-def inputs_of(model: Any) -> Iterator[dict[str, Any]]:
-    """What a model may take as inputs, the likeliest first."""
-    parameters = inspect.signature(model.forward).parameters
-    text = torch.arange(3, 3 + 2 * _SEQUENCE).remainder(80).reshape(2, _SEQUENCE) + 3
-    given: dict[str, Any] = {}
-    main = model.main_input_name
-    if main in ("input_ids", "pixel_values") and "input_ids" in parameters:
-        given["input_ids"] = text
-    if "decoder_input_ids" in parameters:
-        given["decoder_input_ids"] = text[:, :8]
-    if main == "input_ids":
-        yield dict(given)
-        yield {"input_ids": text, "attention_mask": torch.ones_like(text), **given}
-        yield {"input_ids": torch.cat([text] * 4, dim=1), **given}
-    channels, size = _find(model.config, "num_channels", 3), _find(model.config, "image_size", 32)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    mels = _find(model.config, "num_mel_bins", 80)
-    positions = _find(model.config, "max_source_positions", 32)
-    generator = torch.Generator().manual_seed(0)
-    for name, shape in {
-        "pixel_values": (2, channels, height, width),
-        "pixel_values_videos": (2, _find(model.config, "num_frames", 4), channels, height, width),
-        "input_features": (2, mels, 2 * positions),
-        "input_values": (2, 4000),
-        "past_values": (2, _find(model.config, "context_length", 32), _find(model.config, "num_input_channels", 1)),
-    }.items():
-        if name in parameters:
-            tensor = torch.randn(shape, generator=generator)
-            yield {**given, name: tensor}
-            if name == "input_features":
-                yield {**given, name: torch.randn(2, 64, mels, generator=generator)}
-                yield {**given, name: tensor, "attention_mask": torch.ones(2, shape[-1], dtype=torch.long)}
-            if name == "input_values":
-                yield {**given, name: tensor[:, None]}
-                yield {**given, name: torch.randn(2, 64, mels, generator=generator)}
-            if name == "pixel_values":
-                yield {**given, name: tensor[:, None].repeat(1, _find(model.config, "num_frames", 4), 1, 1, 1)}
-    if "inputs_embeds" in parameters:
-        yield {"inputs_embeds": torch.randn(2, _SEQUENCE, _find(model.config, "hidden_size", 32), generator=generator)}
-    if "hidden_states" in parameters:
-        yield {"hidden_states": torch.randn(2, _SEQUENCE, _find(model.config, "hidden_size", 32), generator=generator)}
-
-
-def floating_outputs(output: Any) -> list[torch.Tensor]:
-    """All floating tensors in what a model returns, those of its caches not."""
-    if isinstance(output, torch.Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [t for key, value in output.items() if "past" not in key for t in floating_outputs(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in floating_outputs(value)]
-    return []
-
-
 def _shrunk(settings: dict[str, Any], tokens: dict[int, int]) -> dict[str, Any]:
     before = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), None)
     layers = _layers_to_keep(settings, before)
@@ -202,7 +146,9 @@ def _shrunk(settings: dict[str, Any], tokens: dict[int, int]) -> dict[str, Any]:
     for name, value in settings.items():
         if name in _DROPPED:
             continue
-        if value is None and name in _UNSET:
+        if not isinstance(name, str):
+            small[name] = value
+        elif value is None and name in _UNSET:
             small[name] = _UNSET[name]
         elif isinstance(value, dict):
             small[name] = _shrunk(value, tokens)
@@ -257,19 +203,6 @@ def _shrunk_list(name: str, value: Any) -> Any:
     if name == "image_size" and value and all(isinstance(number, int) for number in value):
         return [64 for _ in value]
     return value
-
-
-def _find(config: Any, name: str, default: Any) -> Any:
-    """A setting of a configuration or of the first of its parts that has it."""
-    found = getattr(config, name, None)
-    if found is not None:
-        return found
-    for part in getattr(config, "sub_configs", {}):
-        if getattr(config, part, None) is not None:
-            found = _find(getattr(config, part), name, None)
-            if found is not None:
-                return found
-    return default
 
 
 _HEADS = (

@@ -46,7 +46,7 @@ def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.M
     named = [name for name in lists if layers and all(layer.startswith(f"{name}.") for layer in layers)]
     if named:
         return named[0], lists[named[0]]
-    in_text_model = {id(module) for module in _text_model(model).modules()}
+    in_text_model = _modules_of_text_model(model)
     lists = {name: blocks for name, blocks in lists.items() if id(blocks) in in_text_model} or lists
     name = max(lists, key=lambda name: _linear_weights(lists[name]))
     return name, lists[name]
@@ -171,6 +171,15 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 def _text_config(config: object) -> object:
     """The configuration of the text model that a multimodal model has; of other models, their own."""
     return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
+def _modules_of_text_model(model: nn.Module) -> set[int]:
+    """The ids of the text model's modules, without those of models nested in it, such as GIT's image encoder."""
+    text_model = _text_model(model)
+    kind = type(_text_config(getattr(model, "config", None)))
+    nested = [one for one in text_model.modules() if isinstance(one, PreTrainedModel) and type(one.config) is not kind]
+    others = {id(module) for one in nested for module in one.modules()}
+    return {id(module) for module in text_model.modules()} - others
 
 
 def _text_model(model: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import every_model
+from model_inputs import floating_outputs, inputs_of
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.layer import SPPLayer
@@ -117,12 +118,12 @@ def _usable(model_type: str) -> tuple[nn.Module, Callable[[nn.Module], list[torc
             raise
         except Exception as error:
             raise Unusable(f"not built: {type(error).__name__}: {_short(error)}") from error
-        for inputs in every_model.inputs_of(model):
+        for inputs in inputs_of(model):
             inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
 
             def run(model: Any, inputs: dict[str, Any] = inputs) -> list[torch.Tensor]:
                 torch.manual_seed(0)
-                return every_model.floating_outputs(model(**inputs))
+                return floating_outputs(model(**inputs))
 
             try:
                 first, second = _outputs(model, run), _outputs(model, run)
@@ -284,18 +285,18 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     done = dict(json.loads(line) for line in lines)
-    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.signal(signal.SIGPROF, _out_of_time)  # of the process, however busy the machine is
     for model_type in arguments.model_types or every_model.model_types():
         if model_type in done and not arguments.model_types:
             continue
-        signal.alarm(_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         try:
             done[model_type] = check(model_type)
         except TimeoutError:
             done[model_type] = {"status": "unusable", "reason": f"not done in {_SECONDS} s"}
         except Exception as error:
             done[model_type] = {"status": "fault", "faults": [f"{type(error).__name__}: {_short(error)}"]}
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         with arguments.out.open("a") as file:
             file.write(json.dumps([model_type, done[model_type]]) + "\n")
         print(model_type, done[model_type], flush=True)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import every_model
+from model_inputs import inputs_of
 from plain_wanda import plain_wanda, squared_norms, weights_of, without_cache
 
 from peft_spp.pruning import prune_magnitude, prune_wanda
@@ -97,7 +98,7 @@ def _usable(model_type: str) -> tuple[nn.Module, list[Inputs]]:
             if parameter.ndim > 1 and parameter.is_floating_point():
                 parameter.normal_(std=0.3, generator=generator)
     error: Exception | None = None
-    for inputs in every_model.inputs_of(model):
+    for inputs in inputs_of(model):
         batches = [_in_float64(inputs), _other(_in_float64(inputs))]
         try:
             for batch in batches:

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from every_model import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -135,3 +136,19 @@ def test_a_model_with_an_adapter_is_refused(llama: LlamaForCausalLM) -> None:
     peft_model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="before the adapter is added"):
         prune_magnitude(peft_model, pattern="2:4")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "blocks"),
+    [
+        ("git", "git.encoder.layer."),
+        ("kyutai_speech_to_text", "model.layers."),
+        ("phi4_multimodal", "model.layers."),
+    ],
+)
+def test_the_larger_encoder_of_a_multimodal_model_stays_dense(model_type: str, blocks: str) -> None:
+    model = build(model_type)
+    expected = {
+        name for name, layer in model.named_modules() if name.startswith(blocks) and isinstance(layer, nn.Linear)
+    }
+    assert set(find_target_layers(model, None)) == expected
