@@ -28,9 +28,9 @@ def spp_linear_dequantized(
     [`spp_linear`] for a weight that is stored in another form, such as quantized: W' = W ⊙ (1 + Σ s · P(A) ⊙ B).
 
     The dense weight is made once in the forward pass and once in the backward pass, and dropped after each: only `x`
-    and the factors are kept in between. On an accelerator W' is built in the buffer of the dense weight, if that has the
-    matmul's dtype; on CPU it is built chunk by chunk next to it. W' is computed in float32 (float64 if any input is
-    float64) and rounded once.
+    and the factors are kept in between. On an accelerator W' is built in the buffer of the dense weight, if that has
+    the matmul's dtype; on CPU it is built chunk by chunk next to it. W' is computed in float32 (float64 if any input
+    is float64) and rounded once.
 
     Args:
         x (`torch.Tensor`): Input, shape `(*, n)`.
