@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -175,7 +175,8 @@ def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
     if FACTOR.fullmatch(name):
         return False
     owner_name, _, tensor = name.rpartition(".")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if output_embeddings is not None else None
     heads = set(head.modules()) if isinstance(head, nn.Module) else set()
     return any(
         tensor in module._parameters and (isinstance(module, nn.Embedding) or module in heads)

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,12 +34,12 @@ def only_describes_weight(holders: Iterable[type[nn.Module]], child: str) -> boo
         holders (`Iterable[type[nn.Module]]`): The classes of the modules that hold the layer, or hold such a module.
         child (`str`): The name of the layer in its parent.
     """
-    reads = [read for holder in holders for read in _reads_of(holder, child)]
+    reads = [read for holder in holders for read in _reads_of(cast(Any, holder), child)]
     return bool(reads) and all(reads)
 
 
 @cache
-def _reads_of(holder: type[nn.Module], child: str) -> tuple[bool, ...]:
+def _reads_of(holder: Any, child: str) -> tuple[bool, ...]:
     return tuple(read for function in _functions(holder) for read in _reads(function, child))
 
 
