@@ -113,6 +113,7 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
         ) from error
     with TemporaryDirectory() as cache, _quiet_datasets():
         try:
+            refuse_null(file)
             rows = datasets.load_dataset(
                 builder, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
             )
@@ -124,6 +125,24 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
     raise ValueError(
         f"the file {file} has no {TEXT_FIELD!r}; its columns are {', '.join(map(repr, rows.column_names))}"
     )
+
+
+def refuse_null(file: Path) -> None:
+    """
+    Refuse JSON lines with a row that is null: where a block of the file has no other rows, Arrow crashes.
+
+    Args:
+        file (`Path`): The file; nothing is looked for in other kinds.
+
+    Raises:
+        ValueError: If there is one; [`find_fault`] tells where.
+    """
+    if builder_of(file) != "json":
+        return
+    with _open(file) as stream:
+        for _, line in _lines(stream):
+            if b"null" in line and not line.replace(b"null", b"").removeprefix(b"\xef\xbb\xbf").strip():
+                raise ValueError("a row is null")
 
 
 @contextmanager

@@ -100,6 +100,8 @@ GOOD = lines("good", "also good") + b"\n"
         ("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n' + GOOD, "line 4 .* not text in UTF-8"),
         ("a.jsonl", GOOD + b'{"text": \n' + GOOD, "line 4 .* not valid JSON"),
         ("a.jsonl", GOOD + b'"bare"\n', "line 4 .* not a JSON object"),
+        ("a.jsonl", b"\xef\xbb\xbfnull\nnull null\n", "line 1 .* not a JSON object"),
+        ("a.jsonl", GOOD + b"null\n", "line 4 .* not a JSON object"),
         ("a.jsonl", GOOD + b'{"text": "a", "text": "b"}\n', "line 4 .* duplicate key 'text'"),
         ("a.jsonl", GOOD + b'{"text": 5}\n', "line 4 .* no 'text' that is a string"),
         ("a.jsonl", GOOD + b'{"text": null}\n', "line 4 .* no 'text'"),

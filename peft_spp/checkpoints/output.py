@@ -43,11 +43,14 @@ class OutputFolder:
 
     Raises:
         FileExistsError: If there is something at the path that must not be replaced.
+        ValueError: If the path is not UTF-8, which `safetensors` could not read it back from.
     """
 
     def __init__(self, path: Path, overwrite: bool, kind: FolderKind) -> None:
         # the target of a link is replaced, and the link stays
         self.path = Path(os.path.realpath(path.expanduser()))
+        if str(self.path) != os.fsencode(self.path).decode("utf-8", "replace"):
+            raise ValueError(f"the path of the output folder {self.path} is not UTF-8: name another folder")
         self._kind = kind
         self._old: dict[Path, Signature] = {}
         self._exists = self.path.exists()

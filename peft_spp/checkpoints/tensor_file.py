@@ -86,15 +86,9 @@ def open_tensor_file(path: Path, listed: Sequence[Stored] | None = None) -> Tens
     for one in checked:
         name = one.key
         start, stop = ranges[name]
-        itemsize = one.dtype.itemsize if isinstance(one.dtype, torch.dtype) else None
-        if itemsize not in (None, _itemsize(stop - start, one.shape)):
+        if isinstance(one.dtype, torch.dtype) and one.dtype.itemsize * math.prod(one.shape) != stop - start:
             raise ValueError(f"{path} is not a readable safetensors file: tensor {name!r} does not fit into it")
         found.append(StoredTensor(path, name, one.dtype, one.shape, start, stop))
     return TensorFile(
         path, path.stat().st_size, {one.name: one for one in sorted(found, key=lambda one: (one.start, one.stop))}
     )
-
-
-def _itemsize(size: int, shape: tuple[int, ...]) -> int | None:
-    numel = math.prod(shape)
-    return size // numel if numel and size % numel == 0 else None

@@ -26,10 +26,11 @@ from ..durable import sync_file
 from ..sparsity import NMPattern
 from ..sparsity.counting import Counts, count
 from .by_block import check_in_blocks, layers_of_block, prune_block
-from .calibration import check_repeatable, enter_blocks
+from .calibration import check_repeatable
 from .calibration_data import CalibrationInputs, calibration_inputs
 from .calibration_file import calibration_sequences
 from .calibration_mode import calibration_mode
+from .dense_run import check_reached, enter_checkpoint
 from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
 from .magnitude import Magnitude
 from .methods import PruningMethod
@@ -108,8 +109,8 @@ def prune_checkpoint(
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to check everything that a run checks before it prunes, and to say what would be pruned and which
-            files replaced, but prune and write nothing.
+            Whether to check everything that a run checks before it prunes, with a pass of the first calibration batch
+            through the dense model, and to say what would be pruned and which files replaced, but write nothing.
         progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
 
     Returns:
@@ -159,7 +160,7 @@ def prune_checkpoint(
         settings |= {"damping": damping, "block_size": block_size}
 
     run = _Run(chosen, skeleton, layers, progress)
-    run.look(0 if dry_run else run.steps(len(data)))
+    run.look(data, 0 if dry_run else run.steps(len(data)))
     if dry_run:
         return _report(run, out, settings, dry_run)
     with out:
@@ -246,15 +247,18 @@ class _Run:
     _done: int = 0
     _total: int = 0
 
-    def look(self, steps_to_come: int) -> None:
-        """Check the tensors, and change nothing: what is found here cannot end the run half-way."""
+    def look(self, data: list[CalibrationInputs], steps_to_come: int) -> None:
+        """Check the tensors and the dense model, and change nothing: what is found cannot end the run half-way."""
         others = needed_tensors(self.skeleton, self.layers, self.method)
-        self._total = len(self.layers) + len(others) + steps_to_come
+        blocks = last_block(self.skeleton, self.layers) + 1 if data else 0
+        self._total = len(self.layers) + len(others) + blocks + steps_to_come
         for tensor in others:
             check_finite(tensor)
             self._step()
         for name in self._one_by_one():
             self._record(name, self._count(name), None)
+        if data:
+            check_reached(self.skeleton, self.layers, data, self._step)
 
     def steps(self, batches: int) -> int:
         """How many steps pruning will take."""
@@ -285,10 +289,7 @@ class _Run:
         by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
         last = last_block(skeleton, self.layers)
         with calibration_mode(skeleton.model):
-            with skeleton.loaded(skeleton.names_of_stem()):
-                batches = enter_blocks(
-                    skeleton.stem, blocks, data, skeleton.device, self._load_first_block, self._step
-                )
+            batches = enter_checkpoint(skeleton, data, self._step)
             for index in range(last + 1):
                 with skeleton.loaded(skeleton.names_of_block(index)):
                     layers = by_block[index]
@@ -296,11 +297,6 @@ class _Run:
                     prune_block(self.method, index, blocks[index], layers, batches, self._step)
                     for name in layers:
                         self._finish(name, copies)
-
-    def _load_first_block(self) -> torch.nn.Module:
-        for name in self.skeleton.names_of_block(0):
-            self.skeleton.load(name)
-        return self.skeleton.blocks[0]
 
     def _step(self) -> None:
         self._done += 1

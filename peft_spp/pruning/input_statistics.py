@@ -55,6 +55,10 @@ class InputStatistics(ABC):
 
         return add_inputs
 
+    def without_input(self) -> list[str]:
+        """The layers that no token has reached, or zeros only."""
+        return [name for name in self._layers if not self._tokens[name] or not self._sums[name].any()]
+
     def compute(self) -> dict[str, torch.Tensor]:
         """
         Check and return the sums.

@@ -14,7 +14,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
 
 from ..checkpoints.hub import looks_like_path
 from ..error_text import one_line
-from ..text_files import READ_ERRORS, builder_of, builder_options, find_fault, kinds
+from ..text_files import READ_ERRORS, builder_of, builder_options, find_fault, kinds, refuse_null
 from .errors import InputError
 
 
@@ -82,6 +82,8 @@ def load_data(
 
 def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> dict[str, Any]:
     try:
+        for file in _local_files(script, mixture):
+            refuse_null(file)
         return _load_mixture(mixture) if mixture.datasets else _load_source(str(script.dataset_name), script)
     except InputError:
         raise
@@ -90,10 +92,18 @@ def _load(script: ScriptArguments, mixture: DatasetMixtureConfig) -> dict[str, A
 
 
 def _unreadable(error: Exception, script: ScriptArguments, mixture: DatasetMixtureConfig) -> InputError:
-    sources = [str(script.dataset_name)] if script.dataset_name else _paths(mixture)
-    faults = (find_fault(file) for source in sources for file in _files(Path(source).expanduser()))
+    sources = _sources(script, mixture)
+    faults = (find_fault(file) for file in _local_files(script, mixture))
     reason = next((fault for fault in faults if fault), None) or one_line(error)
     return InputError(f"The data set {', '.join(map(repr, sources))} cannot be loaded: {reason}")
+
+
+def _sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    return [str(script.dataset_name)] if script.dataset_name else _paths(mixture)
+
+
+def _local_files(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[Path]:
+    return [file for source in _sources(script, mixture) for file in _files(Path(source).expanduser())]
 
 
 def _paths(mixture: DatasetMixtureConfig) -> list[str]:

@@ -103,3 +103,13 @@ def test_what_contradicts_itself_is_refused_by_all(model, change, message):
     for read in (read_checkpoint, sparsity_report, inspect_checkpoint, lambda path: compare_sparsity(path, path)):
         with pytest.raises(ValueError, match=message):
             read(model)
+
+
+def test_a_tensor_without_elements_is_read(model):
+    file = model / index(model)["weight_map"][NAME]
+    more = {"empty": torch.zeros(0, 4), "scale": torch.tensor(2.0)}
+    save_file({**load_file(file), **more}, file, {"format": "pt"})
+    tensors = read_checkpoint(model).tensors
+    for name, tensor in more.items():
+        assert torch.equal(tensors[name].load(), tensor), name
+    assert len(compare_sparsity(model, model)) == len(inspect_checkpoint(model)) == 21

@@ -75,7 +75,7 @@ def check_python(arguments: list[str]) -> None:
 
 def check_pip(arguments: list[str]) -> None:
     """Extras that are named have to be there."""
-    assert arguments[0] == "install", arguments
+    assert arguments[0] in ("install", "download"), arguments
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE))

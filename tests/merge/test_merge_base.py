@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from peft_spp.checkpoints.card import Card
 from peft_spp.checkpoints.merged import MERGED
 from peft_spp.cli import app
 from peft_spp.merge import merge_checkpoint
-from peft_spp.pruning import prune_checkpoint
 
 from tiny import prune_, tiny_llama
 
@@ -158,12 +158,17 @@ def test_what_decorates_cannot_end_a_merge(tmp_path, case):
     assert stored(tmp_path / "merged").keys() == stored(case.base).keys()
 
 
-def test_a_folder_whose_name_is_not_utf8_cannot_end_a_merge(tmp_path, case):
-    place = tmp_path / os.fsdecode(b"mod\xe8le")
-    merge_checkpoint(case.base, case.adapter, place)
-    assert r"# mod\udce8le" in (place / "README.md").read_text(encoding="utf-8")
-    prune_checkpoint(place, tmp_path / os.fsdecode(b"\xff"), method="magnitude", pattern="2:4")
-    assert (tmp_path / os.fsdecode(b"\xff") / "model.safetensors.index.json").is_file()
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_folder_that_safetensors_cannot_read_is_refused_at_once(tmp_path, case, dry_run):
+    before = contents(tmp_path)
+    for place in (tmp_path / os.fsdecode(b"mod\xe8le"), tmp_path / os.fsdecode(b"\xff") / "out"):
+        with pytest.raises(ValueError, match="is not UTF-8"):
+            merge_checkpoint(case.base, case.adapter, place, dry_run=dry_run)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_name_that_is_not_utf8_cannot_end_a_run_at_its_card():
+    assert r"calibration: \udcff.txt" in str(Card(text="calibration: \udcff.txt")).encode().decode()
 
 
 def test_a_model_that_was_merged_in_memory_says_so_too(tmp_path, case):

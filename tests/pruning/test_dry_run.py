@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_prune_checkpoint import SMALL, TEXT, edit_config, save_model
 
-from peft_spp.pruning import checkpoint, prune_checkpoint
+from peft_spp.pruning import checkpoint, dense_run, prune_checkpoint
+
+from tiny import tiny
+
+
+FIVE = torch.tensor([5])
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +120,44 @@ def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, monkeypatch, dense, brea
     def too_late(*_: object) -> None:
         raise AssertionError("the run has started")
 
-    monkeypatch.setattr(checkpoint, "enter_blocks", too_late)
+    monkeypatch.setattr(dense_run, "enter_blocks", too_late)
     with pytest.raises((ValueError, FileExistsError), match=message):
         prune_checkpoint(model, tmp_path / "out", dry_run=dry_run, **options)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory) -> Path:
+    """A model with a layer that is never called: its parent reads the weight."""
+    folder = tmp_path_factory.mktemp("reading") / "model"
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+    tiny("MambaForCausalLM", **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_layer_that_no_data_reaches_is_refused_before_anything_is_written(tmp_path, monkeypatch, reading, dry_run):
+    def too_late(*_: object) -> None:
+        raise AssertionError("the run has started")
+
+    options = {"pattern": "2:4", "calibration": [torch.arange(3, 15)[None]] * 2, "dry_run": dry_run}
+    monkeypatch.setattr(checkpoint, "_copy_files", too_late)
+    with pytest.raises(ValueError, match=r"reached backbone\.layers\.0\.mixer\.dt_proj.*exclude_modules"):
+        prune_checkpoint(reading, tmp_path / "out", **options)
+    monkeypatch.undo()
+    report = prune_checkpoint(reading, tmp_path / "out", exclude_modules=["dt_proj"], **options)
+    assert len(report.modules) == 3 and (tmp_path / "out").exists() != dry_run
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_data_that_reach_a_layer_later_than_in_the_first_batch_are_enough(tmp_path, dense, dry_run):
+    shutil.copytree(dense, tmp_path / "model")
+    edit_tensors(tmp_path / "model", **{"model.embed_tokens.weight": lambda tensor: tensor.index_fill(0, FIVE, 0.0)})
+    options = {"pattern": "2:4", "dry_run": dry_run}
+    silent = torch.full((1, 8), 5)  # all of its hidden states are zero
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.self_attn\.q_proj are all zero"):
+        prune_checkpoint(tmp_path / "model", tmp_path / "out", calibration=[silent], **options)
+    prune_checkpoint(tmp_path / "model", tmp_path / "out", calibration=[silent, torch.arange(8)[None]], **options)
 
 
 def test_a_dry_run_says_which_files_give_way(tmp_path, dense):

@@ -125,6 +125,7 @@ def test_the_rows_to_evaluate_on_are_checked_too(base: Path, tmp_path: Path, mon
         (b'{"text": "a"}\n\n{"text": "caf\xe9"}\n', "line 3 .* not text in UTF-8"),
         (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2 .* surrogate"),
         (b'{"text": "a"}\n{"text": \n', "line 2 .* not valid JSON"),
+        (b"null\nnull\n", "line 1 .* not a JSON object"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(
