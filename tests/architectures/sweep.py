@@ -62,6 +62,7 @@ def check(model_type: str) -> dict[str, Any]:
         return {"status": "unusable", "reason": str(error)}
     result: dict[str, Any] = {"class": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
     _prune(model)
+    first_of = _first_names(model)
     plain = {mode: _gradients(model, run, mode) for mode in (False, True)}
     before = _outputs(model, run)
     with warnings.catch_warnings(record=True) as caught:
@@ -88,9 +89,12 @@ def check(model_type: str) -> dict[str, Any]:
         if base_gradients is None:
             continue
         learned = _learned(adapted, run, mode, layers)
-        used = {name for name in names if base_gradients.get(name)}
-        unused -= used
-        faults += [f"no gradient (training: {mode}): {name}" for name in sorted(used - learned)]
+        used = {name for name in names if base_gradients.get(first_of[name])}
+        unused -= used & learned
+        # Of layers that share a weight, the gradient does not tell which of them the model uses.
+        learned_weights = {first_of[name] for name in learned}
+        idle = sorted(name for name in used if first_of[name] not in learned_weights)
+        faults += [f"no gradient (training: {mode}): {name}" for name in idle]
     if unused:
         result["unused"] = len(unused)
     unmerged = _outputs(adapted, run)
@@ -186,6 +190,16 @@ def _gradients(model: nn.Module, run: Any, training: bool) -> dict[str, bool] | 
     }
     model.zero_grad()
     return found
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """For each module with a weight, the first module that has the same one."""
+    first: dict[int, str] = {}
+    return {
+        name.removesuffix(".weight"): first.setdefault(id(p), name.removesuffix(".weight"))
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name.endswith(".weight")
+    }
 
 
 def _learned(model: nn.Module, run: Any, training: bool, layers: dict[str, Any]) -> set[str]:
