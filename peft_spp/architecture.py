@@ -84,7 +84,14 @@ def linear_layers_in_blocks(
 
 def has_plain_forward(layer: LinearLayer) -> bool:
     """Whether a layer has the forward pass and the call of `nn.Linear` or `Conv1D`, and not those of a subclass."""
-    return type(layer).forward in (nn.Linear.forward, Conv1D.forward) and not _has_own_call(layer)
+    function = getattr(_own_forward(layer), "__func__", None)
+    return function in (nn.Linear.forward, Conv1D.forward) and not _has_own_call(layer)
+
+
+def _own_forward(layer: LinearLayer) -> Callable[..., Any]:
+    """The forward pass of a layer, which may have been set on it alone; accelerate's hooks keep the one that was."""
+    forward: Callable[..., Any] = layer._old_forward if hasattr(layer, "_hf_hook") else layer.forward  # type: ignore
+    return forward
 
 
 def _has_own_call(layer: LinearLayer) -> bool:
@@ -96,8 +103,8 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     """
     Tell why a layer does not compute `x W^T + b`, as its class promises.
 
-    Only a class with its own forward pass has to be asked: by calling it with two inputs of different size. On the
-    meta device only the shape of the result can be compared.
+    Only a layer with its own forward pass has to be asked: by calling it with two inputs of different size. On the meta
+    device only the shape of the result can be compared.
 
     Args:
         layer (`nn.Linear` or `Conv1D`): The layer; its parameters are in memory as a whole.
@@ -117,7 +124,7 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     x = (x * torch.tensor([[1.0], [30.0]], device=weight.device)).to(weight.dtype)
     expected = base.forward(layer, x)
     try:
-        actual = cast(Any, type(layer).forward)(layer, x)
+        actual = _own_forward(layer)(x)
     except Exception as error:  # whatever it raises is the answer
         return f"a call with a matrix raises {type(error).__name__} ({error})"
     if not isinstance(actual, torch.Tensor):

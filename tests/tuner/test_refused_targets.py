@@ -84,6 +84,20 @@ def test_a_subclass_with_its_own_call_is_refused():
     assert_unchanged(model, before)
 
 
+def test_a_forward_pass_that_is_set_on_a_layer_is_looked_at():
+    def model_with(factor: float) -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        original = model[1].forward
+        model[1].forward = lambda x: factor * original(x)
+        return model
+
+    with pytest.raises(ValueError, match="'1'.*does not compute"):
+        get_peft_model(model_with(2.0), SPPConfig(target_modules=["0", "1"]))
+    model = get_peft_model(model_with(1.0), SPPConfig(r=2, target_modules=["0", "1"], init_weights=False))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), model.merge_and_unload()(x))
+
+
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_a_subclass_with_another_map_is_left_out_by_name(targets):
     with pytest.warns(UserWarning, match=r"2 layers .*layers\.1\.proj: DeepseekV4GroupedLinear.*layers\.2\.proj: Dou"):
