@@ -31,7 +31,7 @@ class Estimate:
         self._start = time.monotonic()
 
     def count(self, key: str, steps: float, fresh: bool) -> None:
-        """A run of so many steps is done: in this session, if it is `fresh`."""
+        """A run of so many steps is done: in this run of the suite, if it is `fresh`."""
         if key not in self._seen:
             self._seen.add(key)
             self._left -= steps
