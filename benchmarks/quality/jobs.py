@@ -285,10 +285,10 @@ def _kept(base: BaseModel, file: Path, measure: Callable[[], dict[str, Any]]) ->
 def _work_folder(base: BaseModel, *settings: Any) -> Iterator[Path]:
     """A folder for a measurement with these settings, which all processes see and which is removed once it is done."""
     if _keeps(base):
-        own = base.folder / "unfinished" / fingerprint(*settings)
-        own.mkdir(parents=True, exist_ok=True)
-        yield own
-        shutil.rmtree(own)
+        kept = base.folder / "unfinished" / fingerprint(*settings)
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        shutil.rmtree(kept)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folders = [temporary]
