@@ -103,8 +103,8 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     """
     Tell why a layer does not compute `x W^T + b`, as its class promises.
 
-    Only a layer with its own forward pass has to be asked: by calling it with two inputs of different size. On the meta
-    device only the shape of the result can be compared.
+    Only a layer with its own forward pass has to be asked: by calling it with two inputs of different size. On the
+    meta device only the shape of the result can be compared.
 
     Args:
         layer (`nn.Linear` or `Conv1D`): The layer; its parameters are in memory as a whole.

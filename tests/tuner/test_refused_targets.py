@@ -91,7 +91,7 @@ def test_a_forward_pass_that_is_set_on_a_layer_is_looked_at():
         model[1].forward = lambda x: factor * original(x)
         return model
 
-    with pytest.raises(ValueError, match="'1'.*does not compute"):
+    with pytest.raises(ValueError, match=r"'1'.*does not compute"):
         get_peft_model(model_with(2.0), SPPConfig(target_modules=["0", "1"]))
     model = get_peft_model(model_with(1.0), SPPConfig(r=2, target_modules=["0", "1"], init_weights=False))
     x = torch.randn(3, 8)
