@@ -178,8 +178,13 @@ def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
     output_embeddings: Any = getattr(model, "get_output_embeddings", None)
     head = output_embeddings() if output_embeddings is not None else None
     heads = set(head.modules()) if isinstance(head, nn.Module) else set()
+    # with bias="all" PEFT saves the bias of a module to save as such and as that of its original, too
+    wrappers = tuple(
+        f"{n.removeprefix(PREFIX)}." for n, m in own_modules(model) if isinstance(m, AuxiliaryTrainingWrapper)
+    )
     return any(
-        tensor in module._parameters and (isinstance(module, nn.Embedding) or module in heads)
+        tensor in module._parameters
+        and (isinstance(module, nn.Embedding) or module in heads or name.startswith(wrappers or ("\n",)))
         for other, module in own_modules(model)
         if other.removeprefix(PREFIX) in (owner_name, f"{owner_name}.{adapter_name}")
     ) or any("_flat_param" in parameter for parameter, _ in model.named_parameters())

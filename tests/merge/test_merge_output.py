@@ -219,7 +219,7 @@ import torch
 from peft_spp.merge import merge_checkpoint
 
 base, adapter, out, overwrite = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "True"
-OLD = {"config.json": b'{"model_type": "llama"}'}
+OLD = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"old"}
 torch.set_num_threads(2)
 
 
@@ -249,7 +249,8 @@ def place_old_model():
     shutil.rmtree(out, ignore_errors=True)
     if overwrite:
         out.mkdir()
-        (out / "config.json").write_bytes(OLD["config.json"])
+        for name, data in OLD.items():
+            (out / name).write_bytes(data)
 
 
 def child(kill_at):
