@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .suites import AT_2_4, Checkpoint, Contender, Pruning, Study, Suite, TuningBudget
@@ -93,7 +94,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    import typer
+app = typer.Typer(add_completion=False)
+app.command()(convert_gguf)
 
-    typer.run(convert_gguf)
+
+if __name__ == "__main__":
+    app()
