@@ -125,6 +125,7 @@ def check_count(
     adapter_name: str,
     *,
     may_be_renamed: bool = False,
+    may_have_biases: bool = False,
 ) -> None:
     """
     Check that the tensors of a saved adapter are all that the model has for it, and that each has a place in it.
@@ -139,6 +140,10 @@ def check_count(
             Whether the tensors may still be renamed, as where Transformers has restructured a model: then only the
             ends of the names have to be the same.
 
+        may_have_biases (`bool`, *optional*, defaults to `False`):
+            Whether biases of the base model may be among them whatever the configuration says of biases, as in a
+            state dict that a caller loads by hand.
+
     Raises:
         ValueError: If tensors are missing or left over; the message counts them and names the first.
     """
@@ -146,6 +151,9 @@ def check_count(
     have, want = {saved_name(plain(name)) for name in names}, expected_tensors(model, config, adapter_name)
     missing = [name for name in want if name not in have]
     left = sorted(have - want.keys())
+    if may_have_biases:
+        biases = {f"{owner.removeprefix(PREFIX)}.bias" for owner, _ in own_modules(model)}
+        left = [name for name in left if name not in biases]
     left = [name for name in left if not _has_place(name, model, adapter_name)] if left else []
     if not missing and not left:
         return

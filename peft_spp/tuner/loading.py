@@ -224,7 +224,7 @@ def check_loaded(
     """
     origin = "the state dict of the adapter" if (current := loading_of(adapter_name)) is None else current.saved.origin
     tensors = {_without_adapter(key, adapter_name): tensor for key, tensor in state_dict.items()}
-    check_count(origin, tensors, model, config, adapter_name)
+    check_count(origin, tensors, model, config, adapter_name, may_have_biases=current is None)
     if current is not None:
         return
     if not any(isinstance(module, BaseTuner) for module in model.modules()):
