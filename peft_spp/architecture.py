@@ -141,6 +141,7 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
 
 
 def _holds_blocks(module: nn.ModuleList, is_linear: Callable[[nn.Module], bool]) -> bool:
-    return not any(is_linear(block) for block in module) and any(
-        is_linear(layer) for block in module for layer in block.modules()
+    present = [block for block in module if block is not None]  # Informer has a list with a place left empty
+    return not any(is_linear(block) for block in present) and any(
+        is_linear(layer) for block in present for layer in block.modules()
     )

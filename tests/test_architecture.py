@@ -178,3 +178,9 @@ def test_on_the_meta_device_the_shapes_tell():
     with torch.device("meta"):
         assert "raises" in why_not_linear_map(DeepseekV4GroupedLinear(32, 64, 4))
         assert why_not_linear_map(FalconLinear(32, 48)) is None
+
+
+def test_an_empty_place_in_a_list_of_blocks():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), None])
+    assert list(linear_layers_in_blocks(dict(model.named_modules()))) == ["layers.0.0"]

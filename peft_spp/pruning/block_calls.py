@@ -110,10 +110,17 @@ def record_block_calls(blocks: nn.ModuleList, batch: CalibrationBatch) -> Iterat
 
 @contextmanager
 def negated_outputs(blocks: nn.ModuleList) -> Iterator[None]:
-    """While active, the blocks return other hidden states than they compute."""
+    """While active, the blocks return other hidden states than they compute, of a second stream as well (LiLT)."""
 
     def negate(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return type(output)([-output[0], *output[1:]]) if isinstance(output, (tuple, list)) else -output
+        if not isinstance(output, (tuple, list)):
+            return -output
+        hidden_states, *others = output
+        return type(output)([-hidden_states, *(-one if _is_stream(one, hidden_states) else one for one in others)])
+
+    def _is_stream(one: Any, hidden_states: torch.Tensor) -> bool:
+        is_states = isinstance(one, torch.Tensor) and one.is_floating_point() and one.ndim == hidden_states.ndim
+        return is_states and one.shape[:-1] == hidden_states.shape[:-1]
 
     with ExitStack() as hooks:
         for block in blocks:
