@@ -48,7 +48,7 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
         "dense": "Dense",
         "pruned": "Pruned to 2:4 (Wanda)",
         "lora_merged": "LoRA, merged",
-        "lora_masked": "LoRA, merged and masked again",
+        "lora_masked": "LoRA, merged, masked again",
         "spp_merged": "SPP, merged",
     }
     table = Table("Model", title="Held-out text, measured on the saved models")
