@@ -80,7 +80,7 @@ def compress(weight: Tensor) -> Compressed:
             "two dimensions and be float32, bfloat16 or float16"
         )
     n = weight.shape[-1]
-    rows = weight.detach().reshape(-1, n)
+    rows = weight.detach().reshape(math.prod(weight.shape[:-1]), n)
     bitmask = torch.empty(len(rows), bitmask_bytes(n), dtype=torch.uint8, device=weight.device)
     values = []
     for part in _row_chunks(rows):
@@ -108,7 +108,8 @@ def decompress(compressed: Compressed) -> Tensor:
     """
     values, bitmask, row_offsets, n = compressed
     weight = values.new_zeros(compressed.shape)
-    rows, bits = weight.view(-1, n), bitmask.reshape(-1, bitmask.shape[-1])
+    rows = weight.view(len(row_offsets) - 1, n)
+    bits = bitmask.reshape(len(rows), bitmask.shape[-1])
     for part in _row_chunks(rows):
         first, last = row_offsets[part.start], row_offsets[part.stop]
         rows[part].masked_scatter_(_unpack_bits(bits[part], n), values[first:last])
@@ -125,7 +126,7 @@ def count_row_offsets(bitmask: Tensor) -> Tensor:
     Returns:
         `torch.Tensor`: int64, shape `(rows + 1,)`; the last one is the number of stored values.
     """
-    rows = bitmask.reshape(-1, bitmask.shape[-1])
+    rows = bitmask.reshape(math.prod(bitmask.shape[:-1]), bitmask.shape[-1])
     ones = _ones_in_bytes(bitmask.device)
     counts = [ones[rows[part].int()].sum(1) for part in _row_chunks(rows)]
     return torch.cat([ones.new_zeros(1), *counts]).cumsum(0)
