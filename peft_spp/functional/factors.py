@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .bitmask import Compressed
 from .row_blocks import check_row_blocks
 
 
@@ -53,9 +54,9 @@ def unpack(factors: Sequence[Factors]) -> tuple[list[torch.Tensor], list[torch.T
     return [f.A for f in numbered], [f.B for f in numbered], [float(f.scaling) for f in numbered]
 
 
-def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
+def check_factors(weight: torch.Tensor | Compressed, factors: Sequence[Factors]) -> None:
     """Raise a `ValueError` if the shapes of the factors do not fit the `(m, n)` weight or `(E, m, n)` stack."""
-    if weight.ndim == 3:
+    if len(weight.shape) == 3:
         _check_stack_factors(weight, factors)
         return
     m, n = weight.shape
@@ -68,7 +69,7 @@ def check_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
         check_row_blocks(m, A.shape[0])
 
 
-def _check_stack_factors(weight: torch.Tensor, factors: Sequence[Factors]) -> None:
+def _check_stack_factors(weight: torch.Tensor | Compressed, factors: Sequence[Factors]) -> None:
     layers, m, n = weight.shape
     for A, B, _ in factors:
         if A.ndim != 2 or A.shape[1] != n or A.shape[0] % layers or B.shape != (layers * m, 1):

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers whose zeros are not stored, and how Transformers loads and saves them."""

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.bitmask import Compressed, bitmask_bytes, check_compressed, compress, count_row_offsets, decompress
+from ..functional.compressed import compressed_linear
+
+
+class CompressedLinear(nn.Linear):
+    """
+    A frozen linear layer that stores no zeros of its weight.
+
+    `weight` holds the values that are not `+0.0`, row by row, shape `(stored,)`, and the buffer `bitmask` says where
+    they belong; see [`peft_spp.functional.bitmask`]. They are a parameter and a buffer, and not a subclass of
+    `torch.Tensor`: so `state_dict`, safetensors, device placement, `torch.compile` and PEFT treat them as what they
+    are, as with bitsandbytes' layers. Where each row begins is counted from the bitmask whenever that changes.
+
+    Args:
+        in_features (`int`): The size of an input row.
+        out_features (`int`): The size of an output row.
+        bias (`bool`): Whether the layer adds a bias.
+        dtype (`torch.dtype`, *optional*): The dtype of the values.
+        device (`torch.device`, *optional*): Where to create the tensors. The layer is made without any value: they
+            come from [`from_linear`], from a state dict, or from [`put`].
+    """
+
+    bitmask: Tensor
+    row_offsets: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        bitmask = torch.zeros(out_features, bitmask_bytes(in_features), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        self.register_buffer("bitmask", bitmask)
+        self.register_buffer("row_offsets", count_row_offsets(bitmask), persistent=False)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> CompressedLinear:
+        """
+        The layer that a dense one becomes.
+
+        Args:
+            layer (`nn.Linear`): The dense layer; it is not changed, and shares its bias with the new one.
+
+        Returns:
+            `CompressedLinear`: A new layer, of the same mode.
+
+        Raises:
+            ValueError: If the dtype is not float32, bfloat16 or float16.
+        """
+        weight = layer.weight
+        result = cls(layer.in_features, layer.out_features, bias=False, dtype=weight.dtype, device="meta")
+        result.bias = layer.bias
+        result.put(compress(weight))
+        return result.train(layer.training)
+
+    @property
+    def compressed(self) -> Compressed:
+        """The weight, not a copy."""
+        return Compressed(self.weight, self.bitmask, self.row_offsets, self.in_features)
+
+    def put(self, compressed: Compressed) -> None:
+        """
+        Replace the weight.
+
+        Args:
+            compressed ([`Compressed`]): The new weight, of the layer's shape.
+        """
+        self.weight = nn.Parameter(compressed.values, requires_grad=False)
+        self.bitmask, self.row_offsets = compressed.bitmask, compressed.row_offsets
+
+    def dequantize(self) -> Tensor:
+        """
+        The dense weight.
+
+        Returns:
+            `torch.Tensor`: shape `(out_features, in_features)`, a new tensor.
+        """
+        return decompress(self.compressed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return compressed_linear(x, self.compressed, self.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        # The number of values is that of the weight that comes, and where rows begin is counted from its bitmask.
+        values, bitmask = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}bitmask")
+        if values is not None and bitmask is not None:
+            shape = (self.out_features, self.in_features)
+            row_offsets = check_compressed(values, bitmask, shape, f"{prefix}weight")
+            if not local_metadata.get("assign_to_params_buffers", False):
+                device, dtype = self.weight.device, self.weight.dtype
+                self.put(
+                    Compressed(
+                        torch.empty(len(values), dtype=dtype, device=device),
+                        self.bitmask,
+                        row_offsets.to(device),
+                        self.in_features,
+                    )
+                )
+            else:
+                self.row_offsets = row_offsets
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
+    def extra_repr(self) -> str:
+        places = self.in_features * self.out_features
+        return f"{super().extra_repr()}, zeros={1 - self.weight.numel() / places if places else 0:.1%}"
