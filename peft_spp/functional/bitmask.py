@@ -116,6 +116,21 @@ def decompress(compressed: Compressed) -> Tensor:
     return weight
 
 
+def stored_places(compressed: Compressed) -> Tensor:
+    """
+    Which places of the weight are stored.
+
+    Args:
+        compressed ([`Compressed`]): The weight.
+
+    Returns:
+        `torch.Tensor`: Boolean, in the weight's shape.
+    """
+    bits = compressed.bitmask
+    rows = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
+    return _unpack_bits(rows, compressed.columns).reshape(compressed.shape)
+
+
 def count_row_offsets(bitmask: Tensor) -> Tensor:
     """
     Where the values of each row begin, counted from the bitmask.

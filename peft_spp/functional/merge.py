@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .bitmask import Compressed, decompress, stored_places
 from .factors import Factors
 from .weight import scaled_weight
 
@@ -38,6 +39,26 @@ def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Ten
         if not _are_finite(factors):
             merged.masked_fill_(weight == 0, 0.0)
     return merged
+
+
+def merged_compressed(weight: Compressed, factors: Sequence[Factors]) -> Compressed:
+    """
+    [`merged_weight`] of a weight without its zeros: other values in the same places.
+
+    A value that becomes zero, by underflow or by a factor of -1, stays stored, so that the bitmask is the same.
+
+    Args:
+        weight ([`Compressed`]): W, shape `(m, n)` or `(E, m, n)`.
+        factors (`Sequence[Factors]`): The factors of the adapters to merge.
+
+    Returns:
+        [`Compressed`]: With a new vector of values, and the tensors of `weight` for the rest.
+
+    Raises:
+        ValueError: If the shapes of the factors do not fit the weight.
+    """
+    merged = merged_weight(decompress(weight), factors)
+    return weight._replace(values=merged[stored_places(weight)])
 
 
 def _are_finite(factors: Sequence[Factors]) -> bool:

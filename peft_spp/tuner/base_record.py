@@ -94,5 +94,5 @@ def _weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]
 
 def _quantization(model: nn.Module, adapter_name: str) -> str | None:
     """How the adapted layers are quantized, such as `"bitsandbytes nf4"`."""
-    layers = (m for m in model.modules() if isinstance(m, QuantizedLinear) and adapter_name in m.spp_A)
+    layers = (m for m in model.modules() if isinstance(m, QuantizedLinear) and m.quantizes and adapter_name in m.spp_A)
     return ", ".join(sorted({layer.quantization for layer in layers})) or None

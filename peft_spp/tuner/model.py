@@ -429,7 +429,7 @@ class SPPModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         for module in self.model.modules():
-            if isinstance(module, Linear) and not isinstance(module, QuantizedLinear):
+            if isinstance(module, Linear) and not (isinstance(module, QuantizedLinear) and module.quantizes):
                 module.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -498,7 +498,7 @@ class SPPModel(BaseTuner):
                 if any(name in module.spp_A for name in names):
                     module.check_writable()
         for module in self.model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QuantizedLinear) and module.quantizes:
                 if quantized:  # a weight may not survive quantizing, safe merge or not
                     module.check_merge(adapter_names)
             elif safe_merge and isinstance(module, Linear):

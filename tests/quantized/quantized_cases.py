@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from peft_spp.compressed import CompressedLinear
+
 from tiny import prune_, tiny_llama
 
 
 IN, OUT = 128, 64
 # the formats that have a code for zero, and can be quantized again
 EXACT_ZERO = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "torchao-int8", "torchao-int4")
-ALL = (*EXACT_ZERO, "hqq", "bitnet")
+ALL = (*EXACT_ZERO, "hqq", "bitnet", "bitmask")
 
 
 class OneLayer(nn.Module):
@@ -31,6 +33,8 @@ def quantized(kind: str, linear: nn.Linear, compute_dtype: torch.dtype | None = 
         return _bnb_4bit(kind, linear, compute_dtype)
     if kind == "int8":
         return _bnb_8bit(linear)
+    if kind == "bitmask":
+        return CompressedLinear.from_linear(linear)
     if kind.startswith("torchao"):
         return _torchao(kind, linear)
     if kind == "hqq":
@@ -110,6 +114,8 @@ def packed_bits(layer: nn.Module) -> list[torch.Tensor]:
     if hasattr(layer, "W_q"):
         return [layer.W_q.data.clone(), layer.meta["scale"].clone(), layer.meta["zero"].clone()]
     weight = layer.weight
+    if isinstance(layer, CompressedLinear):
+        return [weight.data.clone(), layer.bitmask.clone()]
     if hasattr(weight, "qdata"):
         return [weight.qdata.clone(), weight.scale.clone()]
     state = getattr(weight, "quant_state", None)

@@ -104,7 +104,8 @@ def test_autocast(kind):
     assert relative_error(y, expected) < 1e-2
 
 
-@pytest.mark.parametrize("kind", ALL)
+# of a compressed weight the values themselves are saved: see tests/compressed
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind != "bitmask"])
 def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(kind, monkeypatch):
     model, layer = spp_on(kind)
     saved, made = [], []

@@ -46,7 +46,7 @@ def test_merging_quantizes_the_scaled_weight_and_keeps_every_zero(kind):
     assert torch.equal(model(x), layer.get_base_layer()(x))
 
 
-@pytest.mark.parametrize("kind", [*EXACT_ZERO, "hqq"])
+@pytest.mark.parametrize("kind", [*EXACT_ZERO, "hqq", "bitmask"])
 def test_unmerging_restores_every_bit(kind):
     model, layer = spp_on(kind)
     model.add_adapter("second", SPPConfig(r=3, target_modules=["lin"], init_weights=False))
@@ -70,7 +70,7 @@ def test_unmerging_restores_every_bit(kind):
     assert equal_bits(before, packed_bits(layer.get_base_layer()))
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-int8", "hqq"])
+@pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-int8", "hqq", "bitmask"])
 def test_delta_weight_is_of_the_unmerged_weight(kind):
     model, layer = spp_on(kind)
     weight = dequantized_weight(layer.get_base_layer())
@@ -93,7 +93,7 @@ def test_merging_into_a_dequantized_model_is_exact(kind):
     assert torch.equal(merged.lin.bias, bias)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8", "bitmask"])
 def test_a_dequantized_merge_after_a_merge_is_of_the_unmerged_weight(kind):
     expected = spp_on(kind)[0].merge_and_unload(dequantize=True).lin.weight
     model, _ = spp_on(kind)
@@ -101,7 +101,7 @@ def test_a_dequantized_merge_after_a_merge_is_of_the_unmerged_weight(kind):
     assert torch.equal(model.merge_and_unload(dequantize=True).lin.weight, expected)
 
 
-@pytest.mark.parametrize("kind", [*EXACT_ZERO, "hqq"])
+@pytest.mark.parametrize("kind", [*EXACT_ZERO, "hqq", "bitmask"])
 def test_unloading_gives_back_the_base_layer(kind):
     model, layer = spp_on(kind)
     base, before = layer.get_base_layer(), packed_bits(layer.get_base_layer())

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from ...functional import Factors, scaled_weight, spp_linear_dequantized
 
 
 class Backend(ABC):
@@ -20,6 +23,9 @@ class Backend(ABC):
 
     package: str
     """The Python package that the layers come from."""
+
+    is_lossless: bool = False
+    """Whether every weight, zeros and all, is stored as it is, so that merging rounds no more than on a dense one."""
 
     @abstractmethod
     def matches(self, layer: nn.Module) -> bool:
@@ -132,3 +138,59 @@ class Backend(ABC):
         """
         defined_in = type(layer).forward.__module__
         return any(f"{defined_in}.".startswith(f"{package}.") for package in (self.package, "torch"))
+
+    def linear(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        factors: Sequence[Factors],
+        identity: bool = True,
+    ) -> torch.Tensor:
+        """
+        The layer with W' = W ⊙ (1 + Σ s · P(A) ⊙ B) in the weight's place; see [`spp_linear_dequantized`].
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+            x (`torch.Tensor`): The input, shape `(*, in_features)`.
+            bias (`torch.Tensor`, *optional*): shape `(out_features,)`.
+            factors (`Sequence[Factors]`): The factors of each adapter.
+            identity (`bool`): With `False` the 1 is left out.
+
+        Returns:
+            `torch.Tensor`: shape `(*, out_features)`, in the dtype of the matmul.
+        """
+        return spp_linear_dequantized(
+            x,
+            lambda: self.dequantize(layer, self.packed(layer)),
+            bias,
+            factors,
+            identity=identity,
+            dtype=self.input_dtype(layer, x),
+        )
+
+    def scaled(self, layer: nn.Module, factors: Sequence[Factors]) -> torch.Tensor:
+        """
+        W' as a dense tensor, differentiable in the factors.
+
+        Args:
+            layer (`nn.Module`): A layer that matches.
+            factors (`Sequence[Factors]`): The factors of each adapter.
+
+        Returns:
+            `torch.Tensor`: shape `(out_features, in_features)`.
+        """
+        return scaled_weight(self.dequantize(layer, self.packed(layer)), factors)
+
+    def merged(self, packed: Any, factors: Sequence[Factors]) -> tuple[Any, torch.Tensor]:
+        """
+        Merge factors into a packed weight. Only a lossless backend can without quantizing again.
+
+        Args:
+            packed (`Any`): The packed weight; it is not changed.
+            factors (`Sequence[Factors]`): The factors of each adapter to merge.
+
+        Returns:
+            `tuple[Any, torch.Tensor]`: The packed merged weight, and its values in any shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} quantizes a merged weight again")

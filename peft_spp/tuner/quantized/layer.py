@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ...functional import merged_weight, scaled_weight, spp_linear_dequantized
+from ...functional import merged_weight
 from ..layer import Linear
 from .backend import Backend
 
@@ -39,6 +39,11 @@ class QuantizedLinear(Linear):
         pass
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the weight is rounded, and a merged one is rounded again."""
+        return not self.backend.is_lossless
+
+    @property
     def quantization(self) -> str:
         """How the base layer is quantized, such as `"bitsandbytes nf4"`."""
         return self.backend.kind(self.get_base_layer())
@@ -64,7 +69,7 @@ class QuantizedLinear(Linear):
         return is_matrix and super()._is_computed_with()
 
     def _effective_weight(self, names: Sequence[str]) -> torch.Tensor:
-        return scaled_weight(self._dequantized_weight(), self.get_factors(names))
+        return self.backend.scaled(self.get_base_layer(), self.get_factors(names))
 
     def merge_dequantized(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> torch.Tensor:
         """
@@ -99,7 +104,7 @@ class QuantizedLinear(Linear):
         """
         new_adapters = self._new_adapters(adapter_names)
         if new_adapters:
-            self._quantize_merged(new_adapters)
+            self._merged_packed(new_adapters, safe_merge=True)
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep_unmerged: bool) -> None:
         new_adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
@@ -107,12 +112,13 @@ class QuantizedLinear(Linear):
             # no adapter to merge
             return
         self.check_writable()
-        packed = self._quantize_merged(new_adapters)
-        warnings.warn(
-            f"Merge spp module to a quantized linear ({self.quantization}) may get different generations due to "
-            "rounding errors.",
-            stacklevel=2,
-        )
+        packed = self._merged_packed(new_adapters, safe_merge)
+        if self.quantizes:
+            warnings.warn(
+                f"Merge spp module to a quantized linear ({self.quantization}) may get different generations due to "
+                "rounding errors.",
+                stacklevel=2,
+            )
         base_layer = self.get_base_layer()
         if keep_unmerged and not self.merged_adapters:
             self._unmerged_packed = self.backend.packed(base_layer)
@@ -138,6 +144,15 @@ class QuantizedLinear(Linear):
     def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         weight = self.unmerged_weight()
         return merged_weight(weight, self.get_factors(adapter_names)) if adapter_names else weight
+
+    def _merged_packed(self, new_adapters: list[str], safe_merge: bool) -> Any:
+        if self.quantizes:
+            return self._quantize_merged(new_adapters)
+        unmerged = self._unmerged_packed if self.merged_adapters else self.backend.packed(self.get_base_layer())
+        packed, values = self.backend.merged(unmerged, self.get_factors([*self.merged_adapters, *new_adapters]))
+        if safe_merge:
+            self._check_merged_weight(values, new_adapters)
+        return packed
 
     def _quantize_merged(self, new_adapters: list[str]) -> Any:
         """The packed merged weight, checked: it is finite and every zero of the base layer is kept."""
@@ -167,15 +182,7 @@ class QuantizedLinear(Linear):
     def _spp_linear(
         self, x: torch.Tensor, adapter_names: Sequence[str], bias: torch.Tensor | None, identity: bool = True
     ) -> torch.Tensor:
-        base_layer = self.get_base_layer()
-        result = spp_linear_dequantized(
-            x,
-            self._dequantized_weight,
-            bias,
-            self.get_factors(adapter_names),
-            identity=identity,
-            dtype=self.backend.input_dtype(base_layer, x),
-        )
+        result = self.backend.linear(self.get_base_layer(), x, bias, self.get_factors(adapter_names), identity)
         return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
 
     def _is_linear_map(self, forward: Callable[..., torch.Tensor]) -> bool:

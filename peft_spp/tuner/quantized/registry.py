@@ -8,6 +8,7 @@ from torch import nn
 
 from .applied import Applied
 from .backend import Backend
+from .bitmask import Bitmask
 from .bnb import Bnb4bit, Bnb8bit
 from .hqq import Hqq
 from .torchao import Torchao
@@ -23,7 +24,14 @@ _APPLIED = (
     "transformers.integrations",
 )
 
-_backends: list[Backend] = [Bnb4bit(), Bnb8bit(), Torchao(), Hqq(), *(Applied(package) for package in _APPLIED)]
+_backends: list[Backend] = [
+    Bitmask(),
+    Bnb4bit(),
+    Bnb8bit(),
+    Torchao(),
+    Hqq(),
+    *(Applied(package) for package in _APPLIED),
+]
 
 
 def find_backend(layer: nn.Module) -> Backend | None:
