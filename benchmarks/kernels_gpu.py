@@ -22,7 +22,9 @@ import torch
 import typer
 
 from peft_spp.functional import Factors
-from peft_spp.functional.kernels import composite, triton
+from peft_spp.functional.kernels.composite import composite
+from peft_spp.functional.kernels.scaled import ScaledWeight
+from peft_spp.functional.kernels.triton import is_available, triton
 
 from .harness import (
     BenchmarkResult,
@@ -75,7 +77,7 @@ def main(
     """Time the Triton kernels on a CUDA device, next to PyTorch's operations and a copy of as many bytes."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("This benchmark needs a CUDA device, and PyTorch finds none here.")
-    if not triton.is_available():
+    if not is_available():
         raise typer.BadParameter("This benchmark needs Triton 3.3 or newer. Install it with: pip install triton")
     shapes = [(64, 96)] if quick else opt.parse_shapes(shape)
     working_set = 1 << 16 if quick else WORKING_SET_BYTES
@@ -156,7 +158,7 @@ def make_inputs(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Inp
 def call_of(name: str, function: Callable[..., Any]) -> Callable[[Inputs], Any]:
     """The call of a backend's function for a set of inputs."""
     if name == "scaled_weight":
-        return lambda one: function(one.weight, one.factors, True, one.weight.dtype)
+        return lambda one: function(ScaledWeight(one.weight, one.factors, True, one.weight.dtype))
     return lambda one: function(one.product, one.weight, one.factors)
 
 

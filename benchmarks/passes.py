@@ -16,7 +16,8 @@ import torch
 import typer
 
 from peft_spp.functional.factors import Factors
-from peft_spp.functional.kernels import cpu
+from peft_spp.functional.kernels.cpu.backend import cpu
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 from .harness import (
     BenchmarkResult,
@@ -93,10 +94,11 @@ def make_contestants(m: int, n: int, tokens: int, dtype: torch.dtype, seed: int)
     x, grad_y = (torch.randn(tokens, size, dtype=dtype) for size in (n, m))
     factors = [Factors(torch.randn(RANK, n), torch.randn(m, 1), 2.0)]
     scaled, product = torch.zeros_like(weight), torch.zeros_like(weight)
+    w = ScaledWeight(weight, factors, True, dtype)
     before_scaling = partial(torch.mm, grad_y, scaled)
     return [
         Contestant("copy", partial(scaled.copy_, weight), before_scaling),
-        Contestant("scaled_weight", partial(cpu.scaled_weight, weight, factors, True, dtype, scaled), before_scaling),
+        Contestant("scaled_weight", partial(cpu.scaled_weight, w, scaled), before_scaling),
         Contestant(
             "factor_gradients",
             partial(cpu.factor_gradients, product, weight, factors),

@@ -12,8 +12,7 @@ import torch
 from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
 from .bitmask import Compressed, decompress
 from .factors import Factors, check_factors, unpack
-from .kernels import compressed as _operators  # noqa: F401  (defines them)
-from .kernels import plain
+from .kernels import compressed_ops, plain  # noqa: F401  (the operators are defined there)
 from .weight import scaled_weight
 
 

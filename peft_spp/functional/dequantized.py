@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import plain
-from .kernels.schema import pack
+from .kernels.backend import KernelBackend
+from .kernels.ops import backend_of, pack
+from .kernels.scaled import ScaledWeight
 
 
 def spp_linear_dequantized(
@@ -75,9 +78,22 @@ def _forward(
 ) -> torch.Tensor:
     A, B = halves(tensors)
     weight = dequantize()
-    check_factors(weight, pack(A, B, scaling))
-    result: torch.Tensor = torch.ops.peft_spp.linear_in_place(x, weight, bias, A, B, scaling, identity, dtype)
+    factors = pack(A, B, scaling)
+    check_factors(weight, factors)
+    backend = _overwriting_backend(weight)
+    if backend is not None:
+        return backend.linear(x, ScaledWeight(weight, factors, identity, dtype), bias, overwrite=True)
+    result: torch.Tensor = torch.ops.peft_spp.linear(x, weight, bias, A, B, scaling, False, identity, dtype)
     return result
+
+
+def _overwriting_backend(weight: torch.Tensor) -> KernelBackend | None:
+    """
+    The backend that makes W' in the buffer of the dense weight, which no operator can be asked to do: the compiler
+    takes none that writes to an argument and returns a list. On CPU the weight is walked in chunks as it is.
+    """
+    is_traced = torch.compiler.is_compiling() or is_fake(weight)
+    return None if is_traced or weight.device.type == "cpu" else backend_of(weight)
 
 
 class _SPPLinearDequantized(torch.autograd.Function):
@@ -129,16 +145,13 @@ def _backward(
 ) -> list[torch.Tensor]:
     A, B = halves(tensors)
     scaling, identity, dtype = settings
-    if torch.compiler.is_compiling():
-        # the compiler takes no operator that writes to an argument and returns a list
-        return list(
-            torch.ops.peft_spp.linear_backward(
-                grad_y, x, weight, A, B, scaling, False, identity, dtype, needs_x, False, needs_factors
-            )
-        )
+    backend = _overwriting_backend(weight)
+    if backend is not None:
+        w = ScaledWeight(weight, pack(A, B, scaling), identity, dtype)
+        return backend.linear_backward(grad_y, x, w, needs_x, needs_factors, overwrite=True)
     return list(
-        torch.ops.peft_spp.linear_in_place_backward(
-            grad_y, x, weight, A, B, scaling, identity, dtype, needs_x, needs_factors
+        torch.ops.peft_spp.linear_backward(
+            grad_y, x, weight, A, B, scaling, False, identity, dtype, needs_x, False, needs_factors
         )
     )
 

@@ -4,6 +4,7 @@ import torch
 
 from peft_spp.functional import spp_linear
 from peft_spp.functional.kernels import by_activation
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 import reference
 from factored import make, relative_error
@@ -21,7 +22,7 @@ def test_is_the_formula(m, n, ranks, tokens, with_bias, identity, fan_in_fan_out
     w = W.T if fan_in_fan_out else W
     x = torch.randn(tokens, n, dtype=torch.double)
     with torch.no_grad():
-        y = by_activation.linear(x, w, bias, factors, identity, torch.double)
+        y = by_activation.linear(x, ScaledWeight(w, factors, identity, torch.double), bias)
     torch.testing.assert_close(y, reference.linear(x, w, bias, factors, identity=identity))
 
 
@@ -30,30 +31,30 @@ def test_is_within_its_rounding(dtype, bound):
     W, bias, factors = make(96, 80, [7], dtype, torch.float32)
     x = torch.randn(2, 2, 80).to(dtype)
     with torch.no_grad():
-        y = by_activation.linear(x, W, bias, factors, True, dtype)
+        y = by_activation.linear(x, ScaledWeight(W, factors, True, dtype), bias)
     assert y.dtype == dtype and y.shape == (2, 2, 96)
     assert relative_error(y, reference.linear(x, W, bias, factors)) < bound
 
 
 def test_few_tokens_go_by_activation_and_many_by_weight():
     W, _, factors = make(1024, 512, [16], torch.float32)
-    assert by_activation.is_cheaper(1, W, factors, torch.float32)
-    assert not by_activation.is_cheaper(1024, W, factors, torch.float32)
+    assert by_activation.is_cheaper(1, ScaledWeight(W, factors, True, torch.float32))
+    assert not by_activation.is_cheaper(1024, ScaledWeight(W, factors, True, torch.float32))
     # as many row blocks as rows: the two rows of x for each block would be more than W
     _, _, one_row_a_block = make(1024, 512, [1024], torch.float32)
-    assert not by_activation.is_cheaper(1, W, one_row_a_block, torch.float32)
+    assert not by_activation.is_cheaper(1, ScaledWeight(W, one_row_a_block, True, torch.float32))
 
 
 def test_weights_that_cost_nothing_go_by_weight():
     _, _, factors = make(512, 512, [4], torch.float32)
-    assert by_activation.is_cheaper(1, torch.empty(512, 512), factors, torch.float32)
-    assert not by_activation.is_cheaper(1, torch.empty(511, 512), factors, torch.float32)
+    assert by_activation.is_cheaper(1, ScaledWeight(torch.empty(512, 512), factors, True, torch.float32))
+    assert not by_activation.is_cheaper(1, ScaledWeight(torch.empty(511, 512), factors, True, torch.float32))
 
 
 def most_tokens(weight, factors, dtype=torch.float32):
     """Up to how many tokens this way is cheaper."""
     tokens = 0
-    while by_activation.is_cheaper(tokens + 1, weight, factors, dtype):
+    while by_activation.is_cheaper(tokens + 1, ScaledWeight(weight, factors, True, dtype)):
         tokens += 1
     return tokens
 
@@ -74,7 +75,7 @@ def test_the_dtype_and_the_device_count():
     assert [most_tokens(W, factors, dtype) for dtype in dtypes] == sorted(most_tokens(W, factors, d) for d in dtypes)
     assert len({most_tokens(W, factors, dtype) for dtype in dtypes}) == 3
     elsewhere = W.detach().to("meta")  # stands for a device that nothing is known of
-    assert by_activation.is_cheaper(1, elsewhere, factors, torch.float32)
+    assert by_activation.is_cheaper(1, ScaledWeight(elsewhere, factors, True, torch.float32))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])

@@ -3,9 +3,11 @@ import pytest
 import torch
 
 from peft_spp.functional import scaled_weight, spp_linear
-from peft_spp.functional.kernels import cpu
+from peft_spp.functional.kernels.cpu import backend as cpu_backend
 from peft_spp.functional.kernels.cpu import tiled
+from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 import reference
 from factored import make, relative_error
@@ -32,7 +34,7 @@ def test_small_chunks_and_tiles_change_nothing(monkeypatch, m, n, ranks, identit
 
     whole = [run(bias), run(None)]
     monkeypatch.setattr(tiled, "TILE_ELEMENTS", tile)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(cpu_backend, "CHUNK_ELEMENTS", chunk)
     for expected, actual in zip(whole, [run(bias), run(None)], strict=True):
         for a, b in zip(expected, actual, strict=True):
             torch.testing.assert_close(a, b)
@@ -42,7 +44,7 @@ def test_small_chunks_and_tiles_change_nothing(monkeypatch, m, n, ranks, identit
 @pytest.mark.parametrize("ranks", [[7], [7, 4, 96]])
 def test_chunks_keep_the_rounding_bounds(monkeypatch, dtype, bound, ranks):
     monkeypatch.setattr(tiled, "TILE_ELEMENTS", 200)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 400)
+    monkeypatch.setattr(cpu_backend, "CHUNK_ELEMENTS", 400)
     W, bias, factors = make(96, 80, ranks, dtype, torch.float32)
     x = torch.randn(40, 80).to(dtype).requires_grad_()
     y = spp_linear(x, W.detach(), bias, factors)
@@ -70,7 +72,7 @@ def test_the_weight_does_not_depend_on_how_it_is_cut(monkeypatch, dtype, identit
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_of_the_size_of_the_weight_or_a_converted_input_is_made(monkeypatch, dtype):
     monkeypatch.setattr(tiled, "TILE_ELEMENTS", 1 << 10)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(cpu_backend, "CHUNK_ELEMENTS", 1 << 12)
     W, bias, factors = make(256, 512, [8], dtype, torch.float32)
     x = torch.randn(100, 512, dtype=dtype, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -101,11 +103,11 @@ def works(monkeypatch):
     """The work of each pass, of which there is one a weight."""
     made = []
 
-    def elementwise(weight, factors, *_):
-        made.append(Noting(weight, factors))
+    def elementwise(w, *_):
+        made.append(Noting(w.weight, w.factors))
         return made[-1]
 
-    monkeypatch.setattr(cpu, "_elementwise", elementwise)
+    monkeypatch.setattr(cpu_backend, "_elementwise", elementwise)
     return made
 
 
@@ -113,13 +115,13 @@ def works(monkeypatch):
 def test_scratch_has_the_size_of_a_tile_and_is_used_again(works, monkeypatch, dtype, scaling, both):
     """How many tiles there are: what is in the dtype of the sums already needs no tile to be converted into."""
     monkeypatch.setattr(tiled, "TILE_ELEMENTS", 400)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 2048)
+    monkeypatch.setattr(cpu_backend, "CHUNK_ELEMENTS", 2048)
     W, _, factors = make(128, 64, [4, 7], dtype, torch.float32)
     W, x, grad_y = W.detach(), torch.randn(9, 64).to(dtype), torch.randn(9, 128).to(dtype)
     with torch.no_grad():
-        cpu.scaled_weight(W, factors, True, dtype)
-        cpu.linear(x, W, None, factors, True, dtype)
-        cpu.linear_backward(grad_y, x, W, factors, True, dtype, True, True)
+        cpu.scaled_weight(ScaledWeight(W, factors, True, dtype))
+        cpu.linear_by_weight(x, ScaledWeight(W, factors, True, dtype), None)
+        cpu.linear_backward(grad_y, x, ScaledWeight(W, factors, True, dtype), True, True)
     chunks = [[size for size in (b.numel() for b in work._scratch.values()) if size > 400] for work in works]
     assert [len(work._scratch) - len(large) for work, large in zip(works, chunks, strict=True)] == [
         scaling,
@@ -132,17 +134,17 @@ def test_scratch_has_the_size_of_a_tile_and_is_used_again(works, monkeypatch, dt
 
 @pytest.mark.parametrize(("m", "n", "by_rows"), [(1024, 64, True), (64, 1024, False), (256, 256, True)])
 def test_the_longer_side_is_cut_for_the_gradients_and_the_outputs_for_w(works, monkeypatch, m, n, by_rows):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 16384)
+    monkeypatch.setattr(cpu_backend, "CHUNK_ELEMENTS", 16384)
     for dtype, elements in ((torch.float32, 16384), (torch.bfloat16, 8192), (torch.float64, 16384)):
         W, _, factors = make(m, n, [4], dtype)
         W, x, grad_y = W.detach(), torch.randn(9, n).to(dtype), torch.randn(9, m).to(dtype)
         with torch.no_grad():
-            cpu.linear(x, W, None, factors, True, dtype)
-            cpu.linear_backward(grad_y, x, W, factors, True, dtype, True, True)
+            cpu.linear_by_weight(x, ScaledWeight(W, factors, True, dtype), None)
+            cpu.linear_backward(grad_y, x, ScaledWeight(W, factors, True, dtype), True, True)
         forward, backward = works[-2:]
-        assert forward.scaled == list(cpu._regions(m, n, True, 16384))
-        assert backward.scaled == list(cpu._regions(m, n, False, 16384))
-        assert backward.summed == list(cpu._regions(m, n, by_rows, elements))
+        assert forward.scaled == list(cpu_backend._regions(m, n, True, 16384))
+        assert backward.scaled == list(cpu_backend._regions(m, n, False, 16384))
+        assert backward.summed == list(cpu_backend._regions(m, n, by_rows, elements))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,10 @@ def test_the_longer_side_is_cut_for_the_gradients_and_the_outputs_for_w(works, m
     ],
 )
 def test_parts_are_as_large_as_asked_for_and_multiples_of_32(size, other, elements, parts):
-    by_rows, by_columns = cpu._regions(size, other, True, elements), cpu._regions(other, size, False, elements)
+    by_rows, by_columns = (
+        cpu_backend._regions(size, other, True, elements),
+        cpu_backend._regions(other, size, False, elements),
+    )
     ends = [sum(parts[: i + 1]) for i in range(len(parts))]
     expected = [slice(end - part, end) for end, part in zip(ends, parts, strict=True)]
     assert list(by_rows) == [(part, slice(0, other)) for part in expected]
@@ -173,7 +178,7 @@ def test_tensors_beside_the_weight_may_be_laid_out_in_any_way(transposed):
     W = W.detach().T if transposed else W.detach()
     product = torch.randn(24, 10)
     with torch.no_grad():
-        weight = cpu.scaled_weight(W, factors, True, torch.float32)
+        weight = cpu.scaled_weight(ScaledWeight(W, factors, True, torch.float32))
         grads = cpu.factor_gradients(product, W, factors)
         for layout in (
             torch.zeros(24, 10),
@@ -181,7 +186,7 @@ def test_tensors_beside_the_weight_may_be_laid_out_in_any_way(transposed):
             torch.zeros(10, 24).T,
             torch.zeros(30, 10)[:24],
         ):
-            assert cpu.scaled_weight(W, factors, True, torch.float32, layout) is layout
+            assert cpu.scaled_weight(ScaledWeight(W, factors, True, torch.float32), layout) is layout
             assert torch.equal(layout, weight)
             torch.testing.assert_close(cpu.factor_gradients(layout.copy_(product), W, factors), grads)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from peft_spp.functional.factors import Factors
-from peft_spp.functional.kernels import cpu
 from peft_spp.functional.kernels.cpu import library
+from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 
 pytestmark = pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
@@ -149,9 +150,9 @@ def test_it_is_used_where_it_can_be(dtype, transposed, monkeypatch):
     monkeypatch.setattr(TiledElementwise, "add_factor_gradients", refuse)
     weight, factors = elements(64, 48, [16], dtype, transposed)
     x, grad_y = torch.randn(200, 48).to(dtype), torch.randn(200, 64).to(dtype)
-    cpu.scaled_weight(weight, factors, True, dtype)
-    cpu.linear(x, weight, None, factors, True, dtype)
-    cpu.linear_backward(grad_y, x, weight, factors, True, dtype, True, True)
+    cpu.scaled_weight(ScaledWeight(weight, factors, True, dtype))
+    cpu.linear_by_weight(x, ScaledWeight(weight, factors, True, dtype), None)
+    cpu.linear_backward(grad_y, x, ScaledWeight(weight, factors, True, dtype), True, True)
     cpu.factor_gradients(torch.zeros_like(weight), weight, factors)
 
 

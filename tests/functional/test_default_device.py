@@ -7,6 +7,7 @@ import torch
 from peft_spp.functional import Factors, merged_weight, scaled_weight, spp_linear
 from peft_spp.functional.combine import rank_one_blocks
 from peft_spp.functional.kernels import by_activation
+from peft_spp.functional.kernels.scaled import ScaledWeight
 from peft_spp.functional.row_blocks import refine_row_blocks
 from peft_spp.sparsity import mask_record
 
@@ -46,7 +47,7 @@ def products_by_activation(identity):
 
     def run():
         with torch.no_grad():
-            return [by_activation.linear(x, W, bias, factors, identity, torch.float32)]
+            return [by_activation.linear(x, ScaledWeight(W, factors, identity, torch.float32), bias)]
 
     return run
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
-from functools import partial
 
 import pytest
 import torch
 
 from peft_spp.functional import Factors, scaled_weight, spp_linear
 from peft_spp.functional.autograd import records_gradients
-from peft_spp.functional.kernels import by_activation, by_weight, composite, cpu
+from peft_spp.functional.kernels import by_activation
+from peft_spp.functional.kernels.composite import composite
+from peft_spp.functional.kernels.cpu.backend import cpu
 
 import reference
 from factored import make, relative_error
@@ -192,7 +193,7 @@ def test_a_dtype_mismatch_is_refused_as_by_nn_linear():
 @pytest.mark.parametrize("backend", ["of the device", "fallback"])
 def test_the_output_can_be_changed_in_place(shape, with_bias, backend, monkeypatch):
     if backend == "fallback":
-        monkeypatch.setattr(cpu, "linear", partial(by_weight.linear, composite))
+        monkeypatch.setattr(cpu, "linear_by_weight", composite.linear_by_weight)
         monkeypatch.setattr(by_activation, "is_cheaper", lambda *args: False)
     W, bias, factors = make(16, 12, [4], torch.float32)
     x = torch.randn(shape)

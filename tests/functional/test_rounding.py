@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from peft_spp.functional import Factors, merged_weight, scaled_weight, spp_linear
-from peft_spp.functional.kernels import by_activation, by_weight, composite, cpu
+from peft_spp.functional.kernels import by_activation
+from peft_spp.functional.kernels.composite import Composite, composite
+from peft_spp.functional.kernels.cpu.backend import cpu
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 import reference
 from factored import make
@@ -55,7 +58,7 @@ def test_the_weight_is_rounded_once(backend, m, n, ranks, dtype):
     for factor_dtype in (dtype, torch.float64 if dtype == torch.float64 else torch.float32):
         _, weight, _, factors = case(m, n, ranks, dtype, factor_dtype)
         with torch.no_grad():
-            actual = backend.scaled_weight(weight, factors, True, dtype)
+            actual = backend.scaled_weight(ScaledWeight(weight, factors, True, dtype))
         error = (actual.double() - reference.effective_weight(weight, factors)).abs()
         assert actual.dtype == dtype
         assert (error <= weight_bound(weight, factors, dtype)).all()
@@ -66,7 +69,7 @@ def test_the_weight_is_rounded_once(backend, m, n, ranks, dtype):
 def test_the_layer_by_weight(m, n, ranks, dtype):
     x, weight, bias, factors = case(m, n, ranks, dtype)
     with torch.no_grad():
-        y = cpu.linear(x, weight, bias, factors, True, dtype)
+        y = cpu.linear_by_weight(x, ScaledWeight(weight, factors, True, dtype), bias)
     bound = (3 * unit(dtype) + (n + len(ranks) + 4) * compute_unit(dtype)) * terms(x, weight, bias, factors)
     assert ((y.double() - reference.linear(x, weight, bias, factors)).abs() <= bound).all()
 
@@ -76,7 +79,7 @@ def test_the_layer_by_weight(m, n, ranks, dtype):
 def test_the_layer_by_activation(m, n, ranks, dtype):
     x, weight, bias, factors = case(m, n, ranks, dtype)
     with torch.no_grad():
-        y = by_activation.linear(x, weight, bias, factors, True, dtype)
+        y = by_activation.linear(x, ScaledWeight(weight, factors, True, dtype), bias)
     bound = ((len(ranks) + 3) * unit(dtype) + (n + len(ranks) + 4) * compute_unit(dtype)) * terms(
         x, weight, bias, factors
     )
@@ -89,7 +92,8 @@ def test_the_layer_by_activation(m, n, ranks, dtype):
 def test_merged_against_unmerged(way, m, n, ranks, dtype):
     x, weight, bias, factors = case(m, n, ranks, dtype)
     with torch.no_grad():
-        unmerged = way.linear(x, weight, bias, factors, True, dtype)
+        linear = by_activation.linear if way is by_activation else way.linear_by_weight
+        unmerged = linear(x, ScaledWeight(weight, factors, True, dtype), bias)
         merged = F.linear(x, merged_weight(weight, factors), bias)
     roundings = 6 if way is cpu else len(ranks) + 6
     bound = (roundings * unit(dtype) + 2 * (n + len(ranks) + 4) * compute_unit(dtype)) * terms(
@@ -148,7 +152,7 @@ def test_one_input_in_float64_makes_the_weight_in_float64(backend, double):
         for A, B, s in factors
     ]
     with torch.no_grad():
-        actual = backend.scaled_weight(weight, factors, True, torch.float64)
+        actual = backend.scaled_weight(ScaledWeight(weight, factors, True, torch.float64))
     torch.testing.assert_close(actual, reference.effective_weight(weight, factors), rtol=1e-13, atol=1e-13)
 
 
@@ -160,7 +164,7 @@ def test_one_input_in_float64_makes_the_activations_in_float64(double):
     weight, bias = weight.detach().to(kind["weight"]), bias.detach().double()
     factors = [Factors(A.detach().to(kind["A"]), B.detach().to(kind["B"]), s) for A, B, s in factors]
     with torch.no_grad():
-        y = by_activation.linear(x, weight, bias, factors, True, torch.float64)
+        y = by_activation.linear(x, ScaledWeight(weight, factors, True, torch.float64), bias)
     torch.testing.assert_close(y, reference.linear(x, weight, bias, factors), rtol=1e-13, atol=1e-13)
 
 
@@ -190,10 +194,9 @@ def test_the_fallback_computes_in_the_dtype_asked_for(with_bias):
     weight, bias, factors = make(12, 10, [4], torch.float32, bias=with_bias)
     x, grad_y = torch.randn(5, 10), torch.randn(5, 12, dtype=torch.bfloat16)
     with torch.no_grad():
-        y = by_weight.linear(composite, x, weight, bias, factors, True, torch.bfloat16)
-        grads = by_weight.linear_backward(
-            composite, grad_y, x, weight, factors, True, torch.bfloat16, needs_x=True, needs_factors=True
-        )
+        y = composite.linear_by_weight(x, ScaledWeight(weight, factors, True, torch.bfloat16), bias)
+        w = ScaledWeight(weight, factors, True, torch.bfloat16)
+        grads = composite.linear_backward(grad_y, x, w, needs_x=True, needs_factors=True)
     assert y.dtype == torch.bfloat16
     assert [grad.dtype for grad in grads] == [torch.float32] * 3
     expected = reference.gradients(x, weight, factors, grad_y)
@@ -207,15 +210,13 @@ def test_the_gradient_of_the_weight_is_laid_out_as_the_weight(transposed):
     w = weight.detach().T if transposed else weight.detach()
     strides = []
 
-    class Backend:
-        @staticmethod
-        def factor_gradients(product, weight, factors):
+    class Backend(Composite):
+        def factor_gradients(self, product, weight, factors):
             strides.append(product.stride())
             return []
 
-    by_weight.linear_backward(
-        Backend, torch.randn(5, 12), torch.randn(5, 10), w, factors, True, torch.float32, False, True
-    )
+    scaled = ScaledWeight(w, factors, True, torch.float32)
+    Backend().linear_backward(torch.randn(5, 12), torch.randn(5, 10), scaled, False, True)
     assert strides == [w.stride()]
 
 
@@ -224,6 +225,9 @@ def test_the_device_is_that_of_the_inputs(identity):
     """On the meta device, which stands for any but the default one."""
     x, weight, bias = (torch.empty(shape, device="meta") for shape in ((3, 10), (12, 10), (12,)))
     factors = [Factors(torch.empty(r, 10, device="meta"), torch.empty(12, 1, device="meta"), 1.0) for r in (4, 5)]
-    assert by_activation.linear(x, weight, bias, factors, identity, torch.float32).device.type == "meta"
-    assert by_weight.linear(composite, x, weight, bias, factors, identity, torch.float32).device.type == "meta"
+    assert by_activation.linear(x, ScaledWeight(weight, factors, identity, torch.float32), bias).device.type == "meta"
+    assert (
+        composite.linear_by_weight(x, ScaledWeight(weight, factors, identity, torch.float32), bias).device.type
+        == "meta"
+    )
     assert scaled_weight(weight, factors, identity=identity).device.type == "meta"

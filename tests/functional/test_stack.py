@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from peft_spp.functional import Factors, merged_weight, scaled_weight
-from peft_spp.functional.kernels import composite, cpu, stack
+from peft_spp.functional.kernels import stack
+from peft_spp.functional.kernels.composite import composite
+from peft_spp.functional.kernels.cpu.backend import cpu
 
 import reference
 from factored import relative_error

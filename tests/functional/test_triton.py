@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from peft_spp.functional import Factors
-from peft_spp.functional.kernels import triton
+from peft_spp.functional.kernels.scaled import ScaledWeight
+from peft_spp.functional.kernels.triton import is_available, triton
 
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -45,7 +46,7 @@ def test_the_kernels_compile_for_a_gpu_and_move_the_weight_by_16_bytes(
 
     scaled, gradients, total = launches(
         monkeypatch,
-        lambda: triton.scaled_weight(weight, factors, True, dtype),
+        lambda: triton.scaled_weight(ScaledWeight(weight, factors, True, dtype)),
         lambda: triton.factor_gradients(weight, weight, factors),
     )
     ptx = compile_for_gpu(*scaled)
@@ -60,14 +61,14 @@ def test_the_kernels_compile_for_a_gpu_and_move_the_weight_by_16_bytes(
 
 def test_without_triton_it_is_not_available(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert not triton.is_available.__wrapped__()
+    assert not is_available.__wrapped__()
 
 
 @needs_triton
 @pytest.mark.parametrize(("version", "expected"), [("3.2.0", False), ("3.3.0", True), ("3.10.0+git1a2b3c", True)])
 def test_it_is_available_from_the_first_version_that_can_compile_it(monkeypatch, version, expected):
     monkeypatch.setattr("triton.__version__", version)
-    assert triton.is_available.__wrapped__() is expected
+    assert is_available.__wrapped__() is expected
 
 
 def test_the_package_imports_without_triton():

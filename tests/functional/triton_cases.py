@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from peft_spp.functional import Factors
-from peft_spp.functional.kernels import stack, triton
+from peft_spp.functional.kernels import stack
+from peft_spp.functional.kernels.scaled import ScaledWeight
+from peft_spp.functional.kernels.triton import triton
 
 import reference
 
@@ -106,15 +108,15 @@ def assert_gradients(grads, product, weight, factors):
 @pytest.mark.parametrize("identity", [True, False])
 def test_the_scaled_weight_may_be_written_over_the_weight(ranks, identity):
     weight, factors = make_weight(130, 70), make_factors(130, 70, ranks)
-    expected = triton.scaled_weight(weight, factors, identity, weight.dtype)
-    result = triton.scaled_weight(weight, factors, identity, weight.dtype, out=weight)
+    expected = triton.scaled_weight(ScaledWeight(weight, factors, identity, weight.dtype))
+    result = triton.scaled_weight(ScaledWeight(weight, factors, identity, weight.dtype), weight)
     assert result is weight and torch.equal(weight, expected)
 
 
 @LAYOUT_CASES
 def test_the_weight_is_the_formula_and_laid_out_as_the_base_is(m, n, ranks, layout):
     weight, factors = make_weight(m, n, layout=layout), make_factors(m, n, ranks)
-    out = triton.scaled_weight(weight, factors, True, torch.float32)
+    out = triton.scaled_weight(ScaledWeight(weight, factors, True, torch.float32))
     assert_scaled(out, weight, factors, True)
     assert out.stride() == torch.empty_like(weight).stride()
 
@@ -122,7 +124,7 @@ def test_the_weight_is_the_formula_and_laid_out_as_the_base_is(m, n, ranks, layo
 @pytest.mark.parametrize(("m", "n", "ranks"), [*SMALL, LARGE[1]])
 def test_without_the_identity_the_weight_is_the_update(m, n, ranks):
     weight, factors = make_weight(m, n), make_factors(m, n, ranks)
-    out = triton.scaled_weight(weight, factors, False, torch.float32)
+    out = triton.scaled_weight(ScaledWeight(weight, factors, False, torch.float32))
     assert_scaled(out, weight, factors, False)
 
 
@@ -136,7 +138,7 @@ def test_the_gradients_are_the_chain_rule(m, n, ranks, layout):
 @pytest.mark.parametrize(("weight_dtype", "factor_dtype", "dtype"), itertools.product(DTYPES, repeat=3), ids=str)
 def test_the_weight_is_rounded_once(weight_dtype, factor_dtype, dtype):
     weight, factors = make_weight(20, 24, weight_dtype), make_factors(20, 24, [3], factor_dtype)
-    out = triton.scaled_weight(weight, factors, True, dtype)
+    out = triton.scaled_weight(ScaledWeight(weight, factors, True, dtype))
     assert out.dtype == dtype
     assert_scaled(out, weight, factors, True)
 
@@ -162,7 +164,7 @@ def test_factors_of_any_layout_and_of_different_dtypes():
         Factors(torch.randn(30, 4, device=DEVICE).t(), torch.randn(20, 2, device=DEVICE)[:, :1], 2.0),
         *make_factors(20, 30, [3], torch.bfloat16),
     ]
-    out = triton.scaled_weight(weight, factors, True, torch.float32)
+    out = triton.scaled_weight(ScaledWeight(weight, factors, True, torch.float32))
     assert_scaled(out, weight, factors, True)
     assert_gradients(triton.factor_gradients(weight, weight, factors), weight, weight, factors)
 
@@ -171,7 +173,7 @@ def test_factors_of_any_layout_and_of_different_dtypes():
 def test_a_zero_weight_gives_zero_even_where_the_factor_overflows(identity):
     weight = make_weight(20, 30)
     factors = [Factors(torch.full((4, 30), 3e38, device=DEVICE), torch.full((20, 1), -3e38, device=DEVICE), 2.0)]
-    out = triton.scaled_weight(weight, factors, identity, torch.float32)
+    out = triton.scaled_weight(ScaledWeight(weight, factors, identity, torch.float32))
     assert (out[weight == 0] == 0).all()
     assert out[weight != 0].isinf().all()
 
@@ -185,7 +187,7 @@ def test_what_is_not_finite_stays_in_its_row_block(layout):
     product[60, 3] = torch.nan
     rows = torch.arange(90, device=DEVICE)
 
-    out = triton.scaled_weight(weight, factors, True, torch.float32)
+    out = triton.scaled_weight(ScaledWeight(weight, factors, True, torch.float32))
     assert torch.equal(~out.isfinite().all(dim=1), rows // 10 == 4)
 
     ((grad_A, grad_B),) = triton.factor_gradients(product, weight, factors)

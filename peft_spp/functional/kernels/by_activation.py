@@ -7,12 +7,11 @@ matmul over the row blocks, with two columns a token, so that W is read once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ..factors import Factors, compute_dtype
+from ..factors import compute_dtype
 from ..row_blocks import row_tiles
+from .scaled import ScaledWeight
 
 
 # How many multiply-adds a matmul does in the time that scaling one element of the weight takes: seconds an element
@@ -28,7 +27,7 @@ _LEAST_COLUMNS = 4
 _LEAST_ELEMENTS = 1 << 18
 
 
-def is_cheaper(tokens: int, weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
+def is_cheaper(tokens: int, w: ScaledWeight) -> bool:
     """
     Whether this way costs less than the one by weight, for the forward pass.
 
@@ -38,31 +37,23 @@ def is_cheaper(tokens: int, weight: torch.Tensor, factors: Sequence[Factors], dt
 
     Args:
         tokens (`int`): The number of rows of x.
-        weight (`torch.Tensor`): W, shape `(m, n)`.
-        factors (`Sequence[Factors]`): The factors of each adapter.
-        dtype (`torch.dtype`): The dtype of the matmul.
+        w ([`ScaledWeight`]): The weight; W is dense.
 
     Returns:
         `bool`: False for weights so small that neither costs anything.
     """
-    m, n = weight.shape
+    m, n = w.dense.shape
     if m * n < _LEAST_ELEMENTS:
         return False
-    device_type = weight.device.type
-    balance = _BALANCE.get((device_type, dtype), _BALANCE_DEFAULT.get(device_type, _BALANCE_DEFAULT["cuda"]))
-    blocks = sum(A.shape[0] for A, _, _ in factors)
-    return tokens * (m * n * len(factors) / balance + blocks * n) < m * n
+    device_type = w.dense.device.type
+    balance = _BALANCE.get((device_type, w.dtype), _BALANCE_DEFAULT.get(device_type, _BALANCE_DEFAULT["cuda"]))
+    blocks = sum(A.shape[0] for A, _, _ in w.factors)
+    return tokens * (m * n * len(w.factors) / balance + blocks * n) < m * n
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    factors: Sequence[Factors],
-    identity: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """`x @ W'.T + bias` for the `(m, n)` weight, block by block of rows."""
+    weight, factors, identity, dtype = w.dense, w.factors, w.identity, w.dtype
     m, n = weight.shape
     x2d = x.reshape(-1, n)
     acc = compute_dtype(x, weight, *(t for A, B, _ in factors for t in (A, B)))

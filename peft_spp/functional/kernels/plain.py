@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch.library import Library, register_vmap
 
 from ..autograd import halves, needed_gradients
-from . import composite, stack
-from .schema import pack
+from . import stack
+from .composite import composite
+from .ops import pack
+from .scaled import ScaledWeight
 
 
 def linear(
@@ -32,7 +34,7 @@ def linear(
 ) -> torch.Tensor:
     """`torch.ops.peft_spp.linear`, with the tensors last: all A, and then all B."""
     w = weight.t() if fan_in_fan_out else weight
-    effective = composite.scaled_weight(w, pack(*halves(tensors), scaling), identity, dtype)
+    effective = composite.scaled_weight(ScaledWeight(w, pack(*halves(tensors), scaling), identity, dtype))
     return F.linear(x.to(dtype), effective, None if bias is None else bias.to(dtype))
 
 
@@ -42,9 +44,10 @@ def scaled_weight(
     """`torch.ops.peft_spp.scaled_weight`, with the tensors last: all A, and then all B."""
     factors = pack(*halves(tensors), scaling)
     if weight.ndim == 2:
-        return composite.scaled_weight(weight, factors, identity, dtype)
+        return composite.scaled_weight(ScaledWeight(weight, factors, identity, dtype))
     parts = [
-        composite.scaled_weight(layer, part, identity, dtype) for part, (layer,) in stack.walk_layers(factors, weight)
+        composite.scaled_weight(ScaledWeight(layer, part, identity, dtype))
+        for part, (layer,) in stack.walk_layers(factors, weight)
     ]
     return torch.stack(parts).reshape(weight.shape)
 
@@ -85,22 +88,6 @@ def _linear_backward(
     return _in_order(needed_gradients(needs, tensors, compute, grad_y), 3)
 
 
-def _linear_in_place_backward(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    A: list[torch.Tensor],
-    B: list[torch.Tensor],
-    scaling: list[float],
-    identity: bool,
-    dtype: torch.dtype,
-    needs_x: bool,
-    needs_factors: bool,
-) -> list[torch.Tensor]:
-    # the weight may be written over, and need not be
-    return _linear_backward(grad_y, x, weight, A, B, scaling, False, identity, dtype, needs_x, False, needs_factors)
-
-
 def _in_order(grads: tuple[torch.Tensor | None, ...], others: int) -> list[torch.Tensor]:
     """The gradients that are needed as the operators give them: of the factors adapter by adapter, A and then B."""
     factors = grads[others:]
@@ -116,7 +103,6 @@ _library = Library("peft_spp", "FRAGMENT")
 for _name, _backward in {
     "scaled_weight_backward": _scaled_weight_backward,
     "linear_backward": _linear_backward,
-    "linear_in_place_backward": _linear_in_place_backward,
 }.items():
     register_vmap(f"peft_spp::{_name}", partial(_vmap, _backward), lib=_library)
     # what `is_grads_batched=True` makes of gradients is not a tensor of `torch.vmap`

@@ -9,25 +9,26 @@ stack is one tall weight to a backend. Otherwise, and where layers are stored `(
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 
 import torch
 
 from ..factors import Factors
+from .backend import KernelBackend
+from .scaled import ScaledWeight
 
 
 def scaled_weight(
-    backend: ModuleType, weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
+    backend: KernelBackend, weight: torch.Tensor, factors: Sequence[Factors], identity: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """W' of all layers, in the memory layout of the `(E, m, n)` stack."""
     out = torch.empty_like(weight, dtype=dtype)
     for part, (layer, target) in walk_layers(factors, weight, out):
-        backend.scaled_weight(layer, part, identity, dtype, out=target)
+        backend.scaled_weight(ScaledWeight(layer, part, identity, dtype), out=target)
     return out
 
 
 def factor_gradients(
-    backend: ModuleType, grad: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
+    backend: KernelBackend, grad: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
 ) -> list[torch.Tensor]:
     """The gradients of A and B of each adapter, given that of W', shape `(E, m, n)`."""
     parts = [

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 
 from ..factors import Factors, compute_dtype
+from .backend import KernelBackend
+from .scaled import ScaledWeight
 
 
 # tuples as arguments of kernels
@@ -51,130 +53,100 @@ def is_available() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _MIN_VERSION
 
 
-def scaled_weight(
-    weight: torch.Tensor,
-    factors: Sequence[Factors],
-    identity: bool,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    W' as a whole, in the memory layout of the weight; see [`peft_spp.functional.scaled_weight`].
+class Triton(KernelBackend):
+    """One launch for W', two for the gradients."""
 
-    Computed as `w · (1 + Σ s·b · a)`, except that a zero weight gives zero even where the factor overflows.
+    def scaled_weight(self, w: ScaledWeight, out: torch.Tensor | None = None) -> torch.Tensor:
+        # `w · (1 + Σ s·b · a)`, except that a zero weight gives zero even where the factor overflows
+        from . import triton_kernels
 
-    Args:
-        weight (`torch.Tensor`): W, shape `(m, n)`, any strides.
-        factors (`Sequence[Factors]`): The factors of each adapter.
-        identity (`bool`): Whether to include the 1.
-        dtype (`torch.dtype`): The dtype of the result.
-        out (`torch.Tensor`, *optional*): Where to write it, of this dtype; it may be the weight itself.
+        weight, factors, identity, dtype = w.dense, w.factors, w.identity, w.dtype
+        m, n = weight.shape
+        acc = _compute_dtype(weight, factors=factors)
+        if acc == torch.float64:
+            # Triton passes a Python float as float32
+            factors = [Factors(A, B.double() * s, 1.0) for A, B, s in factors]
+        # every program reads its tile before it writes it, and no other, so that `out` may be the weight
+        out = torch.empty_like(weight, dtype=dtype) if out is None else out
+        along, across = _SCALED_TILE_LENGTH, _SCALED_TILE_BYTES // (_SCALED_TILE_LENGTH * weight.element_size())
+        rows_first = _rows_first(weight)
+        tile_rows, tile_columns = (along, across) if rows_first else (across, along)
+        with _on_device_of(weight):
+            triton_kernels.scaled_weight_kernel[(_tiles(m, tile_rows) * _tiles(n, tile_columns),)](
+                weight,
+                out,
+                *_tensors(factors),
+                tuple(float(f.scaling) for f in factors),
+                *_row_blocks(m, factors),
+                m,
+                n,
+                *weight.stride(),
+                *out.stride(),
+                IDENTITY=identity,
+                DTYPE=_triton_dtype(acc),
+                TILE_ROWS=tile_rows,
+                TILE_COLUMNS=tile_columns,
+                ROWS_FIRST=rows_first,
+                num_warps=4,
+            )
+        return out
 
-    Returns:
-        `torch.Tensor`: shape `(m, n)`.
-    """
-    from . import triton_kernels
+    def factor_gradients(
+        self, product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        # the same bits every time
+        from . import triton_kernels
 
-    m, n = weight.shape
-    acc = _compute_dtype(weight, factors=factors)
-    if acc == torch.float64:
-        # Triton passes a Python float as float32
-        factors = [Factors(A, B.double() * s, 1.0) for A, B, s in factors]
-    # every program reads its tile before it writes it, and no other, so that `out` may be the weight
-    out = torch.empty_like(weight, dtype=dtype) if out is None else out
-    along, across = _SCALED_TILE_LENGTH, _SCALED_TILE_BYTES // (_SCALED_TILE_LENGTH * weight.element_size())
-    rows_first = _rows_first(weight)
-    tile_rows, tile_columns = (along, across) if rows_first else (across, along)
-    with _on_device_of(weight):
-        triton_kernels.scaled_weight_kernel[(_tiles(m, tile_rows) * _tiles(n, tile_columns),)](
-            weight,
-            out,
-            *_tensors(factors),
-            tuple(float(f.scaling) for f in factors),
-            *_row_blocks(m, factors),
-            m,
-            n,
-            *weight.stride(),
-            *out.stride(),
-            IDENTITY=identity,
-            DTYPE=_triton_dtype(acc),
-            TILE_ROWS=tile_rows,
-            TILE_COLUMNS=tile_columns,
-            ROWS_FIRST=rows_first,
-            num_warps=4,
-        )
-    return out
+        m, n = weight.shape
+        acc = _compute_dtype(product, weight, factors=factors)
+        grads = [(A.new_empty(A.shape), B.new_empty(B.shape)) for A, B, _ in factors]
+        if acc == torch.float64:
+            # Triton passes a Python float as float32; gA is linear in B, and gB in A
+            factors = [Factors(A.double() * s, B.double() * s, 1.0) for A, B, s in factors]
 
-
-def factor_gradients(
-    product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    The gradients of A and B of each adapter, given gyᵀ x, the gradient of W': the same bits every time.
-
-    With S = (gyᵀ x) ⊙ W they are `gA[k] = s · Σ_{i in block k} B[i] S[i]` and `gB[i] = s · S[i] · P(A)[i]`, summed in
-    float32 (float64 if any input is float64).
-
-    Args:
-        product (`torch.Tensor`): gyᵀ x, shape `(m, n)`, best in the memory layout of the weight.
-        weight (`torch.Tensor`): W, shape `(m, n)`, any strides.
-        factors (`Sequence[Factors]`): The factors of each adapter.
-
-    Returns:
-        `list[tuple[torch.Tensor, torch.Tensor]]`: The gradients of A and B, in their shapes and dtypes.
-    """
-    from . import triton_kernels
-
-    m, n = weight.shape
-    acc = _compute_dtype(product, weight, factors=factors)
-    grads = [(A.new_empty(A.shape), B.new_empty(B.shape)) for A, B, _ in factors]
-    if acc == torch.float64:
-        # Triton passes a Python float as float32; gA is linear in B, and gB in A
-        factors = [Factors(A.double() * s, B.double() * s, 1.0) for A, B, s in factors]
-
-    row_tiles, column_tiles = _tiles(m, _GRADIENT_TILE), _tiles(n, _GRADIENT_TILE)
-    row_blocks = _row_blocks(m, factors)
-    ranks = tuple(f.A.shape[0] for f in factors)
-    slots = tuple(_blocks_per_tile(m, r) for r in ranks)
-    partial_As = tuple(weight.new_empty(row_tiles * s, n, dtype=acc) for s in slots)
-    partial_Bs = tuple(weight.new_empty(column_tiles, m, dtype=acc) for _ in factors)
-    with _on_device_of(weight):
-        triton_kernels.partial_gradients_kernel[(row_tiles * column_tiles,)](
-            product,
-            weight,
-            *_tensors(factors),
-            partial_As,
-            partial_Bs,
-            *row_blocks,
-            slots,
-            m,
-            n,
-            *product.stride(),
-            *weight.stride(),
-            DTYPE=_triton_dtype(acc),
-            TILE_ROWS=_GRADIENT_TILE,
-            TILE_COLUMNS=_GRADIENT_TILE,
-            ROWS_FIRST=_rows_first(weight),
-            num_warps=8 if acc == torch.float64 else 4,
-        )
-        programs = max(max(ranks) * _tiles(n, _SUM_COLUMNS), _tiles(m, _SUM_COLUMNS))
-        triton_kernels.sum_partial_gradients_kernel[(programs, 2 * len(factors))](
-            partial_As,
-            partial_Bs,
-            *(tuple(pair) for pair in zip(*grads, strict=True)),
-            tuple(float(f.scaling) for f in factors),
-            ranks,
-            *row_blocks,
-            slots,
-            m,
-            n,
-            column_tiles,
-            TILE_ROWS=_GRADIENT_TILE,
-            TILES=_SUM_TILES,
-            COLUMNS=_SUM_COLUMNS,
-            num_warps=4,
-        )
-    return grads
+        row_tiles, column_tiles = _tiles(m, _GRADIENT_TILE), _tiles(n, _GRADIENT_TILE)
+        row_blocks = _row_blocks(m, factors)
+        ranks = tuple(f.A.shape[0] for f in factors)
+        slots = tuple(_blocks_per_tile(m, r) for r in ranks)
+        partial_As = tuple(weight.new_empty(row_tiles * s, n, dtype=acc) for s in slots)
+        partial_Bs = tuple(weight.new_empty(column_tiles, m, dtype=acc) for _ in factors)
+        with _on_device_of(weight):
+            triton_kernels.partial_gradients_kernel[(row_tiles * column_tiles,)](
+                product,
+                weight,
+                *_tensors(factors),
+                partial_As,
+                partial_Bs,
+                *row_blocks,
+                slots,
+                m,
+                n,
+                *product.stride(),
+                *weight.stride(),
+                DTYPE=_triton_dtype(acc),
+                TILE_ROWS=_GRADIENT_TILE,
+                TILE_COLUMNS=_GRADIENT_TILE,
+                ROWS_FIRST=_rows_first(weight),
+                num_warps=8 if acc == torch.float64 else 4,
+            )
+            programs = max(max(ranks) * _tiles(n, _SUM_COLUMNS), _tiles(m, _SUM_COLUMNS))
+            triton_kernels.sum_partial_gradients_kernel[(programs, 2 * len(factors))](
+                partial_As,
+                partial_Bs,
+                *(tuple(pair) for pair in zip(*grads, strict=True)),
+                tuple(float(f.scaling) for f in factors),
+                ranks,
+                *row_blocks,
+                slots,
+                m,
+                n,
+                column_tiles,
+                TILE_ROWS=_GRADIENT_TILE,
+                TILES=_SUM_TILES,
+                COLUMNS=_SUM_COLUMNS,
+                num_warps=4,
+            )
+        return grads
 
 
 def _tensors(factors: Sequence[Factors]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -222,3 +194,6 @@ def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     module: Any = torch.get_device_module(tensor.device)
     guard: AbstractContextManager[Any] = module.device(tensor.device)
     return guard
+
+
+triton = Triton()

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_spp.functional.kernels import by_activation, by_weight, composite, cpu, schema
+from peft_spp.functional import dequantized
+from peft_spp.functional.kernels import by_activation, ops
+from peft_spp.functional.kernels.composite import Composite, composite
+from peft_spp.functional.kernels.cpu.backend import cpu
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 import reference
 from factored import make, relative_error
@@ -40,43 +44,25 @@ def test_operators_are_what_their_schema_says(ranks, fan_in_fan_out):
         )
 
 
-def test_operators_that_overwrite_the_weight_are_what_their_schema_says():
-    W, bias, factors = make(16, 12, [5, 3], torch.float32)
-    W, bias = W.detach(), bias.detach()
-    A, B, s = split([f._replace(A=f.A.detach(), B=f.B.detach()) for f in factors])
-    x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.peft_spp.linear_in_place.default, (x, W, bias, A, B, s, True, torch.float32), test_utils=tests
-    )
-    for needs in [(True, True), (False, True), (True, False)]:
-        torch.library.opcheck(
-            torch.ops.peft_spp.linear_in_place_backward.default,
-            (grad_y, x, W, A, B, s, True, torch.float32, *needs),
-            test_utils=tests,
-        )
-
-
 @pytest.mark.parametrize("identity", [True, False])
 @pytest.mark.parametrize("ranks", [[4], [5, 3]])
 def test_overwriting_the_weight_gives_the_same_bits_and_takes_its_place(ranks, identity):
     W, bias, factors = make(16, 12, ranks, torch.float32)
     W, x, grad_y = W.detach(), torch.randn(3, 12), torch.randn(3, 16)
     with torch.no_grad():
-        args = (bias, factors, identity, torch.float32)
+        w = ScaledWeight(W, factors, identity, torch.float32)
         buffer = W.clone()
-        overwriting = by_weight.linear(composite, x, buffer, *args, overwrite=True)
-        assert torch.equal(overwriting, by_weight.linear(composite, x, W, *args))
-        assert torch.equal(buffer, composite.scaled_weight(W, factors, identity, torch.float32))
-        args = (factors, identity, torch.float32, True, True)
+        overwriting = composite.linear(x, w._replace(weight=buffer), bias, overwrite=True)
+        assert torch.equal(overwriting, composite.linear(x, w, bias))
+        assert torch.equal(buffer, composite.scaled_weight(w))
         buffer = W.clone()
-        overwriting = by_weight.linear_backward(composite, grad_y, x, buffer, *args, overwrite=True)
-        expected = by_weight.linear_backward(composite, grad_y, x, W, *args)
+        overwriting = composite.linear_backward(grad_y, x, w._replace(weight=buffer), True, True, overwrite=True)
+        expected = composite.linear_backward(grad_y, x, w, True, True)
         assert all(torch.equal(a, b) for a, b in zip(overwriting, expected, strict=True))
-        assert torch.equal(buffer, composite.scaled_weight(W, factors, identity, torch.float32))
+        assert torch.equal(buffer, composite.scaled_weight(w))
         # of another dtype than the product, it is left alone
         buffer = W.clone()
-        by_weight.linear(composite, x, buffer, bias, factors, identity, torch.bfloat16, overwrite=True)
+        composite.linear(x, w._replace(weight=buffer, dtype=torch.bfloat16), bias, overwrite=True)
         assert torch.equal(buffer, W)
 
 
@@ -88,8 +74,8 @@ def test_the_fallback_backend_is_the_formula(m, n, ranks, transposed, dtype, bou
     w = W.detach().T if transposed else W.detach()
     x, grad_y = torch.randn(2, 40, n).to(dtype), torch.randn(2, 40, m).to(dtype)
     with torch.no_grad():
-        y = by_weight.linear(composite, x, w, bias, factors, True, dtype)
-        grad_x, *grads = by_weight.linear_backward(composite, grad_y, x, w, factors, True, dtype, True, True)
+        y = composite.linear_by_weight(x, ScaledWeight(w, factors, True, dtype), bias)
+        grad_x, *grads = composite.linear_backward(grad_y, x, ScaledWeight(w, factors, True, dtype), True, True)
     assert relative_error(y, reference.linear(x, w, bias, factors)) < bound
     expected = reference.gradients(x, w, factors, grad_y)
     assert relative_error(grad_x, expected["x"]) < bound
@@ -103,8 +89,8 @@ def test_the_fallback_backend_is_the_formula(m, n, ranks, transposed, dtype, bou
 def test_backends_make_the_same_weight(dtype):
     W, _, factors = make(97, 33, [7, 4], dtype, torch.float32)
     with torch.no_grad():
-        a = cpu.scaled_weight(W, factors, True, dtype)
-        b = composite.scaled_weight(W, factors, True, dtype)
+        a = cpu.scaled_weight(ScaledWeight(W, factors, True, dtype))
+        b = composite.scaled_weight(ScaledWeight(W, factors, True, dtype))
     # at most the last bit: the one may fuse a multiplication and an addition where the other rounds in between
     torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert torch.equal(a == 0, b == 0)
@@ -126,22 +112,20 @@ def test_an_operator_uses_the_backend_it_is_given(backend, identity, fan_in_fan_
     x, grad_y = torch.randn(5, 12), torch.randn(5, 16)
     used = []
 
-    class Recorder:
-        @staticmethod
-        def scaled_weight(*args, **kwargs):
+    class Recorder(Composite):
+        def scaled_weight(self, *args, **kwargs):
             used.append("scaled_weight")
-            return backend.scaled_weight(*args, **kwargs)
+            return super().scaled_weight(*args, **kwargs)
 
-        @staticmethod
-        def factor_gradients(*args):
+        def factor_gradients(self, *args):
             used.append("factor_gradients")
-            return backend.factor_gradients(*args)
+            return super().factor_gradients(*args)
 
-    chosen = Recorder if backend is composite else backend
+    chosen = Recorder() if backend is composite else backend
     settings = (*lists, fan_in_fan_out, identity, torch.float32)
     with torch.no_grad():
-        y = schema._linear(chosen, x, W, bias, *settings)
-        grad_x, *grads = schema._linear_backward(chosen, grad_y, x, W, *settings, True, False, True)
+        y = ops._linear(chosen, x, W, bias, *settings)
+        grad_x, *grads = ops._linear_backward(chosen, grad_y, x, W, *settings, True, False, True)
     # W' comes last in the backward pass: it may be written over W
     assert used == (["scaled_weight", "factor_gradients", "scaled_weight"] if backend is composite else [])
     assert relative_error(y, reference.linear(x, w, bias, factors, identity=identity)) < 1e-6
@@ -155,59 +139,49 @@ def test_an_operator_uses_the_backend_it_is_given(backend, identity, fan_in_fan_
 def test_an_operator_that_goes_by_activation_has_the_dtype_asked_for():
     W, bias, factors = make(1024, 512, [16], torch.float32)
     with torch.no_grad():
-        y = schema._linear(cpu, torch.randn(1, 512), W, bias, *split(factors), False, True, torch.bfloat16)
+        y = ops._linear(cpu, torch.randn(1, 512), W, bias, *split(factors), False, True, torch.bfloat16)
     assert y.dtype == torch.bfloat16
 
 
-class Backend:
+class Backend(Composite):
     """One that notes what it is asked for, with the layer's passes of its own or without."""
 
     def __init__(self, whole_layer):
         self.calls = []
         if whole_layer:
-            self.linear = self.linear_backward = self._layer
+            self.linear_by_weight = self.linear_backward = self._layer
 
-    def _layer(self, *args):
+    def _layer(self, *args, **kwargs):
         self.calls.append("layer")
         return []
 
-    def scaled_weight(self, weight, factors, identity, dtype, out=None):
-        self.calls.append(("weight", out is weight))
-        return composite.scaled_weight(weight, factors, identity, dtype, out)
-
-    def factor_gradients(self, product, weight, factors):
-        return composite.factor_gradients(product, weight, factors)
+    def scaled_weight(self, w, out=None):
+        self.calls.append(("weight", out is w.weight))
+        return super().scaled_weight(w, out)
 
 
 @pytest.mark.parametrize("whole_layer", [True, False])
-def test_a_backend_is_asked_for_the_layer_if_it_has_it_and_else_for_the_weight(whole_layer):
+def test_a_backend_is_asked_for_the_layer_if_it_has_it_and_else_for_the_weight(whole_layer, monkeypatch):
     W, bias, factors = make(16, 12, [5, 3], torch.float32)
     W, A, B, s = W.detach(), *split(factors)
     x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
     backend = Backend(whole_layer)
+    needs = {"needs_x": True, "needs_factors": True}
     with torch.no_grad():
-        schema._linear(backend, x, W, bias, A, B, s, False, True, torch.float32)
-        schema._linear_backward(
-            backend,
-            grad_y,
-            x,
-            W,
-            A,
-            B,
-            s,
-            False,
-            True,
-            torch.float32,
-            needs_x=True,
-            needs_weight=False,
-            needs_factors=True,
-        )
-        schema._linear_in_place(backend, x, W.clone(), bias, A, B, s, True, torch.float32)
-        schema._linear_in_place_backward(
-            backend, grad_y, x, W.clone(), A, B, s, True, torch.float32, needs_x=True, needs_factors=True
-        )
-    # a weight that may be overwritten is where W' is written
+        ops._linear(backend, x, W, bias, A, B, s, False, True, torch.float32)
+        ops._linear_backward(backend, grad_y, x, W, A, B, s, False, True, torch.float32, **needs, needs_weight=False)
+        # a dequantized weight is the caller's to give away: W' is written there
+        monkeypatch.setattr(dequantized, "_overwriting_backend", lambda weight: backend)
+        dequantized._forward(x, W.clone, bias, True, torch.float32, s, [*A, *B])
+        dequantized._backward(grad_y, x, W.clone(), [*A, *B], (s, True, torch.float32), True, True)
     assert backend.calls == (["layer"] * 4 if whole_layer else [("weight", in_place) for in_place in (0, 0, 1, 1)])
+
+
+def test_where_a_dequantized_weight_may_be_overwritten():
+    assert dequantized._overwriting_backend(torch.empty(2, 2, device="meta")) is composite
+    assert dequantized._overwriting_backend(torch.empty(2, 2)) is None
+    with FakeTensorMode():
+        assert dequantized._overwriting_backend(torch.empty(2, 2, device="cuda")) is None
 
 
 @pytest.mark.parametrize("backend", [cpu, composite])
@@ -217,21 +191,22 @@ def test_gradients_have_the_dtypes_of_the_inputs_and_not_of_the_matmul(backend):
     x, grad_y = torch.randn(3, 12), torch.randn(3, 16).bfloat16()
     needs = {"needs_x": True, "needs_weight": True, "needs_factors": True}
     with torch.no_grad():
-        grads = schema._linear_backward(backend, grad_y, x, W, A, B, s, False, True, torch.bfloat16, **needs)
-        more = schema._scaled_weight_backward(backend, torch.randn(16, 12).bfloat16(), W, A, B, s, True, True, True)
+        grads = ops._linear_backward(backend, grad_y, x, W, A, B, s, False, True, torch.bfloat16, **needs)
+        more = ops._scaled_weight_backward(backend, torch.randn(16, 12).bfloat16(), W, A, B, s, True, True, True)
     assert {grad.dtype for grad in (*grads, *more)} == {torch.float32}
 
 
-@pytest.mark.parametrize("backward", [cpu.linear_backward, partial(by_weight.linear_backward, composite)])
+@pytest.mark.parametrize("backward", [cpu.linear_backward, composite.linear_backward])
 def test_only_the_gradients_that_are_needed_are_computed(backward):
     W, _, factors = make(16, 12, [5, 3], torch.float32)
     x, grad_y = torch.randn(3, 12), torch.randn(3, 16)
     with torch.no_grad():
-        grad_x, *grads = backward(grad_y, x, W, factors, True, torch.float32, True, True)
+        w = ScaledWeight(W, factors, True, torch.float32)
+        grad_x, *grads = backward(grad_y, x, w, True, True)
         assert [g.shape for g in (grad_x, *grads)] == [x.shape, *(t.shape for f in factors for t in f[:2])]
-        (only_x,) = backward(grad_y, x, W, factors, True, torch.float32, True, False)
-        no_x = backward(grad_y, x, W, factors, True, torch.float32, False, True)
-        assert backward(grad_y, x, W, factors, True, torch.float32, False, False) == []
+        (only_x,) = backward(grad_y, x, w, True, False)
+        no_x = backward(grad_y, x, w, False, True)
+        assert backward(grad_y, x, w, False, False) == []
     assert torch.equal(only_x, grad_x) and all(torch.equal(a, b) for a, b in zip(no_x, grads, strict=True))
 
 
@@ -249,11 +224,11 @@ def test_a_layer_goes_by_activation_for_as_many_tokens_as_that_is_cheaper(dtype,
     W, bias, factors = make(1024, 512, [4], torch.float32, fan_in_fan_out=fan_in_fan_out)
     w = W.T if fan_in_fan_out else W
     tokens = 1
-    while by_activation.is_cheaper(tokens + 1, w, factors, dtype):
+    while by_activation.is_cheaper(tokens + 1, ScaledWeight(w, factors, True, dtype)):
         tokens += 1
     backend = Backend(whole_layer=True)
     with torch.no_grad():
         for shape in ((tokens, 512), (1, tokens, 512), (tokens + 1, 512)):
             assert backend.calls == []
-            schema._linear(backend, torch.randn(shape), W, bias, *split(factors), fan_in_fan_out, True, dtype)
+            ops._linear(backend, torch.randn(shape), W, bias, *split(factors), fan_in_fan_out, True, dtype)
     assert backend.calls == ["layer"]

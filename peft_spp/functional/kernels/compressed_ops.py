@@ -2,8 +2,7 @@
 """
 The operators for weights without their zeros: `torch.ops.peft_spp.compressed_*`.
 
-They take a [`~peft_spp.functional.bitmask.Compressed`] as the tensors and the number that it consists of. Where a
-device has no kernels for it, the weight is expanded, used, and dropped.
+They take a [`~peft_spp.functional.bitmask.Compressed`] as the tensors and the number that it consists of.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch.library import Library, register_fake
 
-from ..bitmask import Compressed, decompress
-from . import schema  # noqa: F401  (the operators for dense weights are defined there)
+from ..bitmask import Compressed
+from .backend import KernelBackend
+from .ops import implement, like_factors, pack
+from .scaled import ScaledWeight
 
 
 _library = Library("peft_spp", "FRAGMENT")
@@ -28,6 +29,7 @@ _library.define(
 
 
 def _weight(
+    backend: KernelBackend,
     values: torch.Tensor,
     bitmask: torch.Tensor,
     row_offsets: torch.Tensor,
@@ -38,11 +40,12 @@ def _weight(
     identity: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    dense = decompress(Compressed(values, bitmask, row_offsets, columns))
-    return _scaled(dense, A, B, scaling, identity, dtype)
+    weight = Compressed(values, bitmask, row_offsets, columns)
+    return backend.compressed_weight(ScaledWeight(weight, pack(A, B, scaling), identity, dtype))
 
 
 def _linear(
+    backend: KernelBackend,
     x: torch.Tensor,
     values: torch.Tensor,
     bitmask: torch.Tensor,
@@ -55,16 +58,12 @@ def _linear(
     identity: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    dense = decompress(Compressed(values, bitmask, row_offsets, columns))
-    result: torch.Tensor
-    if A:
-        result = torch.ops.peft_spp.linear_in_place(x, dense, bias, A, B, scaling, identity, dtype)
-    else:
-        result = torch.nn.functional.linear(x.to(dtype), dense.to(dtype), None if bias is None else bias.to(dtype))
-    return result
+    weight = Compressed(values, bitmask, row_offsets, columns)
+    return backend.linear(x, ScaledWeight(weight, pack(A, B, scaling), identity, dtype), bias)
 
 
 def _linear_backward(
+    backend: KernelBackend,
     grad_y: torch.Tensor,
     x: torch.Tensor,
     values: torch.Tensor,
@@ -79,32 +78,19 @@ def _linear_backward(
     needs_x: bool,
     needs_factors: bool,
 ) -> list[torch.Tensor]:
-    dense = decompress(Compressed(values, bitmask, row_offsets, columns))
-    if not A:
-        return [torch.matmul(grad_y, dense.to(dtype)).to(x.dtype)] if needs_x else []
-    grads: list[torch.Tensor] = torch.ops.peft_spp.linear_in_place_backward(
-        grad_y, x, dense, A, B, scaling, identity, dtype, needs_x, needs_factors
-    )
-    return grads
+    weight = Compressed(values, bitmask, row_offsets, columns)
+    w = ScaledWeight(weight, pack(A, B, scaling), identity, dtype)
+    return backend.linear_backward(grad_y, x, w, needs_x, needs_factors)
 
 
-def _scaled(
-    dense: torch.Tensor,
-    A: list[torch.Tensor],
-    B: list[torch.Tensor],
-    scaling: list[float],
-    identity: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    if not A:
-        return dense.to(dtype)
-    result: torch.Tensor = torch.ops.peft_spp.scaled_weight(dense, A, B, scaling, identity, dtype)
-    return result
-
-
-_library.impl("compressed_weight", _weight, "CompositeExplicitAutograd")
-_library.impl("compressed_linear", _linear, "CompositeExplicitAutograd")
-_library.impl("compressed_linear_backward", _linear_backward, "CompositeExplicitAutograd")
+implement(
+    _library,
+    {
+        "compressed_weight": _weight,
+        "compressed_linear": _linear,
+        "compressed_linear_backward": _linear_backward,
+    },
+)
 
 
 @register_fake("peft_spp::compressed_weight")
@@ -155,7 +141,4 @@ def _(
     needs_x: bool,
     needs_factors: bool,
 ) -> list[torch.Tensor]:
-    grads = [x.new_empty(x.shape)] if needs_x else []
-    if needs_factors:
-        grads.extend(t.new_empty(t.shape) for pair in zip(A, B, strict=True) for t in pair)
-    return grads
+    return ([x.new_empty(x.shape)] if needs_x else []) + (like_factors(A, B) if needs_factors else [])
