@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,7 +28,8 @@ from peft_spp.demo.config import DemoConfig
 from peft_spp.demo.data import join_texts, split_topics, token_blocks, train_tokenizer
 from peft_spp.demo.display import make_progress, quiet_libraries
 from peft_spp.demo.training import ProgressCallback, train_dense
-from peft_spp.pruning import prune_magnitude, prune_sparsegpt, prune_wanda
+from peft_spp.pruning.by_block import prune_model
+from peft_spp.pruning.registry import METHODS
 from peft_spp.sparsity import sparsity_report
 
 from .harness import BenchmarkResult, Case, make_console, print_table
@@ -37,13 +38,6 @@ from .harness import options as opt
 
 NAME = "pruning"
 DENSE = "dense"
-METHODS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "magnitude": ("magnitude", lambda model, batches, **request: prune_magnitude(model, **request)),
-    "wanda": ("Wanda", prune_wanda),
-    "sparsegpt": ("SparseGPT", prune_sparsegpt),
-}
-"""The heading of each method's column, and what prunes a model."""
-
 REQUESTS: tuple[dict[str, Any], ...] = ({"pattern": "2:4"}, {"sparsity": 0.5}, {"pattern": "2:8"}, {"sparsity": 0.75})
 
 # larger than the model of the demo, so that each layer has some weights to spare
@@ -72,7 +66,7 @@ def main(
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
     quick: opt.QuickOption = False,
 ) -> None:
-    """Compare the perplexity of a small Llama pruned by magnitude, with Wanda and with SparseGPT."""
+    """Compare the perplexity of a small Llama pruned with each method."""
     run = opt.start_run(NAME, opt.Device.cpu, machine, output_dir, threads, quick)
     size = replace(QUICK_SIZE if quick else SIZE, calibration_batches=calibration_batches)
     texts = topics if data is None else read_texts(data)
@@ -148,7 +142,7 @@ def prune(
 ) -> PreTrainedModel:
     """A copy of the model, pruned."""
     pruned = copy.deepcopy(model)
-    METHODS[method][1](pruned, batches, **request)
+    prune_model(pruned, METHODS[method](**request), batches)
     return pruned
 
 
@@ -160,7 +154,7 @@ def report(result: BenchmarkResult) -> None:
         label = request if isinstance(request, str) else f"{request:.0%}"
         cells = [f"{case.values[name]['perplexity']:.2f}" for name in (DENSE, *METHODS)]
         rows.append([str(case.parameters["seed"]), label, *cells])
-    headings = ["seed", "pruned to", "dense", *(heading for heading, _ in METHODS.values())]
+    headings = ["seed", "pruned to", "dense", *(method.name for method in METHODS.values())]
     print_table(make_console(), headings, rows, numbers_from=2)
 
 

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from peft_spp.demo.data import train_tokenizer
-from peft_spp.pruning import prune_magnitude, prune_sparsegpt, prune_wanda
+from peft_spp.pruning.by_block import prune_model
+from peft_spp.pruning.registry import METHODS
 
 from .data import Texts, blocks_of
 from .samples import sampled_blocks
@@ -274,14 +275,9 @@ def prune(model: PreTrainedModel, pruning: Pruning, blocks: torch.Tensor) -> Non
     request: dict[str, Any] = {"pattern": pruning.pattern}
     if pruning.pattern is None:
         request = {"sparsity": pruning.sparsity}
-    if pruning.method == "magnitude":
-        prune_magnitude(model, **request)
-    elif pruning.method == "wanda":
-        prune_wanda(model, blocks.split(16), **request)
-    elif pruning.method == "sparsegpt":
-        prune_sparsegpt(model, blocks.split(16), **request)
-    else:
+    if pruning.method not in METHODS:
         raise ValueError(f"A model that is trained here cannot be pruned by {pruning.method!r}.")
+    prune_model(model, METHODS[pruning.method](**request), blocks.split(16))
 
 
 def fingerprint(*parts: Any) -> str:

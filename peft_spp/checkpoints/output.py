@@ -21,7 +21,7 @@ from types import TracebackType
 from torch import Tensor
 
 from ..durable import OUT_OF_SPACE, sync_folder
-from ..sparsity.table import some
+from ..reports import some
 from .own_files import FolderKind, Signature, scan
 from .replacing import can_be_renamed, exchange, mount_points, put_inside, rename_into_place
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from ..pruning.registry import METHODS, option_names
 from .console import (
     ExcludeModulesOption,
     JsonOption,
@@ -19,16 +23,32 @@ from .console import (
 )
 
 
-class Method(str, Enum):
-    wanda = "wanda"
-    magnitude = "magnitude"
-    sparsegpt = "sparsegpt"
+Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
+def with_method_options(command: Command) -> Command:
+    """Give a command that takes `**options` the options of all pruning methods, before `--device`."""
+    signature = inspect.signature(command, eval_str=True)
+    kept = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    place = next(number for number, one in enumerate(kept) if one.name == "device")
+    for method in METHODS.values():
+        types = get_type_hints(method)
+        for field in fields(method):
+            if field.name in option_names(method):
+                kind: Any = Annotated[types[field.name], typer.Option(help=field.metadata["help"])]  # type: ignore
+                kept.insert(place, kept[place].replace(name=field.name, default=field.default, annotation=kind))
+                place += 1
+    command.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in kept}
+    return command
+
+
+@with_method_options
 def prune(
     model: Annotated[str, typer.Argument(help="The dense model: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the pruned model to.")],
-    method: Annotated[Method, typer.Option(help="How to choose what to prune.")] = Method.wanda,
+    method: Annotated[Method, typer.Option(help="How to choose what to prune.")] = Method.wanda,  # type: ignore[attr-defined]
     pattern: Annotated[str | None, typer.Option(metavar="N:M", help="Keep N of M weights in a row, as 2:4.")] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="The share of the weights to prune, as 0.5, where no pattern is given.")
@@ -48,8 +68,6 @@ def prune(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     target_modules: TargetModulesOption = None,
     exclude_modules: ExcludeModulesOption = None,
-    damping: Annotated[float, typer.Option(help="SparseGPT: what is added to the Hessian's diagonal.")] = 0.01,
-    block_size: Annotated[int, typer.Option(help="SparseGPT: the inputs between two updates.")] = 128,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default on a GPU if there is one.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")
@@ -58,6 +76,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Check everything and say what would be pruned, but write nothing.")
     ] = False,
     as_json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """
     Prune a dense model to 2:4 or another pattern, with one of its blocks in memory at a time.
@@ -80,11 +99,10 @@ def prune(
             seed=seed,
             target_modules=as_modules(target_modules, "--target-modules"),
             exclude_modules=as_modules(exclude_modules, "--exclude-modules"),
-            damping=damping,
-            block_size=block_size,
             device=device,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
+            **{name: options[name] for name in option_names(METHODS[method.value])},
         )
     print_report(report, as_json)

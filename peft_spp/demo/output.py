@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..checkpoints.own_files import ADAPTER, MODEL, FolderKind, scan
 from ..checkpoints.replacing import remove
-from ..sparsity.table import some
+from ..reports import some
 
 
 # Tells a folder that an earlier demo has written from any other.

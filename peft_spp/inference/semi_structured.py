@@ -18,9 +18,9 @@ from torch.sparse import (
 )
 from torch.utils.benchmark import Timer
 
+from ..reports import PlainData, by_reason, some
 from ..sparsity import satisfies_n_m
 from ..sparsity.names import matches
-from ..sparsity.table import some
 from ..tuner import SPPLayer
 
 
@@ -34,7 +34,7 @@ _TIMED_SECONDS = 0.05
 
 
 @dataclass
-class SemiStructuredReport:
+class SemiStructuredReport(PlainData):
     """What was packed, and what was not. `str()` tells it in a few lines.
 
     Args:
@@ -49,14 +49,6 @@ class SemiStructuredReport:
     packed: dict[str, float | None] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {"tokens": self.tokens, "packed": dict(self.packed), "skipped": dict(self.skipped)}
-
     def __str__(self) -> str:
         lines = [f"{len(self.packed)} linear layers packed as 2:4, {len(self.skipped)} left dense"]
         speedups = [speedup for speedup in self.packed.values() if speedup is not None]
@@ -64,10 +56,7 @@ class SemiStructuredReport:
             lines.append(
                 f"{min(speedups):.2f} to {max(speedups):.2f} times as fast as dense, {self.tokens} tokens at a time"
             )
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
-        return "\n".join([*lines, *(f"{reason}: {some(names, 3)}" for reason, names in reasons.items())])
+        return "\n".join(lines + _reasons(self.skipped))
 
 
 @torch.no_grad()
@@ -287,8 +276,8 @@ def _check_devices(model: nn.Module) -> None:
 def _nothing_to_pack(skipped: dict[str, str]) -> str:
     if not skipped:
         return "the model has no linear layers"
-    reasons: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        reasons.setdefault(reason, []).append(name)
-    told = "; ".join(f"{reason}: {some(names, 3)}" for reason, names in reasons.items())
-    return f"no linear layer of the model can be packed as 2:4. {told}"
+    return f"no linear layer of the model can be packed as 2:4. {'; '.join(_reasons(skipped))}"
+
+
+def _reasons(skipped: dict[str, str]) -> list[str]:
+    return [f"{reason}: {some(names, 3)}" for reason, names in by_reason(skipped).items()]

@@ -8,21 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import Factors, expand_row_blocks, row_block_index
 from ..merge.adapter import AdaptedModule, load_adapter
+from ..reports import ModuleReport, PlainData, distinct, percent, shapes, some, span
 from ..sparsity import MaskRecord
 from ..sparsity.base_masks import BaseRecord
-from ..sparsity.by_module import ByModule
-from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
 
 
 @dataclass(frozen=True)
-class AdaptedModuleInspection:
+class AdaptedModuleInspection(PlainData):
     """What an adapter does to one module, whose weight becomes W ⊙ (1 + D) with D = s · P(A) ⊙ B.
 
     Args:
@@ -47,18 +45,9 @@ class AdaptedModuleInspection:
     norm_B: float
     mask: MaskRecord | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        mask = None if self.mask is None else self.mask.to_dict()
-        return {**vars(self), "shape": list(self.shape), "mask": mask}
-
 
 @dataclass(frozen=True)
-class AdapterInspection(ByModule[AdaptedModuleInspection]):
+class AdapterInspection(ModuleReport[AdaptedModuleInspection]):
     """What an adapter holds. `str()` gives a table, iteration the modules, `inspection[name]` one of them.
 
     Args:
@@ -69,6 +58,9 @@ class AdapterInspection(ByModule[AdaptedModuleInspection]):
         trained (`tuple[str, ...]`): Tensors that take the place of the model's own: biases, `modules_to_save`.
         factors (`Mapping[str, AdaptedModule]`): Where the factors of the modules are, by name.
     """
+
+    json_keys = ("source", "kind", "base_model", "quantization", "change", "modules", "trained")
+    kind = "adapter"
 
     source: str
     base_model: str | None
@@ -100,35 +92,12 @@ class AdapterInspection(ByModule[AdaptedModuleInspection]):
         factors = _load(self.factors[name])
         return factors.scaling * expand_row_blocks(factors.A, factors.B.shape[0]) * factors.B
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "source": self.source,
-            "kind": "adapter",
-            "base_model": self.base_model,
-            "quantization": self.quantization,
-            "change": self.change,
-            "modules": [module.to_dict() for module in self],
-            "trained": list(self.trained),
-        }
-
     def __str__(self) -> str:
         quantized = f", quantized with {self.quantization}" if self.quantization else ""
         lines = [f"SPP adapter {self.source}", f"of {self.base_model or 'a base model without name'}{quantized}"]
         if self.modules:
-            grouped = len(self.modules) > MAX_ROWS
-            groups: dict[str, list[AdaptedModuleInspection]] = {}
-            for module in self:
-                groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
-            rows = [
-                [title + (f" x{len(group)}" if grouped else ""), *_cells(group)] for title, group in groups.items()
-            ]
             columns = ("module", "shape", "trained on", "r", "s", "change (rms)", "largest", "|A|", "|B|")
-            lines += ["", plain_table(columns, rows, right=columns[3:]), ""]
+            lines += ["", self.module_table(columns, _cells, right=columns[3:]), ""]
         untouched = sum(1 for module in self if module.norm_B == 0)
         lines.append(f"{len(self)} modules adapted; their weights change by {_share(self.change)} (root mean square)")
         if untouched:
@@ -192,25 +161,19 @@ def _inspect(module: AdaptedModule, mask: MaskRecord | None) -> AdaptedModuleIns
 
 
 def _cells(group: list[AdaptedModuleInspection]) -> list[str]:
-    shapes = dict.fromkeys(" x ".join(map(str, module.shape)) for module in group)
     masks = dict.fromkeys(
         "" if module.mask is None else f"{module.mask.pattern}, {percent(module.mask.sparsity)}" for module in group
     )
     return [
-        next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
+        shapes(group),
         next(iter(masks)) if len(masks) == 1 else f"{len(masks)} masks",
-        ", ".join(dict.fromkeys(str(module.r) for module in group)),
-        ", ".join(dict.fromkeys(f"{module.scaling:g}" for module in group)),
-        _range([module.change for module in group], _share),
+        distinct(module.r for module in group),
+        distinct(f"{module.scaling:g}" for module in group),
+        span((module.change for module in group), _share),
         _share(max(module.largest for module in group)),
-        _range([module.norm_A for module in group], "{:.3g}".format),
-        _range([module.norm_B for module in group], "{:.3g}".format),
+        span((module.norm_A for module in group), "{:.3g}".format),
+        span((module.norm_B for module in group), "{:.3g}".format),
     ]
-
-
-def _range(values: list[float], write: Any) -> str:
-    low, high = write(min(values)), write(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def _share(value: float) -> str:

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reports import ModuleReport, PlainData, by_reason, distinct, percent, shapes, share, some, span, total
 from ..sparsity import ModuleSparsity, NMPattern
 from ..sparsity.bits import CHUNK_ELEMENTS, look_at
-from ..sparsity.by_module import ByModule
 from ..sparsity.pattern import parse_patterns
 from ..sparsity.report import module_sparsity
 from ..sparsity.sources import Source, open_weights
-from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
-from ..sparsity.weights import Weight, called
+from ..sparsity.weights import Weight
 
 
 @dataclass(frozen=True)
-class ModuleInspection:
+class ModuleInspection(PlainData):
     """What one linear layer looks like.
 
     Args:
@@ -46,11 +45,6 @@ class ModuleInspection:
         return self.sparsity.name
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
         return {
             **self.sparsity.to_dict(),
             "size": self.size,
@@ -62,7 +56,7 @@ class ModuleInspection:
 
 
 @dataclass(frozen=True)
-class CheckpointInspection(ByModule[ModuleInspection]):
+class CheckpointInspection(ModuleReport[ModuleInspection]):
     """What a checkpoint looks like. `str()` gives a table, iteration the layers, `inspection[name]` one of them.
 
     Args:
@@ -72,30 +66,27 @@ class CheckpointInspection(ByModule[ModuleInspection]):
         weights (`Mapping[str, Weight]`): Where the weights of the layers are, by name.
     """
 
+    json_keys = ("source", "kind", "total_sparsity", "numel", "zeros", "size", "modules", "skipped")
+    kind = "checkpoint"
+
     source: str
     modules: Mapping[str, ModuleInspection]
     skipped: Mapping[str, str]
     weights: Mapping[str, Weight]
 
-    @property
-    def numel(self) -> int:
-        """How many weights were counted."""
-        return sum(module.sparsity.numel for module in self)
+    numel = total("sparsity.numel")
+    """How many weights were counted."""
 
-    @property
-    def zeros(self) -> int:
-        """How many of them are zero."""
-        return sum(module.sparsity.zeros for module in self)
+    zeros = total("sparsity.zeros")
+    """How many of them are zero."""
 
-    @property
-    def size(self) -> int:
-        """The bytes of them."""
-        return sum(module.size for module in self)
+    size = total("size")
+    """The bytes of them."""
 
     @property
     def total_sparsity(self) -> float:
         """The share of counted weights that are zero, between 0 and 1."""
-        return self.zeros / self.numel if self.numel else 0.0
+        return share(self.zeros, self.numel)
 
     def nonzero(self, name: str) -> Tensor:
         """Read which weights of a layer are not zero.
@@ -114,34 +105,9 @@ class CheckpointInspection(ByModule[ModuleInspection]):
         weight = self.weights[name]
         return look_at(next(_matrices(weight.load(), weight.transposed)).contiguous()).nonzero
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "source": self.source,
-            "kind": "checkpoint",
-            "total_sparsity": self.total_sparsity,
-            "numel": self.numel,
-            "zeros": self.zeros,
-            "size": self.size,
-            "modules": [module.to_dict() for module in self],
-            "skipped": dict(self.skipped),
-        }
-
     def __str__(self) -> str:
         lines = [f"Linear layers of {self.source}"]
         if self.modules:
-            grouped = len(self.modules) > MAX_ROWS
-            groups: dict[str, list[ModuleInspection]] = {}
-            for module in self:
-                groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
-            rows = [
-                [called(title) + (f" x{len(group)}" if grouped else ""), *_cells(group)]
-                for title, group in groups.items()
-            ]
             columns = (
                 "module",
                 "shape",
@@ -153,15 +119,12 @@ class CheckpointInspection(ByModule[ModuleInspection]):
                 "empty outputs",
                 "empty inputs",
             )
-            lines += ["", plain_table(columns, rows, right=columns[4:]), ""]
+            lines += ["", self.module_table(columns, _cells, right=columns[4:]), ""]
         lines.append(
             f"{len(self)} linear layers, {self.numel:,} weights in {_bytes(self.size)}, "
             f"{percent(self.total_sparsity)} zero"
         )
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(called(name))
-        lines += [f"not counted, {reason}: {some(names, 3)}" for reason, names in reasons.items()]
+        lines += [f"not counted, {reason}: {some(names, 3)}" for reason, names in by_reason(self.skipped).items()]
         return "\n".join(lines)
 
 
@@ -229,25 +192,16 @@ def _matrices(tensor: Tensor, transposed: bool) -> Iterator[Tensor]:
 
 def _cells(group: list[ModuleInspection]) -> list[str]:
     all_of = [module.sparsity for module in group]
-    shapes = dict.fromkeys(
-        " x ".join(map(str, one.shape)) + (" (in, out)" if one.transposed else "") for one in all_of
-    )
     return [
-        next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
-        ", ".join(dict.fromkeys(one.dtype for one in all_of)),
-        ", ".join(dict.fromkeys(one.pattern for one in all_of)),
+        shapes(all_of),
+        distinct(one.dtype for one in all_of),
+        distinct(one.pattern for one in all_of),
         _bytes(sum(module.size for module in group)),
-        _range(one.sparsity for one in all_of),
-        _range([min(module.least for module in group), max(module.most for module in group)]),
+        span((one.sparsity for one in all_of), percent),
+        span([min(module.least for module in group), max(module.most for module in group)], percent),
         f"{sum(module.empty_outputs for module in group):,}",
         f"{sum(module.empty_inputs for module in group):,}",
     ]
-
-
-def _range(shares: Iterable[float]) -> str:
-    listed = list(shares)
-    low, high = percent(min(listed)), percent(max(listed))
-    return low if low == high else f"{low} to {high}"
 
 
 def _bytes(count: float) -> str:

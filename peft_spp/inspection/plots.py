@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..durable import write_file
-from ..sparsity.table import kind_of
+from ..reports import kind_of
 from .adapter import AdapterInspection
 from .checkpoint import CheckpointInspection
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoints.output import overwritten_line
-from ..sparsity.by_module import ByModule
-from ..sparsity.table import MAX_ROWS, kind_of, plain_table
+from ..reports import ModuleReport, PlainData, distinct
 
 
 @dataclass(frozen=True)
-class ExchangedModule:
+class ExchangedModule(PlainData):
     """What was written for one module.
 
     Args:
@@ -34,7 +32,7 @@ class ExchangedModule:
 
 
 @dataclass(frozen=True)
-class InterchangeReport(ByModule[ExchangedModule]):
+class InterchangeReport(ModuleReport[ExchangedModule]):
     """What an export or a conversion did. `str()` gives a table, iteration the modules, `report[name]` one of them.
 
     Args:
@@ -59,40 +57,14 @@ class InterchangeReport(ByModule[ExchangedModule]):
     overwritten: tuple[str, ...]
     size: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            **vars(self),
-            "modules": [vars(module) for module in self],
-            "others": list(self.others),
-            "overwritten": list(self.overwritten),
-        }
-
     def __str__(self) -> str:
         what = "Would write" if self.dry_run else "Wrote"
-        groups: dict[str, list[ExchangedModule]] = {}
-        for module in self:
-            groups.setdefault(kind_of(module.name) if len(self) > MAX_ROWS else module.name, []).append(module)
         columns = ("module", "out x in", "r", "scaling", "parameters")
-        rows = [
-            [
-                title + (f" x{len(group)}" if len(group) > 1 else ""),
-                ", ".join(dict.fromkeys(f"{module.out_features} x {module.in_features}" for module in group)),
-                ", ".join(dict.fromkeys(str(module.r) for module in group)),
-                ", ".join(dict.fromkeys(f"{module.scaling:g}" for module in group)),
-                f"{sum(module.parameters for module in group):,}",
-            ]
-            for title, group in groups.items()
-        ]
         lines = [
             f"{what} {self.source} adapter {self.adapter}",
             f"as {self.method} adapter {self.output}",
             "",
-            plain_table(columns, rows, right=columns[2:]),
+            self.module_table(columns, _cells, right=columns[2:]),
             "",
             f"{len(self)} modules, {self.size:,} bytes",
         ]
@@ -100,3 +72,12 @@ class InterchangeReport(ByModule[ExchangedModule]):
             lines.append(f"{len(self.others)} other tensors copied")
         lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)
+
+
+def _cells(group: list[ExchangedModule]) -> list[str]:
+    return [
+        distinct(f"{module.out_features} x {module.in_features}" for module in group),
+        distinct(module.r for module in group),
+        distinct(f"{module.scaling:g}" for module in group),
+        f"{sum(module.parameters for module in group):,}",
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from .._version import __version__
 from ..checkpoints.card import INVITATION, Card
 from ..model_card import TAGS
-from ..sparsity.table import percent
+from ..reports import percent
 from .report import MergeReport
 
 

@@ -6,15 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoints.output import overwritten_line
-from ..sparsity.by_module import ByModule
-from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
+from ..reports import ModuleReport, PlainData, distinct, percent, shapes, share, some, total
 
 
 @dataclass(frozen=True)
-class MergedModule:
+class MergedModule(PlainData):
     """What merging did to the weight of one module.
 
     Args:
@@ -32,6 +30,8 @@ class MergedModule:
         gained (`int`): How many were not zero and are, by underflow or a factor of zero.
         non_finite (`int`): How many are infinite or NaN: none, or the merge would have failed.
     """
+
+    json_properties = ("numel",)
 
     name: str
     tensor: str
@@ -52,17 +52,9 @@ class MergedModule:
         """How many weights there are."""
         return math.prod(self.shape)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {**vars(self), "shape": list(self.shape), "numel": self.numel}
-
 
 @dataclass(frozen=True)
-class MergeReport(ByModule[MergedModule]):
+class MergeReport(ModuleReport[MergedModule]):
     """What a merge did. `str()` gives a table, iteration the merged modules, `report[name]` one of them.
 
     Args:
@@ -81,6 +73,8 @@ class MergeReport(ByModule[MergedModule]):
         size (`int`): How many bytes the merged model takes.
     """
 
+    json_properties = ("numel", "zeros_before", "zeros_after", "lost", "gained")
+
     base: str
     adapter: str
     output: str
@@ -95,75 +89,31 @@ class MergeReport(ByModule[MergedModule]):
     overwritten: tuple[str, ...]
     size: int
 
-    @property
-    def numel(self) -> int:
-        """How many weights an adapter was merged into."""
-        return sum(module.numel for module in self)
+    numel = total("numel")
+    """How many weights an adapter was merged into."""
 
-    @property
-    def zeros_before(self) -> int:
-        """How many of them were zero (pruned)."""
-        return sum(module.zeros_before for module in self)
+    zeros_before = total("zeros_before")
+    """How many of them were zero (pruned)."""
 
-    @property
-    def zeros_after(self) -> int:
-        """How many of them are zero."""
-        return sum(module.zeros_after for module in self)
+    zeros_after = total("zeros_after")
+    """How many of them are zero."""
 
-    @property
-    def lost(self) -> int:
-        """How many of them were zero and are not: none."""
-        return sum(module.lost for module in self)
+    lost = total("lost")
+    """How many of them were zero and are not: none."""
 
-    @property
-    def gained(self) -> int:
-        """How many of them were not zero and are."""
-        return sum(module.gained for module in self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "base": self.base,
-            "adapter": self.adapter,
-            "output": self.output,
-            "dry_run": self.dry_run,
-            "numel": self.numel,
-            "zeros_before": self.zeros_before,
-            "zeros_after": self.zeros_after,
-            "lost": self.lost,
-            "gained": self.gained,
-            "modules": [module.to_dict() for module in self],
-            "replaced": list(self.replaced),
-            "copied": self.copied,
-            "files": list(self.files),
-            "carried": list(self.carried),
-            "left_out": list(self.left_out),
-            "base_masks": self.base_masks,
-            "overwritten": list(self.overwritten),
-            "size": self.size,
-        }
+    gained = total("gained")
+    """How many of them were not zero and are."""
 
     def __str__(self) -> str:
         what = "Would merge" if self.dry_run else "Merged"
         lines = [f"{what} {self.adapter}", f"into {self.base}", f"as {self.output}"]
         if self.modules:
-            grouped = len(self.modules) > MAX_ROWS
-            groups: dict[str, list[MergedModule]] = {}
-            for module in self:
-                groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
-            rows = [
-                [title + (f" x{len(group)}" if grouped else ""), *_cells(group)] for title, group in groups.items()
-            ]
             columns = ("module", "shape", "dtype", "r", "zero before", "zero after", "lost", "new zeros")
-            lines += ["", plain_table(columns, rows, right=columns[3:]), ""]
+            lines += ["", self.module_table(columns, _cells, right=columns[3:]), ""]
         lines.append(
             f"{len(self)} modules merged, {self.numel:,} weights: "
-            f"{percent(_share(self.zeros_before, self.numel))} zero before, "
-            f"{percent(_share(self.zeros_after, self.numel))} after, {self.lost:,} zeros lost, "
+            f"{percent(share(self.zeros_before, self.numel))} zero before, "
+            f"{percent(share(self.zeros_after, self.numel))} after, {self.lost:,} zeros lost, "
             f"{self.gained:,} new zeros"
         )
         if self.replaced:
@@ -180,20 +130,13 @@ class MergeReport(ByModule[MergedModule]):
 
 
 def _cells(group: list[MergedModule]) -> list[str]:
-    shapes = dict.fromkeys(
-        " x ".join(map(str, module.shape)) + (" (in, out)" if module.transposed else "") for module in group
-    )
     numel = sum(module.numel for module in group)
     return [
-        next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
-        ", ".join(dict.fromkeys(module.dtype for module in group)),
-        ", ".join(dict.fromkeys(str(module.r) for module in group)),
-        percent(_share(sum(module.zeros_before for module in group), numel)),
-        percent(_share(sum(module.zeros_after for module in group), numel)),
+        shapes(group),
+        distinct(module.dtype for module in group),
+        distinct(module.r for module in group),
+        percent(share(sum(module.zeros_before for module in group), numel)),
+        percent(share(sum(module.zeros_after for module in group), numel)),
         f"{sum(module.lost for module in group):,}",
         f"{sum(module.gained for module in group):,}",
     ]
-
-
-def _share(count: int, numel: int) -> float:
-    return count / numel if numel else 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning a model in memory block by block, each block by what it gets once the blocks before it are pruned."""
+"""Pruning a model in memory: block by block, each by what it gets once the blocks before it are pruned."""
 
 from __future__ import annotations
 
@@ -18,31 +18,35 @@ from .methods import PruningMethod
 
 
 @torch.no_grad()
-def prune_by_block(
+def prune_model(
     model: nn.Module,
-    calibration_batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
     method: PruningMethod,
-    target_modules: str | Iterable[str] | None,
-    exclude_modules: str | Iterable[str] | None,
+    calibration_batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]] = (),
+    target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
 ) -> None:
     """
-    Prune the linear layers of a model in place, with a method that needs calibration data.
+    Prune the linear layers of a model in place: block by block with a method that needs calibration data.
 
     Everything is checked on the dense model, with one forward pass, before the model is changed.
 
     Args:
         model (`nn.Module`): The model.
-        calibration_batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
         method (`PruningMethod`): The method.
+        calibration_batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
         target_modules (`str` or `Iterable[str]`, *optional*): Which linear layers of the blocks.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not.
     """
     layers = find_target_layers(model, target_modules, exclude_modules)
+    if method.statistics is None:
+        check_prunable(layers, method.pattern)
+        for name, layer in layers.items():
+            method.prune(name, layer, None)
+        return
     blocks_name, blocks = find_blocks(model, layers)
     check_prunable(layers, method.pattern)
     check_in_blocks(layers, blocks_name, method)
     check_unshared(model, layers)
-    assert method.statistics is not None
 
     with calibration_mode(model):
         dense = method.statistics(layers)

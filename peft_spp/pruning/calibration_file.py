@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..text_files import read_texts
+
+
+SAMPLES = 128
+SEQUENCE_LENGTH = 2048
 
 
 def read_documents(file: Path) -> list[str]:
@@ -67,3 +73,47 @@ def calibration_sequences(
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
     return [ids[None, start : start + sequence_length] for start in (drawn * sequence_length).tolist()]
+
+
+def calibration_from_file(
+    file: str | os.PathLike[str],
+    model: Path,
+    config: PreTrainedConfig,
+    samples: int,
+    sequence_length: int | None,
+    seed: int,
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """
+    Draw the calibration data for a model from a file.
+
+    Args:
+        file (`str` or `os.PathLike`): See [`read_documents`].
+        model (`Path`): The folder of the model, with its tokenizer.
+        config (`PreTrainedConfig`): The model's configuration, which says how long its context is.
+        samples (`int`): How many sequences to draw.
+        sequence_length (`int`, *optional*): The tokens in each; by default 2048, or the context if that is shorter.
+        seed (`int`): Seed of the draw.
+
+    Returns:
+        `tuple[list[torch.Tensor], dict[str, Any]]`: Token ids, each of shape `(1, sequence_length)`, and the settings.
+
+    Raises:
+        ValueError: If a number cannot be used, the model has no tokenizer, or there is too little text.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if sequence_length is None:
+        sequence_length = min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
+    if samples < 1 or sequence_length < 1:
+        raise ValueError(f"samples and sequence_length must be positive, but are {samples} and {sequence_length}")
+    if limit is not None and sequence_length > limit:
+        raise ValueError(f"sequence_length={sequence_length} is more than the model's context of {limit} tokens")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model} has no tokenizer that can be loaded ({error}): put the model's tokenizer there, or give "
+            "batches of token ids as calibration"
+        ) from error
+    path = Path(file).expanduser()
+    data = calibration_sequences(path, tokenizer, samples, sequence_length, seed)
+    return data, {"calibration": path.name, "samples": samples, "sequence_length": sequence_length, "seed": seed}

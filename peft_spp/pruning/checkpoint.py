@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.card import read_card
@@ -28,24 +27,17 @@ from ..sparsity.counting import Counts, count
 from .by_block import check_in_blocks, layers_of_block, prune_block
 from .calibration import check_repeatable
 from .calibration_data import CalibrationInputs, calibration_inputs
-from .calibration_file import calibration_sequences
+from .calibration_file import SAMPLES, calibration_from_file
 from .calibration_mode import calibration_mode
 from .dense_run import check_reached, enter_checkpoint
 from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
-from .magnitude import Magnitude
 from .methods import PruningMethod
 from .model_card import pruned_card
 from .preflight import check_finite, check_tokens, last_block, needed_tensors
+from .registry import create_method, option_names
 from .report import PrunedModule, PruneReport
 from .skeleton import Skeleton
-from .sparsegpt import BLOCK_SIZE, DAMPING, SparseGPT
-from .wanda import Wanda
 
-
-MethodName = Literal["wanda", "magnitude", "sparsegpt"]
-METHODS = ("wanda", "magnitude", "sparsegpt")
-SAMPLES = 128
-SEQUENCE_LENGTH = 2048
 
 Progress = Callable[[int, int], object]
 """Called with the steps done and the steps there are."""
@@ -57,7 +49,7 @@ def prune_checkpoint(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    method: MethodName = "wanda",
+    method: str = "wanda",
     pattern: str | NMPattern | None = None,
     sparsity: float | None = None,
     calibration: str | os.PathLike[str] | Batches | None = None,
@@ -66,12 +58,11 @@ def prune_checkpoint(
     seed: int = 0,
     target_modules: str | Iterable[str] | None = None,
     exclude_modules: str | Iterable[str] | None = None,
-    damping: float = DAMPING,
-    block_size: int = BLOCK_SIZE,
     device: str | torch.device | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> PruneReport:
     """
     Prune a checkpoint, from disk to disk, with one transformer block in memory at a time.
@@ -103,8 +94,6 @@ def prune_checkpoint(
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
-        damping (`float`, *optional*, defaults to 0.01): SparseGPT's λ, as a fraction of the mean of the diagonal of H.
-        block_size (`int`, *optional*, defaults to 128): SparseGPT's number of inputs between updates.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
@@ -112,6 +101,7 @@ def prune_checkpoint(
             Whether to check everything that a run checks before it prunes, with a pass of the first calibration batch
             through the dense model, and to say what would be pruned and which files replaced, but write nothing.
         progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
+        **options (`Any`): The method's own: `damping` and `block_size` of [`prune_sparsegpt`].
 
     Returns:
         `PruneReport`: What was pruned.
@@ -119,6 +109,7 @@ def prune_checkpoint(
     Raises:
         FileNotFoundError: If the model or the calibration file is not there.
         FileExistsError: If `output` must not be replaced, or somebody else has written to it meanwhile.
+        TypeError: If the method does not have an option.
         ValueError: If an argument cannot be used, the blocks of the model cannot be found, a weight is not finite, or
             there is too little calibration data; the message names the value, the tensor or the file.
         OSError: If there is no space for the output.
@@ -131,7 +122,7 @@ def prune_checkpoint(
     >>> report = prune_checkpoint("path/to/model", "pruned", method="wanda", pattern="2:4", calibration="texts.jsonl")
     ```
     """
-    chosen = _choose(method, pattern, sparsity, damping, block_size)
+    chosen = create_method(method, pattern, sparsity, options)
     if chosen.statistics is not None and calibration is None:
         raise ValueError(
             f"method={method!r} needs calibration data: give a file of text or JSON lines as calibration, or use "
@@ -152,12 +143,16 @@ def prune_checkpoint(
     if chosen.statistics is not None and calibration is not None:
         check_in_blocks(layers, skeleton.blocks_name, chosen)
         check_unshared(skeleton.model, layers)
-        batches, used = _calibration_data(skeleton, calibration, samples, sequence_length, seed)
+        batches: Batches
+        if isinstance(calibration, (str, os.PathLike)):
+            config = skeleton.model.config
+            batches, used = calibration_from_file(calibration, folder, config, samples, sequence_length, seed)
+        else:
+            batches, used = calibration, {"calibration": "batches given in Python"}
         settings |= used
         data = list(calibration_inputs(batches))
         check_tokens(skeleton, data)
-    if isinstance(chosen, SparseGPT):
-        settings |= {"damping": damping, "block_size": block_size}
+    settings |= {option: getattr(chosen, option) for option in option_names(type(chosen))}
 
     run = _Run(chosen, skeleton, layers, progress)
     run.look(data, 0 if dry_run else run.steps(len(data)))
@@ -173,49 +168,6 @@ def prune_checkpoint(
             sync_file(path)
         out.publish()
     return report
-
-
-def _choose(
-    method: str, pattern: str | NMPattern | None, sparsity: float | None, damping: float, block_size: int
-) -> PruningMethod:
-    if method == "wanda":
-        return Wanda(pattern, sparsity)
-    if method == "magnitude":
-        return Magnitude(pattern, sparsity)
-    if method == "sparsegpt":
-        return SparseGPT(pattern, sparsity, damping, block_size)
-    raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
-
-
-def _calibration_data(
-    skeleton: Skeleton,
-    calibration: str | os.PathLike[str] | Batches,
-    samples: int,
-    sequence_length: int | None,
-    seed: int,
-) -> tuple[Batches, dict[str, Any]]:
-    """The calibration data, and what to tell of it."""
-    if not isinstance(calibration, (str, os.PathLike)):
-        return calibration, {"calibration": "batches given in Python"}
-    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if sequence_length is None:
-        sequence_length = min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
-    if samples < 1 or sequence_length < 1:
-        raise ValueError(f"samples and sequence_length must be positive, but are {samples} and {sequence_length}")
-    if limit is not None and sequence_length > limit:
-        raise ValueError(f"sequence_length={sequence_length} is more than the model's context of {limit} tokens")
-    folder = skeleton.checkpoint.folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer that can be loaded ({error}): put the model's tokenizer there, or give "
-            "batches of token ids as calibration"
-        ) from error
-    file = Path(calibration).expanduser()
-    data = calibration_sequences(file, tokenizer, samples, sequence_length, seed)
-    used = {"calibration": file.name, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-    return data, used
 
 
 def _copy_files(checkpoint: Checkpoint, out: OutputFolder) -> dict[Path, Path]:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from ..sparsity import NMPattern
-from .layers import LinearLayer, apply_mask, check_prunable, find_target_layers, weight_matrix
+from .by_block import prune_model
+from .layers import LinearLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
 
 
-@torch.no_grad()
 def prune_magnitude(
     model: nn.Module,
     *,
@@ -51,10 +51,7 @@ def prune_magnitude(
     ```
     """
     method = Magnitude(pattern, sparsity)
-    layers = find_target_layers(model, target_modules, exclude_modules)
-    check_prunable(layers, pattern)
-    for name, layer in layers.items():
-        method.prune(name, layer, None)
+    prune_model(model, method, (), target_modules, exclude_modules)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,10 +15,15 @@ from .layers import LinearLayer
 from .mask import check_pruning_request
 
 
+def option(default: Any, help: str) -> Any:
+    """A field of a method: an option of its own, with the help that the command prints."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class PruningMethod(ABC):
     """
-    A method and what it is asked for.
+    A method and what it is asked for. Fields that a method adds, with [`option`], are its options.
 
     Args:
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`.

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.output import overwritten_line
-from ..sparsity.by_module import ByModule
-from ..sparsity.table import MAX_ROWS, kind_of, percent, plain_table, some
+from ..reports import ModuleReport, PlainData, distinct, percent, shapes, some, total
 
 
 @dataclass(frozen=True)
-class PrunedModule:
+class PrunedModule(PlainData):
     """What pruning did to the weight of one layer.
 
     Args:
@@ -26,6 +25,8 @@ class PrunedModule:
         zeros_before (`int`): How many weights were zero.
         zeros_after (`int` or `None`): How many are zero; `None` after a dry run.
     """
+
+    json_properties = ("numel",)
 
     name: str
     tensor: str
@@ -40,17 +41,9 @@ class PrunedModule:
         """How many weights there are."""
         return math.prod(self.shape)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {**vars(self), "shape": list(self.shape), "numel": self.numel}
-
 
 @dataclass(frozen=True)
-class PruneReport(ByModule[PrunedModule]):
+class PruneReport(ModuleReport[PrunedModule]):
     """What pruning did. `str()` gives a table, iteration the pruned layers, `report[name]` one of them.
 
     Args:
@@ -67,6 +60,8 @@ class PruneReport(ByModule[PrunedModule]):
         size (`int`): How many bytes the pruned model takes.
     """
 
+    json_properties = ("numel", "zeros_before", "zeros_after", "sparsity")
+
     model: str
     output: str
     dry_run: bool
@@ -79,15 +74,11 @@ class PruneReport(ByModule[PrunedModule]):
     overwritten: tuple[str, ...]
     size: int
 
-    @property
-    def numel(self) -> int:
-        """How many weights the pruned layers have."""
-        return sum(module.numel for module in self)
+    numel = total("numel")
+    """How many weights the pruned layers have."""
 
-    @property
-    def zeros_before(self) -> int:
-        """How many of them were zero."""
-        return sum(module.zeros_before for module in self)
+    zeros_before = total("zeros_before")
+    """How many of them were zero."""
 
     @property
     def zeros_after(self) -> int | None:
@@ -99,53 +90,21 @@ class PruneReport(ByModule[PrunedModule]):
         """The share of them that is zero, between 0 and 1; `None` after a dry run."""
         return None if self.zeros_after is None else self.zeros_after / self.numel
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "model": self.model,
-            "output": self.output,
-            "dry_run": self.dry_run,
-            "settings": dict(self.settings),
-            "numel": self.numel,
-            "zeros_before": self.zeros_before,
-            "zeros_after": self.zeros_after,
-            "sparsity": self.sparsity,
-            "modules": [module.to_dict() for module in self],
-            "left_dense": list(self.left_dense),
-            "files": list(self.files),
-            "carried": list(self.carried),
-            "left_out": list(self.left_out),
-            "overwritten": list(self.overwritten),
-            "size": self.size,
-        }
-
     def table(self) -> str:
         """The pruned layers as a table; where they are many, by kind.
 
         Returns:
             `str`: Its lines.
         """
-        grouped = len(self.modules) > MAX_ROWS
-        groups: dict[str, list[PrunedModule]] = {}
-        for module in self:
-            groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
-        rows = [
-            [title + (f" x{len(group)}" if grouped else ""), *self._cells(group)] for title, group in groups.items()
-        ]
         columns = ("layer", "shape", "dtype", "zero before", "zero after")
-        return plain_table(columns, rows, right=columns[3:])
+        return self.module_table(columns, self._cells, right=columns[3:])
 
     def _cells(self, group: list[PrunedModule]) -> list[str]:
-        shapes = dict.fromkeys(" x ".join(map(str, module.shape)) for module in group)
         numel = sum(module.numel for module in group)
         after = "" if self.dry_run else percent(sum(module.zeros_after or 0 for module in group) / numel)
         return [
-            next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
-            ", ".join(dict.fromkeys(module.dtype for module in group)),
+            shapes(group),
+            distinct(module.dtype for module in group),
             percent(sum(module.zeros_before for module in group) / numel),
             after,
         ]

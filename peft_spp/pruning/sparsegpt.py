@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from ..sparsity import NMPattern
-from .by_block import prune_by_block
+from .by_block import prune_model
 from .input_statistics import InputHessians
 from .layers import LinearLayer, weight_matrix
 from .mask import pruning_mask
-from .methods import PruningMethod
+from .methods import PruningMethod, option
 
 
 DAMPING = 0.01
@@ -92,7 +92,7 @@ def prune_sparsegpt(
     ```
     """
     method = SparseGPT(pattern, sparsity, damping, block_size)
-    prune_by_block(model, calibration_batches, method, target_modules, exclude_modules)
+    prune_model(model, method, calibration_batches, target_modules, exclude_modules)
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class SparseGPT(PruningMethod):
     paper = "https://huggingface.co/papers/2301.00774"
     statistics = InputHessians
 
-    damping: float = DAMPING
-    block_size: int = BLOCK_SIZE
+    damping: float = option(DAMPING, "SparseGPT: what is added to the Hessian's diagonal.")
+    block_size: int = option(BLOCK_SIZE, "SparseGPT: the inputs between two updates.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..sparsity import NMPattern
-from .by_block import prune_by_block
+from .by_block import prune_model
 from .input_statistics import InputNorms
 from .layers import LinearLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
@@ -75,7 +75,7 @@ def prune_wanda(
     ```
     """
     method = Wanda(pattern, sparsity)
-    prune_by_block(model, calibration_batches, method, target_modules, exclude_modules)
+    prune_model(model, method, calibration_batches, target_modules, exclude_modules)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..callbacks import SPPGuardCallback
+from ..reports import percent
 from ..sparsity import sparsity_report
-from ..sparsity.table import percent
 from .processes import is_first_process
 
 

@@ -6,15 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from .by_module import ByModule
+from ..reports import ModuleReport, PlainData, called, percent, plain_table, some, total
 from .counting import count_pair
 from .sources import Source, open_weights
-from .table import MAX_ROWS, kind_of, percent, plain_table, some
-from .weights import Weight, called
+from .weights import Weight
 
 
 WORST = 10
@@ -22,7 +20,7 @@ WORST = 10
 
 
 @dataclass(frozen=True)
-class ModuleComparison:
+class ModuleComparison(PlainData):
     """What became of the zeros of one linear layer.
 
     Args:
@@ -52,27 +50,9 @@ class ModuleComparison:
         """Whether every zero is still zero."""
         return self.lost == 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "numel": self.numel,
-            "zeros_before": self.zeros_before,
-            "zeros_after": self.zeros_after,
-            "lost": self.lost,
-            "gained": self.gained,
-            "negative_zeros": self.negative_zeros,
-            "non_finite": self.non_finite,
-        }
-
 
 @dataclass(frozen=True)
-class SparsityComparison(ByModule[ModuleComparison]):
+class SparsityComparison(ModuleReport[ModuleComparison]):
     """What became of the zeros. `str()` gives a table, iteration the modules, `comparison[name]` one of them.
 
     Args:
@@ -85,6 +65,8 @@ class SparsityComparison(ByModule[ModuleComparison]):
         unreadable (`Mapping[str, str]`): Why zeros cannot be told in a linear layer (quantized, for example).
     """
 
+    json_properties = ("kept", "zeros_before", "lost", "gained", "negative_zeros", "non_finite")
+
     before: str
     after: str
     modules: Mapping[str, ModuleComparison]
@@ -93,30 +75,20 @@ class SparsityComparison(ByModule[ModuleComparison]):
     reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def zeros_before(self) -> int:
-        """How many weights were zero (pruned)."""
-        return sum(module.zeros_before for module in self)
+    zeros_before = total("zeros_before")
+    """How many weights were zero (pruned)."""
 
-    @property
-    def lost(self) -> int:
-        """How many weights were zero and are not."""
-        return sum(module.lost for module in self)
+    lost = total("lost")
+    """How many weights were zero and are not."""
 
-    @property
-    def gained(self) -> int:
-        """How many weights were not zero and are."""
-        return sum(module.gained for module in self)
+    gained = total("gained")
+    """How many weights were not zero and are."""
 
-    @property
-    def negative_zeros(self) -> int:
-        """How many weights are `-0.0` after."""
-        return sum(module.negative_zeros for module in self)
+    negative_zeros = total("negative_zeros")
+    """How many weights are `-0.0` after."""
 
-    @property
-    def non_finite(self) -> int:
-        """How many weights are infinite or NaN after."""
-        return sum(module.non_finite for module in self)
+    non_finite = total("non_finite")
+    """How many weights are infinite or NaN after."""
 
     @property
     def complete(self) -> bool:
@@ -148,42 +120,13 @@ class SparsityComparison(ByModule[ModuleComparison]):
         Returns:
             `str`: Its lines.
         """
-        grouped = len(self.modules) > MAX_ROWS
-        groups: dict[str, list[ModuleComparison]] = {}
-        for module in self:
-            groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
         columns = ("module", "weights", "zeros before", "zeros after", "lost", "new zeros")
         attributes = ("numel", "zeros_before", "zeros_after", "lost", "gained")
-        rows = [
-            [
-                called(title) + (f" x{len(group)}" if grouped else ""),
-                *(f"{sum(getattr(module, attribute) for module in group):,}" for attribute in attributes),
-            ]
-            for title, group in groups.items()
-        ]
-        return plain_table(columns, rows, right=columns[1:])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
+        def cells(group: list[ModuleComparison]) -> list[str]:
+            return [f"{sum(getattr(module, attribute) for module in group):,}" for attribute in attributes]
 
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "before": self.before,
-            "after": self.after,
-            "kept": self.kept,
-            "zeros_before": self.zeros_before,
-            "lost": self.lost,
-            "gained": self.gained,
-            "negative_zeros": self.negative_zeros,
-            "non_finite": self.non_finite,
-            "modules": [module.to_dict() for module in self],
-            "missing_before": list(self.missing_before),
-            "missing_after": list(self.missing_after),
-            "reshaped": {name: [list(shape) for shape in shapes] for name, shapes in self.reshaped.items()},
-            "unreadable": dict(self.unreadable),
-        }
+        return self.module_table(columns, cells, right=columns[1:])
 
     def __str__(self) -> str:
         share = f" ({percent(self.lost / self.zeros_before)})" if self.zeros_before else ""

@@ -6,20 +6,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .by_module import ByModule
+from ..reports import ModuleReport, PlainData, by_reason, distinct, percent, shapes, share, some, span, total
 from .counting import count
 from .pattern import NMPattern, parse_patterns, pattern_name
 from .sources import Source, open_weights
-from .table import MAX_ROWS, kind_of, percent, plain_table, some
-from .weights import Weight, called
+from .weights import Weight
 
 
 @dataclass(frozen=True)
-class ModuleSparsity:
+class ModuleSparsity(PlainData):
     """How sparse one linear layer is.
 
     Args:
@@ -37,6 +35,20 @@ class ModuleSparsity:
         pattern (`str`): The tightest N:M found of those looked for, else `"unstructured"` or `"dense"`.
     """
 
+    json_keys = (
+        "name",
+        "shape",
+        "dtype",
+        "transposed",
+        "numel",
+        "zeros",
+        "sparsity",
+        "negative_zeros",
+        "non_finite",
+        "fullest_group",
+        "pattern",
+    )
+
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -51,7 +63,7 @@ class ModuleSparsity:
     @property
     def sparsity(self) -> float:
         """The share of weights that are zero, between 0 and 1."""
-        return self.zeros / self.numel if self.numel else 0.0
+        return share(self.zeros, self.numel)
 
     @property
     def in_features(self) -> int:
@@ -80,29 +92,9 @@ class ModuleSparsity:
             raise ValueError(f"the report did not look for {pattern}: pass patterns=({str(pattern)!r}, ...)")
         return self.fullest_group[pattern.m] <= pattern.n
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "transposed": self.transposed,
-            "numel": self.numel,
-            "zeros": self.zeros,
-            "sparsity": self.sparsity,
-            "negative_zeros": self.negative_zeros,
-            "non_finite": self.non_finite,
-            "fullest_group": {str(size): fullest for size, fullest in self.fullest_group.items()},
-            "pattern": self.pattern,
-        }
-
 
 @dataclass(frozen=True)
-class SparsityReport(ByModule[ModuleSparsity]):
+class SparsityReport(ModuleReport[ModuleSparsity]):
     """How sparse a model or checkpoint is. `str()` gives a table, iteration the modules, `report[name]` one of them.
 
     Args:
@@ -114,35 +106,29 @@ class SparsityReport(ByModule[ModuleSparsity]):
             `"router"`, `"adapter"`, `"not a linear layer's weight"`, or `"unreadable: ..."` with its dtype or type.
     """
 
+    json_properties = ("total_sparsity", "numel", "zeros", "negative_zeros", "non_finite")
+
     source: str
     patterns: tuple[NMPattern, ...]
     modules: Mapping[str, ModuleSparsity]
     skipped: Mapping[str, str]
 
-    @property
-    def numel(self) -> int:
-        """How many weights were counted."""
-        return sum(module.numel for module in self)
+    numel = total("numel")
+    """How many weights were counted."""
 
-    @property
-    def zeros(self) -> int:
-        """How many of them are zero."""
-        return sum(module.zeros for module in self)
+    zeros = total("zeros")
+    """How many of them are zero."""
 
-    @property
-    def negative_zeros(self) -> int:
-        """How many of them are `-0.0`."""
-        return sum(module.negative_zeros for module in self)
+    negative_zeros = total("negative_zeros")
+    """How many of them are `-0.0`."""
 
-    @property
-    def non_finite(self) -> int:
-        """How many of them are infinite or NaN."""
-        return sum(module.non_finite for module in self)
+    non_finite = total("non_finite")
+    """How many of them are infinite or NaN."""
 
     @property
     def total_sparsity(self) -> float:
         """The share of counted weights that are zero, between 0 and 1."""
-        return self.zeros / self.numel if self.numel else 0.0
+        return share(self.zeros, self.numel)
 
     def all_satisfy(self, pattern: str | NMPattern) -> bool:
         """Whether every counted module holds an N:M pattern.
@@ -158,24 +144,6 @@ class SparsityReport(ByModule[ModuleSparsity]):
         """
         return bool(self.modules) and all([module.satisfies(pattern) for module in self])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain data for JSON.
-
-        Returns:
-            `dict[str, Any]`: Numbers, strings, lists and dicts only.
-        """
-        return {
-            "source": self.source,
-            "patterns": [str(pattern) for pattern in self.patterns],
-            "total_sparsity": self.total_sparsity,
-            "numel": self.numel,
-            "zeros": self.zeros,
-            "negative_zeros": self.negative_zeros,
-            "non_finite": self.non_finite,
-            "modules": [module.to_dict() for module in self],
-            "skipped": dict(self.skipped),
-        }
-
     def __str__(self) -> str:
         lines = [f"Sparsity of {self.source}"]
         if self.modules:
@@ -184,41 +152,30 @@ class SparsityReport(ByModule[ModuleSparsity]):
                 for title, attribute in (("-0.0", "negative_zeros"), ("non-finite", "non_finite"))
                 if getattr(self, attribute)
             ]
-            grouped = len(self.modules) > MAX_ROWS
-            groups: dict[str, list[ModuleSparsity]] = {}
-            for module in self:
-                groups.setdefault(kind_of(module.name) if grouped else module.name, []).append(module)
-            rows = [
-                [called(title) + (f" x{len(group)}" if grouped else ""), *_cells(group)]
-                + [f"{sum(getattr(module, attribute) for module in group):,}" for _, attribute in extra]
-                for title, group in groups.items()
-            ]
-            columns = ["module", "shape", "dtype", "sparsity", "pattern", *(title for title, _ in extra)]
-            lines += ["", plain_table(columns, rows, right=("sparsity", *(title for title, _ in extra))), ""]
+            titles = [title for title, _ in extra]
+            columns = ("module", "shape", "dtype", "sparsity", "pattern", *titles)
+
+            def cells(group: list[ModuleSparsity]) -> list[str]:
+                return _cells(group) + [f"{sum(getattr(one, name) for one in group):,}" for _, name in extra]
+
+            lines += ["", self.module_table(columns, cells, right=("sparsity", *titles)), ""]
         lines.append(
             f"{len(self)} linear layers, {self.numel:,} weights, {percent(self.total_sparsity)} zero"
             + (f", {self.negative_zeros:,} of them -0.0" if self.negative_zeros else "")
             + (f"; {self.non_finite:,} infinite or NaN" if self.non_finite else "")
         )
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(called(name))
-        for reason, names in reasons.items():
+        for reason, names in by_reason(self.skipped).items():
             lines.append(f"not counted, {reason}: {some(names, 3 if len(names) <= 3 else 1)}")
         return "\n".join(lines)
 
 
 def _cells(group: list[ModuleSparsity]) -> list[str]:
     """Shape, dtype, sparsity and pattern of one module or of all of a kind."""
-    shapes = dict.fromkeys(
-        " x ".join(map(str, module.shape)) + (" (in, out)" if module.transposed else "") for module in group
-    )
-    low, high = (percent(edge(module.sparsity for module in group)) for edge in (min, max))
     patterns = Counter(module.pattern for module in group)
     return [
-        next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes",
-        ", ".join(dict.fromkeys(module.dtype for module in group)),
-        high if low == high else f"{low} to {high}",
+        shapes(group),
+        distinct(module.dtype for module in group),
+        span((module.sparsity for module in group), percent),
         ", ".join(pattern if len(patterns) == 1 else f"{pattern} x{times}" for pattern, times in patterns.items()),
     ]
 

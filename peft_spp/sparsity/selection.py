@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..reports import called
 from .bits import FORMATS
 from .layout import Layout
 from .names import is_adapter, is_fused_experts, matches, plain_name, special_role, wrapped_by_adapters
-from .weights import Stored, Weight, Weights, called
+from .weights import Stored, Weight, Weights
 
 
 def select(

@@ -80,15 +80,3 @@ class Weights:
         """Why each weight that is not counted is not."""
         reasons = ((name, weight.left_out or weight.unreadable) for name, weight in self.found.items())
         return {name: reason for name, reason in reasons if reason}
-
-
-def called(name: str) -> str:
-    """How to call a module in a message or a table.
-
-    Args:
-        name (`str`): Its name; empty for the model itself.
-
-    Returns:
-        `str`: The name, or `(root)`.
-    """
-    return name or "(root)"
