@@ -40,6 +40,7 @@ def prune_by_block(
     layers = find_target_layers(model, target_modules, exclude_modules)
     blocks_name, blocks = find_blocks(model, layers)
     check_prunable(layers, method.pattern)
+    method.check_sparsity(layers)
     check_in_blocks(layers, blocks_name, method)
     check_unshared(model, layers)
     assert method.statistics is not None

@@ -53,6 +53,7 @@ def prune_magnitude(
     method = Magnitude(pattern, sparsity)
     layers = find_target_layers(model, target_modules, exclude_modules)
     check_prunable(layers, pattern)
+    method.check_sparsity(layers)
     for name, layer in layers.items():
         method.prune(name, layer, None)
 
@@ -64,6 +65,9 @@ class Magnitude(PruningMethod):
     name = "magnitude"
     paper = "https://huggingface.co/papers/1506.02626"
     statistics = None
+
+    def comparison_size(self, out_features: int, in_features: int) -> int:
+        return out_features * in_features
 
     def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         scores = weight_matrix(layer).abs()
