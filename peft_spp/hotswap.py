@@ -97,7 +97,7 @@ def hotswap_adapter_from_state_dict(
         f"{name}.spp_A.weight": _refine(A, layers[name], adapter_name) for name, A in factors.items() if A is not None
     }
     new = _check_tensors(current, {**state_dict, **refined})
-    if config.base_record != loaded.base_record:
+    if config.base_record is None or config.base_record != loaded.base_record:
         check_base(config, model, adapter_name)
     loaded.record_of_weights = None
 

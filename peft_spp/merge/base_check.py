@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.merged import MERGED, adapter_id, merged_adapters
-from ..sparsity.base_masks import record_checkpoint
+from ..sparsity.base_masks import no_record, record_checkpoint
 from .adapter import Adapter
 
 
@@ -29,11 +29,14 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> st
         `str`: What came of it, for the report.
 
     Raises:
-        ValueError: If masks are different and `check` is `"error"`; the message names the modules.
+        ValueError: If masks are different, or the adapter has no record, and `check` is `"error"`; the message names
+            the modules.
     """
     if check == "off":
         return "not compared"
     if adapter.base is None:
+        if check == "error":
+            raise ValueError(no_record(f"The adapter in {adapter.folder}"))
         return "not compared, since the adapter has no record of its base model"
     conv1d = None if not adapter.config.fan_in_fan_out else _conv1d(checkpoint)
     masks = record_checkpoint(adapter.base, checkpoint.folder, conv1d=conv1d)

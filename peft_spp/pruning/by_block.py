@@ -40,11 +40,13 @@ def prune_model(
     layers = find_target_layers(model, target_modules, exclude_modules)
     if method.statistics is None:
         check_prunable(layers, method.pattern)
+        method.check_sparsity(layers)
         for name, layer in layers.items():
             method.prune(name, layer, None)
         return
     blocks_name, blocks = find_blocks(model, layers)
     check_prunable(layers, method.pattern)
+    method.check_sparsity(layers)
     check_in_blocks(layers, blocks_name, method)
     check_unshared(model, layers)
 

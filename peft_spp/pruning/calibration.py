@@ -21,7 +21,7 @@ from .block_calls import (
     split_hidden_states,
 )
 from .calibration_data import CalibrationInputs
-from .calibration_mode import accepts
+from .calibration_mode import accepts, draws_restored
 from .input_statistics import InputStatistics
 
 
@@ -56,12 +56,14 @@ def run_calibration(
         with statistics, record_block_calls(blocks, batch) as outputs:
             model(**arguments)
         if not calibration:
-            if not same_output(batch.rerun(blocks), outputs[0]):
+            with draws_restored(device):
+                again = batch.rerun(blocks)
+            if not same_output(again, outputs[0]):
                 raise ValueError(
                     "The model's blocks, run one by one, give another output than in the model's forward: they keep "
                     f"state between calls, or are random. {BY_MAGNITUDE}"
                 )
-            _check_arguments(model, blocks, arguments, batch)
+            _check_arguments(model, blocks, arguments, batch, device)
         calibration.append(batch)
     return calibration
 
@@ -105,7 +107,7 @@ def enter_blocks(
                 stem(**arguments)
             skipped.check_unused(batch)
             if not calibration:
-                _check_arguments(stem, blocks, arguments, batch)
+                _check_arguments(stem, blocks, arguments, batch, device)
             calibration.append(batch)
             after_batch()
     return calibration
@@ -132,10 +134,10 @@ def same_output(output: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _check_arguments(
-    model: nn.Module, blocks: nn.ModuleList, arguments: dict[str, Any], batch: CalibrationBatch
+    model: nn.Module, blocks: nn.ModuleList, arguments: dict[str, Any], batch: CalibrationBatch, device: torch.device
 ) -> None:
     changed = CalibrationBatch()
-    with negated_outputs(blocks), record_block_calls(blocks, changed):
+    with draws_restored(device), negated_outputs(blocks), record_block_calls(blocks, changed):
         model(**arguments)
     check_independent(batch, changed)
 
@@ -156,11 +158,14 @@ def _model_arguments(
     if accepts(model, "position_ids") and "position_ids" not in arguments:
         positions = torch.arange(inputs.columns.start, inputs.columns.stop, device=device)
         choices.append(arguments | {"position_ids": positions.expand(len(inputs.rows), -1)})
-    padded = entering_states(model, blocks, _on_device(model, inputs.padded, device))
+    with draws_restored(device):
+        padded = entering_states(model, blocks, _on_device(model, inputs.padded, device))
     if padded.shape[:2] == inputs.padded["attention_mask"].shape:
         expected = padded[inputs.rows, inputs.columns]
         for choice in choices:
-            if same_output(entering_states(model, blocks, choice), expected):
+            with draws_restored(device):
+                entering = entering_states(model, blocks, choice)
+            if same_output(entering, expected):
                 return choice
     raise ValueError(
         f"Padding on the left changes what {type(model).__name__} makes of the tokens of a calibration batch. Pad on "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model while it is calibrated: no dropout, no cache."""
+"""A model while it is calibrated: no dropout, no cache, and no random numbers lost to checks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -27,6 +28,19 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
         for module, training in was_training.items():
             module.training = training
+
+
+@contextmanager
+def draws_restored(device: torch.device) -> Iterator[None]:
+    """
+    While active, random numbers may be drawn on the CPU and on `device`; afterwards, their generators are restored.
+
+    Models such as ViTMAE draw patches in each forward pass. With the checks inside this, they draw the same numbers
+    for the calibration data as in plain passes over it.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield
 
 
 def accepts(module: nn.Module, argument: str) -> bool:

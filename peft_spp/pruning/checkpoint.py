@@ -138,6 +138,7 @@ def prune_checkpoint(
     skeleton = Skeleton(checkpoint, where)
     layers = skeleton.find_targets(target_modules, exclude_modules)
     check_divisible(layers, chosen.pattern)
+    chosen.check_sparsity(layers)
     settings: dict[str, Any] = {"method": method, "pattern": pattern and str(pattern), "sparsity": sparsity}
     data: list[CalibrationInputs] = []
     if chosen.statistics is not None and calibration is not None:

@@ -11,7 +11,7 @@ from torch import nn
 from .block_calls import CalibrationBatch
 from .calibration import check_repeatable, enter_blocks
 from .calibration_data import CalibrationInputs
-from .calibration_mode import calibration_mode
+from .calibration_mode import calibration_mode, draws_restored
 from .input_statistics import InputNorms
 from .layers import LinearLayer
 from .preflight import last_block
@@ -79,7 +79,7 @@ def _inputs(
     after_block: Callable[[], object],
 ) -> InputNorms:
     statistics = InputNorms(layers)
-    with calibration_mode(skeleton.model):
+    with calibration_mode(skeleton.model), draws_restored(skeleton.device):
         batches = enter_checkpoint(skeleton, data, lambda: None)
         for index in range(last_block(skeleton, layers) + 1):
             block = skeleton.blocks[index]

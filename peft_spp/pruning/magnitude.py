@@ -62,6 +62,9 @@ class Magnitude(PruningMethod):
     paper = "https://huggingface.co/papers/1506.02626"
     statistics = None
 
+    def comparison_size(self, out_features: int, in_features: int) -> int:
+        return out_features * in_features
+
     def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         scores = weight_matrix(layer).abs()
         mask = pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity, comparison_group="layer")

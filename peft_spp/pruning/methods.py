@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ import torch
 
 from ..sparsity import NMPattern
 from .input_statistics import InputStatistics
-from .layers import LinearLayer
-from .mask import check_pruning_request
+from .layers import LinearLayer, weight_matrix
+from .mask import check_pruning_request, num_to_prune
 
 
 def option(default: Any, help: str) -> Any:
@@ -54,6 +55,37 @@ class PruningMethod(ABC):
             layer (`LinearLayer`): The layer.
             statistic (`torch.Tensor`, *optional*): What [`statistics`] has measured for it.
         """
+
+    @abstractmethod
+    def comparison_size(self, out_features: int, in_features: int) -> int:
+        """With `sparsity`, how many weights of a layer are compared at once."""
+
+    def check_sparsity(self, layers: dict[str, LinearLayer]) -> None:
+        """
+        Check that the sparsity prunes at least one of the weights that are compared.
+
+        Args:
+            layers (`dict[str, LinearLayer]`): The layers to prune, by their names. A warning counts those that
+                the sparsity leaves dense.
+
+        Raises:
+            ValueError: If it leaves all of them dense.
+        """
+        if not self.sparsity:
+            return
+        sizes = {name: self.comparison_size(*weight_matrix(layer).shape) for name, layer in layers.items()}
+        dense = [name for name, size in sizes.items() if not num_to_prune(self.sparsity, size)]
+        if not dense:
+            return
+        size = sizes[dense[0]]
+        message = (
+            f"sparsity={self.sparsity:g} rounds to none of the {size} weights that {self.name} compares at once in "
+            f"{dense[0]}, so {len(dense)} of {len(layers)} layers stay dense. "
+            + (f"One of {size} is sparsity={1 / size:.2g}." if size > 1 else "Exclude it with exclude_modules.")
+        )
+        if len(dense) == len(layers):
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
 
     @property
     def request(self) -> str:

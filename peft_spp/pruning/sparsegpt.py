@@ -119,6 +119,9 @@ class SparseGPT(PruningMethod):
                 f"block_size must be a positive multiple of {multiple}, the pattern's M, but is {self.block_size}."
             )
 
+    def comparison_size(self, out_features: int, in_features: int) -> int:
+        return out_features * min(self.block_size, in_features)
+
     @torch.no_grad()
     def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None

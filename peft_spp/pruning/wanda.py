@@ -86,6 +86,9 @@ class Wanda(PruningMethod):
     paper = "https://huggingface.co/papers/2306.11695"
     statistics = InputNorms
 
+    def comparison_size(self, out_features: int, in_features: int) -> int:
+        return in_features
+
     def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None
         scores = weight_matrix(layer).abs().to(statistic.dtype) * statistic

@@ -29,6 +29,22 @@ WEIGHTS_ID = "weights_id"
 _SHOWN = 3
 
 
+def no_record(adapter: str) -> str:
+    """
+    The message of `check_base="error"` about an adapter without a record.
+
+    Args:
+        adapter (`str`): The adapter, such as `"Adapter 'default'"`.
+
+    Returns:
+        `str`: The message.
+    """
+    return (
+        f"{adapter} has no record of the base model that it was trained on, so check_base='error' cannot compare the "
+        f"two. Copy its {BASE_MASKS} next to its adapter_config.json, or use check_base='warn' or 'off'."
+    )
+
+
 @dataclass(frozen=True)
 class BaseRecord:
     """

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..sparsity.base_masks import BaseRecord, record_weights
+from ..sparsity.base_masks import BaseRecord, no_record, record_weights
 from ..sparsity.mask_record import MaskRelation
 from .config import SPPConfig
 from .layer import Linear
@@ -64,9 +64,11 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
         adapter_name (`str`): The name of the adapter.
 
     Raises:
-        ValueError: If a mask is different and `check_base` is `"error"`.
+        ValueError: If a mask is different, or there is no record, and `check_base` is `"error"`.
     """
     record = config.base_record
+    if record is None and config.check_base == "error":
+        raise ValueError(no_record(f"Adapter {adapter_name!r}"))
     if config.check_base == "off" or record is None:
         return
     mismatch = record.mismatch(record_weights(_weights(model, adapter_name)), _quantization(model, adapter_name))

@@ -102,7 +102,8 @@ class SPPConfig(PeftConfig):
         check_base (`str`):
             What to do if a saved adapter is loaded onto a base model that is pruned in other places than the one it
             was trained on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
-            places and more, as after rounding to NF4, is accepted silently.
+            places and more, as after rounding to NF4, is accepted silently. With 'error', an adapter without a record
+            of its base model is refused too.
         format_version (`int`):
             The version of the adapter's format. Do not set this.
 

@@ -18,7 +18,7 @@ from .computed_weights import check_writable
 from .config import SPPConfig
 from .inside_calls import call_inside, is_hooked, own_forward
 from .settings import check_rank
-from .whole_parameters import is_dtensor, is_sharded, is_zero3, whole_parameters
+from .whole_parameters import is_dtensor, is_sharded, is_unsharded, is_zero3, whole_parameters
 
 
 # several threads may come to a merged layer whose adapters are disabled
@@ -60,8 +60,8 @@ class SPPLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
-        # whether a merge changed a weight that only the caller's gathering has made whole, and may not have stayed
-        self._is_merge_unproven = False
+        # a place that a merge changed in a weight that only the caller's gathering has made whole: it may not stay
+        self._unproven_place: int | None = None
         # flag to enable/disable casting of input to weight dtype during forward call
         self.cast_input_dtype_enabled: bool = True
         self.kwargs = kwargs
@@ -344,8 +344,9 @@ class Linear(nn.Module, SPPLayer):
             weight = self._base_weight()
             if keep_unmerged and self._unmerged_weight is None:
                 self._unmerged_weight = weight.detach().to("cpu", copy=True)
-            if keep_unmerged and is_zero3(weight):
-                self._is_merge_unproven = not torch.equal(weight, self._transpose(merged))
+            if keep_unmerged and (is_zero3(weight) or is_unsharded(weight)):
+                changed = (weight != self._transpose(merged)).reshape(-1)
+                self._unproven_place = int(changed.int().argmax()) if changed.any() else None
             weight.data.copy_(self._transpose(merged))
         self.merged_adapters.extend(new_adapters)
 
@@ -358,10 +359,11 @@ class Linear(nn.Module, SPPLayer):
             return
         self.follow_base_layer()
         self.check_writable()
-        with whole_parameters(self, write=True):
-            self._base_weight().data.copy_(self._unmerged_weight)
+        if not self._is_merge_lost():
+            with whole_parameters(self, write=True):
+                self._base_weight().data.copy_(self._unmerged_weight)
         self._unmerged_weight = None
-        self._is_merge_unproven = False
+        self._unproven_place = None
         self.merged_adapters.clear()
 
     convert: ClassVar[Callable[[Any], None]]
@@ -407,20 +409,46 @@ class Linear(nn.Module, SPPLayer):
                 "or save the adapter and merge it in a single process, for example with `peft-spp merge`."
             )
 
-    def _prove_merge(self) -> None:
-        """Raise an error if a merge was lost when the weight was partitioned again."""
-        if not is_sharded(self._base_weight()):
+    def check_unload_stays(self) -> None:
+        """
+        Raise an error if a merge into the weight would be discarded later, or one before has been.
+
+        Raises:
+            RuntimeError: If FSDP2 has unsharded the weight, or sharded it again since it was merged.
+        """
+        self.prove_merge()
+        if is_unsharded(self._base_weight()):
+            raise RuntimeError(
+                f"FSDP2 has unsharded the weight of module {self.module_name!r}, and discards what is written to it "
+                "at `reshard()`. Call `reshard()` first: `merge_and_unload` merges into the shards."
+            )
+
+    def prove_merge(self) -> None:
+        """
+        Raise an error if a merge was lost when the weight was sharded again.
+
+        Raises:
+            RuntimeError: If it was.
+        """
+        if self._unproven_place is None:
             return
-        with whole_parameters(self):
-            weight = self._base_weight()
-            is_lost = torch.equal(weight, cast(torch.Tensor, self._unmerged_weight).to(weight.device))
-        if is_lost:
+        if self._is_merge_lost():
             raise RuntimeError(
                 f"The merge into module {self.module_name!r} was lost at the end of "
-                "`deepspeed.zero.GatheredParameters`. Pass it `modifier_rank=0`, or call `unmerge_adapter` before "
-                "it ends. Call `unmerge_adapter` now to go on with the unmerged adapter."
+                "`deepspeed.zero.GatheredParameters` or at FSDP2's `reshard()`. Pass the former `modifier_rank=0`, or "
+                "call `unmerge_adapter` before. Call `unmerge_adapter` now to go on with the unmerged adapter."
             )
-        self._is_merge_unproven = False
+        if is_zero3(self._base_weight()) and is_sharded(self._base_weight()):
+            self._unproven_place = None
+
+    def _is_merge_lost(self) -> bool:
+        if self._unproven_place is None:
+            return False
+        with whole_parameters(self):
+            now = self._base_weight().detach().reshape(-1)[self._unproven_place]
+        before = cast(torch.Tensor, self._unmerged_weight).reshape(-1)[self._unproven_place]
+        # the weight may have been gathered in a lower precision
+        return bool(now.to(before) == before)
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """
@@ -457,8 +485,7 @@ class Linear(nn.Module, SPPLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.merged:
-            if self._is_merge_unproven:
-                self._prove_merge()
+            self.prove_merge()
             return self.base_layer(x, *args, **kwargs)
         return self._adapted_forward(x, self.active_adapters, *args, **kwargs)
 

@@ -196,7 +196,8 @@ def take_record(record: BaseRecord | None, model: nn.Module, config: SPPConfig, 
         adapter_name (`str`): The name of the adapter in it.
 
     Raises:
-        ValueError: If a mask is different and `check_base` is `"error"`; the record is not taken over then.
+        ValueError: If a mask is different, or there is no record, and `check_base` is `"error"`; the record is not
+            taken over then.
     """
     before, config.base_record = config.base_record, record
     try:

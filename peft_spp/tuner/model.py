@@ -428,9 +428,8 @@ class SPPModel(BaseTuner):
             put_module(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        for module in self.model.modules():
-            if isinstance(module, Linear) and not (isinstance(module, QuantizedLinear) and module.quantizes):
-                module.check_merge_stays()
+        for module in self._unquantized_layers():
+            module.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -442,6 +441,8 @@ class SPPModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
+            for module in self._unquantized_layers():
+                module.check_unload_stays()
             self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(  # type: ignore[return-value]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -488,6 +489,10 @@ class SPPModel(BaseTuner):
         )
         mark_merged(merged, identities)
         return merged
+
+    def _unquantized_layers(self) -> list[Linear]:
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        return [layer for layer in layers if not (isinstance(layer, QuantizedLinear) and layer.quantizes)]
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""

@@ -113,6 +113,8 @@ class ParamWrapper(Linear):
         if self.disable_adapters and self.merged:
             self._unmerge_once()
         names = [name for name in self.active_adapters if name in self.spp_A]
+        if self.merged:
+            self.prove_merge()
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(*args, **kwargs)
         # the parameter itself is in memory whenever the base layer uses it

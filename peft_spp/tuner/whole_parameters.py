@@ -64,6 +64,23 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return _is_partitioned(tensor) or is_dtensor(tensor)
 
 
+def is_unsharded(tensor: torch.Tensor) -> bool:
+    """Whether FSDP2 has put the tensor in place of its shards, and will discard what is written to it."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    states = {module._get_fsdp_state() for module in list(_module_state_mapping) if isinstance(module, FSDPModule)}
+    return any(
+        tensor is getattr(parameter, "_unsharded_param", None) and not is_dtensor(tensor)
+        for state in states
+        # older versions of PyTorch have one group in a state
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for parameter in (group.fsdp_params if group is not None else ())
+    )
+
+
 def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape of a tensor when it is whole; DeepSpeed ZeRO-3 leaves an empty one in place of a partitioned one."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))

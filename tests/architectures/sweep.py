@@ -62,8 +62,7 @@ def check(model_type: str) -> dict[str, Any]:
         return {"status": "unusable", "reason": str(error)}
     result: dict[str, Any] = {"class": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
     _prune(model)
-    first_of = _first_names(model)
-    plain = {mode: _gradients(model, run, mode) for mode in (False, True)}
+    callable_in = [mode for mode in (False, True) if _gradients(model, run, mode) is not None]
     before = _outputs(model, run)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -83,27 +82,32 @@ def check(model_type: str) -> dict[str, Any]:
     if left_out:
         result["left out"] = left_out
 
+    learned = {mode: _learned(adapted, run, mode, layers) for mode in callable_in}
+    unmerged = _outputs(adapted, run)
+    zeros = {name: layer.get_base_layer().weight == 0 for name, layer in layers.items()}
+    merged = adapted.merge_and_unload(safe_merge=True)
     faults = []
+    if difference := _differ(unmerged, _outputs(merged, run), _TOLERANCE[dtype]):
+        faults.append(f"merging changes the output: {difference}")
+
+    # The merged model computes the same, so it uses the same layers. The base may route tokens to other experts.
+    first_of = _first_names(merged)
     unused = set(names)
-    for mode, base_gradients in plain.items():
-        if base_gradients is None:
+    for mode in callable_in:
+        gradients = _gradients(merged, run, mode)
+        if gradients is None:
+            faults.append(f"the merged model cannot be called (training: {mode})")
             continue
-        learned = _learned(adapted, run, mode, layers)
-        used = {name for name in names if base_gradients.get(first_of[name])}
-        unused -= used & learned
+        used = {name for name in names if gradients.get(first_of[name])}
+        unused -= used & learned[mode]
         # Of layers that share a weight, the gradient does not tell which of them the model uses.
-        learned_weights = {first_of[name] for name in learned}
+        learned_weights = {first_of[name] for name in learned[mode]}
         idle = sorted(name for name in used if first_of[name] not in learned_weights)
         faults += [f"no gradient (training: {mode}): {name}" for name in idle]
     if unused:
         result["unused"] = len(unused)
-    unmerged = _outputs(adapted, run)
     if not _differ(before, unmerged, 0.0) and len(unused) < len(names):
         faults.append("the adapter has no effect")
-    zeros = {name: layer.get_base_layer().weight == 0 for name, layer in layers.items()}
-    merged = adapted.merge_and_unload(safe_merge=True)
-    if difference := _differ(unmerged, _outputs(merged, run), _TOLERANCE[dtype]):
-        faults.append(f"merging changes the output: {difference}")
     for name, mask in zeros.items():
         weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
         if not is_positive_zero(weight[mask]).all():

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -127,6 +127,66 @@ def test_merging_and_unmerging_while_fsdp2_has_unsharded_the_weights(group):
         module.reshard()
     for name, parameter in model.named_parameters():
         assert torch.equal(shards.get_parameter(name).full_tensor(), parameter)
+
+
+def reshard(model: nn.Module) -> None:
+    """As at the end of a backward pass; after a forward pass, an outermost module stays unsharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_that_fsdp2_discards_is_told_by_name(group, whole, dtype):
+    model = adapted()
+    x = torch.randn(5, 12)
+    shards = copy.deepcopy(model)
+    policy = MixedPrecisionPolicy(param_dtype=dtype)
+    if whole:
+        fully_shard(shards, mp_policy=policy)
+    else:
+        for module in [one for one in shards.modules() if isinstance(one, nn.Linear)]:
+            fully_shard(module, mp_policy=policy)
+    expected = shards(x)
+    reshard(shards)
+    before = {name: one.full_tensor().clone() for name, one in shards.named_parameters()}
+    for module in shards.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    shards.merge_adapter()
+    if whole:
+        torch.testing.assert_close(shards(x), expected, rtol=0.05, atol=0.05)  # nothing is lost yet
+    reshard(shards)
+    lost = r"lin0' was lost(.|\n)*reshard"
+    for use in (lambda: shards(x), shards.merge_and_unload, lambda: shards(x)):
+        with pytest.raises(RuntimeError, match=lost):
+            use()
+        reshard(shards)
+    shards.unmerge_adapter()
+    torch.testing.assert_close(shards(x), expected, rtol=0, atol=0)
+    reshard(shards)
+    for name, one in shards.named_parameters():
+        assert torch.equal(one.full_tensor(), before[name]), name
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_unloading_a_merge_that_fsdp2_would_discard_is_refused(group, whole):
+    model = adapted()
+    shards = fully_shard(copy.deepcopy(model)) if whole else sharded(model)
+    modules = [module for module in shards.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.unshard()
+    with pytest.raises(RuntimeError, match=r"unsharded(.|\n)*lin0(.|\n)*`reshard\(\)` first"):
+        shards.merge_and_unload()
+    shards.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"unsharded(.|\n)*lin0(.|\n)*`reshard\(\)` first"):
+        shards.merge_and_unload()
+    shards.unmerge_adapter()
+    reshard(shards)
+    merged, expected = shards.merge_and_unload(), model.merge_and_unload()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(merged.get_parameter(name).full_tensor(), parameter)
 
 
 def test_merging_and_unmerging_while_fsdp1_has_summoned_the_weights(group):

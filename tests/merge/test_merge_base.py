@@ -97,9 +97,15 @@ def test_the_command_warns_refuses_and_keeps_quiet(tmp_path, case):
     assert merge(case.adapter, tmp_path / "out", "--check-base", "perhaps").exit_code == 2
 
 
-def test_an_adapter_without_a_record_is_merged_and_the_report_says_so(tmp_path, case):
+def test_an_adapter_without_a_record_is_merged_and_the_report_says_so_or_is_refused(tmp_path, case):
     (case.adapter / "base_masks.json").unlink()
-    report = merge_checkpoint(case.base, case.adapter, tmp_path / "out", check_base="error")
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=r"no record of the base model.*base_masks\.json"):
+            merge_checkpoint(case.base, case.adapter, tmp_path / "out", check_base="error", dry_run=dry_run)
+        assert not (tmp_path / "out").exists()
+    refused = merge(case.adapter, tmp_path / "out", "--base", case.base, "--check-base", "error")
+    assert refused.exit_code == 2 and "has no record" in " ".join(refused.stderr.split())
+    report = merge_checkpoint(case.base, case.adapter, tmp_path / "out")
     assert "no record" in report.base_masks
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import every_model
 from model_inputs import inputs_of
-from plain_wanda import plain_wanda, squared_norms, weights_of, without_cache
+from plain_wanda import SEED, plain_wanda, squared_norms, weights_of, without_cache
 
 from peft_spp.pruning import prune_magnitude, prune_wanda
 from peft_spp.pruning.layers import find_target_layers
@@ -73,6 +73,7 @@ def check(model_type: str) -> dict[str, Any]:
         return {**result, "status": "fault" if faults else "refused", "reason": "no calibration data reaches it"}
 
     pruned = copy.deepcopy(model)
+    torch.manual_seed(SEED)
     try:
         prune_wanda(pruned, batches, pattern="2:4", exclude_modules=silent or None)
     except ValueError as error:

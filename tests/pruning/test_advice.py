@@ -129,6 +129,34 @@ def test_no_output_loses_all_of_its_weights_to_rounding(method: str, sparsity: f
             assert (kept.sum(dim=1) == max(1, layer.in_features - round(sparsity * layer.in_features))).all(), name
 
 
+# tiny Llama compares 32 or 48 weights of an output, and at least 1024 of a block of inputs or a layer
+@pytest.mark.parametrize(
+    ("prune", "sparsity", "size", "advised"),
+    [
+        (prune_wanda, 0.01, 32, "0.031"),
+        (prune_sparsegpt, 0.0001, 1024, "0.00098"),
+        (lambda model, data, **options: prune_magnitude(model, **options), 0.0001, 1024, "0.00098"),
+    ],
+)
+def test_a_sparsity_that_rounds_to_nothing_is_refused_and_what_it_advises_works(
+    prune, sparsity: float, size: int, advised: str
+) -> None:
+    model = tiny_llama()
+    refused(prune, model, f"rounds to none of the {size} weights .* is sparsity={advised}", sparsity=sparsity)
+    prune(model, DATA, sparsity=float(advised))
+    assert (model.model.layers[0].self_attn.q_proj.weight == 0).any()
+    prune(tiny_llama(), DATA, sparsity=0.0)
+
+
+def test_layers_that_a_sparsity_leaves_dense_are_counted() -> None:
+    model = tiny_llama()
+    # 0.0125 * 48 rounds to 1, and 0.0125 * 32 to 0
+    with pytest.warns(UserWarning, match=r"none of the 32 weights .*\.q_proj, so 18 of 21 layers stay dense"):
+        prune_wanda(model, DATA, sparsity=0.0125)
+    dense = {name for name, layer in find_target_layers(model, None).items() if (layer.weight != 0).all()}
+    assert len(dense) == 18 and not any("down_proj" in name for name in dense)
+
+
 @pytest.mark.parametrize(("size", "sparsity", "pruned"), [(32, 0.99, 31), (32, 0.01, 0), (2, 0.9, 1), (1, 0.9, 0)])
 def test_how_a_sparsity_is_rounded(size: int, sparsity: float, pruned: int) -> None:
     assert int((~pruning_mask(torch.rand(3, size), sparsity=sparsity)).sum()) == 3 * pruned

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from every_model import build, tiny_config
-from plain_wanda import plain_wanda, weights_of
+from plain_wanda import SEED, plain_wanda, weights_of
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import DynamicCache
 
 from peft_spp.pruning import prune_checkpoint, prune_sparsegpt, prune_wanda
+from peft_spp.pruning.block_calls import entering_states
+from peft_spp.pruning.calibration import enter_blocks
 from peft_spp.pruning.calibration_data import calibration_inputs
 from peft_spp.pruning.calibration_mode import calibration_mode
 from peft_spp.pruning.layers import find_target_layers, linear_layers
@@ -334,6 +336,39 @@ def test_padding_from_disk_is_treated_as_in_memory(tmp_path: Path, kind: str, si
     # each parameter is looked at, one sequence passes two blocks, and each of the four enters and passes them twice
     total = len(list(model.parameters())) + 2 + 4 * (1 + 2 * 2)
     assert steps == [(number, total) for number in range(1, total + 1)]
+
+
+def test_checks_take_no_random_numbers_from_a_model_that_draws_patches() -> None:
+    model = in_float64(build("vit_mae"))
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"pixel_values": torch.randn(2, 3, 64, 64, generator=generator).double()} for _ in range(3)]
+    dense = copy.deepcopy(model)
+    after = state_after_passes(dense, batches)
+    torch.manual_seed(SEED)
+    assert_plain_wanda(model, batches, batches)
+    torch.manual_seed(SEED)
+    prune_wanda(copy.deepcopy(dense), batches, pattern="2:4")
+    assert torch.get_rng_state().equal(after)
+
+    # from disk, the model is entered without its blocks
+    torch.manual_seed(SEED)
+    blocks = dense.layers
+    entered = enter_blocks(
+        dense, blocks, calibration_inputs(batches), torch.device("cpu"), lambda: blocks[0], lambda: None
+    )
+    assert torch.get_rng_state().equal(after)
+    torch.manual_seed(SEED)
+    for batch, one in zip(batches, entered, strict=True):
+        assert torch.equal(entering_states(dense, blocks, batch), one.hidden_states)
+
+
+def state_after_passes(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The state of PyTorch's generator after a plain pass over the batches, which is left unchanged."""
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(SEED)
+        for batch in batches:
+            model(**batch)
+        return torch.get_rng_state()
 
 
 def test_computed_weights_can_be_made_parameters_first() -> None:

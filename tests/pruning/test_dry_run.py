@@ -91,6 +91,10 @@ def with_a_batch_of_other_tokens(model: Path, options: dict) -> None:
     options["calibration"] = iter([torch.tensor([[1, 2, 10_000]])])
 
 
+def with_a_sparsity_that_rounds_to_nothing(model: Path, options: dict) -> None:
+    options["pattern"], options["sparsity"] = None, 0.0001
+
+
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
@@ -106,6 +110,7 @@ def with_a_batch_of_other_tokens(model: Path, options: dict) -> None:
         (into_a_file, "out is a file"),
         (with_batches_that_are_empty, "no calibration data"),
         (with_a_batch_of_other_tokens, "token 10000"),
+        (with_a_sparsity_that_rounds_to_nothing, "so 21 of 21 layers stay dense"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [True, False])

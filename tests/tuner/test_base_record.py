@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from peft_spp import SPPConfig
+from peft_spp import SPPConfig, hotswap_adapter
 from peft_spp.sparsity import record_mask
 from peft_spp.sparsity.base_masks import BaseRecord, relate_checkpoint
 from peft_spp.tuner.config import FORMAT_VERSION
@@ -285,3 +285,24 @@ def test_an_adapter_without_a_record_loads(tmp_path):
     assert model.peft_config["default"].base_record is None
     with pytest.warns(UserWarning, match="no record of its base model"):
         assert model.base_model.relate_base() == {}
+
+
+def test_error_refuses_an_adapter_without_a_record_at_every_entrance(tmp_path):
+    save_adapter(tmp_path, pruned_llama())
+    (tmp_path / "base_masks.json").unlink()
+    model = PeftModel.from_pretrained(pruned_llama(), tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = SPPConfig.from_pretrained(tmp_path, check_base="error")
+    base = pruned_llama()
+    for load in (
+        lambda: PeftModel.from_pretrained(base, tmp_path, check_base="error"),
+        lambda: PeftModel.from_pretrained(base, tmp_path, config=config),
+        lambda: model.load_adapter(tmp_path, "second", check_base="error"),
+        lambda: model.load_adapter(tmp_path, "default", check_base="error"),
+        lambda: hotswap_adapter(model, tmp_path, "default", check_base="error"),
+    ):
+        with pytest.raises(ValueError, match=r"no record of the base model.*base_masks\.json"):
+            load()
+    assert base.state_dict().keys() == pruned_llama().state_dict().keys()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
