@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPP (sparsity-preserved parameter-efficient fine-tuning) for Hugging Face PEFT.
 
-Importing this package registers the method: afterwards [`SPPConfig`] works wherever PEFT takes a configuration.
+Importing this package registers the method: afterwards [`SPPConfig`] works wherever PEFT takes a configuration, and
+Transformers loads models with compressed weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .compressed import BitmaskConfig, CompressedLinear, compress, decompress
+from .compressed import register as _register_compressed
 from .registration import register
 from .tuner import SPPConfig, SPPLayer, SPPModel
 
@@ -20,13 +23,18 @@ if TYPE_CHECKING:
     from .hub import push_to_hub
 
 register(SPPConfig, SPPModel)
+_register_compressed()
 
 __all__ = [
+    "BitmaskConfig",
+    "CompressedLinear",
     "SPPConfig",
     "SPPGuardCallback",
     "SPPLayer",
     "SPPModel",
     "__version__",
+    "compress",
+    "decompress",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "prepare_model_for_compiled_hotswap",

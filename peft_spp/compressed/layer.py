@@ -65,11 +65,38 @@ class CompressedLinear(nn.Linear):
         Raises:
             ValueError: If the dtype is not float32, bfloat16 or float16.
         """
-        weight = layer.weight
-        result = cls(layer.in_features, layer.out_features, bias=False, dtype=weight.dtype, device="meta")
+        result = cls.without_values(layer)
+        result.put(compress(layer.weight))
+        return result
+
+    @classmethod
+    def without_values(cls, layer: nn.Linear) -> CompressedLinear:
+        """
+        The layer that a dense one becomes, before its weight is there; see [`put`].
+
+        Args:
+            layer (`nn.Linear`): The dense layer, which shares its bias with the new one.
+
+        Returns:
+            `CompressedLinear`: A new layer, of the same mode, with its bitmask on the meta device.
+        """
+        dtype = layer.weight.dtype
+        result = cls(layer.in_features, layer.out_features, bias=False, dtype=dtype, device="meta")
         result.bias = layer.bias
-        result.put(compress(weight))
         return result.train(layer.training)
+
+    def to_linear(self) -> nn.Linear:
+        """
+        The dense layer that this one was.
+
+        Returns:
+            `nn.Linear`: A new layer, of the same mode, which shares the bias.
+        """
+        with torch.device("meta"):
+            result = nn.Linear(self.in_features, self.out_features, bias=False)
+        result.weight = nn.Parameter(self.dequantize())
+        result.bias = self.bias
+        return result.train(self.training)
 
     @property
     def compressed(self) -> Compressed:

@@ -82,18 +82,29 @@ def compress(weight: Tensor) -> Compressed:
     n = weight.shape[-1]
     rows = weight.detach().reshape(math.prod(weight.shape[:-1]), n)
     bitmask = torch.empty(len(rows), bitmask_bytes(n), dtype=torch.uint8, device=weight.device)
-    values = []
+    for part in _row_chunks(rows):
+        bitmask[part] = _pack_bits(_stored_places(rows[part]))
+    row_offsets = count_row_offsets(bitmask)
+    # of the right size at once: a layer is compressed in the memory that it needs afterwards
+    values = rows.new_empty(int(row_offsets[-1]))
     for part in _row_chunks(rows):
         piece = rows[part]
-        stored = piece.contiguous().view(BITS[weight.dtype]) != 0
-        bitmask[part] = _pack_bits(stored)
-        values.append(piece[stored])
-    return Compressed(
-        torch.cat([*values, weight.new_empty(0)]),
-        bitmask.view(*weight.shape[:-1], bitmask.shape[-1]),
-        count_row_offsets(bitmask),
-        n,
-    )
+        values[row_offsets[part.start] : row_offsets[part.stop]] = piece[_stored_places(piece)]
+    return Compressed(values, bitmask.view(*weight.shape[:-1], bitmask.shape[-1]), row_offsets, n)
+
+
+def count_stored(weight: Tensor) -> int:
+    """
+    How many places of a weight are stored.
+
+    Args:
+        weight (`torch.Tensor`): float32, bfloat16 or float16, shape `(..., m, n)`, any strides.
+
+    Returns:
+        `int`: The places that are not `+0.0`.
+    """
+    rows = weight.detach().reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
+    return sum(int(_stored_places(rows[part]).sum()) for part in _row_chunks(rows))
 
 
 def decompress(compressed: Compressed) -> Tensor:
@@ -207,6 +218,10 @@ def is_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype) -> bool:
 def _row_chunks(rows: Tensor) -> list[slice]:
     step = max(1, _CHUNK_ELEMENTS // max(rows.shape[1], 1))
     return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+
+
+def _stored_places(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(BITS[rows.dtype]) != 0
 
 
 def _pack_bits(stored: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `config.json` says of a model with compressed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+METHOD = "bitmask"
+VERSION = 1
+
+
+class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """
+    Weights whose zeros are not stored.
+
+    Pass it to `from_pretrained` to compress a model while it loads; a compressed model brings its own. Nothing is
+    rounded: the model computes what it computed before.
+
+    Args:
+        modules_to_not_convert (`Sequence[str]`, *optional*): Linear layers that stay dense, by their name, the end of
+            it, or a regular expression for its beginning. By default those that Transformers leaves alone when it
+            quantizes: the head and what is tied to the embeddings. `[]` compresses an untied head as well.
+        min_sparsity (`float`, *optional*): Layers with a smaller share of zeros stay dense. By default a layer is
+            compressed if that takes fewer bytes, from 1/16 zeros on at 2 bytes a value.
+        version (`int`): The version of the format.
+
+    Raises:
+        ValueError: If an argument is of another kind, or the version is one that this peft_spp does not know.
+    """
+
+    def __init__(
+        self,
+        modules_to_not_convert: Sequence[str] | None = None,
+        min_sparsity: float | None = None,
+        version: int = VERSION,
+        **kwargs: Any,
+    ) -> None:
+        method = kwargs.pop("quant_method", METHOD)
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"the weights are compressed in version {version!r} of the format, and this peft_spp knows version "
+                f"{VERSION}: update peft_spp"
+            )
+        if method != METHOD or kwargs:
+            raise ValueError(
+                f"BitmaskConfig does not know {', '.join(kwargs) or f'the quant_method {method!r}'}; it has "
+                "modules_to_not_convert, min_sparsity and version"
+            )
+        names = modules_to_not_convert
+        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+            raise ValueError(f"modules_to_not_convert must be a list of names, and is {names!r}")
+        if min_sparsity is not None and not 0 <= min_sparsity <= 1:
+            raise ValueError(f"min_sparsity must be between 0 and 1, and is {min_sparsity!r}")
+        self.quant_method = METHOD  # type: ignore[assignment]  # it is registered, and not in the enum
+        self.version = version
+        self.modules_to_not_convert = None if names is None else list(names)
+        self.min_sparsity = min_sparsity

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Giving back the memory of files that are mapped.
+
+The loader maps files into memory. What has been read of them counts as memory of the process until the system is short
+of it, although nothing needs it: at the end it would be the dense model, next to the compressed one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+
+
+_PAGE_OUT = 21
+"""MADV_PAGEOUT of Linux: give pages back without losing what is in them."""
+
+
+def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
+    """
+    Give back the memory that mapped files take. They are read again where they are needed. Only on Linux.
+
+    Args:
+        files (`Iterable[str]`): The files.
+    """
+    wanted = {os.path.realpath(file) for file in files}
+    if not wanted or not os.path.exists("/proc/self/maps"):
+        return
+    advise = ctypes.CDLL(None).madvise
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            # address, permissions, offset, device, inode, path
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in wanted:
+                start, stop = (int(address, 16) for address in fields[0].split("-"))
+                # an older Linux does not know it, and nothing is lost by that
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGE_OUT)

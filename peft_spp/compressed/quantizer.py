@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How Transformers loads and saves models with compressed weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightTransform
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.quantizers.base import HfQuantizer
+
+from ..functional.bitmask import check_compressed, compress
+from .config import BitmaskConfig
+from .file_memory import page_out
+from .layer import CompressedLinear
+from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
+
+
+class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """
+    Loads and saves compressed weights, through Transformers' own loader.
+
+    The model is built dense, without data. A layer becomes a [`CompressedLinear`] when its weight comes: as values and
+    bitmask from a compressed checkpoint, which so needs no list of its layers; or dense, and then it is compressed
+    before the next one is read.
+
+    Args:
+        quantization_config ([`BitmaskConfig`]): The configuration, of which a copy is kept.
+        pre_quantized (`bool`, *optional*, defaults to `True`): Whether the checkpoint is compressed.
+    """
+
+    requires_calibration = False
+    quantization_config: BitmaskConfig
+    serialized_names = {"weight": ["weight", "bitmask"]}  # noqa: RUF012  (Transformers declares it)
+
+    def __init__(self, quantization_config: BitmaskConfig, **kwargs: Any) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        # what to compress when it comes, and why other layers stay dense
+        self._waiting: set[str] = set()
+        self._kept: dict[str, str] = {}
+        self._row_offsets: dict[str, Tensor] = {}
+        self._problems: list[str] = []
+        self._files: list[str] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "compressed weights cannot be split by DeepSpeed ZeRO-3, since each rank would have other places. Use "
+                "ZeRO-2 or DDP, or load the model without BitmaskConfig (`peft-spp decompress`)."
+            )
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ValueError(
+                "compressed weights cannot be offloaded to disk: device_map has 'disk' for "
+                f"{next(name for name, device in device_map.items() if device == 'disk')!r}. Give the CPU more memory "
+                "with max_memory, or load the model without BitmaskConfig (`peft-spp decompress`)."
+            )
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        # Asked before a weight is read, whether it is to be compressed; and after, whether it may have another shape
+        # than the one that it had in the dense model.
+        if param_name in self._waiting:
+            return True
+        module, _, name = param_name.rpartition(".")
+        return name in ("weight", "bitmask") and isinstance(model.get_submodule(module), CompressedLinear)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        return dtype if stored.startswith(("F", "BF", "torch.float", "torch.bfloat")) else None
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            self._files = kwargs.get("checkpoint_files") or []
+            layers, self._kept = find_linear_layers(model, self.quantization_config.modules_to_not_convert)
+            self._waiting = {f"{name}.weight" for name in layers}
+        return model
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        for name in converted_names(sorted(self._waiting), weight_conversions):
+            self._waiting.discard(name)
+            self._kept[name.removesuffix(".weight")] = "stored in another form"
+        updated: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
+        return updated
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Compress(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": _Read}
+
+    def compress(self, model: nn.Module, name: str, dense: Tensor) -> dict[str, Tensor]:
+        """
+        Compress a weight that has been read, and put its layer in the model.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the weight.
+            dense (`torch.Tensor`): The weight.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The tensors of the layer, by name.
+        """
+        if name not in self._waiting:
+            return {name: dense}
+        self._waiting.discard(name)
+        module = name.removesuffix(".weight")
+        if dense.shape != model.get_submodule(module).weight.shape:
+            return {name: dense}  # Transformers reports it, as for any model
+        reason = why_not_worth_it(dense, self.quantization_config.min_sparsity)
+        if reason is not None:
+            self._kept[module] = reason
+            return {name: dense}
+        compressed = compress(dense)
+        page_out(self._files)
+        return self._put(model, module, compressed.values, compressed.bitmask, compressed.row_offsets)
+
+    def read(self, model: nn.Module, name: str, values: Tensor, bitmask: Tensor) -> dict[str, Tensor]:
+        """
+        Check a compressed weight that has been read, and put its layer in the model.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the weight.
+            values (`torch.Tensor`): Its values.
+            bitmask (`torch.Tensor`): Its bitmask.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The tensors of the layer, by name.
+        """
+        module = name.removesuffix(".weight")
+        layer = model.get_submodule(module)
+        try:
+            if not isinstance(layer, nn.Linear):
+                raise ValueError(f"{name}: only nn.Linear can be compressed, and {module} is a {type(layer).__name__}")
+            row_offsets = check_compressed(values, bitmask, (layer.out_features, layer.in_features), name)
+        except ValueError as error:
+            # Raised here it would become a line of Transformers' report. It is raised when all is read.
+            self._problems.append(str(error))
+            return {}
+        if bitmask.data_ptr() % 8:
+            bitmask = bitmask.clone()  # a view of the file, and kernels read words of 8 bytes
+        return self._put(model, module, values, bitmask, row_offsets)
+
+    def _put(
+        self, model: nn.Module, module: str, values: Tensor, bitmask: Tensor, row_offsets: Tensor
+    ) -> dict[str, Tensor]:
+        layer = model.get_submodule(module)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(module, CompressedLinear.without_values(layer))
+        self._row_offsets[module] = row_offsets
+        return {f"{module}.weight": nn.Parameter(values, requires_grad=False), f"{module}.bitmask": bitmask}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._problems:
+            more = f" ({len(self._problems) - 1} more weights are wrong too)" if len(self._problems) > 1 else ""
+            raise ValueError(f"{self._problems[0]}{more}. The checkpoint is damaged; copy it again.")
+        for name, row_offsets in self._row_offsets.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, CompressedLinear)
+            if layer.row_offsets.is_meta:
+                raise ValueError("offload_buffers=True does not work with compressed weights: leave it out.")
+            # Transformers leaves buffers that are not saved without a value
+            layer.row_offsets = row_offsets.to(layer.row_offsets.device)
+        self._row_offsets.clear()
+        if not self.pre_quantized:
+            warn_of_dense_layers(self._kept)
+            self.quantization_config.modules_to_not_convert = list(self._kept)
+        return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .in_memory import put_dense_layers
+
+        put_dense_layers(model)
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Operation(ConversionOps):  # type: ignore[misc]
+    def __init__(self, hf_quantizer: BitmaskHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: Any) -> _Operation:
+        return self  # the loader copies an operation for each tensor; all report to one quantizer
+
+
+class _Compress(_Operation):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        result: dict[str, Tensor] = {}
+        for name in list(input_dict):
+            result |= self.hf_quantizer.compress(kwargs["model"], name, _one(input_dict.pop(name)))
+        return result
+
+
+class _Read(_Operation):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
+        if "bitmask" not in input_dict:
+            return input_dict
+        if "weight" not in input_dict:
+            raise ValueError(f"{full_layer_name}: the checkpoint has its bitmask, and no values")
+        return self.hf_quantizer.read(model, full_layer_name, _one(input_dict["weight"]), _one(input_dict["bitmask"]))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Write()
+
+
+class _Write(ConversionOps):  # type: ignore[misc]
+    """Values and bitmask are saved as they are in memory."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+def _one(tensors: Tensor | Sequence[Tensor]) -> Tensor:
+    return tensors if isinstance(tensors, Tensor) else tensors[0]

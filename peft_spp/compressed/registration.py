@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes compressed weights a quantization method of Transformers, by its own extension points."""
+
+from __future__ import annotations
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from .config import METHOD, BitmaskConfig
+from .quantizer import BitmaskHfQuantizer
+
+
+def register() -> None:
+    """
+    Register the method with Transformers. Calling it again is a no-op.
+
+    Raises:
+        ImportError: If Transformers, or another package, has a method of this name.
+    """
+    owner = AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
+    if owner is not None:
+        if owner.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            raise ImportError(
+                f"a quantization method named {METHOD!r} is registered with Transformers already, by "
+                f"{owner.__module__}, so peft_spp cannot register its own: import only one of the two packages"
+            )
+        # imported once more in one process (importlib.reload, a purged sys.modules)
+        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitmaskConfig
+        AUTO_QUANTIZER_MAPPING[METHOD] = BitmaskHfQuantizer
+        return
+    register_quantization_config(METHOD)(BitmaskConfig)
+    register_quantizer(METHOD)(BitmaskHfQuantizer)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers of a model can be compressed, and which are worth it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..architecture import has_plain_forward
+from ..functional.bitmask import BITS, count_stored, is_worth_it
+
+
+def find_linear_layers(
+    model: nn.Module, skip: Sequence[str] | None = None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """
+    Find the linear layers that can be compressed.
+
+    Args:
+        model (`nn.Module`): Any model, on any device.
+        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
+
+    Returns:
+        `tuple[dict[str, nn.Linear], dict[str, str]]`: The layers by name, and for each other linear layer why not.
+    """
+    skipped, tied = _skipped(model, skip)
+    # how many modules hold a parameter, and how many places hold a module
+    owners = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    found, kept = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if f"{name}.weight" in tied or owners[id(module._parameters.get("weight"))] > 1 or places[id(module)] > 1:
+            kept[name] = "tied"
+        elif not should_convert_module(name, skipped):
+            kept[name] = "left out"
+        elif type(module) is not nn.Linear or not has_plain_forward(module) or _has_hooks(module):
+            kept[name] = "not a plain nn.Linear"
+        elif module._parameters.get("weight") is None:
+            kept[name] = "its weight is computed"
+        elif module.weight.dtype not in BITS or type(module.weight.data) is not Tensor:
+            kept[name] = f"its weight is {module.weight.dtype}"
+        else:
+            found[name] = module
+    return found, kept
+
+
+def why_not_worth_it(weight: Tensor, min_sparsity: float | None) -> str | None:
+    """
+    Tell why a weight is not compressed.
+
+    Args:
+        weight (`torch.Tensor`): The dense weight, of two or more dimensions.
+        min_sparsity (`float`, *optional*): See [`BitmaskConfig`].
+
+    Returns:
+        `str` or `None`: The reason, or `None` if it is to be compressed.
+    """
+    stored = count_stored(weight)
+    zeros = 1 - stored / weight.numel() if weight.numel() else 0.0
+    if min_sparsity is None:
+        worth_it = is_worth_it(stored, weight.shape, weight.dtype)
+    else:
+        worth_it = zeros >= min_sparsity
+    return None if worth_it else f"{math.floor(zeros * 1000) / 10}% zeros"
+
+
+def converted_names(names: Sequence[str], transforms: Sequence[WeightTransform]) -> set[str]:
+    """
+    Find the tensors that Transformers makes of others when it loads a model, and takes apart again when it saves it.
+
+    Args:
+        names (`Sequence[str]`): The names of tensors of the model.
+        transforms (`Sequence[WeightTransform]`): How tensors of files become those of the model.
+
+    Returns:
+        `set[str]`: Those of the names that are not saved as they are, apart from their name.
+    """
+    made = [one.reverse_transform() for one in transforms if isinstance(one, WeightConverter)]
+    return {name for name in names if any(one.rename_source_key(name)[1] is not None for one in made)}
+
+
+def warn_of_dense_layers(kept: Mapping[str, str]) -> None:
+    """
+    Say which layers stay dense for another reason than that they were left out.
+
+    Args:
+        kept (`Mapping[str, str]`): The reason for each layer.
+    """
+    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied")]
+    if told:
+        more = f" and {len(told) - 8} more" if len(told) > 8 else ""
+        warnings.warn(f"{len(told)} layers stay dense: {', '.join(told[:8])}{more}.", stacklevel=2)
+
+
+def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """
+    Find the outermost models of Transformers in a module.
+
+    Args:
+        module (`nn.Module`): Any module.
+
+    Returns:
+        `dict[str, PreTrainedModel]`: The models by name; `""` is the module itself.
+    """
+    found: dict[str, PreTrainedModel] = {}
+    for name, inner in module.named_modules():
+        if isinstance(inner, PreTrainedModel) and not any(not one or name.startswith(f"{one}.") for one in found):
+            found[name] = inner
+    return found
+
+
+def _skipped(module: nn.Module, skip: Sequence[str] | None) -> tuple[list[str], set[str]]:
+    """What is left out, and the names of tied parameters."""
+    names: list[str] = list(skip or ())
+    tied: set[str] = set()
+    for prefix, model in transformers_models(module).items():
+        start = f"{prefix}." if prefix else ""
+        ties = model.all_tied_weights_keys
+        tied |= {start + name for name in (*ties, *ties.values())}
+        if skip is None:
+            names += [start + name for name in HfQuantizer.get_modules_to_not_convert(model)]
+    return names, tied
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(value for name, value in vars(module).items() if name.endswith(("_hook", "_hooks")))
