@@ -54,9 +54,15 @@ def compress(
     for name in _stored_in_another_form(models, list(layers)):
         del layers[name]
         kept[name] = "stored in another form"
-    without_data = next((name for name, layer in layers.items() if layer.weight.is_meta), None)
-    if without_data is not None:
-        raise ValueError(f"{without_data} has no data (it is on the meta device): load the model into memory first")
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"{name} has no data (it is on the meta device): load the model into memory first")
+        if layer.weight.shape != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"{name} is not whole in memory: its weight has shape {tuple(layer.weight.shape)}. Compress the model "
+                "before it is sharded. DeepSpeed ZeRO-3 cannot shard compressed weights; FSDP2, ZeRO-2 and DDP train "
+                "them"
+            )
     for name in list(layers):
         layer = layers.pop(name)  # and so its memory is free once it is replaced
         reason = why_not_worth_it(layer.weight, min_sparsity)

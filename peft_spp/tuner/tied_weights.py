@@ -25,8 +25,8 @@ def untie_adapted_weights(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
-        if not isinstance(module, SPPLayer) or isinstance(module, QuantizedLinear):
-            continue  # a merge gives a quantized layer a new weight
+        if not isinstance(module, SPPLayer) or (isinstance(module, QuantizedLinear) and module.quantizes):
+            continue  # a merge gives a layer that quantizes a new weight
         base_layer, name = module.get_base_layer(), module.parameter_name
         weight = getattr(base_layer, name)
         if users.get(id(weight), 0) > 1:

@@ -152,6 +152,14 @@ def test_deepspeed_zero3_with_gradient_checkpointing(base, tmp_path, one_process
     check("deepspeed_zero3.yaml", base, tmp_path, one_process, gradient_checkpointing=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", ["ddp.yaml", "fsdp2.yaml", pytest.param("deepspeed_zero2.yaml", marks=needs_deepspeed)]
+)
+def test_compressed_weights(base, tmp_path, one_process, config):
+    check(config, base, tmp_path, one_process, compressed=True)
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> Path:
     """A mixture whose experts are stored (in, out), which is not to be seen on a partitioned parameter."""

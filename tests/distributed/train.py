@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from peft_spp.compressed import CompressedLinear, compress
 from peft_spp.sparsity.names import unwrapped_name
 from peft_spp.tuner.whole_parameters import is_sharded, is_zero3, whole_parameters
 
@@ -117,6 +118,9 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if ".layers." in name and not any(module.children()):
             with whole_parameters(module):
+                if isinstance(module, CompressedLinear):
+                    found[f"{unwrapped_name(name)}.weight"] = module.dequantize()
+                    continue
                 for parameter_name, parameter in module.named_parameters():
                     if parameter.ndim > 1:
                         key = f"{unwrapped_name(name)}.{parameter_name}"
@@ -127,8 +131,10 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def main(base: str, output: Path, adapter: dict[str, Any], settings: dict[str, Any]) -> None:
     use_cpu()
     # the arguments come first: they say how the model is to be partitioned while it is loaded
+    compressed = settings.pop("compressed", False)
     args = arguments(output, **settings)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(**adapter))
+    base_model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(compress(base_model) if compressed else base_model, adapter_config(**adapter))
     model.load_state_dict(factors(model), strict=False)
     data = [{"input_ids": row, "labels": row} for row in token_ids(GLOBAL_BATCH)]
     trainer = Trainer(model, args, train_dataset=data)

@@ -182,6 +182,18 @@ class Backend(ABC):
         """
         return scaled_weight(self.dequantize(layer, self.packed(layer)), factors)
 
+    def copy(self, packed: Any) -> Any:
+        """
+        A packed weight to come back to after a merge.
+
+        Args:
+            packed (`Any`): The packed weight.
+
+        Returns:
+            `Any`: By default the same object: it is never changed in place.
+        """
+        return packed
+
     def merged(self, packed: Any, factors: Sequence[Factors]) -> tuple[Any, torch.Tensor]:
         """
         Merge factors into a packed weight. Only a lossless backend can without quantizing again.

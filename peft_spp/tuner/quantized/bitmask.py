@@ -32,7 +32,7 @@ class Bitmask(Backend):
         return compressed._replace(values=compressed.values.detach())
 
     def dequantize(self, layer: nn.Module, packed: Compressed) -> torch.Tensor:
-        return decompress(packed)
+        return decompress(packed._replace(values=packed.values.to(packed.bitmask.device)))
 
     def quantize(self, layer: Any, weight: torch.Tensor) -> Compressed:
         compressed: Compressed = layer.compressed
@@ -42,7 +42,11 @@ class Bitmask(Backend):
         return compressed._replace(values=weight[places])
 
     def put(self, layer: Any, packed: Compressed) -> None:
-        layer.put(packed)
+        # in place: an engine that shards parameters, and whoever holds this one, sees the new values
+        layer.weight.data.copy_(packed.values)
+
+    def copy(self, packed: Compressed) -> Compressed:
+        return packed._replace(values=packed.values.to("cpu", copy=True))
 
     def linear(
         self,
@@ -58,5 +62,6 @@ class Bitmask(Backend):
         return compressed_weight(layer.compressed, factors)
 
     def merged(self, packed: Compressed, factors: Sequence[Factors]) -> tuple[Compressed, torch.Tensor]:
+        packed = packed._replace(values=packed.values.to(packed.bitmask.device))  # a copy is in host memory
         merged = merged_compressed(packed, factors)
         return merged, merged.values

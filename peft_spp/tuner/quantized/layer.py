@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ...functional import merged_weight
 from ..layer import Linear
+from ..whole_parameters import whole_parameters
 from .backend import Backend
 
 
@@ -103,8 +105,11 @@ class QuantizedLinear(Linear):
             ValueError: If the merged weight would not be finite, or quantizing it would lose a zero.
         """
         new_adapters = self._new_adapters(adapter_names)
-        if new_adapters:
-            self._merged_packed(new_adapters, safe_merge=True)
+        if new_adapters and self.quantizes:
+            self._quantize_merged(new_adapters)
+        elif new_adapters:
+            with whole_parameters(self):
+                self._merged_packed(new_adapters, safe_merge=True)
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep_unmerged: bool) -> None:
         new_adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spp_A]
@@ -112,13 +117,15 @@ class QuantizedLinear(Linear):
             # no adapter to merge
             return
         self.check_writable()
-        packed = self._merged_packed(new_adapters, safe_merge)
-        if self.quantizes:
-            warnings.warn(
-                f"Merge spp module to a quantized linear ({self.quantization}) may get different generations due to "
-                "rounding errors.",
-                stacklevel=2,
-            )
+        if not self.quantizes:
+            self._merge_lossless(new_adapters, safe_merge, keep_unmerged)
+            return
+        packed = self._quantize_merged(new_adapters)
+        warnings.warn(
+            f"Merge spp module to a quantized linear ({self.quantization}) may get different generations due to "
+            "rounding errors.",
+            stacklevel=2,
+        )
         base_layer = self.get_base_layer()
         if keep_unmerged and not self.merged_adapters:
             self._unmerged_packed = self.backend.packed(base_layer)
@@ -133,7 +140,8 @@ class QuantizedLinear(Linear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.check_writable()
-        self.backend.put(self.get_base_layer(), self._unmerged_packed)
+        with self._whole_base_layer():
+            self.backend.put(self.get_base_layer(), self._unmerged_packed)
         self._unmerged_packed = None
         self.merged_adapters.clear()
 
@@ -145,14 +153,28 @@ class QuantizedLinear(Linear):
         weight = self.unmerged_weight()
         return merged_weight(weight, self.get_factors(adapter_names)) if adapter_names else weight
 
+    def _merge_lossless(self, new_adapters: list[str], safe_merge: bool, keep_unmerged: bool) -> None:
+        if keep_unmerged:
+            self.check_merge_stays()
+        base_layer = self.get_base_layer()
+        with self._whole_base_layer():
+            packed = self._merged_packed(new_adapters, safe_merge)
+            if keep_unmerged and not self.merged_adapters:
+                # the values are written in place, where an engine that shards them finds them
+                self._unmerged_packed = self.backend.copy(self.backend.packed(base_layer))
+            self.backend.put(base_layer, packed)
+        self.merged_adapters.extend(new_adapters)
+
     def _merged_packed(self, new_adapters: list[str], safe_merge: bool) -> Any:
-        if self.quantizes:
-            return self._quantize_merged(new_adapters)
         unmerged = self._unmerged_packed if self.merged_adapters else self.backend.packed(self.get_base_layer())
         packed, values = self.backend.merged(unmerged, self.get_factors([*self.merged_adapters, *new_adapters]))
         if safe_merge:
             self._check_merged_weight(values, new_adapters)
         return packed
+
+    def _whole_base_layer(self) -> AbstractContextManager[None]:
+        # packages that quantize keep their weights whole
+        return nullcontext() if self.quantizes else whole_parameters(self, write=True)
 
     def _quantize_merged(self, new_adapters: list[str]) -> Any:
         """The packed merged weight, checked: it is finite and every zero of the base layer is kept."""
