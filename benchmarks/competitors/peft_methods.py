@@ -6,9 +6,9 @@ from __future__ import annotations
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
-from peft_spp import SPPConfig
+from peft_spp import SPPConfig, compress
 
-from ..harness.plots import BLACK, BLUE, GRAY, ORANGE, YELLOW, Style
+from ..harness.plots import BLACK, BLUE, GRAY, GREEN, ORANGE, YELLOW, Style
 from .block_linears import block_linear_suffixes
 from .registry import competitor
 
@@ -49,3 +49,9 @@ def adapt_spp(model: nn.Module) -> nn.Module:
     """SPP as this repository has it, r = 16, alpha = 32."""
     config = SPPConfig(r=16, spp_alpha=32, target_modules=block_linear_suffixes(model))
     return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+@competitor("spp_compressed", Style("peft_spp on compressed weights, r=16", GREEN, "D"))
+def adapt_spp_compressed(model: nn.Module) -> nn.Module:
+    """The same on a base model that stores no zeros. Its weights are its own, and not those of the others."""
+    return adapt_spp(compress(model))

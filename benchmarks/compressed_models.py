@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Whole models on compressed weights, on CPU: `python -m benchmarks.compressed_models`.
+
+Random Llamas in bfloat16 whose linear layers are pruned by magnitude, row by row: one of 1.1 billion parameters, and
+eight layers of the shapes of an 8B model. Three things are measured, the models taking turns in each round:
+
+- `generate`: a token through Transformers' `generate`, greedy, after a short prompt;
+- `prompt`: a forward pass over a prompt;
+- the bytes of the linear weights.
+
+Next to PyTorch's dense layers stand dense ones with a kernel of our own, made as that of the compressed weights: what
+they gain is due to the kernel, and what is left is due to the zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import typer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_spp import CompressedLinear, compress
+
+from .harness import (
+    BenchmarkResult,
+    Case,
+    Contestant,
+    format_ratio,
+    format_seconds,
+    make_console,
+    measure_interleaved,
+    print_table,
+)
+from .harness import options as opt
+from .own_dense import OwnDenseLinear
+
+
+NAME = "compressed_models"
+REFERENCE = "dense"
+LABELS = {"dense": "dense, PyTorch", "own": "dense, own kernel", "50%": "compressed, 50 %", "75%": "compressed, 75 %"}
+PROMPT = 8
+NEW_TOKENS = 24
+PROMPTS = [128, 512]
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of a Llama.
+
+    Args:
+        hidden (`int`): The width of the model.
+        intermediate (`int`): The width inside the feed-forward part.
+        layers (`int`): The number of transformer blocks.
+        heads (`int`): The number of attention heads.
+        kv_heads (`int`): The number of heads of keys and values.
+        vocabulary (`int`): The number of tokens there are.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    def config(self) -> LlamaConfig:
+        """The configuration of the model."""
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=2048,
+        )
+
+
+SIZES = {"1B": Size(2048, 5632, 22, 32, 4, 32000), "8B-layers": Size(4096, 14336, 8, 32, 8, 32000)}
+QUICK_SIZES = {"tiny": Size(64, 128, 2, 4, 2, 64)}
+
+
+@app.command()
+def main(
+    rounds: opt.RoundsOption = None,
+    seconds: opt.SecondsOption = 60.0,
+    warmup: opt.WarmupOption = None,
+    threads: opt.ThreadsOption = None,
+    seed: opt.SeedOption = 0,
+    machine: opt.MachineOption = None,
+    output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
+    quick: opt.QuickOption = False,
+) -> None:
+    """Time whole models on compressed weights next to dense ones."""
+    schedule = opt.make_rounds(opt.Device.cpu, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=5)
+    run = opt.start_run(NAME, opt.Device.cpu, machine, output_dir, threads, quick)
+    sizes = QUICK_SIZES if quick else SIZES
+    result = run.new_result(
+        REFERENCE,
+        sizes={name: asdict(size) for name, size in sizes.items()},
+        weights="random, pruned by magnitude, row by row",
+        prompt=PROMPT,
+        new_tokens=NEW_TOKENS,
+        seed=seed,
+    )
+    for name, size in sizes.items():
+        models = build_models(size, seed)
+        ids = torch.randint(0, size.vocabulary, (1, 16 if quick else max(PROMPTS)))
+        tasks: dict[str, Callable[[LlamaForCausalLM], object]] = {"generate": partial(generate, ids=ids[:, :PROMPT])}
+        for tokens in [16] if quick else PROMPTS:
+            tasks[f"prompt of {tokens}"] = partial(read_prompt, ids=ids[:, :tokens])
+        for task, function in tasks.items():
+            contestants = [Contestant(key, partial(function, model)) for key, model in models.items()]
+            samples = measure_interleaved(contestants, run.device, schedule, seed)
+            values = {key: {"linear_bytes": float(linear_bytes(model))} for key, model in models.items()}
+            result.cases.append(Case({"model": name, "task": task}, samples, values))
+            result.save(run.json_path)
+        del models, tasks, contestants
+    report(result)
+    make_console().print(f"Written: {run.json_path}")
+
+
+def build_models(size: Size, seed: int) -> dict[str, LlamaForCausalLM]:
+    """The models by contestant; those that are dense share their weights."""
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        dense = LlamaForCausalLM(size.config()).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    models = {"dense": dense, "own": with_layers(dense, OwnDenseLinear)}
+    for share in (0.5, 0.75):
+        for layer in block_linears(dense).values():
+            prune_rows(layer.weight, share)
+        # one layer at a time: there is never a second dense model
+        models[f"{share:.0%}"] = with_layers(dense, compress)
+    return models
+
+
+def with_layers(model: LlamaForCausalLM, make: Callable[[nn.Linear], nn.Module]) -> LlamaForCausalLM:
+    """A copy of a model that shares its parameters, with other linear layers inside the blocks."""
+    shared = copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+    for name, layer in block_linears(shared).items():
+        shared.set_submodule(name, make(layer))
+    return shared
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers inside the blocks."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+
+
+@torch.no_grad()
+def prune_rows(weight: torch.Tensor, share: float) -> None:
+    """Zero the smallest weights of each row, as Wanda does in each row."""
+    smallest = weight.abs().topk(round(weight.shape[1] * share), dim=1, largest=False).indices
+    weight.scatter_(1, smallest, 0.0)
+
+
+@torch.inference_mode()
+def generate(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """A number of new tokens, greedy."""
+    model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+
+
+@torch.inference_mode()
+def read_prompt(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """One forward pass, with the logits of the last token."""
+    model(input_ids=ids, logits_to_keep=1)
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """The bytes that the weights of the linear layers inside the blocks take in memory."""
+    total = 0
+    for layer in block_linears(model).values():
+        tensors = [layer.weight]
+        if isinstance(layer, CompressedLinear):
+            tensors += [layer.bitmask, layer.row_offsets]
+        total += sum(tensor.nbytes for tensor in tensors)
+    return total
+
+
+def report(result: BenchmarkResult) -> None:
+    """Print all cases as one table."""
+    headings = ["model", "task", "layers", "ms, median (quartiles)", "× PyTorch's dense (quartiles)", "bytes"]
+    rows = []
+    for case in result.cases:
+        dense_bytes = case.values[REFERENCE]["linear_bytes"]
+        for name in case.samples:
+            rows.append(
+                [
+                    case.parameters["model"],
+                    case.parameters["task"],
+                    LABELS[name],
+                    format_seconds(case.summary(name)),
+                    format_ratio(case.ratio(name, REFERENCE)),
+                    f"{case.values[name]['linear_bytes'] / dense_bytes:.3f}",
+                ]
+            )
+    print_table(make_console(), headings, rows, numbers_from=3)
+
+
+if __name__ == "__main__":
+    app()
