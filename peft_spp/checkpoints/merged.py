@@ -21,26 +21,48 @@ Factor = tuple[str, float, Tensor, Tensor]
 """The name of a module, its scaling, A and B."""
 
 
+# An adapter that was saved again in one of them still has the digits of that one.
+_ROUNDED = (torch.bfloat16, torch.float16)
+_DIGITS = 16
+
+
 def adapter_id(factors: Iterable[Factor]) -> str:
-    """What identifies an adapter by its weights, whatever folder it is in, and if it was saved in bfloat16 since.
+    """What identifies an adapter by its weights, whatever folder it is in.
 
     Args:
         factors (`Iterable[Factor]`): The factors of all modules; a generator holds those of one in memory.
 
     Returns:
-        `str`: 32 hexadecimal digits, the same for the same updates.
+        `str`: 32 hexadecimal digits: 16 for the weights rounded to bfloat16, and 16 for those rounded to float16.
     """
+    parts = [[_digest(*factor, dtype) for dtype in _ROUNDED] for factor in factors]
     # independent of the order, which files and models do not share
-    parts = sorted(_digest(*factor) for factor in factors)
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+    digests = [sorted(one) for one in zip(*parts, strict=True)] or [[] for _ in _ROUNDED]
+    return "".join(hashlib.sha256(b"".join(one)).hexdigest()[:_DIGITS] for one in digests)
 
 
-def _digest(name: str, scaling: float, A: Tensor, B: Tensor) -> bytes:
+def _digest(name: str, scaling: float, A: Tensor, B: Tensor, dtype: torch.dtype) -> bytes:
     digest = hashlib.sha256(f"{name} {scaling!r} {tuple(A.shape)}".encode())
     for factor in (A, B):
-        values = factor.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
+        digest.update(factor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()
+
+
+def is_merged(identity: str, config: Mapping[str, Any]) -> bool:
+    """Whether a model lists an adapter, as it is or as it was before it was saved in bfloat16 or float16.
+
+    Args:
+        identity (`str`): The id of the adapter.
+        config (`Mapping[str, Any]`): The content of the model's `config.json`.
+
+    Returns:
+        `bool`: Whether the digits of one of the dtypes are the same.
+    """
+    return any(
+        listed[place : place + _DIGITS] == identity[place : place + _DIGITS]
+        for listed in merged_adapters(config)
+        for place in range(0, len(identity), _DIGITS)
+    )
 
 
 def merged_adapters(config: Mapping[str, Any]) -> tuple[str, ...]:

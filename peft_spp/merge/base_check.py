@@ -8,7 +8,7 @@ import warnings
 from typing import Any, Literal
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.merged import MERGED, adapter_id, merged_adapters
+from ..checkpoints.merged import MERGED, adapter_id, is_merged, merged_adapters
 from ..sparsity.base_masks import no_record, record_checkpoint
 from .adapter import Adapter
 
@@ -75,7 +75,7 @@ def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
     """
     factors = ((name, one.scaling, one.A.load(), one.B.load()) for name, one in adapter.modules.items())
     identity = adapter_id(factors)
-    if adapter.modules and identity in merged_adapters(checkpoint.config):
+    if adapter.modules and is_merged(identity, checkpoint.config):
         raise ValueError(
             f"the adapter in {adapter.folder} was merged into {checkpoint.folder} before, and would be applied twice: "
             f"config.json lists its id {identity} under {MERGED!r}. Merge into the model that it was trained on "

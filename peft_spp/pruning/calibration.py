@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..error_text import message
 from .block_calls import (
     BY_MAGNITUDE,
     CalibrationBatch,
@@ -54,7 +55,7 @@ def run_calibration(
         arguments = _model_arguments(model, blocks, inputs, device)
         batch = CalibrationBatch()
         with statistics, record_block_calls(blocks, batch) as outputs:
-            model(**arguments)
+            _call(model, arguments)
         if not calibration:
             with draws_restored(device):
                 again = batch.rerun(blocks)
@@ -104,7 +105,7 @@ def enter_blocks(
             arguments = _model_arguments(stem, blocks, inputs, device)
             batch = CalibrationBatch()
             with record_block_calls(blocks, batch):
-                stem(**arguments)
+                _call(stem, arguments)
             skipped.check_unused(batch)
             if not calibration:
                 _check_arguments(stem, blocks, arguments, batch, device)
@@ -140,6 +141,19 @@ def _check_arguments(
     with draws_restored(device), negated_outputs(blocks), record_block_calls(blocks, changed):
         model(**arguments)
     check_independent(batch, changed)
+
+
+def _call(model: nn.Module, arguments: dict[str, Any]) -> None:
+    try:
+        model(**arguments)
+    except (RuntimeError, IndexError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        raise ValueError(
+            f"{type(model).__name__}, with weights in {' and '.join(dtypes)}, cannot be called with the calibration "
+            f"data: {message(error)}. Some models work in float32 only; try model(**batch) without pruning."
+        ) from error
 
 
 def _model_arguments(
@@ -183,17 +197,20 @@ class _SkippedBlocks:
 
     def __init__(self, first_block: Callable[[], nn.Module]) -> None:
         self._first_block = first_block
-        self._others: int | None = None
-        # what the blocks return besides the hidden states is not known here
+        # what a block returns besides the hidden states, with `_unknown` for what is not known here
+        self._others: list[torch.Tensor | None] | None = None
+        self._is_called = False
         self._unknown = torch.empty(0)
 
     def _forward(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden_states, _, _ = split_hidden_states(block, args, kwargs)
-        if self._others is None:
+        if not self._is_called:
             first_block = self._first_block()
             output = type(first_block).forward(first_block, *args, **kwargs)
-            self._others = len(output) - 1 if isinstance(output, (tuple, list)) else -1
-        return hidden_states if self._others < 0 else (hidden_states, *[self._unknown] * self._others)
+            if isinstance(output, (tuple, list)):
+                self._others = [None if one is None else self._unknown for one in output[1:]]
+            self._is_called = True
+        return hidden_states if self._others is None else (hidden_states, *self._others)
 
     def check_unused(self, batch: CalibrationBatch) -> None:
         """Raise a `ValueError` if a block is called with what another would have returned."""

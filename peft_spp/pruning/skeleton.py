@@ -230,6 +230,9 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"{checkpoint.config['model_type']!r}): {error}"
         ) from error
     model.requires_grad_(False)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta:  # made by `torch.Tensor(size)`, `torch.normal` or from numbers; it is read too
+            set_module_tensor_to_device(model, name, "meta", clear_cache=False)
     _compute_buffers(model)
     return model
 

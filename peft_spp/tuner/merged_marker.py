@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
+from ..checkpoints.merged import MERGED, Factor, adapter_id, is_merged, merged_adapters
 from .config import SPPConfig
 from .layer import Linear
 from .saved_adapter import SavedAdapter
@@ -89,7 +89,7 @@ def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, a
         (name, saved.alpha(name) / one["A"].shape[0], one["A"].load(), one["B"].load())
         for name, one in saved.factors.items()
     )
-    if adapter_id(factors) not in present:
+    if not is_merged(adapter_id(factors), vars(model.config)):
         return
     message = (
         f"Adapter {adapter_name!r} was merged into this model before, and is applied twice now. Load the base model "

@@ -84,6 +84,7 @@ def main() -> None:
         def place_model() -> None:
             (disk / "out").mkdir()
             (disk / "out" / "config.json").write_text('{"model_type": "llama"}')
+            (disk / "out" / "model.safetensors").write_bytes(b"old")  # without weights it is no model to replace
 
         def merge() -> None:
             merge_checkpoint(case.base, case.adapter, disk / "out", overwrite=True)

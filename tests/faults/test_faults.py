@@ -194,8 +194,9 @@ def test_two_processes_that_merge_into_one_folder_leave_one_whole_model(tmp_path
     cases = [llama_case(tmp_path / str(r), SPPConfig(r=r, task_type="CAUSAL_LM"), shard_size="20KB") for r in (3, 5)]
     merged = []
     for number, case in enumerate(cases):
-        merge_checkpoint(case.base, case.adapter, tmp_path / f"merged{number}")
-        merged.append(contents(tmp_path / f"merged{number}"))
+        alone = tmp_path / f"merged{number}" / "out"  # the card names the folder
+        merge_checkpoint(case.base, case.adapter, alone)
+        merged.append(contents(alone))
     context, out = multiprocessing.get_context("fork"), tmp_path / "place" / "out"
     for _ in range(10):
         processes = [context.Process(target=_merge, args=(case.base, case.adapter, out)) for case in cases]

@@ -136,11 +136,25 @@ def test_the_list_of_merged_adapters_survives_what_people_do_to_a_model(tmp_path
     AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
     shutil.copytree(case.adapter, tmp_path / "renamed")
     edit_json(tmp_path / "renamed" / "adapter_config.json", inference_mode=False)
-    case.peft_model().to(torch.bfloat16).save_pretrained(tmp_path / "in_bfloat16")
+    adapters = {name: tmp_path / name for name in ("bfloat16", "float16")}
+    for name, folder in adapters.items():
+        case.peft_model().to(getattr(torch, name)).save_pretrained(folder)
     for base in ("copied", "saved"):
-        for adapter in (case.adapter, tmp_path / "renamed", tmp_path / "in_bfloat16"):
+        for adapter in (case.adapter, tmp_path / "renamed", *adapters.values()):
             with pytest.raises(ValueError, match="applied twice"):
                 merge_checkpoint(tmp_path / base, adapter, tmp_path / "twice")
+            with pytest.warns(UserWarning, match="applied twice"):
+                PeftModel.from_pretrained(case.model_class.from_pretrained(tmp_path / base), adapter)
+    # the other way round: the adapter that was merged is the rounded one
+    for name, folder in adapters.items():
+        merge_checkpoint(case.base, folder, tmp_path / f"of_{name}")
+        with pytest.raises(ValueError, match="applied twice"):
+            merge_checkpoint(tmp_path / f"of_{name}", case.adapter, tmp_path / "twice")
+    with torch.no_grad():
+        other = case.peft_model()
+        next(one for name, one in other.named_parameters() if "spp_B" in name).view(-1)[3] += 0.01
+    other.save_pretrained(tmp_path / "other")
+    merge_checkpoint(tmp_path / "once", tmp_path / "other", tmp_path / "both")
 
 
 def test_the_card_of_a_merged_model_says_what_it_is(tmp_path, case):

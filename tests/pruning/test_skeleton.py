@@ -18,6 +18,8 @@ from tiny import tiny
 KINDS = [
     *("gptj", "codegen", "gpt_neox", "llama", "gemma2", "gemma3_text", "phi3", "cohere", "bloom", "mpt", "falcon"),
     *("opt", "gpt2", "gpt_neo", "qwen2_moe", "deepseek_v3", "glm4_moe", "xglm", "biogpt", "bert", "t5"),
+    # parameters that do not follow the default device
+    *("diffllama", "xlnet", "imagegpt"),
 ]
 
 
@@ -52,6 +54,36 @@ def test_tensors_are_those_of_from_pretrained_bit_for_bit(tmp_path: Path, kind: 
         assert torch.equal(actual, tensor), name
         checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize("kind", ["diffllama", "xlnet", "imagegpt"])
+def test_parameters_that_do_not_follow_the_default_device_are_read_from_disk(tmp_path: Path, kind: str) -> None:
+    folder, cls = saved(tmp_path / "dense", kind, torch.float32)
+    batches = [torch.arange(3, 35).reshape(2, 16) + shift for shift in range(2)]
+    prune_checkpoint(folder, tmp_path / "out", pattern="2:4", calibration=batches)
+    expected = cls.from_pretrained(folder)
+    prune_wanda(expected, batches, pattern="2:4")
+    actual = cls.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_model_that_cannot_be_called_in_its_dtype_is_refused_with_the_reason(tmp_path: Path, disk: bool) -> None:
+    folder, cls = saved(tmp_path / "dense", "xlnet", torch.bfloat16)
+    batches = [torch.arange(3, 35).reshape(2, 16)]
+    model = cls.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        model(batches[0])  # Transformers makes some of its weights in float32
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    message = r"XLNet\w*Model, .*bfloat16 and float32, cannot be called .*: expected scalar type .* float32 only"
+    with pytest.raises(ValueError, match=message):
+        if disk:
+            prune_checkpoint(folder, tmp_path / "out", pattern="2:4", calibration=batches)
+        else:
+            prune_wanda(model, batches, pattern="2:4")
+    assert not (tmp_path / "out").exists()
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
