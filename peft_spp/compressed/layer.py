@@ -150,3 +150,15 @@ class CompressedLinear(nn.Linear):
     def extra_repr(self) -> str:
         places = self.in_features * self.out_features
         return f"{super().extra_repr()}, zeros={1 - self.weight.numel() / places if places else 0:.1%}"
+
+
+def put_dense_layers(module: nn.Module) -> None:
+    """
+    Replace all [`CompressedLinear`] of a module by dense layers.
+
+    Args:
+        module (`nn.Module`): The module, changed in place.
+    """
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            module.set_submodule(name, layer.to_linear())

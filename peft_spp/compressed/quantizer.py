@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..functional.bitmask import check_compressed, compress
 from .config import BitmaskConfig
 from .file_memory import page_out
-from .layer import CompressedLinear
+from .layer import CompressedLinear, put_dense_layers
 from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
 
 
@@ -174,8 +174,6 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from .in_memory import put_dense_layers
-
         put_dense_layers(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]
