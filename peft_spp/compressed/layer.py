@@ -133,18 +133,10 @@ class CompressedLinear(nn.Linear):
         if values is not None and bitmask is not None:
             shape = (self.out_features, self.in_features)
             row_offsets = check_compressed(values, bitmask, shape, f"{prefix}weight")
-            if not local_metadata.get("assign_to_params_buffers", False):
-                device, dtype = self.weight.device, self.weight.dtype
-                self.put(
-                    Compressed(
-                        torch.empty(len(values), dtype=dtype, device=device),
-                        self.bitmask,
-                        row_offsets.to(device),
-                        self.in_features,
-                    )
-                )
-            else:
-                self.row_offsets = row_offsets
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            device = torch.device("meta") if assigned else self.weight.device
+            places = torch.empty(len(values), dtype=self.weight.dtype, device=device)
+            self.put(Compressed(places, self.bitmask, row_offsets.to(self.bitmask.device), self.in_features))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def extra_repr(self) -> str:
