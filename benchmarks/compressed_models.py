@@ -173,7 +173,7 @@ def prune_rows(weight: torch.Tensor, share: float) -> None:
 @torch.inference_mode()
 def generate(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
     """A number of new tokens, greedy."""
-    model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)  # type: ignore[misc]
 
 
 @torch.inference_mode()

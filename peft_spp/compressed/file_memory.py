@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable
 
 
@@ -24,10 +25,12 @@ def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
     Args:
         files (`Iterable[str]`): The files.
     """
-    wanted = {os.path.realpath(file) for file in files}
-    if not wanted or not os.path.exists("/proc/self/maps"):
+    if sys.platform != "linux":
         return
-    advise = ctypes.CDLL(None).madvise
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # and what was only needed to compress the last weight
+    wanted = {os.path.realpath(file) for file in files}
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:
             # address, permissions, offset, device, inode, path
@@ -35,4 +38,4 @@ def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
             if len(fields) == 6 and fields[5] in wanted:
                 start, stop = (int(address, 16) for address in fields[0].split("-"))
                 # an older Linux does not know it, and nothing is lost by that
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGE_OUT)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGE_OUT)

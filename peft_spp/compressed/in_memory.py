@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from .config import BitmaskConfig
-from .layer import CompressedLinear
+from .layer import CompressedLinear, put_dense_layers
 from .quantizer import BitmaskHfQuantizer
 from .selection import (
     converted_names,
@@ -103,18 +103,6 @@ def decompress(module: M) -> M | nn.Linear:
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
     return module
-
-
-def put_dense_layers(module: nn.Module) -> None:
-    """
-    Replace all [`CompressedLinear`] of a module by dense layers.
-
-    Args:
-        module (`nn.Module`): The module, changed in place.
-    """
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, CompressedLinear):
-            module.set_submodule(name, layer.to_linear())
 
 
 def _check(module: nn.Module, models: Mapping[str, PreTrainedModel]) -> None:

@@ -133,20 +133,24 @@ class CompressedLinear(nn.Linear):
         if values is not None and bitmask is not None:
             shape = (self.out_features, self.in_features)
             row_offsets = check_compressed(values, bitmask, shape, f"{prefix}weight")
-            if not local_metadata.get("assign_to_params_buffers", False):
-                device, dtype = self.weight.device, self.weight.dtype
-                self.put(
-                    Compressed(
-                        torch.empty(len(values), dtype=dtype, device=device),
-                        self.bitmask,
-                        row_offsets.to(device),
-                        self.in_features,
-                    )
-                )
-            else:
-                self.row_offsets = row_offsets
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            device = torch.device("meta") if assigned else self.weight.device
+            places = torch.empty(len(values), dtype=self.weight.dtype, device=device)
+            self.put(Compressed(places, self.bitmask, row_offsets.to(self.bitmask.device), self.in_features))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def extra_repr(self) -> str:
         places = self.in_features * self.out_features
         return f"{super().extra_repr()}, zeros={1 - self.weight.numel() / places if places else 0:.1%}"
+
+
+def put_dense_layers(module: nn.Module) -> None:
+    """
+    Replace all [`CompressedLinear`] of a module by dense layers.
+
+    Args:
+        module (`nn.Module`): The module, changed in place.
+    """
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, CompressedLinear):
+            module.set_submodule(name, layer.to_linear())

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..functional.bitmask import check_compressed, compress
 from .config import BitmaskConfig
 from .file_memory import page_out
-from .layer import CompressedLinear
+from .layer import CompressedLinear, put_dense_layers
 from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
 
 
@@ -120,14 +120,14 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         page_out(self._files)
         return self._put(model, module, compressed.values, compressed.bitmask, compressed.row_offsets)
 
-    def read(self, model: nn.Module, name: str, values: Tensor, bitmask: Tensor) -> dict[str, Tensor]:
+    def read(self, model: nn.Module, name: str, values: Tensor | None, bitmask: Tensor) -> dict[str, Tensor]:
         """
         Check a compressed weight that has been read, and put its layer in the model.
 
         Args:
             model (`nn.Module`): The model.
             name (`str`): The name of the weight.
-            values (`torch.Tensor`): Its values.
+            values (`torch.Tensor` or `None`): Its values, if there are any.
             bitmask (`torch.Tensor`): Its bitmask.
 
         Returns:
@@ -136,6 +136,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         module = name.removesuffix(".weight")
         layer = model.get_submodule(module)
         try:
+            if values is None:
+                raise ValueError(f"{name}: the checkpoint has its bitmask and no values")
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"{name}: only nn.Linear can be compressed, and {module} is a {type(layer).__name__}")
             row_offsets = check_compressed(values, bitmask, (layer.out_features, layer.in_features), name)
@@ -146,6 +148,26 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if bitmask.data_ptr() % 8:
             bitmask = bitmask.clone()  # a view of the file, and kernels read words of 8 bytes
         return self._put(model, module, values, bitmask, row_offsets)
+
+    def read_alone(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        """
+        Pass on a weight that has come without a bitmask.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the weight.
+            tensors (`dict[str, Any]`): What has come.
+
+        Returns:
+            `dict[str, Any]`: The same, or nothing if a bitmask is missing.
+        """
+        is_weight = name.endswith(".weight") and isinstance(
+            model.get_submodule(name.removesuffix(".weight")), nn.Linear
+        )
+        if is_weight and any(_one(one).ndim == 1 for one in tensors.values()):
+            self._problems.append(f"{name}: the checkpoint has its values and no bitmask")
+            return {}
+        return tensors
 
     def _put(
         self, model: nn.Module, module: str, values: Tensor, bitmask: Tensor, row_offsets: Tensor
@@ -174,8 +196,6 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from .in_memory import put_dense_layers
-
         put_dense_layers(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]
@@ -211,11 +231,10 @@ class _Compress(_Operation):
 class _Read(_Operation):
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
-        if "bitmask" not in input_dict:
-            return input_dict
-        if "weight" not in input_dict:
-            raise ValueError(f"{full_layer_name}: the checkpoint has its bitmask, and no values")
-        return self.hf_quantizer.read(model, full_layer_name, _one(input_dict["weight"]), _one(input_dict["bitmask"]))
+        weight, bitmask = (input_dict.get(name) for name in ("weight", "bitmask"))
+        if bitmask is None:
+            return self.hf_quantizer.read_alone(model, full_layer_name, input_dict)
+        return self.hf_quantizer.read(model, full_layer_name, None if weight is None else _one(weight), _one(bitmask))
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,8 +89,7 @@ def compress(weight: Tensor) -> Compressed:
     # of the right size at once: a layer is compressed in the memory that it needs afterwards
     values = rows.new_empty(int(row_offsets[-1]))
     for part in _row_chunks(rows):
-        piece = rows[part]
-        values[row_offsets[part.start] : row_offsets[part.stop]] = piece[_stored_places(piece)]
+        _put_stored(values[row_offsets[part.start] : row_offsets[part.stop]], rows[part].contiguous())
     return Compressed(values, bitmask.view(*weight.shape[:-1], bitmask.shape[-1]), row_offsets, n)
 
 
@@ -104,7 +104,7 @@ def count_stored(weight: Tensor) -> int:
         `int`: The places that are not `+0.0`.
     """
     rows = weight.detach().reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
-    return sum(int(_stored_places(rows[part]).sum()) for part in _row_chunks(rows))
+    return sum(int(_stored_places(rows[part]).count_nonzero()) for part in _row_chunks(rows))
 
 
 def decompress(compressed: Compressed) -> Tensor:
@@ -224,9 +224,21 @@ def _stored_places(rows: Tensor) -> Tensor:
     return rows.contiguous().view(BITS[rows.dtype]) != 0
 
 
+def _put_stored(values: Tensor, rows: Tensor) -> None:
+    places = _stored_places(rows)
+    if rows.device.type != "cpu":
+        values.copy_(rows[places])
+        return
+    # PyTorch would write down the index of each place, in nine times the time
+    bits = BITS[rows.dtype]
+    np.compress(places.numpy().ravel(), rows.view(bits).numpy().ravel(), out=values.view(bits).numpy())
+
+
 def _pack_bits(stored: Tensor) -> Tensor:
     rows, n = stored.shape
     padded = torch.nn.functional.pad(stored, (0, bitmask_bytes(n) * 8 - n))
+    if stored.device.type == "cpu":
+        return torch.from_numpy(np.packbits(padded.numpy(), axis=1, bitorder="little"))
     weights = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=stored.device)
     return (padded.view(rows, -1, 8) * weights).sum(2, dtype=torch.uint8)
 

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`peft_spp.compress` and `peft_spp.decompress` on what is loaded already."""
+
+import copy
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import peft_spp
+from peft_spp import CompressedLinear
+
+from compressed_cases import IDS, pruned_llama, same_bits, same_tensors, tensors_of
+from tiny import MLP, block_linears, prune_
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 140),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    bias=st.booleans(),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_linear_layer_comes_back_bit_for_bit(m, n, density, dtype, bias, seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(n, m, bias=bias).to(dtype)
+    with torch.no_grad():
+        layer.weight[torch.rand(m, n) >= density] = 0.0
+        layer.weight.view(-1)[: m * n // 3 : 2] *= -1  # some are -0.0 now
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compressed = peft_spp.compress(copy.deepcopy(layer), min_sparsity=0.0)
+    assert isinstance(compressed, CompressedLinear)
+    x = torch.randn(3, n, dtype=dtype)
+    torch.testing.assert_close(compressed(x), layer(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    back = peft_spp.decompress(compressed)
+    assert type(back) is nn.Linear
+    assert same_tensors(back.state_dict(), layer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_logits_loss_and_gradients_are_the_dense_models(dtype):
+    model = pruned_llama(dtype)
+    compressed = peft_spp.compress(copy.deepcopy(model))
+    for one in (model, compressed):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_("norm" in name or "embed" in name)
+    results = [one(input_ids=IDS, labels=IDS) for one in (model, compressed)]
+    for result in results:
+        result.loss.backward()
+    tolerance = {"rtol": 4 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
+    torch.testing.assert_close(results[1].logits, results[0].logits, **tolerance)
+    torch.testing.assert_close(results[1].loss, results[0].loss, **tolerance)
+    gradients = [{k: p.grad for k, p in one.named_parameters() if p.grad is not None} for one in (model, compressed)]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == 8
+    for name, expected in gradients[0].items():
+        off = (gradients[1][name].double() - expected.double()).norm() / expected.double().norm()
+        assert off < 4 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_greedy_tokens_are_the_dense_models(settings):
+    model = pruned_llama()
+    compressed = peft_spp.compress(copy.deepcopy(model))
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
+    assert torch.equal(compressed.generate(IDS, **arguments), model.generate(IDS, **arguments))
+
+
+def test_a_compressed_model_in_memory_is_saved_compressed(tmp_path):
+    model = pruned_llama()
+    expected = copy.deepcopy(model)
+    assert peft_spp.compress(model) is model
+    assert type(model.lm_head) is nn.Linear
+    assert model.is_quantized
+    model.save_pretrained(tmp_path / "compressed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
+    assert sum(isinstance(layer, CompressedLinear) for layer in loaded.modules()) == 21
+    assert peft_spp.decompress(model) is model
+    assert not model.is_quantized
+    assert same_tensors(model.state_dict(), expected.state_dict())
+    assert same_tensors(loaded.dequantize().state_dict(), expected.state_dict())
+    model.save_pretrained(tmp_path / "dense")
+    assert same_tensors(tensors_of(tmp_path / "dense"), expected.state_dict())
+
+
+def test_a_model_of_transformers_inside_another_module_keeps_its_head_dense(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pruned_llama()
+            self.extra = nn.Linear(64, 8)
+            prune_(self.extra.weight, "0.5")
+
+    wrapper = Wrapper()
+    prune_(wrapper.inner.lm_head.weight, "0.5")
+    expected = copy.deepcopy(wrapper)
+    peft_spp.compress(wrapper)
+    assert isinstance(wrapper.extra, CompressedLinear)
+    assert type(wrapper.inner.lm_head) is nn.Linear
+    wrapper.inner.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_tensors(loaded.dequantize().state_dict(), expected.inner.state_dict())
+    assert same_tensors(peft_spp.decompress(wrapper).state_dict(), expected.state_dict())
+
+
+def test_what_is_more_than_a_linear_layer_stays_as_it_is():
+    class Special(nn.Linear):
+        pass
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.special, self.own = Special(8, 8), Own(8, 8)
+            self.hooked, self.double = nn.Linear(8, 8), nn.Linear(8, 8).double()
+            self.shared = nn.Linear(8, 8)
+            self.shared_again = self.shared
+            self.tied, self.tied_to = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.tied_to.weight = self.tied.weight
+            self.masked, self.plain = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+    model = Model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[: len(parameter) // 2] = 0.0
+    torch.nn.utils.prune.random_unstructured(model.masked, "weight", 0.5)
+    model.hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+    before = dict(model.named_modules())
+    with pytest.warns(UserWarning, match="layers stay dense") as told:
+        peft_spp.compress(model)
+    changed = {name for name, module in model.named_modules() if before[name] is not module}
+    assert changed == {"plain"}
+    text = str(told[0].message)
+    for name in ("special", "own", "hooked", "double", "masked", "normed"):
+        assert f"{name} (" in text
+    assert "shared" not in text
+
+
+def test_training_mode_bias_and_what_is_frozen():
+    model = MLP().train()
+    for layer in (model.lin0, model.lin1):
+        prune_(layer.weight, "0.5")
+    bias = model.lin0.bias
+    peft_spp.compress(model)
+    assert model.lin0.training
+    assert model.lin0.bias is bias
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "lin0.bias",
+        "lin1.bias",
+    ]
+    peft_spp.decompress(model)
+    assert model.lin0.bias is bias
+    assert model.lin0.weight.requires_grad
+
+
+def test_compressing_twice_changes_nothing():
+    model = peft_spp.compress(pruned_llama())
+    layers = dict(model.named_modules())
+    values = {name: one.clone() for name, one in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_spp.compress(model)
+    assert dict(model.named_modules()) == layers
+    assert same_tensors(model.state_dict(), values)
+
+
+@pytest.mark.parametrize("function", [peft_spp.compress, peft_spp.decompress])
+def test_a_model_with_adapters_is_refused(function):
+    model = get_peft_model(pruned_llama(), LoraConfig(task_type="CAUSAL_LM"))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has an adapter"):
+        function(model)
+    assert dict(model.named_modules()) == before
+
+
+def test_a_model_without_data_is_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="0 has no data"):
+        peft_spp.compress(model)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_loads_into_a_layer_with_other_places(assign):
+    layers = []
+    for share in ("0.3", "0.7"):
+        layer = nn.Linear(70, 9)
+        prune_(layer.weight, share)
+        layers.append(peft_spp.compress(layer))
+    layers[0].load_state_dict(layers[1].state_dict(), assign=assign)
+    assert same_bits(layers[0].dequantize(), layers[1].dequantize())
+    assert torch.equal(layers[0].row_offsets, layers[1].row_offsets)
+
+
+def test_block_linears_are_what_is_compressed():
+    model = pruned_llama()
+    names = block_linears(model).keys()
+    peft_spp.compress(model)
+    assert {name for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)} == names
