@@ -10,7 +10,6 @@ configuration (16 and 8 in their scripts): r does not say how many rows A has.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..sparsity.safetensors_files import read_json
 from ..tuner import SPPConfig
-from ..tuner.adapter_files import PREFIX
+from ..tuner.adapter_files import NOT_A_PICKLE, PREFIX
 from .content import AdapterContent
 from .report import ExchangedModule
 
@@ -103,7 +102,7 @@ def _load_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
                 if file.suffix == ".safetensors"
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except (SafetensorError, *NOT_A_PICKLE) as error:
             raise ValueError(f"{file} cannot be read as tensors (cut short or damaged): {error}") from error
         if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
             raise ValueError(f"{file} does not hold a dictionary of tensors")

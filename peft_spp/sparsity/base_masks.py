@@ -262,7 +262,9 @@ def read_base_masks(file: Path) -> tuple[BaseRecord | None, str | None]:
     try:
         if weights_id is not None and not isinstance(weights_id, str):
             raise ValueError(f"`{WEIGHTS_ID}` should be a string but the value is {weights_id!r}")
-        return (BaseRecord.from_dict(content) if "masks" in content else None), weights_id
+        if weights_id is not None and "masks" not in content:
+            return None, weights_id
+        return BaseRecord.from_dict(content), weights_id
     except ValueError as error:
         raise ValueError(
             f"{file} is damaged: {error}. Copy it again, or delete it to load the adapter without a check of its base "

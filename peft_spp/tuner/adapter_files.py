@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,12 @@ PREFIX = "base_model.model."
 
 FACTOR = re.compile(r"(.+)\.spp_([AB])\.weight")
 """The names of the factors in an adapter's weights, without the prefix."""
+
+NOT_A_PICKLE = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, LookupError),
+    *(AttributeError, TypeError, ImportError, MemoryError, AssertionError),
+)
+"""What `torch.load` raises where a file is damaged, besides what is not supposed to be loaded."""
 
 ADAPTER_FILES = (CONFIG_NAME, BASE_MASKS, SAFETENSORS_WEIGHTS_NAME)
 """The files that an adapter is made of."""
@@ -181,7 +188,7 @@ def list_loaded(origin: object, content: object) -> dict[str, Stored]:
 def _unpickle(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except NOT_A_PICKLE as error:
         raise ValueError(
             f"The adapter file {file} cannot be read ({error}), at least not without running code that is in it, "
             "which is never done. Ask for the adapter in safetensors."

@@ -8,6 +8,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from peft import PeftModel
@@ -16,9 +17,13 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from .adapter_tensors import belongs_to
 from .config import SPPConfig
-from .loading import check_fits, loading, loading_of, read_if_ours, take_record
+from .loading import check_fits, check_is_spp, loading, loading_of, read_if_ours, take_record
 from .model import SPPModel
 from .saved_adapter import SavedAdapter, from_state_dict
+
+
+_settings_are_given: ContextVar[bool] = ContextVar("settings_are_given", default=False)
+"""Whether `from_pretrained` has the settings in `config`, so that the folder does not need them."""
 
 
 def guard_entrances() -> None:
@@ -57,7 +62,11 @@ def _from_pretrained(arguments: dict[str, Any], load: Callable[[], Any]) -> Any:
     model, name, config, kwargs = (arguments[key] for key in ("model", "adapter_name", "config", "kwargs"))
     saved = read_if_ours(arguments["model_id"], kwargs, config)
     if saved is None:
-        return load()
+        token = _settings_are_given.set(config is not None)
+        try:
+            return load()
+        finally:
+            _settings_are_given.reset(token)
     if {"cpu", "disk"}.intersection(map(str, (getattr(model, "hf_device_map", None) or {}).values())):
         # PEFT takes the hooks off before it adds the layers: whatever does not fit has to be found before that
         _try_on(saved, model, config or saved.config, name, kwargs)
@@ -83,11 +92,18 @@ def _load_adapter(arguments: dict[str, Any], load: Callable[[], Any]) -> Any:
     own = model.peft_config.get(name)
     saved = read_if_ours(arguments["model_id"], kwargs, own)
     if saved is None:
+        if isinstance(own, SPPConfig) and not _settings_are_given.get():
+            check_is_spp(arguments["model_id"], kwargs, name)
         return load()
     if own is not None:
         check_fits(saved, model, own, name, bool(kwargs.get("ignore_mismatched_sizes", False)))
+        before = own.check_base
         own.set_check_base(kwargs)
-        take_record(saved.base, model, own, name)
+        try:
+            take_record(saved.base, model, own, name)
+        except ValueError:
+            own.check_base = before
+            raise
     with loading(saved, name, kwargs):
         return _checked(load(), saved, name)
 

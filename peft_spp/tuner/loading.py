@@ -25,7 +25,7 @@ from ..sparsity.base_masks import BaseRecord
 from ..sparsity.safetensors_files import read_json
 from ..sparsity.weights import Stored
 from .adapter_checks import check_finite, check_finite_as
-from .adapter_files import find_file, list_loaded
+from .adapter_files import find_file, find_weights, list_loaded
 from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name
 from .base_record import check_base
 from .config import SPPConfig
@@ -108,9 +108,7 @@ def read_if_ours(source: Any, kwargs: dict[str, Any], config: PeftConfig | None 
     """
     if (config is not None and not isinstance(config, SPPConfig)) or source is None:
         return None
-    hub, _, _ = PeftConfig._split_kwargs(kwargs)
-    subfolder = hub.pop("subfolder", None)
-    hub = {name: value for name, value in hub.items() if name not in ("repo_id", "filename")}
+    hub, subfolder = _of_hub(kwargs)
     try:
         file = find_file(source, CONFIG_NAME, subfolder, hub)
     except (OSError, ValueError):
@@ -123,6 +121,41 @@ def read_if_ours(source: Any, kwargs: dict[str, Any], config: PeftConfig | None 
         return read_adapter(source, subfolder=subfolder, pickled=pickled, hub=hub, warn=config is not None)
     except FileNotFoundError as error:
         raise ValueError(f"Can't find weights for {source}: {error}") from error
+
+
+def check_is_spp(source: Any, kwargs: dict[str, Any], adapter_name: str) -> None:
+    """
+    Check that the settings of an SPP adapter are there before its weights are loaded over one that exists.
+
+    PEFT does not read them then, so without them it is unknown what the weights mean.
+
+    Args:
+        source (`str` or `os.PathLike`): The folder, or the id of a repository on the Hub.
+        kwargs (`dict[str, Any]`): The keyword arguments of the call.
+        adapter_name (`str`): The name of the adapter that exists.
+
+    Raises:
+        ValueError: If they are missing, or the adapter is another method's.
+    """
+    hub, subfolder = _of_hub(kwargs)
+    try:
+        file, weights = find_file(source, CONFIG_NAME, subfolder, hub), find_weights(source, subfolder, hub)
+    except (OSError, ValueError):
+        return  # neither a folder nor a repository, which PEFT reports
+    if file is None and weights is not None:
+        raise ValueError(
+            f"{weights.parent} has no {CONFIG_NAME}, so it is unknown which settings belong to the weights that would "
+            f"be loaded into adapter {adapter_name!r}. Copy the file again, or load an earlier checkpoint."
+        )
+    if file is not None and (method := read_json(file).get("peft_type")) != "SPP":
+        raise ValueError(f"{file} is of peft_type {method!r}, and adapter {adapter_name!r} of this model is of SPP.")
+
+
+def _of_hub(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The arguments of a call for the Hub, and the subfolder."""
+    hub, _, _ = PeftConfig._split_kwargs(kwargs)
+    subfolder = hub.pop("subfolder", None)
+    return {name: value for name, value in hub.items() if name not in ("repo_id", "filename")}, subfolder
 
 
 def check_fits(

@@ -303,6 +303,7 @@ def test_error_refuses_an_adapter_without_a_record_at_every_entrance(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"no record of the base model.*base_masks\.json"):
             load()
+        assert model.peft_config["default"].check_base == "warn"
     assert base.state_dict().keys() == pruned_llama().state_dict().keys()
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -352,15 +352,29 @@ def test_another_base_is_refused_before_the_hooks_of_an_offloaded_model_are_take
     assert isinstance(smaller.model.layers[0].mlp.up_proj._hf_hook, AlignDevicesHook)
 
 
-def test_a_directory_without_settings_is_checked_with_those_of_the_living_adapter(whole, tmp_path):
-    folder = damaged(whole, tmp_path, lambda folder: (folder / CONFIG).unlink())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / CONFIG).unlink(), f"has no {CONFIG}"),
+        (lambda folder: edit_json(folder, CONFIG, peft_type="LORA"), "peft_type 'LORA', and adapter 'default'"),
+    ],
+)
+def test_weights_without_settings_of_ours_are_not_loaded_over_an_adapter(whole, tmp_path, change, message):
+    folder = damaged(whole, tmp_path, change)
     model = living(whole)
-    model.load_adapter(folder, "default")
-    edit_weights(folder, put_nan)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="up_proj"):
+    with pytest.raises(ValueError, match=message):
         model.load_adapter(folder, "default")
     assert_unchanged(model, before)
+    # with the settings given in code, they are
+    if not (folder / CONFIG).exists():
+        other = PeftModel.from_pretrained(tiny_llama(**SMALL), folder, config=SPPConfig(r=4, task_type="CAUSAL_LM"))
+        assert_same_factors(other, load_file(folder / WEIGHTS))
+
+
+def assert_same_factors(model, tensors):
+    state = get_peft_model_state_dict(model)
+    assert state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in tensors)
 
 
 NAMES = [("default", "mlp"), ("layers", "0"), ("model", "q_proj"), ("self_attn", "default")]
