@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ...bitmask import WORD, Compressed
 from ...factors import Factors
+from . import bitmask
 from .elementwise import Elementwise
 from .native import NativeElementwise
 from .tiled import TiledElementwise
@@ -28,14 +30,16 @@ CHUNK_ELEMENTS = 1 << 23
 
 
 def scaled_weight(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Compressed,
     factors: Sequence[Factors],
     identity: bool,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W' as a whole, in `out` or the memory layout of the weight; see [`peft_spp.functional.scaled_weight`]."""
-    out = torch.empty_like(weight, dtype=dtype) if out is None else out
+    if out is None:
+        layout = torch.empty(weight.shape, device="meta") if isinstance(weight, Compressed) else weight
+        out = torch.empty_like(layout, dtype=dtype, device="cpu")
     work = _elementwise(weight, factors, dtype, out)
     work.write_scaled(out, slice(0, weight.shape[0]), slice(0, weight.shape[1]), identity)
     return out
@@ -43,7 +47,7 @@ def scaled_weight(
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Compressed,
     bias: torch.Tensor | None,
     factors: Sequence[Factors],
     identity: bool,
@@ -67,7 +71,7 @@ def linear(
 def linear_backward(
     grad_y: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Compressed,
     factors: Sequence[Factors],
     identity: bool,
     dtype: torch.dtype,
@@ -99,7 +103,7 @@ def linear_backward(
 
 
 def factor_gradients(
-    product: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors]
+    product: torch.Tensor, weight: torch.Tensor | Compressed, factors: Sequence[Factors]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The gradients of A and B of each adapter, given that of W' as a whole; see `composite.factor_gradients`."""
     work = _elementwise(weight, factors, product.dtype, product)
@@ -109,9 +113,16 @@ def factor_gradients(
 
 
 def _elementwise(
-    weight: torch.Tensor, factors: Sequence[Factors], dtype: torch.dtype, other: torch.Tensor | None = None
+    weight: torch.Tensor | Compressed,
+    factors: Sequence[Factors],
+    dtype: torch.dtype,
+    other: torch.Tensor | None = None,
 ) -> Elementwise:
     """`other` is a tensor to write or read next to the weight, where that is not a buffer of ours."""
+    if isinstance(weight, Compressed):
+        if bitmask.supports(weight, factors, dtype) and (other is None or other.stride(1) == 1):
+            return bitmask.BitmaskElementwise(weight, factors)
+        weight = bitmask.expand(weight)
     kind = NativeElementwise if NativeElementwise.supports(weight, factors, dtype, other) else TiledElementwise
     return kind(weight, factors)
 
@@ -131,8 +142,8 @@ def _regions(m: int, n: int, by_rows: bool, chunk_elements: int) -> Iterator[tup
     """Cut the rows or the columns of an m×n weight so that a part has about `chunk_elements` elements."""
     size = m if by_rows else n
     count = -(-m * n // chunk_elements)
-    # a multiple of the matmul's register blocking
-    step = -(-size // max(count, 1) // 32) * 32 if size >= 32 else size
+    # a multiple of the matmul's register blocking, and of the words of a compressed weight's bitmask
+    step = -(-size // max(count, 1) // WORD) * WORD if size >= WORD else size
     for start in range(0, size, step):
         part = slice(start, min(start + step, size))
         yield (part, slice(0, n)) if by_rows else (slice(0, m), part)
