@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.bitmask import Compressed, bitmask_bytes, check_compressed, compress, count_row_offsets, decompress
-from ..functional.compressed import compressed_linear
+from ..functional.bitmask import Compressed, bitmask_bytes, check_compressed, count_row_offsets
+from ..functional.compressed import compress, compressed_linear, decompress
 
 
 class CompressedLinear(nn.Linear):

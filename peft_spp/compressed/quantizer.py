@@ -14,7 +14,8 @@ from transformers.core_model_loading import ConversionOps, WeightTransform
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
-from ..functional.bitmask import check_compressed, compress
+from ..functional.bitmask import check_compressed
+from ..functional.compressed import compress
 from .config import BitmaskConfig
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers

@@ -123,7 +123,7 @@ def decompress(compressed: Compressed) -> Tensor:
     bits = bitmask.reshape(len(rows), bitmask.shape[-1])
     for part in _row_chunks(rows):
         first, last = row_offsets[part.start], row_offsets[part.stop]
-        rows[part].masked_scatter_(_unpack_bits(bits[part], n), values[first:last])
+        rows[part].masked_scatter_(unpack_bits(bits[part], n), values[first:last])
     return weight
 
 
@@ -139,7 +139,7 @@ def stored_places(compressed: Compressed) -> Tensor:
     """
     bits = compressed.bitmask
     rows = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
-    return _unpack_bits(rows, compressed.columns).reshape(compressed.shape)
+    return unpack_bits(rows, compressed.columns).reshape(compressed.shape)
 
 
 def count_row_offsets(bitmask: Tensor) -> Tensor:
@@ -243,7 +243,17 @@ def _pack_bits(stored: Tensor) -> Tensor:
     return (padded.view(rows, -1, 8) * weights).sum(2, dtype=torch.uint8)
 
 
-def _unpack_bits(bitmask: Tensor, n: int) -> Tensor:
+def unpack_bits(bitmask: Tensor, n: int) -> Tensor:
+    """
+    Which places a bitmask has.
+
+    Args:
+        bitmask (`torch.Tensor`): uint8, shape `(rows, bytes)`.
+        n (`int`): The number of columns.
+
+    Returns:
+        `torch.Tensor`: bool, shape `(rows, n)`.
+    """
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     return (bitmask.unsqueeze(2) >> shifts).bitwise_and_(1).view(len(bitmask), bitmask.shape[1] * 8)[:, :n].bool()
 

@@ -10,10 +10,27 @@ from typing import Any
 import torch
 
 from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
-from .bitmask import Compressed, decompress
+from .bitmask import Compressed
 from .factors import Factors, check_factors, unpack
 from .kernels import compressed_ops, plain  # noqa: F401  (the operators are defined there)
+from .kernels.cpu.bitmask import compress, expand
 from .weight import scaled_weight
+
+
+__all__ = ["compress", "compressed_linear", "compressed_weight", "decompress"]
+
+
+def decompress(weight: Compressed) -> torch.Tensor:
+    """
+    The weight that was compressed, bit for bit.
+
+    Args:
+        weight ([`Compressed`]): The weight, shape `(..., m, n)`; see [`check_compressed`] for one from a file.
+
+    Returns:
+        `torch.Tensor`: In the shape of the weight, contiguous.
+    """
+    return expand(weight).view(weight.shape)
 
 
 def compressed_linear(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .bitmask import Compressed, decompress, stored_places
-from .factors import Factors
+from .bitmask import Compressed
+from .factors import Factors, check_factors
+from .kernels.cpu.bitmask import scaled_values
 from .weight import scaled_weight
 
 
@@ -48,7 +49,7 @@ def merged_compressed(weight: Compressed, factors: Sequence[Factors]) -> Compres
     A value that becomes zero, by underflow or by a factor of -1, stays stored, so that the bitmask is the same.
 
     Args:
-        weight ([`Compressed`]): W, shape `(m, n)` or `(E, m, n)`.
+        weight ([`Compressed`]): W, shape `(m, n)`.
         factors (`Sequence[Factors]`): The factors of the adapters to merge.
 
     Returns:
@@ -57,8 +58,9 @@ def merged_compressed(weight: Compressed, factors: Sequence[Factors]) -> Compres
     Raises:
         ValueError: If the shapes of the factors do not fit the weight.
     """
-    merged = merged_weight(decompress(weight), factors)
-    return weight._replace(values=merged[stored_places(weight)])
+    check_factors(weight, factors)
+    with torch.no_grad():
+        return weight._replace(values=scaled_values(weight, factors))
 
 
 def _are_finite(factors: Sequence[Factors]) -> bool:

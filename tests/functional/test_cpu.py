@@ -128,8 +128,8 @@ def test_scratch_has_the_size_of_a_tile_and_is_used_again(works, monkeypatch, dt
         scaling,
         both,
     ]
-    # W' and gyᵀx have one chunk between them; of columns, 32 are the fewest
-    assert chunks == [[], [2048], [128 * 32]]
+    # W' and gyᵀx have one chunk between them; 64 rows or columns are the fewest
+    assert chunks == [[], [64 * 64], [128 * 64]]
 
 
 @pytest.mark.parametrize(("m", "n", "by_rows"), [(1024, 64, True), (64, 1024, False), (256, 256, True)])
@@ -156,12 +156,12 @@ def test_the_longer_side_is_cut_for_the_gradients_and_the_outputs_for_w(works, m
         (1000, 1, 100, [128] * 7 + [104]),
         (256, 64, 1 << 23, [256]),
         (20, 1000, 4096, [20]),  # too few to be cut
-        (33, 1000, 4096, [32, 1]),
-        (260, 64, 4160, [96, 96, 68]),  # of 65
+        (65, 1000, 4096, [64, 1]),
+        (260, 64, 4160, [128, 128, 4]),  # of 65
         (5, 0, 4096, [5]),
     ],
 )
-def test_parts_are_as_large_as_asked_for_and_multiples_of_32(size, other, elements, parts):
+def test_parts_are_as_large_as_asked_for_and_multiples_of_64(size, other, elements, parts):
     by_rows, by_columns = (
         cpu_backend._regions(size, other, True, elements),
         cpu_backend._regions(other, size, False, elements),

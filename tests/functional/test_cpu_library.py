@@ -49,45 +49,63 @@ def asked_for(tmp_path):
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def test_each_source_is_compiled_and_all_are_linked(tmp_path, compiler):
-    path = library._compiled(compiler)
+@pytest.mark.parametrize("name", ["native", "bitmask"])
+def test_each_source_is_compiled_and_all_are_linked(tmp_path, compiler, name):
+    order = {path: index for index, path in enumerate(library._sources(name))}
+    path = library._compiled(compiler, name)
     *compiling, linking = asked_for(tmp_path)
-    assert [arguments[arguments.index("-c") + 1] for arguments in compiling] == list(map(str, library._SOURCES))
+    # side by side, in any order
+    compiling.sort(key=lambda arguments: order[Path(arguments[arguments.index("-c") + 1])])
+    assert [Path(arguments[arguments.index("-c") + 1]) for arguments in compiling] == list(order)
     made = [arguments[arguments.index("-o") + 1] for arguments in compiling]
-    vector_flags = library._VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
-    for arguments in compiling:
-        assert {*library._FLAGS, *vector_flags} <= set(arguments)
+    for arguments, flags in zip(compiling, library._sources(name).values(), strict=True):
+        assert {*library._FLAGS, *flags} <= set(arguments)
     # aside, on the same file system
     assert {Path(file).parent.parent for file in made} == {path.parent}
-    assert linking[:-2] == ["-shared", *made] and len(set(made)) == len(library._SOURCES)
+    assert linking[:-2] == ["-shared", *made] and len(set(made)) == len(order)
     assert path.parent == tmp_path / "cache" / "peft_spp" and path.read_text() == "compiled\n"
-    assert path.name.startswith("native-") and path.suffix == ".so"
+    assert path.name.startswith(f"{name}-") and path.suffix == ".so"
     assert list(path.parent.iterdir()) == [path]
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 def test_it_is_compiled_once(tmp_path, compiler):
-    path = library._compiled(compiler)
+    path = library._compiled(compiler, "native")
     before = asked_for(tmp_path)
-    assert library._compiled(compiler) == path and asked_for(tmp_path) == before
+    assert library._compiled(compiler, "native") == path and asked_for(tmp_path) == before
 
 
-def test_another_compiler_processor_source_or_pytorch_has_a_library_of_its_own(tmp_path, compiler, monkeypatch):
-    paths = {library._compiled(compiler)}
-    paths.add(library._compiled(script(tmp_path / "other", NOTES.format(log=tmp_path / "log"))))
+@pytest.mark.parametrize("name", ["native", "bitmask"])
+def test_another_compiler_processor_source_or_pytorch_has_a_library_of_its_own(tmp_path, compiler, monkeypatch, name):
+    paths = {library._compiled(compiler, name)}
+    paths.add(library._compiled(script(tmp_path / "other", NOTES.format(log=tmp_path / "log")), name))
     for capability in ("DEFAULT", "AVX2", "AVX512"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-            paths.add(library._compiled(compiler))
+            paths.add(library._compiled(compiler, name))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "0.0")
-        paths.add(library._compiled(compiler))
-    source = tmp_path / "other.cpp"
-    source.write_text("int x;")
-    monkeypatch.setattr(library, "_SOURCES", (source, *library._SOURCES[1:]))
-    paths.add(library._compiled(compiler))
+        paths.add(library._compiled(compiler, name))
+    here = tmp_path / "sources"
+    here.mkdir()
+    for path in (*library._HERE.glob("*.cpp"), *library._HERE.glob("*.h")):
+        (here / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(library, "_HERE", here)
+    before = len(paths)
+    paths.add(library._compiled(compiler, name))
+    assert len(paths) == before  # wherever the package is
+    for changed in (next(iter(library._sources(name))), here / "elements.h"):
+        changed.write_text("int x;")
+        paths.add(library._compiled(compiler, name))
     # this processor has one of the three capabilities, or another one
-    assert len(paths) in (6, 7)
+    assert len(paths) in (7, 8)
+
+
+def test_only_the_files_that_the_processor_can_run_are_compiled(monkeypatch):
+    for capability, files in (("DEFAULT", 1), ("AVX2", 2), ("AVX512", 3)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        names = ["bitmask_portable.cpp", "bitmask_avx2.cpp", "bitmask_avx512.cpp"][:files]
+        assert [path.name for path in library._sources("bitmask")] == names
 
 
 def test_by_default_it_is_kept_below_the_home_folder(tmp_path, compiler, monkeypatch):
@@ -97,7 +115,7 @@ def test_by_default_it_is_kept_below_the_home_folder(tmp_path, compiler, monkeyp
             monkeypatch.delenv("XDG_CACHE_HOME")
         else:
             monkeypatch.setenv("XDG_CACHE_HOME", "")
-        assert library._compiled(compiler).parent == tmp_path / "home" / ".cache" / "peft_spp"
+        assert library._compiled(compiler, "native").parent == tmp_path / "home" / ".cache" / "peft_spp"
 
 
 def test_compilers_are_looked_for_in_this_order(tmp_path, monkeypatch):

@@ -87,9 +87,10 @@ class KernelBackend(ABC):
         result: torch.Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], effective.shape[0]))
         return result
 
-    def compressed_weight(self, w: ScaledWeight) -> torch.Tensor:
-        """W' as a whole, from a compressed W."""
-        return self._effective(w.expanded(), overwrite=True)
+    def compressed_weight(self, w: ScaledWeight, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[`scaled_weight`] with a compressed W, which may have no factors; in `out` or a contiguous tensor."""
+        effective = self._effective(w.expanded(), overwrite=True)
+        return effective if out is None else out.copy_(effective)
 
     def compressed_linear(self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """[`linear`] with a compressed W."""

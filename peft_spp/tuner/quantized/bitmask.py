@@ -11,7 +11,8 @@ from torch import nn
 
 from ...compressed import CompressedLinear
 from ...functional import Compressed, Factors, compressed_linear, compressed_weight, merged_compressed
-from ...functional.bitmask import decompress, stored_places
+from ...functional.bitmask import stored_places
+from ...functional.compressed import decompress
 from .backend import Backend
 
 

@@ -18,9 +18,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ...bitmask import WORD, Compressed
 from ...factors import Factors
 from ..backend import KernelBackend
 from ..scaled import ScaledWeight
+from . import bitmask
 from .elementwise import Elementwise
 from .native import NativeElementwise
 from .tiled import TiledElementwise
@@ -39,10 +41,25 @@ class Cpu(KernelBackend):
         work.write_scaled(out, slice(0, weight.shape[0]), slice(0, weight.shape[1]), w.identity)
         return out
 
+    def compressed_weight(self, w: ScaledWeight, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.empty(w.weight.shape, dtype=w.dtype) if out is None else out
+        if not _has_kernels(w) or out.stride(1) != 1:
+            return super().compressed_weight(w, out)
+        work = _elementwise(w)
+        work.write_scaled(out, slice(0, out.shape[0]), slice(0, out.shape[1]), w.identity)
+        return out
+
+    def compressed_linear(self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        assert isinstance(w.weight, Compressed)
+        few = bitmask.few_tokens(x.reshape(-1, x.shape[-1]), w.weight, bias, w.factors, w.identity, w.dtype)
+        if few is not None:
+            return few.view(*x.shape[:-1], few.shape[1])
+        return self.linear_by_weight(x, w, bias) if _has_kernels(w) else super().compressed_linear(x, w, bias)
+
     def linear_by_weight(
         self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None, overwrite: bool = False
     ) -> torch.Tensor:
-        if not w.factors:
+        if not _has_kernels(w):
             return super().linear_by_weight(x, w, bias, overwrite)
         m, n = w.weight.shape
         dtype = w.dtype
@@ -67,9 +84,8 @@ class Cpu(KernelBackend):
         needs_factors: bool,
         overwrite: bool = False,
     ) -> list[torch.Tensor]:
-        w = w.expanded()
-        if not w.factors:
-            return super().linear_backward(grad_y, x, w, needs_x, needs_factors)
+        if not _has_kernels(w):
+            return super().linear_backward(grad_y, x, w, needs_x, needs_factors, overwrite)
         m, n = w.weight.shape
         dtype = w.dtype
         grad_y2d = grad_y.reshape(-1, m)
@@ -105,8 +121,17 @@ class Cpu(KernelBackend):
 cpu = Cpu()
 
 
+def _has_kernels(w: ScaledWeight) -> bool:
+    """Whether this walks a weight in chunks. A compressed one without a compiled pass is expanded first."""
+    if isinstance(w.weight, Compressed):
+        return bitmask.supports(w.weight, w.factors, w.dtype)
+    return len(w.factors) > 0
+
+
 def _elementwise(w: ScaledWeight, other: torch.Tensor | None = None) -> Elementwise:
     """`other` is a tensor to write or read next to the weight, where that is not a buffer of ours."""
+    if isinstance(w.weight, Compressed):
+        return bitmask.BitmaskElementwise(w.weight, w.factors)
     is_native = NativeElementwise.supports(w.dense, w.factors, w.dtype, other)
     return (NativeElementwise if is_native else TiledElementwise)(w.dense, w.factors)
 
@@ -124,8 +149,8 @@ def _regions(m: int, n: int, by_rows: bool, chunk_elements: int) -> Iterator[tup
     """Cut the rows or the columns of an m×n weight so that a part has about `chunk_elements` elements."""
     size = m if by_rows else n
     count = -(-m * n // chunk_elements)
-    # a multiple of the matmul's register blocking
-    step = -(-size // max(count, 1) // 32) * 32 if size >= 32 else size
+    # a multiple of the matmul's register blocking, and of the words of a bitmask
+    step = -(-size // max(count, 1) // WORD) * WORD if size >= WORD else size
     for start in range(0, size, step):
         part = slice(start, min(start + step, size))
         yield (part, slice(0, n)) if by_rows else (slice(0, m), part)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from ...bitmask import Compressed
 from ...factors import Factors, compute_dtype
 
 
@@ -17,17 +19,18 @@ class Elementwise(ABC):
     Elementwise work on one weight and its factors, part by part.
 
     Args:
-        weight (`torch.Tensor`): W, shape `(m, n)`.
+        weight (`torch.Tensor` or [`Compressed`]): W, shape `(m, n)`.
         factors (`Sequence[Factors]`): The factors of each active adapter.
     """
 
-    def __init__(self, weight: torch.Tensor, factors: Sequence[Factors]) -> None:
-        self.weight = weight
+    def __init__(self, weight: torch.Tensor | Compressed, factors: Sequence[Factors]) -> None:
+        self.weight: Any = weight
         self.factors = factors
-        self.dtype = compute_dtype(weight, *(t for A, B, _ in factors for t in (A, B)))
+        stored = weight.values if isinstance(weight, Compressed) else weight
+        self.dtype = compute_dtype(stored, *(t for A, B, _ in factors for t in (A, B)))
         self.scaled_factors = [(A.to(self.dtype), B.to(self.dtype) * s) for A, B, s in factors]
         # a Conv1D weight comes as a transposed view: everything next to it is laid out alike, to be walked alike
-        self.transposed = weight.stride(0) < weight.stride(1)
+        self.transposed = not isinstance(weight, Compressed) and weight.stride(0) < weight.stride(1)
         self._scratch: dict[str, torch.Tensor] = {}
 
     @abstractmethod

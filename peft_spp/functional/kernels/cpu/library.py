@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -19,23 +21,39 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "mask.cpp"))
+_HERE = Path(__file__).parent
 # One rounding a written operation, so that the results do not depend on the compiler: fused multiply-adds are written
 # out in the source, and -ffp-contract=off leaves it at those.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wall")
+_FLAGS = ("-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wall")
 _VECTOR_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+# The sources of compressed weights: what each needs is chosen at run time, see `bitmask.py`. GCC's own headers make it
+# warn of values that may be uninitialized.
+_BITMASK_FLAGS = {
+    "bitmask_portable.cpp": ("-O2",),
+    "bitmask_avx2.cpp": ("-O3", "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt"),
+    "bitmask_avx512.cpp": (
+        *("-O3", *_VECTOR_FLAGS["AVX512"], "-mavx512vbmi2", "-mavx512bf16", "-mf16c", "-mbmi2", "-mpopcnt"),
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ),
+}
+_BITMASK_TIERS = {"AVX512": 3, "AVX2": 2}
+_RETURN_SIZES = {"native": ("grad_B_parts",), "bitmask": ("bitmask_tier",)}
 
 
 @cache
-def load_library() -> ctypes.CDLL | None:
+def load_library(name: str = "native") -> ctypes.CDLL | None:
     """
-    Compile and load the C++ sources, once a process; the library is kept, so that later processes only load it.
+    Compile and load C++ sources, once a process; the library is kept, so that later processes only load it.
 
     The environment variable `PEFT_SPP_NATIVE=0` turns it off, `CXX` names the compiler, and `XDG_CACHE_HOME` the
     folder to keep the library in (by default `~/.cache`).
+
+    Args:
+        name (`str`, *optional*, defaults to `"native"`): Which: `"bitmask"` has what compressed weights need.
 
     Returns:
         `ctypes.CDLL`, or `None` where it is turned off or cannot be had: off Linux, or without a C++ compiler. The
@@ -48,7 +66,7 @@ def load_library() -> ctypes.CDLL | None:
         logger.info("No C++ compiler found (CXX, c++, g++, clang++): SPP's CPU kernels run in PyTorch's operations.")
         return None
     try:
-        path = _compiled(compiler)
+        path = _compiled(compiler, name)
         # -fopenmp is left out when linking: the symbols resolve to the OpenMP runtime that PyTorch has loaded, so that
         # there is one pool of threads. Where that is another one than the compiler's, loading fails here.
         library = ctypes.CDLL(str(path))
@@ -58,7 +76,8 @@ def load_library() -> ctypes.CDLL | None:
     except OSError as error:
         logger.warning("SPP's CPU kernels, compiled with %s, could not be written or loaded: %s", compiler, error)
         return None
-    library.grad_B_parts.restype = ctypes.c_int64
+    for function in _RETURN_SIZES[name]:
+        getattr(library, function).restype = ctypes.c_int64
     return library
 
 
@@ -67,25 +86,39 @@ def _compiler() -> str | None:
     return next((found for found in map(shutil.which, names) if found), None)
 
 
-def _compiled(compiler: str) -> Path:
-    """The path of the library, compiled if it is not there yet."""
+def _sources(name: str) -> dict[Path, tuple[str, ...]]:
+    """The files of a library, with the flags to compile each."""
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = [*_FLAGS, *_VECTOR_FLAGS.get(capability, ())]
-    sources = [source.read_bytes() for source in _SOURCES]
+    if name == "native":
+        vector_flags = _VECTOR_FLAGS.get(capability, ())
+        return {_HERE / file: (*_FLAGS, "-O3", *vector_flags) for file in ("native.cpp", "mask.cpp")}
+    files = list(_BITMASK_FLAGS.items())[: _BITMASK_TIERS.get(capability, 1)]
+    return {_HERE / file: (*_FLAGS, *flags) for file, flags in files}
+
+
+def _compiled(compiler: str, name: str) -> Path:
+    """The path of the library, compiled if it is not there yet."""
+    sources = _sources(name)
+    contents = [path.read_bytes() for path in (*sources, *sorted(_HERE.glob("*.h")))]
     # PyTorch's version stands for its OpenMP runtime
-    key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *map(str.encode, [*flags, torch.__version__])]))
+    words = [compiler, *itertools.chain(*sources.values()), torch.__version__]
+    key = hashlib.sha256(b"\0".join([*contents, *map(str.encode, words)]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_spp"
-    path = folder / f"native-{key.hexdigest()[:16]}.so"
+    path = folder / f"{name}-{key.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # made aside and renamed: several processes may start at once
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            objects = {source: str(Path(aside) / f"{source.stem}.o") for source in _SOURCES}
-            library = Path(aside) / "native.so"
-            for command in (
-                *([compiler, *flags, "-c", str(source), "-o", made] for source, made in objects.items()),
-                [compiler, "-shared", *objects.values(), "-o", str(library)],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside, ThreadPoolExecutor() as pool:
+            objects = {source: str(Path(aside) / f"{source.stem}.o") for source in sources}
+            library = Path(aside) / f"{name}.so"
+            compiling = [
+                [compiler, *sources[source], "-c", str(source), "-o", made] for source, made in objects.items()
+            ]
+            list(pool.map(_run, compiling))
+            _run([compiler, "-shared", *objects.values(), "-o", str(library)])
             library.replace(path)
     return path
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

@@ -5,12 +5,11 @@
 // Sums are float32, over at most kGroup elements before they are added to another sum.
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
-namespace {
+#include "elements.h"
 
-using Size = std::int64_t;
+namespace {
 
 // Strips of a line and their intermediates stay in the first-level cache.
 constexpr Size kStrip = 512;
@@ -19,43 +18,10 @@ constexpr Size kStrip = 512;
 constexpr Size kWideStrip = 2048;
 constexpr Size kWideStripBlocks = 8;
 constexpr Size kGroup = 128;
-// Below this many elements waking the other threads costs more than they save.
-constexpr Size kParallelElements = 1 << 15;
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-inline float load(const float* p) { return *p; }
-inline float load(const BFloat16* p) {
-  std::uint32_t bits = std::uint32_t(p->bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline void store(float* p, float value) { *p = value; }
-// Round to nearest, ties to even; any NaN becomes the quiet one, as in PyTorch.
-inline void store(BFloat16* p, float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  p->bits = value == value ? std::uint16_t(rounded) : std::uint16_t(0x7fc0);
-}
 
 }  // namespace
 
 extern "C" {
-
-// One adapter: A is (r, n) by rows; B is (m,), times the scaling. The sums go to grad_A, like A, and to
-// grad_B_parts, (parts, rows of the region), whose parts are still to be added up.
-struct Adapter {
-  const float* A;
-  const float* B;
-  float* grad_A;
-  float* grad_B_parts;
-  Size r;
-};
 
 // The part W[row:row+rows, column:column+columns] of an m×n weight; the pointers next to it are to its first element.
 struct Region {
@@ -69,13 +35,6 @@ struct Region {
 
 namespace {
 
-// Blocks as in torch.tensor_split: the first m % r have one row more than m / r.
-inline Size block_start(Size block, Size m, Size r) { return block * (m / r) + std::min(block, m % r); }
-inline Size block_of(Size row, Size m, Size r) {
-  Size length = m / r, long_rows = (m % r) * (length + 1);
-  return row < long_rows ? row / (length + 1) : m % r + (row - long_rows) / length;
-}
-
 // P(A)[row:row+count, column], one value a row.
 inline void expand_column(const Adapter& adapter, const Region& region, Size row, Size count, Size column, float* out) {
   Size done = 0;
@@ -84,17 +43,6 @@ inline void expand_column(const Adapter& adapter, const Region& region, Size row
     float value = adapter.A[block * region.n + column];
     for (; done < stop; done++) out[done] = value;
   }
-}
-
-// total + product · b in one rounding, which is what torch.addcmul does in the tiled path.
-template <bool kFirst>
-inline float add_term(float total, float product, float b) {
-  return kFirst ? product * b : std::fmaf(product, b, total);
-}
-
-template <bool kFirst>
-inline void add_terms(const float* w, const float* a, float b, float* total, Size count) {
-  for (Size j = 0; j < count; j++) total[j] = add_term<kFirst>(total[j], w[j] * a[j], b);
 }
 
 template <bool kFirst>

@@ -17,7 +17,9 @@ from .library import load_library
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-class _Adapter(ctypes.Structure):
+class Adapter(ctypes.Structure):
+    """One adapter, as `elements.h` has it."""
+
     _fields_ = (
         ("A", ctypes.c_void_p),
         ("B", ctypes.c_void_p),
@@ -73,7 +75,7 @@ class NativeElementwise(Elementwise):
         )
 
     def write_scaled(self, out: torch.Tensor, rows: slice, columns: slice, identity: bool) -> None:
-        adapters = self._adapters([(None, None)] * len(self.factors))
+        adapters = make_adapters(self.scaled_factors)
         self._call("scale", out, self._region(out, rows, columns), adapters, ctypes.c_int64(identity))
 
     def add_factor_gradients(self, product: torch.Tensor, rows: slice, columns: slice) -> None:
@@ -84,7 +86,8 @@ class NativeElementwise(Elementwise):
             )
             for A, _ in self.scaled_factors
         ]
-        adapters = self._adapters([(grad_A, part) for (grad_A, _), part in zip(self.gradients, parts, strict=True)])
+        gradients = [(grad_A, part) for (grad_A, _), part in zip(self.gradients, parts, strict=True)]
+        adapters = make_adapters(self.scaled_factors, gradients)
         self._call("add_gradients", product, region, adapters)
         for (_, grad_B), part in zip(self.gradients, parts, strict=True):
             grad_B[rows] += part.sum(dim=0).unsqueeze(1)
@@ -116,18 +119,25 @@ class NativeElementwise(Elementwise):
             other.stride(line),
         )
 
-    def _adapters(self, gradients: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]) -> Any:
-        pointers = [
-            _Adapter(
-                A.data_ptr(),
-                B.data_ptr(),
-                None if grad_A is None else grad_A.data_ptr(),
-                None if grad_B_parts is None else grad_B_parts.data_ptr(),
-                A.shape[0],
-            )
-            for (A, B), (grad_A, grad_B_parts) in zip(self.scaled_factors, gradients, strict=True)
-        ]
-        return (_Adapter * len(pointers))(*pointers)
+
+def make_adapters(
+    scaled_factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    gradients: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Any:
+    """
+    Adapters as the C++ sources take them; the tensors must outlive the call.
+
+    Args:
+        scaled_factors (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
+            A and B of each, B times the scaling; float32 and contiguous.
+        gradients (`Sequence[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
+            Where to add the gradient of A of each, and to write the parts of that of B.
+    """
+    pointers = []
+    for index, (A, B) in enumerate(scaled_factors):
+        written = (None, None) if gradients is None else tuple(t.data_ptr() for t in gradients[index])
+        pointers.append(Adapter(A.data_ptr(), B.data_ptr(), *written, A.shape[0]))
+    return (Adapter * len(pointers))(*pointers)
 
 
 def _library() -> ctypes.CDLL:

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compressed weights on the CPU: `bitmask_*.cpp`, through ctypes.
+
+- `compress`, `expand` and `scaled_values` (a merge) always have a result: without a compiled pass it is made in
+  PyTorch's operations, with the same bits.
+- `few_tokens` is y = x W'ᵀ for at most `MOST_TOKENS` tokens, or `None` where there is no compiled pass.
+- `BitmaskElementwise` serves `scaled_weight`, `linear`, `linear_backward` and `factor_gradients` of this package: they
+  take a `Compressed` for the weight.
+
+A compressed weight is one that `check_compressed` has passed, or that `compress` has made: the kernels rely on it. It
+may be one layer of a stack: its bitmask and row offsets, with the values of all layers.
+
+Three tiers are compiled: AVX-512 with VBMI2 and BF16, AVX2 with FMA, and plain C++. The processor decides, and
+PyTorch's own `ATEN_CPU_CAPABILITY` limits it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bitmask import BITS, WORD, Compressed, bitmask_bytes, decompress, unpack_bits
+from ...bitmask import compress as plain_compress
+from ...factors import Factors, compute_dtype
+from .elementwise import Elementwise
+from .library import load_library
+from .native import make_adapters
+from .tiled import TiledElementwise
+
+
+MOST_TOKENS = 8
+"""`few_tokens` takes so many: with more, expanding the weight costs less than these kernels lose to a matmul's."""
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_TIERS = ("portable", "avx2", "avx512")
+_CAPABILITIES = {"AVX2": 1, "AVX512": 2}
+
+
+def _structure(name: str, fields: str, pointers: str = "") -> type[ctypes.Structure]:
+    types = [(field, ctypes.c_void_p if field in pointers.split() else ctypes.c_int64) for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": types})
+
+
+_Weight = _structure("_Weight", "values bitmask row_offsets stored m n", "values bitmask row_offsets")
+_Part = _structure("_Part", "row rows column columns stride starts ends threads", "starts ends")
+_Tokens = _structure(
+    "_Tokens",
+    "x x_stride count A B r inputs bias y sums identity first last threads",
+    "x A B inputs bias y sums",
+)
+
+
+@cache
+def tier() -> str | None:
+    """
+    The kernels that run here.
+
+    Returns:
+        `str` or `None`: `"avx512"`, `"avx2"` or `"portable"`; `None` if nothing is compiled.
+    """
+    library = load_library("bitmask") if sys.byteorder == "little" else None
+    if library is None:
+        return None
+    capability = _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return _TIERS[min(capability, library.bitmask_tier())]
+
+
+def supports(compressed: Compressed, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
+    """
+    Whether there is a compiled pass for a weight and factors, with W' in a dtype.
+
+    Args:
+        compressed ([`Compressed`]): The weight, shape `(m, n)`.
+        factors (`Sequence[Factors]`): The factors of each adapter.
+        dtype (`torch.dtype`): The dtype of W'.
+    """
+    return (
+        compressed.values.dtype in _NAMES
+        and dtype in _NAMES
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in compressed[:3])
+        and compute_dtype(*(t for A, B, _ in factors for t in (A, B))) == torch.float32
+        and tier() is not None
+    )
+
+
+def compress(weight: Tensor) -> Compressed:
+    """Store a weight without its zeros; see [`peft_spp.functional.bitmask.compress`]."""
+    if weight.device.type != "cpu" or weight.dtype not in BITS or weight.ndim < 2 or tier() is None:
+        return plain_compress(weight)
+    n = weight.shape[-1]
+    rows = weight.detach().reshape(math.prod(weight.shape[:-1]), n)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    bitmask = torch.empty(*weight.shape[:-1], bitmask_bytes(n), dtype=torch.uint8)
+    row_offsets = torch.empty(len(rows) + 1, dtype=torch.int64)
+    dense, stride = _pointer(rows), ctypes.c_int64(rows.stride(0))
+    threads = ctypes.c_int64(torch.get_num_threads())
+    sizes = (ctypes.c_int64(len(rows)), ctypes.c_int64(n))
+    _function("count", weight.dtype)(dense, stride, *sizes, _pointer(bitmask), _pointer(row_offsets), threads)
+    values = torch.empty(int(row_offsets[-1]), dtype=weight.dtype)
+    compressed = Compressed(values, bitmask, row_offsets, n)
+    _function("take", weight.dtype)(dense, stride, ctypes.byref(_weight(compressed)), threads)
+    return compressed
+
+
+def expand(
+    compressed: Compressed,
+    rows: slice | None = None,
+    columns: slice | None = None,
+    out: Tensor | None = None,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+) -> Tensor:
+    """
+    A part of the weight with its zeros, bit for bit.
+
+    Args:
+        compressed ([`Compressed`]): The weight, shape `(..., m, n)`; its rows are those of all layers.
+        rows (`slice`, *optional*): Which rows, by default all.
+        columns (`slice`, *optional*):
+            Which columns, by default all. It starts at a multiple of 64, and stops at one or at n.
+        out (`torch.Tensor`, *optional*): Where to write, of the weight's dtype; its rows are contiguous.
+        starts (`torch.Tensor`, *optional*):
+            int64, one for each of the rows: where its values begin at the first column. By default they are counted.
+        ends (`torch.Tensor`, *optional*): Receives where they end, which is `starts` for the columns that follow.
+
+    Returns:
+        `torch.Tensor`: `out`, or a new tensor of shape `(rows, columns)`.
+    """
+    matrix = _matrix(compressed)
+    m, n = matrix.shape
+    rows, columns = rows or slice(0, m), columns or slice(0, n)
+    _check_columns(columns, n)
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    out = torch.empty(shape, dtype=compressed.values.dtype) if out is None else out
+    if not supports(compressed, (), out.dtype):
+        dense = decompress(Compressed(matrix.values, *_rows_of(matrix, rows), n))[:, columns]
+        if ends is not None:
+            before = unpack_bits(matrix.bitmask[rows], n)[:, : columns.stop].sum(1)
+            torch.add(matrix.row_offsets[rows], before, out=ends)
+        return out.copy_(dense)
+    _function("expand", out.dtype)(
+        ctypes.byref(_weight(matrix)), ctypes.byref(_part(rows, columns, out, starts, ends)), _pointer(out)
+    )
+    return out
+
+
+def scaled_values(compressed: Compressed, factors: Sequence[Factors], out: Tensor | None = None) -> Tensor:
+    """
+    The values of the merged weight; see [`peft_spp.functional.merged_weight`].
+
+    The places stay those of the weight: a value that becomes zero is a `+0.0` that is stored.
+
+    Args:
+        compressed ([`Compressed`]): The weight, shape `(m, n)`.
+        factors (`Sequence[Factors]`): The factors of the adapters to merge.
+        out (`torch.Tensor`, *optional*): Where to write; may be the values themselves. New by default.
+
+    Returns:
+        `torch.Tensor`: `out`, of the shape and dtype of the values. Of a layer of a stack, only the layer's own values
+        are written.
+    """
+    values, bitmask, row_offsets, n = compressed
+    out = torch.empty_like(values) if out is None else out
+    m = len(bitmask)
+    if not supports(compressed, factors, values.dtype):
+        dense = decompress(compressed)
+        merged = torch.empty_like(dense)
+        TiledElementwise(dense, factors).write_scaled(merged, slice(0, m), slice(0, n), True)
+        merged.add_(0.0).masked_fill_(dense == 0, 0.0)
+        out[row_offsets[0] : row_offsets[-1]] = merged[unpack_bits(bitmask, n)]
+        return out
+    part = _part(slice(0, m), slice(0, n))
+    scaled = _scaled_factors(factors)
+    adapters = make_adapters(scaled)
+    _function("merge", values.dtype)(
+        ctypes.byref(_weight(compressed)), ctypes.byref(part), _pointer(out), adapters, ctypes.c_int64(len(factors))
+    )
+    return out
+
+
+def few_tokens(
+    x: Tensor,
+    compressed: Compressed,
+    bias: Tensor | None,
+    factors: Sequence[Factors],
+    identity: bool,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """
+    `x @ W'.T + bias` for few tokens, straight from the compressed weight, with float32 sums that are rounded once.
+
+    With an adapter, for the rows of block k, `y = W_k x + s B_k ⊙ (W_k (A_k ⊙ x))`: both products come from the same
+    pass, and each further adapter takes another one. A ⊙ x is rounded to the dtype first, as in `by_activation`.
+    bfloat16 denormals count as zero where the processor multiplies bfloat16 itself.
+
+    Args:
+        x (`torch.Tensor`): shape `(tokens, n)`.
+        compressed ([`Compressed`]): W, shape `(m, n)`.
+        bias (`torch.Tensor`, *optional*): shape `(m,)`.
+        factors (`Sequence[Factors]`): The factors of each adapter; may be empty.
+        identity (`bool`): Whether W itself is part of W'.
+        dtype (`torch.dtype`): The dtype of the result.
+
+    Returns:
+        `torch.Tensor` or `None`: shape `(tokens, m)`. `None` if there are more than `MOST_TOKENS` tokens, the weight
+        has another dtype, or nothing is compiled.
+    """
+    count, n = x.shape
+    m = len(compressed.bitmask)
+    if count > MOST_TOKENS or compressed.values.dtype != dtype or not supports(compressed, factors, dtype):
+        return None
+    if not factors and not identity:
+        raise ValueError("few_tokens: without factors W' is W itself, so identity must be True")
+    x = x.to(dtype)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    y, sums = torch.empty(count, m, dtype=dtype), torch.empty(count, m)
+    blocks = max((A.shape[0] for A, _, _ in factors), default=0)
+    inputs = torch.empty((1 + blocks) * MOST_TOKENS * bitmask_bytes(n) * 8)
+    weight, threads = _weight(compressed), torch.get_num_threads()
+    passes: list[tuple[Tensor | None, Tensor | None]] = [*_scaled_factors(factors)] or [(None, None)]
+    for index, (A, B) in enumerate(passes):
+        tokens = _Tokens(
+            x.data_ptr(),
+            x.stride(0),
+            count,
+            None if A is None else A.data_ptr(),
+            None if B is None else B.data_ptr(),
+            0 if A is None else A.shape[0],
+            inputs.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            sums.data_ptr(),
+            identity and index == 0,
+            index == 0,
+            index == len(passes) - 1,
+            threads,
+        )
+        _function("multiply", dtype)(ctypes.byref(weight), ctypes.byref(tokens))
+    return y
+
+
+class BitmaskElementwise(Elementwise):
+    """
+    Compressed weights of any dtype that they have; see [`Elementwise`].
+
+    Parts are of columns that start at a multiple of 64. Where the values of each row begin there is kept from part to
+    part, so that parts that follow each other need no counting.
+    """
+
+    weight: Compressed
+
+    def __init__(self, compressed: Compressed, factors: Sequence[Factors]) -> None:
+        super().__init__(compressed, factors)
+        self.scaled_factors = [(A.contiguous(), B.contiguous()) for A, B in self.scaled_factors]
+        self._ends: dict[tuple[int, int, int], Tensor] = {}
+
+    def write_scaled(self, out: Tensor, rows: slice, columns: slice, identity: bool) -> None:
+        weight = ctypes.byref(_weight(self.weight))
+        part = ctypes.byref(self._part(out, rows, columns))
+        adapters = make_adapters(self.scaled_factors)
+        count, with_base = ctypes.c_int64(len(adapters)), ctypes.c_int64(identity)
+        self._function("scale", out)(weight, part, _pointer(out), adapters, count, with_base)
+
+    def add_factor_gradients(self, product: Tensor, rows: slice, columns: slice) -> None:
+        weight, part = ctypes.byref(_weight(self.weight)), self._part(product, rows, columns, keep=False)
+        strips = getattr(_library(), f"bitmask_gradient_{tier()}_parts")(ctypes.byref(part))
+        parts = [torch.empty(strips, rows.stop - rows.start) for _ in self.factors]
+        gradients = [(grad_A, own) for (grad_A, _), own in zip(self.gradients, parts, strict=True)]
+        adapters = make_adapters(self.scaled_factors, gradients)
+        count = ctypes.c_int64(len(adapters))
+        self._function("add_gradients", product)(weight, ctypes.byref(part), _pointer(product), adapters, count)
+        for (_, grad_B), own in zip(self.gradients, parts, strict=True):
+            grad_B[rows] += own.sum(dim=0).unsqueeze(1)
+
+    def _function(self, name: str, other: Tensor) -> Any:
+        return _function(name, self.weight.values.dtype, other.dtype)
+
+    def _part(self, other: Tensor, rows: slice, columns: slice, keep: bool = True) -> Any:
+        n = self.weight.columns
+        _check_columns(columns, n)
+        starts = self._ends.get((rows.start, rows.stop, columns.start))
+        ends = None
+        if keep and columns.stop < n:
+            key = (rows.start, rows.stop, columns.stop)
+            ends = self._ends[key] = torch.empty(rows.stop - rows.start, dtype=torch.int64)
+        return _part(rows, columns, other, starts, ends)
+
+
+def _matrix(compressed: Compressed) -> Compressed:
+    values, bitmask, row_offsets, n = compressed
+    return Compressed(values, bitmask.reshape(len(row_offsets) - 1, bitmask.shape[-1]), row_offsets, n)
+
+
+def _rows_of(matrix: Compressed, rows: slice) -> tuple[Tensor, Tensor]:
+    return matrix.bitmask[rows], matrix.row_offsets[rows.start : rows.stop + 1]
+
+
+def _check_columns(columns: slice, n: int) -> None:
+    if columns.start % WORD or (columns.stop % WORD and columns.stop != n):
+        raise ValueError(
+            f"columns {columns.start} to {columns.stop} of a compressed weight with {n}: they must start at a "
+            f"multiple of {WORD}, and stop at one or at the last column"
+        )
+
+
+def _scaled_factors(factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
+    return [(A.float().contiguous(), (B.float() * s).contiguous()) for A, B, s in factors]
+
+
+def _weight(compressed: Compressed) -> Any:
+    values, bitmask, row_offsets, n = compressed
+    pointers = (values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr())
+    return _Weight(*pointers, len(values), len(row_offsets) - 1, n)
+
+
+def _part(
+    rows: slice, columns: slice, other: Tensor | None = None, starts: Tensor | None = None, ends: Tensor | None = None
+) -> Any:
+    return _Part(
+        rows.start,
+        rows.stop - rows.start,
+        columns.start,
+        columns.stop - columns.start,
+        0 if other is None else other.stride(0),
+        None if starts is None else starts.data_ptr(),
+        None if ends is None else ends.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _function(name: str, *dtypes: torch.dtype) -> Any:
+    return getattr(_library(), f"bitmask_{name}_{tier()}_{'_'.join(_NAMES[dtype] for dtype in dtypes)}")
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _library() -> ctypes.CDLL:
+    library = load_library("bitmask")
+    assert library is not None, "supports() is asked first"
+    return library
