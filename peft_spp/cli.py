@@ -7,6 +7,7 @@ import typer
 
 from ._version import __version__
 from .commands.compare import compare
+from .commands.compress import compress, decompress
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.ending import CommandGroup
@@ -48,6 +49,8 @@ app.command()(prune)
 # TRL's parser reads the arguments and prints the help
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
 app.command()(merge)
+app.command()(compress)
+app.command()(decompress)
 app.command()(inspect)
 app.command()(compare)
 app.command()(export)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..sparsity.layout import Layout
 from ..sparsity.safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
+from .compressed_tensor import CompressedTensor, find_compressed
 from .own_files import CARD
 from .tensor_file import StoredTensor, TensorFile, open_tensor_file
 
@@ -46,7 +47,8 @@ class Checkpoint:
         folder (`Path`): Its folder.
         config (`Mapping[str, Any]`): The content of its `config.json`, empty if there is none.
         files (`tuple[TensorFile, ...]`): Its weight files.
-        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name.
+        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name; of a compressed weight, values and bitmask.
+        compressed (`Mapping[str, CompressedTensor]`): Its compressed weights, by the name of their values.
         carried (`tuple[Path, ...]`): The other files of the model, relative to the folder.
         left_out (`tuple[Path, ...]`): Weights in the folder that are not part of the checkpoint, relative to it.
     """
@@ -55,13 +57,26 @@ class Checkpoint:
     config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
     tensors: Mapping[str, StoredTensor]
+    compressed: Mapping[str, CompressedTensor]
     carried: tuple[Path, ...]
     left_out: tuple[Path, ...]
 
     @property
     def layout(self) -> Layout:
         """Tells which weights are stored `(in, out)`."""
-        return Layout({name: one.shape for name, one in self.tensors.items()}, self.config, conv1d=None)
+        return Layout({name: self.weight(name).shape for name in self.tensors}, self.config, conv1d=None)
+
+    def weight(self, name: str) -> StoredTensor | CompressedTensor:
+        """
+        A tensor in its dense shape.
+
+        Args:
+            name (`str`): Its name.
+
+        Returns:
+            `StoredTensor` or `CompressedTensor`: The tensor.
+        """
+        return self.compressed.get(name) or self.tensors[name]
 
     @property
     def copies(self) -> dict[Path, Path]:
@@ -92,7 +107,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files = tuple(open_tensor_file(path, listed) for path, listed in read_headers(listing.files).items())
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     carried, left_out = _other_files(folder, {file.path for file in files}, listing.index)
-    return Checkpoint(folder, read_config(folder), files, tensors, tuple(carried), tuple(left_out))
+    compressed = find_compressed(tensors, [file.path for file in files])
+    return Checkpoint(folder, read_config(folder), files, tensors, compressed, tuple(carried), tuple(left_out))
 
 
 def _other_files(folder: Path, weights: set[Path], index: Path | None) -> tuple[list[Path], list[Path]]:

@@ -69,6 +69,9 @@ def prune(
     target_modules: TargetModulesOption = None,
     exclude_modules: ExcludeModulesOption = None,
     device: Annotated[str | None, typer.Option(help="Where to compute; by default on a GPU if there is one.")] = None,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Write the pruned model without its zeros; see `peft-spp compress`.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")
     ] = False,
@@ -100,6 +103,7 @@ def prune(
             target_modules=as_modules(target_modules, "--target-modules"),
             exclude_modules=as_modules(exclude_modules, "--exclude-modules"),
             device=device,
+            compress=compress,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ..functional.bitmask import count_stored
 from .config import BitmaskConfig
 from .layer import CompressedLinear, put_dense_layers
 from .quantizer import BitmaskHfQuantizer
@@ -65,7 +66,7 @@ def compress(
             )
     for name in list(layers):
         layer = layers.pop(name)  # and so its memory is free once it is replaced
-        reason = why_not_worth_it(layer.weight, min_sparsity)
+        reason = why_not_worth_it(count_stored(layer.weight), layer.weight.shape, layer.weight.dtype, min_sparsity)
         if reason is not None:
             kept[name] = reason
         elif layer is module:

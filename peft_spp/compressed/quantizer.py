@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightTransform
+from transformers.core_model_loading import ConversionOps, WeightTransform, revert_weight_conversion
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
-from ..functional.bitmask import check_compressed
+from ..functional.bitmask import check_compressed, count_stored
 from ..functional.compressed import compress
+from ..sparsity.compressed_files import COLUMNS, columns_text
 from .config import BitmaskConfig
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers
@@ -113,7 +114,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         module = name.removesuffix(".weight")
         if dense.shape != model.get_submodule(module).weight.shape:
             return {name: dense}  # Transformers reports it, as for any model
-        reason = why_not_worth_it(dense, self.quantization_config.min_sparsity)
+        reason = why_not_worth_it(count_stored(dense), dense.shape, dense.dtype, self.quantization_config.min_sparsity)
         if reason is not None:
             self._kept[module] = reason
             return {name: dense}
@@ -195,6 +196,16 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             warn_of_dense_layers(self._kept)
             self.quantization_config.modules_to_not_convert = list(self._kept)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        # for those who read the files without the model
+        columns = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompressedLinear):
+                saved = revert_weight_conversion(model, {f"{name}.weight": layer.weight})
+                columns[next(iter(saved))] = layer.in_features
+        has_adapters = getattr(model, "_hf_peft_config_loaded", False)  # then only adapters are saved
+        return None, {} if has_adapters or not columns else {COLUMNS: columns_text(columns)}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         put_dense_layers(model)

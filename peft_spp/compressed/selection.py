@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
@@ -15,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..architecture import has_plain_forward
-from ..functional.bitmask import BITS, count_stored, is_worth_it
+from ..functional.bitmask import BITS, is_worth_it
 
 
 def find_linear_layers(
@@ -54,23 +55,22 @@ def find_linear_layers(
     return found, kept
 
 
-def why_not_worth_it(weight: Tensor, min_sparsity: float | None) -> str | None:
+def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_sparsity: float | None) -> str | None:
     """
     Tell why a weight is not compressed.
 
     Args:
-        weight (`torch.Tensor`): The dense weight, of two or more dimensions.
+        stored (`int`): How many of its values are not `+0.0`.
+        shape (`Sequence[int]`): Its shape.
+        dtype (`torch.dtype`): Its dtype.
         min_sparsity (`float`, *optional*): See [`BitmaskConfig`].
 
     Returns:
         `str` or `None`: The reason, or `None` if it is to be compressed.
     """
-    stored = count_stored(weight)
-    zeros = 1 - stored / weight.numel() if weight.numel() else 0.0
-    if min_sparsity is None:
-        worth_it = is_worth_it(stored, weight.shape, weight.dtype)
-    else:
-        worth_it = zeros >= min_sparsity
+    numel = math.prod(shape)
+    zeros = 1 - stored / numel if numel else 0.0
+    worth_it = is_worth_it(stored, shape, dtype) if min_sparsity is None else zeros >= min_sparsity
     return None if worth_it else f"{math.floor(zeros * 1000) / 10}% zeros"
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.tensor_file import TensorFile
-from ..functional import Factors, merged_weight
+from ..checkpoints.compressed_tensor import CompressedTensor
+from ..checkpoints.tensor_file import StoredTensor, TensorFile
+from ..functional import Compressed, Factors, merged_weight
+from ..functional.bitmask import decompress, stored_places
 from ..functional.row_blocks import row_tiles
 from ..sparsity.bits import look_at
 from ..sparsity.counting import PairCounts, count_pair
@@ -43,6 +45,7 @@ class Piece:
         stop (`int`): The byte after the last.
         merge (`Merge`, *optional*): The weight that they are a part of, if an adapter is merged into it.
         factors (`Factors`, *optional*): The factors that belong to this part of the weight.
+        rows (`Compressed`, *optional*): This part, if the weight is compressed; the bytes are its values.
     """
 
     file: Path
@@ -50,6 +53,7 @@ class Piece:
     stop: int
     merge: Merge | None = None
     factors: Factors | None = None
+    rows: Compressed | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def _cut(file: TensorFile, plan: Plan) -> Iterator[Piece]:
         yield from _cut_range(file.path, copied_to, tensor.start)
         copied_to = tensor.stop
         if merge is not None:
-            yield from _cut_columns(merge) if merge.transposed else _cut_rows(merge)
+            yield from _cut_weight(merge)
         elif trained is not None:
             yield from _cut_range(trained.file, trained.start, trained.stop)
     yield from _cut_range(file.path, copied_to, file.size)
@@ -135,9 +139,34 @@ def _cut_range(path: Path, start: int, stop: int) -> Iterator[Piece]:
         yield Piece(path, at, min(at + PIECE_BYTES, stop))
 
 
-def _cut_rows(merge: Merge) -> Iterator[Piece]:
+def _cut_weight(merge: Merge) -> Iterator[Piece]:
+    if isinstance(merge.weight, CompressedTensor):
+        return _cut_values(merge, merge.weight)
+    return _cut_columns(merge, merge.weight) if merge.transposed else _cut_rows(merge, merge.weight)
+
+
+def _cut_values(merge: Merge, weight: CompressedTensor) -> Iterator[Piece]:
+    """Parts of a compressed weight: the values of as many rows as would be a piece of the dense one."""
+    factors = _load_factors(merge)
+    compressed = weight.load_compressed()
+    offsets = compressed.row_offsets
+    itemsize = compressed.values.element_size()
+    max_rows = max(1, PIECE_BYTES // max(compressed.columns * itemsize, 1))
+    for tile in row_tiles(weight.shape[0], merge.module.r, max_rows=max_rows):
+        part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
+        first, last = offsets[tile.rows.start], offsets[tile.rows.stop]
+        rows = Compressed(
+            compressed.values[first:last],
+            compressed.bitmask[tile.rows],
+            offsets[tile.rows.start : tile.rows.stop + 1] - first,
+            compressed.columns,
+        )
+        start, stop = (weight.values.start + int(one) * itemsize for one in (first, last))
+        yield Piece(weight.file, start, stop, merge, part, rows)
+
+
+def _cut_rows(merge: Merge, weight: StoredTensor) -> Iterator[Piece]:
     """Parts of a weight stored `(out, in)`: rows of equally long (parts of) row blocks, with their rows of A and B."""
-    weight = merge.weight
     factors = _load_factors(merge)
     row_bytes = (weight.stop - weight.start) // weight.shape[0]
     max_rows = max(1, PIECE_BYTES // max(row_bytes, 1))
@@ -147,9 +176,8 @@ def _cut_rows(merge: Merge) -> Iterator[Piece]:
         yield Piece(weight.file, start, stop, merge, part)
 
 
-def _cut_columns(merge: Merge) -> Iterator[Piece]:
+def _cut_columns(merge: Merge, weight: StoredTensor) -> Iterator[Piece]:
     """Parts of a weight stored `(in, out)`: some inputs of all outputs, with their columns of A."""
-    weight = merge.weight
     factors = _load_factors(merge)
     row_bytes = (weight.stop - weight.start) // weight.shape[0]
     step = max(1, PIECE_BYTES // max(row_bytes, 1))
@@ -165,6 +193,12 @@ def _load_factors(merge: Merge) -> Factors:
 
 
 def _make(piece: Piece) -> Written:
+    if piece.rows is not None and piece.merge is not None and piece.factors is not None:
+        stored = decompress(piece.rows)
+        merged = merged_weight(stored, [piece.factors])
+        counts = count_pair(stored, merged)
+        _check(piece.merge, stored, counts)
+        return Written(piece, merged[stored_places(piece.rows)].view(torch.uint8), counts)
     data = read_bytes(piece.file, piece.start, piece.stop)
     if piece.merge is None or piece.factors is None:
         return Written(piece, data)

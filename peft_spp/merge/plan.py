@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.ties import TiedNames
 from ..functional.row_blocks import check_row_blocks
@@ -23,12 +24,12 @@ class Merge:
     """A weight to merge an adapter into.
 
     Args:
-        weight (`StoredTensor`): The weight.
+        weight (`StoredTensor` or `CompressedTensor`): The weight.
         module (`AdaptedModule`): What the adapter holds for it.
         transposed (`bool`): Whether the weight is stored `(in, out)`, as `Conv1D` does.
     """
 
-    weight: StoredTensor
+    weight: StoredTensor | CompressedTensor
     module: AdaptedModule
     transposed: bool
 
@@ -71,13 +72,13 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     layout = checkpoint.layout
     merges = {}
     for name, module in adapter.modules.items():
-        weight = checkpoint.tensors[found[f"{name}.weight"]]
+        weight = checkpoint.weight(found[f"{name}.weight"])
         square_is_transposed = layout.is_transposed(weight.name.removesuffix(".weight"), len(weight.shape))
         transposed = _is_transposed(weight, module, square_is_transposed, adapter)
         merges[weight.name] = Merge(weight, module, transposed)
     replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
     for name, tensor in replaced.items():
-        _check_same_kind(checkpoint.tensors[name], tensor)
+        _check_same_kind(checkpoint.weight(name), tensor)
     return Plan(merges, replaced)
 
 
@@ -113,7 +114,9 @@ def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) ->
     return matches[0]
 
 
-def _is_transposed(weight: StoredTensor, module: AdaptedModule, square_is_transposed: bool, adapter: Adapter) -> bool:
+def _is_transposed(
+    weight: StoredTensor | CompressedTensor, module: AdaptedModule, square_is_transposed: bool, adapter: Adapter
+) -> bool:
     where = f"tensor {weight.name!r} of {weight.file}"
     if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(
@@ -135,8 +138,9 @@ def _is_transposed(weight: StoredTensor, module: AdaptedModule, square_is_transp
     return square_is_transposed
 
 
-def _check_same_kind(stored: StoredTensor, trained: StoredTensor) -> None:
-    if (stored.dtype, stored.shape) != (trained.dtype, trained.shape):
+def _check_same_kind(stored: StoredTensor | CompressedTensor, trained: StoredTensor) -> None:
+    compressed = isinstance(stored, CompressedTensor)
+    if compressed or (stored.dtype, stored.shape) != (trained.dtype, trained.shape):
         raise ValueError(
             f"the adapter has {trained.name!r} as {trained.describe()}, and {stored.file} has {stored.name!r} as "
             f"{stored.describe()}: it cannot take its place as it is. {INSTEAD}"

@@ -20,6 +20,7 @@ from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.own_files import CARD, MODEL
 from ..checkpoints.tensor_file import StoredTensor
+from ..compressed.on_disk import compress_in_place
 from ..devices import usable_device
 from ..durable import sync_file
 from ..sparsity import NMPattern
@@ -59,6 +60,7 @@ def prune_checkpoint(
     target_modules: str | Iterable[str] | None = None,
     exclude_modules: str | Iterable[str] | None = None,
     device: str | torch.device | None = None,
+    compress: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -95,6 +97,8 @@ def prune_checkpoint(
             one must be the layer's name or its end. By default all linear layers in the transformer blocks.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
+        compress (`bool`, *optional*, defaults to `False`):
+            Whether to write the pruned model without its zeros; see [`~peft_spp.BitmaskConfig`].
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`):
@@ -165,6 +169,8 @@ def prune_checkpoint(
         report = _report(run, out, settings, dry_run)
         card = out.new_file(Path(CARD))
         card.write_text(str(pruned_card(dense_card, report, chosen, hub_id(model))), encoding="utf-8")
+        if compress:
+            compress_in_place(card.parent)
         for path in {card, *copies.values()}:
             sync_file(path)
         out.publish()

@@ -210,6 +210,8 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if "model_type" not in checkpoint.config:
         raise ValueError(f"{checkpoint.folder} has no config.json that names a model_type: it is no model to prune.")
+    if checkpoint.compressed:
+        raise ValueError(f"the model in {checkpoint.folder} is compressed: `peft-spp decompress` it before pruning.")
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
     named = checkpoint.config.get("architectures") or []

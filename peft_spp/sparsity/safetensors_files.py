@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .compressed_files import with_dense_weights
 from .file_bytes import byte_ranges, read_bytes
 from .weights import Stored
 
@@ -49,6 +50,7 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
     A folder is read as Transformers loads it: the file that `transformers_weights` of `config.json` names, else
     `model.safetensors`, else all that the shards hold which `model.safetensors.index.json` names, whether or not it
     lists the tensor. A folder that Transformers does not load is read as well: every `*.safetensors` in it.
+    Compressed weights are listed in their dense shape.
 
     Args:
         path (`str` or `os.PathLike`): The file or folder.
@@ -69,7 +71,7 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
         folder, listing = path.parent, {path: None}
     else:
         raise FileNotFoundError(f"there is no file or folder {path} (models are not downloaded: give a local path)")
-    stored = [one for listed in read_headers(listing).values() for one in listed]
+    stored = with_dense_weights(read_headers(listing))
     return str(path), iter(sorted(stored, key=_by_number)), read_config(folder)
 
 

@@ -15,7 +15,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pruned_llama(dtype: torch.dtype = torch.float32, pattern: str = "0.5", **settings) -> nn.Module:
-    """A Llama with every value that is easily lost: -0.0, infinities and NaN are among its weights' padding rows."""
+    """A pruned Llama with a -0.0 and a tiny value in each weight, which are easily lost."""
     model = tiny_llama(**settings)
     for layer in block_linears(model).values():
         nn.init.normal_(layer.weight, std=0.2)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a checkpoint that are stored without their zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..functional.bitmask import Compressed, decompress
+from ..sparsity.compressed_files import bitmask_of, compressed_shapes, join
+from ..sparsity.file_bytes import read_bytes
+from .tensor_file import StoredTensor
+
+
+@dataclass(frozen=True)
+class CompressedTensor:
+    """A weight whose values and bitmask are two tensors of a checkpoint, in one file or in two.
+
+    Args:
+        values (`StoredTensor`): The values.
+        bitmask (`StoredTensor`): The bitmask.
+        shape (`tuple[int, ...]`): The shape of the weight.
+    """
+
+    values: StoredTensor
+    bitmask: StoredTensor
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        return self.values.name
+
+    @property
+    def file(self) -> Path:
+        """The file of the values."""
+        return self.values.file
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """Its dtype."""
+        return self.values.dtype
+
+    def load_compressed(self) -> Compressed:
+        """Read the weight as it is stored; a `ValueError` if values and bitmask do not fit each other."""
+        bits = read_bytes(self.bitmask.file, self.bitmask.start, self.bitmask.stop).view(self.bitmask.shape)
+        return join(self.name, self.values.load(), bits, self.shape)
+
+    def load(self) -> Tensor:
+        """Read the dense weight."""
+        return decompress(self.load_compressed())
+
+    def describe(self) -> str:
+        """The dtype and the shape, for messages."""
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}, compressed"
+
+
+def find_compressed(tensors: Mapping[str, StoredTensor], files: Iterable[Path]) -> dict[str, CompressedTensor]:
+    """
+    Find the compressed weights of a checkpoint.
+
+    Args:
+        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name.
+        files (`Iterable[Path]`): Its files.
+
+    Returns:
+        `dict[str, CompressedTensor]`: The weights, by the name of their values.
+
+    Raises:
+        ValueError: See [`compressed_shapes`].
+    """
+    if not any(name.endswith(".bitmask") for name in tensors):
+        return {}
+    shapes = compressed_shapes(
+        {name: one.shape for name, one in tensors.items()},
+        {name: one.dtype for name, one in tensors.items()},
+        files,
+    )
+    return {name: CompressedTensor(tensors[name], tensors[bitmask_of(name)], shape) for name, shape in shapes.items()}

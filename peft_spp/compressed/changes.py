@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written in the place of a checkpoint's files when it is compressed or decompressed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.own_files import CARD, CONFIG
+from ..checkpoints.tensor_file import StoredTensor
+from ..checkpoints.writing import NewTensor, computed, copied
+from ..functional.bitmask import bitmask_bytes, compress, count_stored
+from ..sparsity.compressed_files import COLUMNS, bitmask_of, columns_text, read_metadata
+from ..sparsity.safetensors_files import INDEX_SUFFIX, read_json
+from .config import BitmaskConfig
+from .models_on_disk import find_layers
+from .report import CompressedModule, CompressionReport
+from .selection import why_not_worth_it
+
+
+NOTE = (
+    "\n## Compressed weights\n\nThe zeros of this model's linear layers are not stored, and nothing is lost by that. "
+    "Load it with Transformers after `import peft_spp` (`pip install peft-spp`), or make plain safetensors of it with "
+    "`peft-spp decompress`.\n"
+)
+"""What a compressed model's card says at its end."""
+
+
+class Change:
+    """What is written in the place of a checkpoint's files.
+
+    Args:
+        checkpoint (`Checkpoint`): The checkpoint.
+    """
+
+    action = ""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.modules: dict[str, CompressedModule] = {}
+        self.kept: dict[str, str] = {}
+
+    def tensors(self, file: Path) -> list[NewTensor]:
+        """The new tensors of a file, in the order of its bytes."""
+        raise NotImplementedError
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        """The new metadata of a file."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """The new content of `config.json`."""
+        raise NotImplementedError
+
+    def card(self, text: str) -> str:
+        """The new card."""
+        raise NotImplementedError
+
+    @cached_property
+    def files(self) -> list[tuple[Path, list[NewTensor], dict[str, str]]]:
+        """The new weight files: their relative path, tensors and metadata."""
+        listed = [(one.path, self.tensors(one.path)) for one in self.checkpoint.files]
+        folder = self.checkpoint.folder
+        # bitmasks may have had a shard for themselves
+        return [(path.relative_to(folder), tensors, self.metadata(path)) for path, tensors in listed if tensors]
+
+    def texts(self) -> dict[Path, str]:
+        """The new content of the files that speak of the tensors."""
+        texts = {Path(CONFIG): json.dumps(self.config(), indent=2) + "\n"}
+        for one in self.checkpoint.carried:
+            path = self.checkpoint.folder / one
+            if one.name.endswith(INDEX_SUFFIX):
+                texts[one] = self._index(one)
+            elif one == Path(CARD):
+                texts[one] = self.card(path.read_bytes().decode("utf-8", "surrogateescape"))
+        return texts
+
+    def _index(self, index: Path) -> str:
+        content = read_json(self.checkpoint.folder / index)
+        files = self.files
+        content["weight_map"] = {
+            one.name: os.path.relpath(path, index.parent) for path, tensors, _ in files for one in tensors
+        }
+        metadata = content.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            metadata["total_size"] = sum(one.size for _, tensors, _ in files for one in tensors)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def size_before(self) -> int:
+        """The bytes of all old tensors."""
+        return sum(one.stop - one.start for one in self.checkpoint.tensors.values())
+
+    @property
+    def size(self) -> int:
+        """The bytes of all new tensors."""
+        return sum(one.size for _, tensors, _ in self.files for one in tensors)
+
+    def report(self, output: str, overwritten: tuple[str, ...], *, dry_run: bool) -> CompressionReport:
+        """What is done, or would be."""
+        checkpoint = self.checkpoint
+        return CompressionReport(
+            model=str(checkpoint.folder),
+            output=output,
+            action=self.action,
+            dry_run=dry_run,
+            modules=self.modules,
+            kept=self.kept,
+            files=tuple(path.as_posix() for path, _, _ in self.files),
+            carried=tuple(one.as_posix() for one in checkpoint.carried),
+            left_out=tuple(one.as_posix() for one in checkpoint.left_out),
+            overwritten=overwritten,
+            bytes_before=self.size_before,
+            bytes_after=self.size,
+        )
+
+    def record(self, name: str, weight: StoredTensor, shape: tuple[int, ...], stored: int, itemsize: int) -> None:
+        """Add a layer to the report."""
+        *rows, columns = shape
+        self.modules[name] = CompressedModule(
+            name=name,
+            tensor=weight.name,
+            file=weight.file.relative_to(self.checkpoint.folder).as_posix(),
+            shape=shape,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            stored=stored,
+            dense_bytes=math.prod(shape) * itemsize,
+            compressed_bytes=stored * itemsize + math.prod(rows) * bitmask_bytes(columns),
+        )
+
+
+class Compressing(Change):
+    """A checkpoint without the zeros of its linear layers, which are counted when it is made."""
+
+    action = "compress"
+
+    def __init__(self, checkpoint: Checkpoint, config: BitmaskConfig) -> None:
+        super().__init__(checkpoint)
+        self._config = config
+        layers, self.kept = find_layers(checkpoint, config.modules_to_not_convert)
+        self._stored: dict[str, int] = {}
+        for name, weight in layers.items():
+            dense = weight.load()
+            stored = count_stored(dense)
+            reason = why_not_worth_it(stored, dense.shape, dense.dtype, config.min_sparsity)
+            if reason is not None:
+                self.kept[name] = reason
+                continue
+            self._stored[weight.name] = stored
+            self.record(name, weight, weight.shape, stored, dense.dtype.itemsize)
+
+    def tensors(self, file: Path) -> list[NewTensor]:
+        tensors = [one for one in self.checkpoint.tensors.values() if one.file == file]
+        bitmasks, others = [], []
+        for one in tensors:
+            if one.name not in self._stored:
+                others.append(copied(one))
+                continue
+            rows, n = one.shape
+            shape = (rows, bitmask_bytes(n))
+            # first, since rows of a multiple of 8 bytes keep what follows aligned, and are so themselves
+            bitmasks.append(computed(bitmask_of(one.name), torch.uint8, shape, partial(_part, one, "bitmask")))
+            stored = (self._stored[one.name],)
+            others.append(computed(one.name, _floating(one), stored, partial(_part, one, "values")))
+        return [*bitmasks, *others]
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        columns = {name: self.checkpoint.tensors[name].shape[1] for name in self._stored}
+        return {**read_metadata(file), **({COLUMNS: columns_text(columns)} if columns else {})}
+
+    def config(self) -> dict[str, Any]:
+        config = BitmaskConfig(list(self.kept), self._config.min_sparsity)
+        return {**self.checkpoint.config, "quantization_config": config.to_dict()}
+
+    def card(self, text: str) -> str:
+        return text + NOTE
+
+
+class Decompressing(Change):
+    """A compressed checkpoint with all its zeros."""
+
+    action = "decompress"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        if not checkpoint.compressed:
+            raise ValueError(f"the model in {checkpoint.folder} is not compressed: it has no bitmask")
+        for name, weight in checkpoint.compressed.items():
+            dtype = _floating(weight.values)
+            self.record(
+                name.removesuffix(".weight"), weight.values, weight.shape, weight.values.shape[0], dtype.itemsize
+            )
+
+    def tensors(self, file: Path) -> list[NewTensor]:
+        compressed = self.checkpoint.compressed
+        bitmasks = {weight.bitmask.name for weight in compressed.values()}
+        tensors = []
+        for one in self.checkpoint.tensors.values():
+            if one.file != file or one.name in bitmasks:
+                continue
+            weight = compressed.get(one.name)
+            tensors.append(
+                copied(one) if weight is None else computed(one.name, _floating(one), weight.shape, weight.load)
+            )
+        return tensors
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        metadata = read_metadata(file)
+        metadata.pop(COLUMNS, None)
+        return metadata
+
+    def config(self) -> dict[str, Any]:
+        return {name: value for name, value in self.checkpoint.config.items() if name != "quantization_config"}
+
+    def card(self, text: str) -> str:
+        return text.replace(NOTE, "", 1)
+
+
+def _floating(tensor: StoredTensor) -> torch.dtype:
+    if not isinstance(tensor.dtype, torch.dtype):
+        raise ValueError(f"tensor {tensor.name!r} of {tensor.file} is {tensor.describe()}, which is not floating")
+    return tensor.dtype
+
+
+def _part(weight: StoredTensor, part: str) -> Tensor:
+    tensor: Tensor = getattr(compress(weight.load()), part)
+    return tensor

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors of a checkpoint are weights of linear layers that can be compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.tensor_file import StoredTensor
+from ..functional.bitmask import BITS
+from .config import METHOD
+from .selection import find_linear_layers
+
+
+INSTEAD = "Load the model with from_pretrained and quantization_config=BitmaskConfig(), and save it instead."
+
+
+def find_layers(
+    checkpoint: Checkpoint, skip: Sequence[str] | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """
+    Find what can be compressed, by the names that Transformers gives the tensors when it loads the model.
+
+    Args:
+        checkpoint (`Checkpoint`): The checkpoint.
+        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
+
+    Returns:
+        `tuple[dict[str, StoredTensor], dict[str, str]]`: The weight of each layer, by the layer's name in the model,
+        and for each other linear layer why not.
+
+    Raises:
+        ValueError: If the model is quantized or compressed already, or Transformers cannot build it.
+    """
+    model = _empty_model(checkpoint)
+    layers, kept = find_linear_layers(model, skip)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        module = renamed.removesuffix(".weight")
+        if pattern is None and module in layers and renamed != module and tensor.shape == tuple(state[renamed].shape):
+            if tensor.dtype in BITS:
+                found[module] = tensor
+            else:
+                kept[module] = f"its weight is {str(tensor.dtype).removeprefix('torch.')}"
+    kept |= {name: "stored in another form" for name in layers if name not in found and name not in kept}
+    # in the order of the model
+    return {name: found[name] for name in layers if name in found}, kept
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    folder, config = checkpoint.folder, checkpoint.config
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if (isinstance(quantization, dict) and quantization.get("quant_method") == METHOD) or checkpoint.compressed:
+        raise ValueError(f"the model in {folder} is compressed already")
+    if quantization is not None:
+        raise ValueError(f"the model in {folder} is quantized: only float32, bfloat16 and float16 can be compressed")
+    if "model_type" not in config:
+        raise ValueError(f"{folder} has no config.json that names a model_type: which layers are linear is not known")
+    named = config.get("architectures") or []
+    cls = next((cls for name in named if (cls := getattr(transformers, str(name), None)) is not None), None)
+    try:
+        # without the question on the terminal whether the model's code may be run
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(loaded) if cls is None else cls(loaded)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"Transformers {transformers.__version__} cannot build the model in {folder} (model_type "
+            f"{config['model_type']!r}): {error}. {INSTEAD}"
+        ) from error
+    return cast(PreTrainedModel, model)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compressed weights in safetensors files: `<module>.weight` holds the values and `<module>.bitmask` their places.
+
+How many columns a weight has neither of them tells, since rows of the bitmask are padded. The model knows, and for
+those who read the files alone the header says it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..functional.bitmask import Compressed, check_compressed, decompress
+from .file_bytes import byte_ranges, read_bytes
+from .weights import Stored
+
+
+COLUMNS = "bitmask_columns"
+"""The entry of a header's metadata with the number of columns of each compressed weight, by its name, as JSON."""
+
+_WEIGHT, _BITMASK = ".weight", ".bitmask"
+
+
+def columns_text(columns: Mapping[str, int]) -> str:
+    """
+    The entry of a header.
+
+    Args:
+        columns (`Mapping[str, int]`): The number of columns of each compressed weight, by the name of its tensor.
+
+    Returns:
+        `str`: The entry.
+    """
+    return json.dumps(dict(sorted(columns.items())), separators=(",", ":"))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """
+    Read the metadata of a safetensors file.
+
+    Args:
+        file (`Path`): The file.
+
+    Returns:
+        `dict[str, str]`: The metadata, empty if there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict(tensors.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file (truncated or damaged): {error}") from error
+
+
+def read_columns(files: Iterable[Path]) -> dict[str, int]:
+    """
+    Read how many columns the compressed weights of a checkpoint have.
+
+    Args:
+        files (`Iterable[Path]`): Its files.
+
+    Returns:
+        `dict[str, int]`: The columns, by the name of the tensor.
+
+    Raises:
+        ValueError: If a header says something else.
+    """
+    found: dict[str, int] = {}
+    for file in files:
+        text = read_metadata(file).get(COLUMNS)
+        if text is None:
+            continue
+        try:
+            listed = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: {COLUMNS} in its header is not valid JSON: {error}. Copy it again") from error
+        if not isinstance(listed, dict) or not all(type(n) is int and 0 <= n < 1 << 40 for n in listed.values()):
+            raise ValueError(f"{file}: {COLUMNS} in its header must be names and numbers of columns. Copy it again")
+        found |= listed
+    return found
+
+
+def compressed_shapes(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype | str], files: Iterable[Path]
+) -> dict[str, tuple[int, ...]]:
+    """
+    Find the compressed weights of a checkpoint.
+
+    Args:
+        shapes (`Mapping[str, tuple[int, ...]]`): The shapes of its tensors, by name.
+        dtypes (`Mapping[str, torch.dtype | str]`): Their dtypes.
+        files (`Iterable[Path]`): Its files.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: The shapes of the weights, by the name of their values.
+
+    Raises:
+        ValueError: If a weight has values alone or a bitmask alone, or its header does not say how many columns it
+            has.
+    """
+    pairs = {
+        name: f"{name.removesuffix(_WEIGHT)}{_BITMASK}"
+        for name, shape in shapes.items()
+        if name.endswith(_WEIGHT) and len(shape) == 1 and f"{name.removesuffix(_WEIGHT)}{_BITMASK}" in shapes
+    }
+    columns = read_columns(files)
+    for name, bitmask in pairs.items():
+        if name not in columns:
+            raise ValueError(
+                f"tensor {name!r} is compressed, and no header of its files says how many columns it has: load the "
+                "model with Transformers and peft_spp, and save it again"
+            )
+        if len(shapes[bitmask]) < 2 or dtypes[bitmask] != "U8":
+            raise ValueError(f"tensor {bitmask!r} has shape {shapes[bitmask]} and dtype {dtypes[bitmask]}: no bitmask")
+    for name in columns:
+        if name not in pairs and (name in shapes or f"{name.removesuffix(_WEIGHT)}{_BITMASK}" in shapes):
+            raise ValueError(f"{name!r} is compressed, and not both its values and its bitmask are there")
+    return {name: (*shapes[bitmask][:-1], columns[name]) for name, bitmask in pairs.items()}
+
+
+def bitmask_of(name: str) -> str:
+    """The name of the bitmask of a weight."""
+    return f"{name.removesuffix(_WEIGHT)}{_BITMASK}"
+
+
+def with_dense_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
+    """
+    List the tensors of a checkpoint as if nothing were compressed in it.
+
+    Args:
+        listed (`Mapping[Path, list[Stored]]`): The tensors of each file.
+
+    Returns:
+        `list[Stored]`: The tensors, with each compressed weight in its dense shape, and no bitmasks.
+
+    Raises:
+        ValueError: If a compressed weight cannot be read; see [`compressed_shapes`].
+    """
+    tensors = {one.key: one for stored in listed.values() for one in stored}
+    if not any(name.endswith(_BITMASK) for name in tensors):
+        return list(tensors.values())
+    file_of = {one.key: file for file, stored in listed.items() for one in stored}
+    shapes = compressed_shapes(
+        {name: one.shape for name, one in tensors.items()}, {name: one.dtype for name, one in tensors.items()}, listed
+    )
+    for name, shape in shapes.items():
+        values, bitmask = tensors[name], tensors.pop(bitmask_of(name))
+        load = partial(_load, name, file_of[bitmask.key], bitmask, values, shape)
+        tensors[name] = Stored(name, shape, values.dtype, load)
+    return list(tensors.values())
+
+
+def join(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...]) -> Compressed:
+    """
+    Make a compressed weight of what was read from files.
+
+    Args:
+        name (`str`): What to call it in an error.
+        values (`torch.Tensor`): Its values.
+        bitmask (`torch.Tensor`): Its bitmask, uint8.
+        shape (`tuple[int, ...]`): Its shape.
+
+    Returns:
+        [`Compressed`]: The weight.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
+    return Compressed(values, bitmask, check_compressed(values, bitmask, shape, name), shape[-1])
+
+
+def _load(name: str, file: Path, bitmask: Stored, values: Stored, shape: tuple[int, ...]) -> Tensor:
+    bits = read_bytes(file, *byte_ranges(file)[bitmask.key]).view(bitmask.shape)
+    return decompress(join(name, values.load(), bits, shape))
