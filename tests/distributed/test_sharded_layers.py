@@ -19,6 +19,7 @@ from peft_spp.tuner import Linear
 
 import reference
 from tiny import MLP, tiny_llama
+from tiny_moe import PARAMETERS, tiny_moe
 
 
 @pytest.fixture
@@ -168,6 +169,23 @@ def test_a_merge_that_fsdp2_discards_is_told_by_name(group, whole, dtype):
     reshard(shards)
     for name, one in shards.named_parameters():
         assert torch.equal(one.full_tensor(), before[name]), name
+
+
+def test_a_merge_into_experts_that_fsdp2_discards_is_told_by_name(group):
+    config = SPPConfig(r=2, target_modules=[], target_parameters=PARAMETERS, init_weights=False)
+    model = fully_shard(get_peft_model(tiny_moe("mixtral"), config))
+    x = torch.arange(12).reshape(2, 6)
+    expected = model(x).logits
+    reshard(model)
+    model.unshard()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x).logits, expected, rtol=1e-3, atol=1e-3)  # nothing is lost yet
+    reshard(model)
+    with pytest.raises(RuntimeError, match=r"experts.* was lost(.|\n)*reshard"):
+        model(x)
+    reshard(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("whole", [False, True])
