@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..functional.bitmask import Compressed, decompress
+from ..functional.bitmask import Compressed
+from ..functional.compressed import decompress
 from ..sparsity.compressed_files import bitmask_of, compressed_shapes, join
 from ..sparsity.file_bytes import read_bytes
 from .tensor_file import StoredTensor

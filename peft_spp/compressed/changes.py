@@ -17,7 +17,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.own_files import CARD, CONFIG
 from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.writing import NewTensor, computed, copied
-from ..functional.bitmask import bitmask_bytes, compress, count_stored
+from ..functional.bitmask import bitmask_bytes, count_stored
+from ..functional.compressed import compress
 from ..sparsity.compressed_files import COLUMNS, bitmask_of, columns_text, read_metadata
 from ..sparsity.safetensors_files import INDEX_SUFFIX, read_json
 from .config import BitmaskConfig

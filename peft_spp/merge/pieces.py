@@ -20,7 +20,8 @@ from torch import Tensor
 from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.tensor_file import StoredTensor, TensorFile
 from ..functional import Compressed, Factors, merged_weight
-from ..functional.bitmask import decompress, stored_places
+from ..functional.bitmask import stored_places
+from ..functional.compressed import decompress
 from ..functional.row_blocks import row_tiles
 from ..sparsity.bits import look_at
 from ..sparsity.counting import PairCounts, count_pair

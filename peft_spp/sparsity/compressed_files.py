@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..functional.bitmask import Compressed, check_compressed, decompress
+from ..functional.bitmask import Compressed, check_compressed
+from ..functional.compressed import decompress
 from .file_bytes import byte_ranges, read_bytes
 from .weights import Stored
 
