@@ -157,9 +157,7 @@ def with_layers(model: LlamaForCausalLM, make: Callable[[nn.Linear], nn.Module])
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside the blocks."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name
     }
 
 
