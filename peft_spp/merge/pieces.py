@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoints.file_bytes import read_bytes
 from ..checkpoints.tensor_file import TensorFile
 from ..functional import Factors, merged_weight
 from ..functional.row_blocks import row_tiles
 from ..sparsity.bits import look_at
 from ..sparsity.counting import PairCounts, count_pair
-from ..sparsity.file_bytes import read_bytes
 from .plan import Merge, Plan
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .file_bytes import byte_ranges, read_bytes
-from .weights import Stored
 
 
 SINGLE = "model.safetensors"
@@ -41,6 +40,31 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 _PICKLED_MODEL = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as a source lists it.
+
+    Args:
+        key (`str`): The name it is stored under.
+        shape (`tuple[int, ...]`): Its shape.
+        dtype (`torch.dtype` or `str`): Its dtype, or the name of one that cannot be read.
+        load (`Callable[[], torch.Tensor]`): Reads it.
+        transposed (`bool` or `None`): Whether it is stored `(in, out)`, where its module tells.
+        linear (`bool` or `None`): Whether it is a linear layer's weight; `None` where only the name can tell.
+        problem (`str` or `None`): Why zeros cannot be told in it, beyond its dtype.
+        no_data (`bool`): Whether it is on the meta device.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    load: Callable[[], Tensor]
+    transposed: bool | None = None
+    linear: bool | None = None
+    problem: str | None = None
+    no_data: bool = False
 
 
 def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored], Mapping[str, Any]]:
