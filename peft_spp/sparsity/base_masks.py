@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,20 +14,24 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoints.own_files import BASE_MASKS
+from ..checkpoints.safetensors_files import read_json
 from .mask_record import MaskRecord, MaskRelation, record_mask
-from .safetensors_files import read_json
-from .sources import open_weights
-from .weights import Weight
+from .sources import Weight, open_weights
 
-
-BASE_MASKS = "base_masks.json"
-"""The file next to an adapter's `adapter_config.json` that holds the record of its base model."""
 
 WEIGHTS_ID = "weights_id"
 """The key of the settings' id: in the configuration, in this file and in the metadata of the weights."""
 
 # how many modules a message names
 _SHOWN = 3
+
+
+def warn_or_raise(message: str, check_base: str, *, stacklevel: int = 2) -> None:
+    """What `check_base` says to do about a base model that does not fit: raise a `ValueError`, or warn."""
+    if check_base == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def no_record(adapter: str) -> str:
