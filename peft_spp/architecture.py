@@ -12,6 +12,10 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
 from .sparsity.names import plain_name, special_role
@@ -20,6 +24,8 @@ from .sparsity.names import plain_name, special_role
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights that are not quantized."""
+
+_UTILITIES = "torch.nn.utils"
 
 
 def is_linear_layer(module: nn.Module) -> TypeGuard[LinearLayer]:
@@ -138,6 +144,43 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     if not bool((off <= tolerance * expected.double().norm(dim=1)).all()):
         return "its result is not `x @ weight.T + bias`"
     return None
+
+
+def what_computes(module: nn.Module, name: str) -> tuple[str, str] | None:
+    """
+    Tell what computes a weight that is not a parameter, so that what is written to it does not stay.
+
+    Args:
+        module (`nn.Module`): The module that has the weight.
+        name (`str`): The name of the weight in it.
+
+    Returns:
+        `tuple[str, str]` or `None`: What computes it and how to make it a parameter; `None` if nothing does.
+    """
+    if parametrize.is_parametrized(module, name):
+        call = f"remove_parametrizations(module, {name!r})"
+        return f"`{_UTILITIES}.parametrize`", f"Call `{_UTILITIES}.parametrize.{call}` on it first."
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return f"`{_UTILITIES}.prune`", f"Call `{_UTILITIES}.prune.remove(module, {name!r})` on it first."
+        for kind in (WeightNorm, SpectralNorm):
+            if isinstance(hook, kind) and hook.name == name:
+                util = "weight_norm" if kind is WeightNorm else "spectral_norm"
+                return f"`{_UTILITIES}.{util}`", f"Call `{_UTILITIES}.remove_{util}(module, {name!r})` on it first."
+    weight = getattr(module, name, None)
+    if not isinstance(weight, torch.Tensor) or isinstance(weight, nn.Parameter) or name in module._buffers:
+        return None
+    if getattr(module, "_is_replica", False):
+        return (
+            "`torch.nn.DataParallel`, which has copied it for a forward pass,",
+            "Call `unmerge_adapter` on the model before its forward pass.",
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return (
+            "FSDP1, which has gathered it for a forward pass,",
+            "Call this before the forward pass, inside `FullyShardedDataParallel.summon_full_params(model)`.",
+        )
+    return f"the class {type(module).__name__}", "Make it a parameter of the module first."
 
 
 def _holds_blocks(module: nn.ModuleList, is_linear: Callable[[nn.Module], bool]) -> bool:

@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .sparsity.bits import FORMATS
 from .sparsity.mask_record import MaskRecord, record_mask
 from .tuner.adapter_files import PREFIX
+from .tuner.engines import is_sharded, is_zero3, local_part
 from .tuner.layer import Linear
-from .tuner.whole_parameters import is_sharded, is_zero3, local_part
 
 
 class _BaseWeight(NamedTuple):

@@ -76,6 +76,7 @@ class Adapter:
         trained (`dict[str, StoredTensor]`):
             The tensors that take the place of the model's own, by their name there: biases and `modules_to_save`.
         base (`BaseRecord`, *optional*): The record of the base model that it was trained on.
+        saved (`SavedAdapter`): The adapter that this was made of.
     """
 
     folder: Path
@@ -83,6 +84,7 @@ class Adapter:
     modules: dict[str, AdaptedModule]
     trained: dict[str, StoredTensor]
     base: BaseRecord | None
+    saved: SavedAdapter
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -140,4 +142,4 @@ def take_apart(saved: SavedAdapter) -> Adapter:
                 f"{saved.origin} holds tensor {module.A.name!r}, which is not a part of a single SPP adapter. "
                 f"{INSTEAD}"
             )
-    return Adapter(saved.folder, config, modules, trained, saved.base)
+    return Adapter(saved.folder, config, modules, trained, saved.base, saved)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from typing import Any, Literal
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.merged import MERGED, adapter_id, is_merged, merged_adapters
-from ..sparsity.base_masks import no_record, record_checkpoint
+from ..checkpoints.merged import MERGED, is_merged, merged_adapters
+from ..sparsity.base_masks import no_record, record_checkpoint, warn_or_raise
 from .adapter import Adapter
 
 
@@ -49,9 +48,7 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> st
         f"({adapter.config.base_model_name_or_path}), or use --check-base off (check_base='off') if that is what you "
         "want."
     )
-    if check == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+    warn_or_raise(message, check, stacklevel=3)
     return f"different from those that the adapter was trained on, in {mismatch}"
 
 
@@ -73,8 +70,7 @@ def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
     Raises:
         ValueError: If it is.
     """
-    factors = ((name, one.scaling, one.A.load(), one.B.load()) for name, one in adapter.modules.items())
-    identity = adapter_id(factors)
+    identity = adapter.saved.identity
     if adapter.modules and is_merged(identity, checkpoint.config):
         raise ValueError(
             f"the adapter in {adapter.folder} was merged into {checkpoint.folder} before, and would be applied twice: "

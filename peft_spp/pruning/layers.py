@@ -14,6 +14,7 @@ from ..architecture import (
     find_block_lists,
     is_linear_layer,
     linear_layers_in_blocks,
+    what_computes,
     why_not_linear_map,
 )
 from ..sparsity import NMPattern
@@ -97,10 +98,11 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
 def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
     """Raise a `ValueError` that names the first layer which cannot be pruned (to `pattern`, where one is given)."""
     for name, layer in layers.items():
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        computed = what_computes(layer, "weight")
+        if computed is not None:
+            what, remedy = computed
             raise ValueError(
-                f"The weight of {name} is computed from other tensors, so pruning it would not last. Make it a "
-                "parameter first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
+                f"The weight of {name} is computed from other tensors by {what}: pruning it would not last. {remedy}"
             )
         if not layer.weight.is_floating_point():
             raise ValueError(f"The weight of {name} is stored as {layer.weight.dtype}: prune before quantizing.")

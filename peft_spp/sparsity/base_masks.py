@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,13 @@ WEIGHTS_ID = "weights_id"
 
 # how many modules a message names
 _SHOWN = 3
+
+
+def warn_or_raise(message: str, check_base: str, *, stacklevel: int = 2) -> None:
+    """What `check_base` says to do about a base model that does not fit: raise a `ValueError`, or warn."""
+    if check_base == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def no_record(adapter: str) -> str:

@@ -2,7 +2,8 @@
 """The PEFT tuner: configuration, layer and model."""
 
 from .config import SPPConfig
-from .layer import Linear, SPPLayer
+from .layer import Linear
+from .layer_factors import SPPLayer
 from .model import SPPModel
 from .param_wrapper import ParamWrapper
 

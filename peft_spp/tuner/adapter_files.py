@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a saved adapter: where they are, in a folder or on the Hub, and the names of the tensors in them."""
+"""The files of a saved adapter: where they are, what tensors they hold, and which of them belong together."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import re
@@ -18,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord, read_base_masks
+from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord, read_base_masks, write_base_masks
 from ..sparsity.safetensors_files import read_header, read_json
 from ..sparsity.weights import Stored
 
@@ -37,6 +39,9 @@ NOT_A_PICKLE = (
 
 ADAPTER_FILES = (CONFIG_NAME, BASE_MASKS, SAFETENSORS_WEIGHTS_NAME)
 """The files that an adapter is made of."""
+
+# what may differ between two saves of settings that give the same model
+_NOT_IN_ID = (WEIGHTS_ID, "peft_version", "inference_mode", "check_base")
 
 
 def find_file(
@@ -123,6 +128,41 @@ def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> N
             "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier "
             "checkpoint."
         )
+
+
+def settings_id(settings: Mapping[str, Any], record: BaseRecord | None) -> str:
+    """
+    Tell settings that give another meaning to the same weights apart.
+
+    Args:
+        settings (`Mapping[str, Any]`): The content of an adapter's configuration file.
+        record (`BaseRecord`, *optional*): The record of its base model.
+
+    Returns:
+        `str`: The same for the same settings and the same record.
+    """
+    relevant = {key: value for key, value in settings.items() if key not in _NOT_IN_ID}
+    relevant["base"] = None if record is None else record.to_dict()
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_settings_id(folder: Path, record: BaseRecord | None) -> None:
+    """
+    Add the id of the settings to a configuration that PEFT has written, and write the record of the base model.
+
+    Args:
+        folder (`Path`): The folder that it is in.
+        record (`BaseRecord`, *optional*): The record.
+    """
+    file = folder / CONFIG_NAME
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    # PEFT lists a set in the order of its hashes, which is another in every process
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(settings.get(key), list):
+            settings[key] = sorted(settings[key])
+    settings[WEIGHTS_ID] = settings_id(settings, record)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    write_base_masks(folder, record, settings[WEIGHTS_ID])
 
 
 def list_tensors(file: Path, pickled: bool) -> tuple[dict[str, Stored], str | None]:

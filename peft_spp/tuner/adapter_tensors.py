@@ -20,7 +20,7 @@ from torch import nn
 
 from ..sparsity.names import WRAPPER_PARTS, unwrapped_name
 from .adapter_files import FACTOR, PREFIX
-from .layer import SPPLayer
+from .layer_factors import SPPLayer
 from .module_names import ModuleNames, own_modules
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..sparsity.base_masks import BaseRecord, no_record, record_weights
+from ..checkpoints.merged import is_merged, merged_adapters
+from ..sparsity.base_masks import BaseRecord, no_record, record_weights, warn_or_raise
 from ..sparsity.mask_record import MaskRelation
 from .config import SPPConfig
+from .engines import whole_parameters
 from .layer import Linear
 from .quantized import QuantizedLinear
-from .whole_parameters import whole_parameters
+from .saved_adapter import SavedAdapter
 
 
 def record_base(model: nn.Module, adapter_name: str) -> BaseRecord:
@@ -79,9 +82,37 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
         f"the base model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps "
         "the zeros of this one. Set `check_base='off'` if that is what you want."
     )
-    if config.check_base == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=2)
+    warn_or_raise(message, config.check_base)
+
+
+def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
+    """
+    Warn or raise, as `check_base` says, if an adapter is loaded onto a model that it was merged into.
+
+    Args:
+        saved (`SavedAdapter`): The adapter.
+        model (`nn.Module`): The model.
+        config (`SPPConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter.
+
+    Raises:
+        ValueError: If `check_base` is `"error"`.
+    """
+    present = merged_adapters(vars(model.config)) if keeps_attributes(model) else ()
+    if not present or config.check_base == "off":
+        return
+    if not is_merged(saved.identity, vars(model.config)):
+        return
+    message = (
+        f"Adapter {adapter_name!r} was merged into this model before, and is applied twice now. Load the base model "
+        f"that it was trained on ({config.base_model_name_or_path}), or use the merged model without the adapter."
+    )
+    warn_or_raise(message, config.check_base)
+
+
+def keeps_attributes(model: Any) -> bool:
+    """Whether a model has a configuration of Transformers, which is saved with all its attributes."""
+    return hasattr(getattr(model, "config", None), "to_json_file")
 
 
 def _weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The configuration of an adapter, and its file."""
+
 from __future__ import annotations
 
 import os
@@ -16,13 +18,8 @@ from ..durable import publish, working_folder
 from ..model_card import update_model_card
 from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord
 from ..sparsity.safetensors_files import read_json
-from .adapter_files import find_file, read_record
-from .settings import check_choice, check_settings
-from .settings_id import write_settings_id
-
-
-FORMAT_VERSION = 1
-"""The version of the format that adapters are saved in."""
+from .adapter_files import find_file, read_record, write_settings_id
+from .settings import FORMAT_VERSION, check_choice, check_format_version, check_settings
 
 
 @dataclass
@@ -222,6 +219,8 @@ class SPPConfig(PeftConfig):
         self.base_record: BaseRecord | None = None
         # the record of the saved adapter whose configuration this is, until weights are loaded
         self.record_of_weights: BaseRecord | None = None
+        # whether somebody else may have written the settings
+        self.is_from_file = False
         self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
@@ -231,7 +230,7 @@ class SPPConfig(PeftConfig):
         )
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-        _check_format_version(self.format_version)
+        check_format_version(self.format_version)
 
     @classmethod
     def paper(cls, **settings: Any) -> SPPConfig:
@@ -295,6 +294,7 @@ class SPPConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, SPPConfig):
             return config  # the adapter of another method, as PEFT loads it too
+        config.is_from_file = True
         hub_arguments, _, _ = cls._split_kwargs(kwargs)
         files = [
             find_file(pretrained_model_name_or_path, name, subfolder, hub_arguments)
@@ -343,18 +343,10 @@ class SPPConfig(PeftConfig):
             )
         if settings.get("peft_type") == "SPP":
             try:
-                _check_format_version(settings.get("format_version", FORMAT_VERSION))
+                check_format_version(settings.get("format_version", FORMAT_VERSION))
                 check_settings(settings)
             except ValueError as error:
                 raise ValueError(f"{file} has settings that cannot be used: {error}") from error
         settings = super().from_json_file(path_json_file, **kwargs)
         settings.pop(WEIGHTS_ID, None)
         return settings
-
-
-def _check_format_version(version: Any) -> None:
-    if isinstance(version, bool) or version != FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter has format version {version!r}; this version of peft_spp reads version {FORMAT_VERSION}. "
-            "Upgrade peft-spp to load it."
-        )

@@ -9,7 +9,7 @@ from functools import partial
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import SPPLayer
+from .layer_factors import SPPLayer
 from .module_names import ModuleNames
 
 

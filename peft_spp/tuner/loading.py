@@ -24,12 +24,11 @@ from torch import nn
 from ..sparsity.base_masks import BaseRecord
 from ..sparsity.safetensors_files import read_json
 from ..sparsity.weights import Stored
-from .adapter_checks import check_finite, check_finite_as
 from .adapter_files import find_file, find_weights, list_loaded
 from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name
 from .base_record import check_base
 from .config import SPPConfig
-from .saved_adapter import SavedAdapter, read_adapter
+from .saved_adapter import SavedAdapter, check_finite, check_finite_as, read_adapter
 
 
 @dataclass

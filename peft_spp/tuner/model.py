@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The model that PEFT makes of a base model: which layers are adapted, and how an adapter is added."""
+
 from __future__ import annotations
 
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -23,35 +19,35 @@ from transformers.pytorch_utils import Conv1D
 
 from ..sparsity.layout import model_types
 from ..sparsity.mask_record import MaskRelation
-from ..sparsity.names import unwrapped_name
-from .adapter_tensors import belongs_to, check_can_be_saved, other_adapters, restore_tensors
-from .base_record import record_base, relate_base
-from .combination import activate_weighted_adapters, add_weighted_adapter
+from .adapter_tensors import check_can_be_saved
+from .base_record import check_not_merged, record_base, relate_base
 from .config import SPPConfig
 from .injection import Injection
-from .layer import Linear, SPPLayer
-from .loading import check_fits, check_loaded, loading_of, take_record
-from .merged_marker import check_not_merged, mark_merged, merged_ids
-from .mixed_batches import passed_to_layers
-from .module_names import ModuleNames, own_modules, put_module, wrapped_parameters
+from .layer import Linear
+from .layer_factors import SPPLayer
+from .loading import check_fits, loading_of, take_record
+from .merging import MergingModel
+from .module_names import put_module, wrapped_parameters
 from .param_wrapper import ParamWrapper, is_stored_transposed
-from .patterns import check_patterns
-from .quantized import QuantizedLinear, find_backend, unload_dequantized
-from .settings import expressions
-from .target_checks import (
+from .quantized import QuantizedLinear, find_backend
+from .settings import check_patterns, expressions
+from .several_adapters import SeveralAdapters
+from .state_dict import AdapterStateDict
+from .targets import (
     check_layer,
     check_not_saved_whole,
+    check_task,
     check_weight,
+    heads_saved_whole,
+    other_maps,
+    transformer_block_linear_targets,
     warn_of_fused_experts,
     warn_of_other_maps,
 )
-from .targets import other_maps, transformer_block_linear_targets
-from .task_checks import check_task, heads_saved_whole
-from .tied_weights import untie_adapted_weights
 from .weight_reads import only_describes_weight
 
 
-class SPPModel(BaseTuner):
+class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
     """
     Creates an SPP (sparsity-preserved parameter-efficient fine-tuning) model from a pretrained, pruned model.
 
@@ -142,7 +138,8 @@ class SPPModel(BaseTuner):
     ) -> None:
         config = cast(SPPConfig, self.peft_config[adapter_name])
         self._leave_to_others(config, adapter_name)
-        check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
+        if config.is_from_file:
+            check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
         check_can_be_saved(model, config, adapter_name, self.peft_config)
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
@@ -244,65 +241,6 @@ class SPPModel(BaseTuner):
         """
         config = cast(SPPConfig, self.peft_config[adapter_name])
         return relate_base(config.base_record, self.model, adapter_name)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        own = {
-            f"{prefix}{name}": parameter
-            for name, parameter in self.named_parameters(remove_duplicate=False)
-            if f".{self.prefix}" in name
-        }
-        misfits = [key for key, p in own.items() if key in state_dict and state_dict[key].shape != p.shape]
-        if misfits:
-            shown = "; ".join(
-                f"{key} is {tuple(state_dict[key].shape)} in the adapter, {tuple(own[key].shape)} in the model"
-                for key in misfits[:3]
-            )
-            raise RuntimeError(
-                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a base "
-                "model of other shapes, or with another `r`. Nothing was loaded."
-            )
-
-    @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override]
-        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        adapter_name = kwargs["adapter_name"]
-        restore_tensors(model, adapter_name, state_dict)
-        names = ModuleNames(model)
-        keys = {names.peft_key(key): key for key in state_dict}
-        selected = super()._get_adapter_state_dict(
-            model=model, state_dict={name: state_dict[key] for name, key in keys.items()}, **kwargs
-        )
-        # PEFT reads `modules_to_save` and the like out of the same dictionary afterwards
-        state_dict.update({name: state_dict[key] for name, key in keys.items() if name != key})
-        others = other_adapters(model, adapter_name)
-        selected = {key: tensor for key, tensor in selected.items() if not any(belongs_to(key, one) for one in others)}
-        return {names.plain(key): tensor for key, tensor in selected.items()}
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        without: str = super()._remove_adapter_name_from_key(unwrapped_name(key), adapter_name)
-        return without
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
-        cls, model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        keys = ModuleNames(model).keys_of(model.state_dict())
-        for name, module in own_modules(model):
-            if isinstance(module, SPPLayer) and adapter_name in module.spp_A:
-                for factor in module.adapter_layer_names:
-                    key = keys[f"{name}.{factor}.{adapter_name}.weight"]
-                    keys[f"{name}.{factor}.weight"] = key
-        # a model that has its adapters without a `PeftModel` around it does not have the prefix of the saved names
-        remapped = {
-            keys.get(name) or keys.get(name.removeprefix("base_model.model."), name): tensor
-            for name, tensor in ((unwrapped_name(key), tensor) for key, tensor in state_dict.items())
-        }
-        check_loaded(model, config, adapter_name, remapped)
-        return remapped
 
     def _take_back(self, adapter_name: str, injection: Injection) -> None:
         """Undo the injection of an adapter whose weights cannot be loaded."""
@@ -414,10 +352,6 @@ class SPPModel(BaseTuner):
             **kwargs,
         )
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        untie_adapted_weights(self.model)
-
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer") and not isinstance(new_module, ParamWrapper):
             super()._replace_module(parent, child_name, new_module, child)
@@ -426,156 +360,3 @@ class SPPModel(BaseTuner):
             # PEFT would look for a weight: a parameter of experts has another name, and its factors are on its device
             # already; and of a base layer that is put back, not every quantized one has a weight
             put_module(parent, child_name, new_module)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        for module in self._unquantized_layers():
-            module.check_merge_stays()
-        self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(  # type: ignore[override]
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge:
-            for module in self._unquantized_layers():
-                module.check_unload_stays()
-            self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(  # type: ignore[return-value]
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        dequantize: bool = False,
-    ) -> nn.Module:
-        """
-        This method merges the adapter layers into the base model and returns it without them.
-
-        Args:
-            progressbar (`bool`):
-                whether to show a progressbar indicating the unload and merge process (default: False).
-            safe_merge (`bool`):
-                whether to activate the safe merging check to check if there is any potential Nan in the adapter
-                weights.
-            adapter_names (`List[str]`, *optional*):
-                The list of adapter names that should be merged. If None, all active adapters will be merged. Defaults
-                to `None`.
-            dequantize (`bool`):
-                whether to return a model whose quantized layers, adapted or not, are plain linear layers in the dtype
-                of the model's other parameters. The merged weights are not rounded to the quantized format then. By
-                default they are quantized again as the base model is.
-
-        Returns:
-            `torch.nn.Module`: The base model.
-
-        Raises:
-            ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantized, or if
-                quantizing would lose a zero. The model is as it was before.
-        """
-        identities = merged_ids(self.model, adapter_names or list(self.active_adapters))
-        if dequantize:
-            self._check_merge(adapter_names, safe_merge, quantized=False)
-            self._check_merge_allowed()
-            unload_dequantized(self.model, adapter_names, safe_merge)
-        merged: nn.Module = super().merge_and_unload(
-            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        mark_merged(merged, identities)
-        return merged
-
-    def _unquantized_layers(self) -> list[Linear]:
-        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        return [layer for layer in layers if not (isinstance(layer, QuantizedLinear) and layer.quantizes)]
-
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
-        """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                module.follow_base_layer()
-                if any(name in module.spp_A for name in names):
-                    module.check_writable()
-        for module in self.model.modules():
-            if isinstance(module, QuantizedLinear) and module.quantizes:
-                if quantized:  # a weight may not survive quantizing, safe merge or not
-                    module.check_merge(adapter_names)
-            elif safe_merge and isinstance(module, Linear):
-                module.check_merge(adapter_names)
-
-    def set_weighted_adapters(
-        self, adapters: Sequence[str], weights: Sequence[float], inference_mode: bool = False
-    ) -> None:
-        """
-        Make several adapters active, each with a weight: `W' = W ⊙ (1 + Σ weight · s · P(A) ⊙ B)`, exactly.
-
-        This is the weighted sum that [`add_weighted_adapter`] approximates. It costs hardly more than one adapter, and
-        `merge_and_unload()` merges it into one weight. Training goes on with these weights too; saved adapters do not
-        have them.
-
-        Args:
-            adapters (`List[str]`): The names of the adapters.
-            weights (`List[float]`): The weight of each of them; negative ones subtract.
-            inference_mode (`bool`, *optional*, defaults to `False`): Whether the adapters are frozen.
-
-        Raises:
-            ValueError: If an adapter does not exist or is merged, or the weights are not one finite number for each.
-        """
-        activate_weighted_adapters(self, adapters, weights, inference_mode)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: Literal["rank_one_svd"] = "rank_one_svd",
-        svd_rank: int | None = None,
-    ) -> dict[str, float]:
-        """
-        Add the single adapter that comes closest to a weighted sum of adapters.
-
-        The sum of SPP adapters is not an SPP adapter: in each row block the update is a sum of matrices of rank one.
-        `"rank_one_svd"` takes the best rank-one approximation of each block, by a singular value decomposition of the
-        factor that multiplies the weight (not of the weight's own change). How good that is, the returned errors say.
-        For the exact sum use [`set_weighted_adapters`].
-
-        The new adapter is frozen and not active, and only factors are combined.
-
-        Args:
-            adapters (`List[str]`): The names of the adapters to combine. Their ranks and targets may differ.
-            weights (`List[float]`): The weight of each of them; negative ones subtract.
-            adapter_name (`str`): The name of the new adapter.
-            combination_type (`str`): How they are combined: `"rank_one_svd"`.
-            svd_rank (`int`, *optional*):
-                The `r` of the new adapter, by default the largest rank of any of the adapters. The more row blocks,
-                the smaller is the error.
-
-        Returns:
-            `Dict[str, float]`: For each adapted module the relative error of `Σ weight · s · P(A) ⊙ B` in the
-            Frobenius norm.
-
-        Raises:
-            ValueError: If an adapter does not exist, has more than factors, or the new one exists. The model is as it
-                was then.
-        """
-        return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, svd_rank)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # If adapter_names is passed as an argument, we inject it into the forward arguments.
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            # nothing to do
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-
-        with passed_to_layers(self, self.model, adapter_names, kwargs.get("num_beams")):
-            yield

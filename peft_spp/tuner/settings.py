@@ -3,21 +3,48 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft.utils.peft_types import TaskType
 
+
+FORMAT_VERSION = 1
+"""The version of the format that adapters are saved in."""
 
 MAX_RANK = 1 << 20
 """The largest `r`: no layer has as many output rows."""
 
 MAX_PATTERN = 100_000
 """The longest regular expression, in characters: longer ones take too long to compile."""
+
+SECONDS = 0.5
+"""How long the expressions of a configuration from a file may take to match, in seconds of the CPU."""
+
+# Beside what PEFT puts around an expression, one quantifier costs at most the square of the length of a name.
+_HARMLESS_QUANTIFIERS = 1
+_QUANTIFIER = re.compile(r"[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+# where the system does not count the time of the CPU, and if the process does not come to run at all
+_PATIENCE = 10.0
+_TRIAL = """
+import json, re, signal, sys
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_VIRTUAL, float(sys.argv[1]))
+patterns, names = json.load(sys.stdin)
+for number, (pattern, whole) in enumerate(patterns):
+    print(number, flush=True)
+    match = re.compile(pattern).fullmatch if whole else re.compile(pattern).match
+    for name in names:
+        match(name)
+"""
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -66,6 +93,14 @@ def check_rank(name: str, r: Any) -> None:
         raise ValueError(f"`{name}` should be at most {MAX_RANK} but the value passed is {_shown(r)}")
 
 
+def check_format_version(version: Any) -> None:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise ValueError(
+            f"The adapter has format version {version!r}; this version of peft_spp reads version {FORMAT_VERSION}. "
+            "Upgrade peft-spp to load it."
+        )
+
+
 class Expression(NamedTuple):
     """A regular expression that is matched with the names of modules.
 
@@ -100,6 +135,59 @@ def expressions(settings: Mapping[str, Any]) -> list[Expression]:
     for pattern in [layers] if isinstance(layers, str) else layers:
         found.append(Expression("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", whole=False))
     return found
+
+
+def check_patterns(expressions: Sequence[Expression], names: Iterable[str]) -> None:
+    """
+    Check that regular expressions of a file come to an end on the names that they will be matched with.
+
+    Python's `re` cannot be given a limit, and there are expressions of a few characters for which it takes longer than
+    anybody waits. So one that could be of them is first tried in a process that the system ends after half a second.
+
+    Args:
+        expressions (`Sequence[Expression]`): The expressions.
+        names (`Iterable[str]`): The names of modules.
+
+    Raises:
+        ValueError: If one does not; the message names it and its field.
+    """
+    suspects = [expression for expression in expressions if _could_take_long(expression)]
+    culprit = _try(suspects, list(names)) if suspects else None
+    if culprit is not None:
+        pattern = culprit.pattern if len(culprit.pattern) <= 200 else f"{culprit.pattern[:200]}..."
+        raise ValueError(
+            f"`{culprit.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
+            "with the names of the modules. Write it without a repetition inside of a repetition, or list the names."
+        )
+
+
+def _could_take_long(expression: Expression) -> bool:
+    """Errs on the side of yes: then the expression is tried."""
+    pattern = expression.pattern.removeprefix(r"(.*\.)?").removeprefix(r"(?:^|.*?\.)")
+    pattern = pattern.removesuffix(r"\.(?P<idx>\d+)\.").replace("(?:", "(")
+    return len(_QUANTIFIER.findall(pattern)) > _HARMLESS_QUANTIFIERS or bool(_REPEATED_GROUP.search(pattern))
+
+
+def _try(expressions: Sequence[Expression], names: list[str]) -> Expression | None:
+    """Match all expressions with all names, and return the one that was being matched when the time was up."""
+    job = json.dumps([[(one.pattern, one.whole) for one in expressions], names])
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _TRIAL, str(SECONDS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(job, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+    if process.returncode == 0:
+        return None
+    if not output or errors:
+        raise ValueError(f"the regular expressions of the adapter could not be tried: {errors.strip()[-300:]}")
+    return expressions[int(output.split()[-1])]
 
 
 def _check_compiles(expression: Expression) -> None:

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers SPP adapts when the user names none."""
+"""Which layers SPP adapts when the user names none, and which layers and parameters can be adapted."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..architecture import has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
 from ..sparsity.names import is_fused_experts, plain_name
+from .config import SPPConfig
+from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules
-from .quantized import find_backend
-from .whole_parameters import whole_parameters
+from .quantized import Backend, find_backend, is_foreign
 
 
 def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
@@ -137,3 +144,163 @@ def _is_selected(block_name: str, layers_to_transform: list[int] | int | None) -
         return True
     indices = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
     return int(block_name.rpartition(".")[2]) in indices
+
+
+def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
+    """
+    Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantized.
+
+    Args:
+        layer (`nn.Module`): The layer that an adapter targets.
+        module_name (`str`): Its name, for the message.
+        backend ([`Backend`], *optional*): How to read its weight, if that is quantized.
+
+    Raises:
+        ValueError: If it is another layer.
+    """
+    if is_tensor_parallel(layer):
+        raise ValueError(
+            f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
+            "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
+            "is too large; or leave the module out of `target_modules`."
+        )
+    if backend is not None:
+        try:
+            backend.check(layer)
+        except ValueError as error:
+            raise ValueError(f"Target module {module_name!r} is not supported: {error}.") from error
+        return
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
+            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantized linear layers of "
+            "bitsandbytes, torchao, HQQ and others. For the layers of another quantization package see "
+            "`peft_spp.tuner.quantized.register_backend`."
+        )
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if reason := why_not_adaptable(layer):
+        raise ValueError(
+            f"Target module {module_name!r} ({kind}) is not supported: it does not compute `x @ weight.T + bias`, "
+            f"{reason}. Leave it out of `target_modules`, or name it in `exclude_modules`."
+        )
+    check_weight(getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})")
+
+
+def warn_of_other_maps(others: Mapping[str, str]) -> None:
+    """
+    Warn of layers that are linear by their class, and left out because they compute something else.
+
+    Args:
+        others (`Mapping[str, str]`): Their names, and what [`other_maps`] gives as reasons.
+    """
+    if not others:
+        return
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(others.items())[:3])
+    warnings.warn(
+        f"{len(others)} layers are linear by their class, but do not compute `x @ weight.T + bias`, and are not "
+        f"adapted: {shown}.",
+        stacklevel=2,
+    )
+
+
+def check_not_saved_whole(module_name: str, modules_to_save: Sequence[str] | None) -> None:
+    """
+    Check that a target is not in a module that `modules_to_save` names as well.
+
+    PEFT leaves targets out that are named there, but wraps any module whose name has that end: `"proj"` is also
+    `q_proj`.
+
+    Args:
+        module_name (`str`): The name of the target.
+        modules_to_save (`Sequence[str]`, *optional*): The setting.
+
+    Raises:
+        ValueError: If it is.
+    """
+    parts = module_name.split(".")
+    for at in range(len(parts)):
+        name = ".".join(parts[: at + 1])
+        end = next((one for one in modules_to_save or () if name.endswith(one)), None)
+        if end is not None:
+            where = "is" if name == module_name else f"is in {name!r}, which is"
+            raise ValueError(
+                f"Target module {module_name!r} {where} also trained and saved as a whole, because its name ends with "
+                f"{end!r} of `modules_to_save`. Write the name there in full, or leave the target out with "
+                "`exclude_modules`."
+            )
+
+
+def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
+    """
+    Check that a weight is a plain floating-point matrix, or a stack of them where that may be.
+
+    Args:
+        weight (`torch.Tensor`, *optional*): The weight.
+        name (`str`): What it is called, for the message.
+        dimensions (`tuple[int, ...]`): The numbers of dimensions that it may have.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    shape = () if weight is None else whole_shape(weight)
+    supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if weight is None or weight.dtype not in supported or len(shape) not in dimensions or is_foreign(weight):
+        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype} and shape {shape}"
+        if weight is not None and is_foreign(weight):
+            found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
+        wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
+        raise ValueError(
+            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
+            "in one of these, leave it out of the targets, or, for a quantization that is not supported, tell how its "
+            "weights are read with `peft_spp.tuner.quantized.register_backend`."
+        )
+
+
+def warn_of_fused_experts(model: nn.Module) -> None:
+    """Warn of the experts that the default targets leave out. See [`fused_experts`]."""
+    experts = fused_experts(model)
+    if not experts:
+        return
+    kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
+    warnings.warn(
+        f"The default targets are linear layers. The model has {len(experts)} parameters that hold the weights of "
+        f"experts, which are not adapted: {', '.join(kinds)}. Pass `target_parameters={kinds}` to adapt them too, or "
+        "`target_parameters=[]` if this is intended.",
+        stacklevel=2,
+    )
+
+
+def heads_saved_whole(config: SPPConfig) -> list[str]:
+    """
+    The heads that PEFT adds to `modules_to_save` for a task after the adapter has been injected.
+
+    For sequence classification it does so before, and the heads are not adapted; the other tasks should not differ.
+
+    Args:
+        config (`SPPConfig`): The configuration of the adapter.
+
+    Returns:
+        `list[str]`: Their names that `modules_to_save` lacks.
+    """
+    names: dict[Any, list[str]] = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+    heads = names.get(config.task_type, [])
+    return [name for name in heads if name not in (config.modules_to_save or [])]
+
+
+def check_task(model: nn.Module, config: SPPConfig) -> None:
+    """
+    Check that a model can be wrapped for the task of an adapter, before the adapter is injected.
+
+    Args:
+        model (`nn.Module`): The base model.
+        config (`SPPConfig`): The configuration of the adapter.
+
+    Raises:
+        AttributeError: If the task is to generate, and the model has no head for it.
+    """
+    generates = config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+    if generates and not hasattr(model, "prepare_inputs_for_generation"):
+        raise AttributeError(
+            f"{type(model).__name__} has no `prepare_inputs_for_generation`, which `task_type={config.task_type!s}` "
+            "needs. Load the model with the head of a language model, or leave `task_type` out."
+        )

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from peft_spp import SPPGuardCallback
-from peft_spp.tuner.whole_parameters import is_sharded, local_part
+from peft_spp.tuner.engines import is_sharded, local_part
 
 from distributed_task import GLOBAL_BATCH, adapter_config, factors, token_ids
 from train import arguments, use_cpu

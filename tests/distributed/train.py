@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_spp.compressed import CompressedLinear, compress
 from peft_spp.sparsity.names import unwrapped_name
-from peft_spp.tuner.whole_parameters import is_sharded, is_zero3, whole_parameters
+from peft_spp.tuner.engines import is_sharded, is_zero3, whole_parameters
 
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.config import FORMAT_VERSION
-from peft_spp.tuner.patterns import check_patterns
-from peft_spp.tuner.settings import Expression
+from peft_spp.tuner.settings import Expression, check_patterns
 
 from tiny import MLP, randomize, tiny, tiny_llama
 
@@ -166,6 +166,27 @@ def test_expressions_of_every_day_are_taken_without_a_trial(monkeypatch):
     monkeypatch.setattr("subprocess.Popen", None)
     for pattern in ("lin0", r"^model\.layers\.0\.mlp$", ".*_proj", r"model\.(q|v)_proj", "(?:a|b)"):
         check_patterns([Expression("target_modules", pattern, whole=True)], ["a.b"])
+
+
+def test_no_process_is_started_for_settings_that_come_from_no_file(adapter, monkeypatch):
+    pattern = r"(\w+\.)*(\w+_)*lin[01]"
+    edit(adapter, target_modules=pattern)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: started.append(1) or popen(*args, **kwargs))
+    get_peft_model(MLP(), SPPConfig(r=3, target_modules=pattern, rank_pattern={r"(\w+\.)*lin1": 2}))
+    assert not started
+    get_peft_model(MLP(), SPPConfig.from_pretrained(str(adapter)))
+    assert started == [1]
+
+
+def test_a_configuration_from_a_file_is_checked_however_it_is_used(adapter):
+    edit(adapter, target_modules="(([a-z0-9._]+)+)+!")
+    base = Deep()
+    before = structure(base)
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(base, SPPConfig.from_pretrained(str(adapter)))
+    assert structure(base) == before
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from peft_spp.tuner.replaced_parameter import replaced_parameter
+from peft_spp.tuner.param_wrapper import replaced_parameter
 
 
 def double(weight):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_spp import SPPConfig
-from peft_spp.tuner.replaced_parameter import replaced_parameter
+from peft_spp.tuner.param_wrapper import replaced_parameter
 
 from tiny import MLP, randomize
 from tiny_moe import IDS, PARAMETERS, tiny_moe

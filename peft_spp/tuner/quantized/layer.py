@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ...functional import merged_weight
+from ..engines import whole_parameters
 from ..layer import Linear
-from ..whole_parameters import whole_parameters
 from .backend import Backend
 
 

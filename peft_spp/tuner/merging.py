@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging the adapters of a model: checked in all layers first, and listed in the configuration afterwards."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
+from .base_record import keeps_attributes
+from .engines import is_sharded, whole_parameters, whole_shape
+from .layer import Linear
+from .layer_factors import SPPLayer
+from .quantized import QuantizedLinear, unload_dequantized
+
+
+class MergingModel(BaseTuner):
+    """How a model merges its adapters."""
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        untie_adapted_weights(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        for module in self._unquantized_layers():
+            module.check_merge_stays()
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            for module in self._unquantized_layers():
+                module.check_unload_stays()
+            self._check_merge(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """
+        This method merges the adapter layers into the base model and returns it without them.
+
+        Args:
+            progressbar (`bool`):
+                whether to show a progressbar indicating the unload and merge process (default: False).
+            safe_merge (`bool`):
+                whether to activate the safe merging check to check if there is any potential Nan in the adapter
+                weights.
+            adapter_names (`List[str]`, *optional*):
+                The list of adapter names that should be merged. If None, all active adapters will be merged. Defaults
+                to `None`.
+            dequantize (`bool`):
+                whether to return a model whose quantized layers, adapted or not, are plain linear layers in the dtype
+                of the model's other parameters. The merged weights are not rounded to the quantized format then. By
+                default they are quantized again as the base model is.
+
+        Returns:
+            `torch.nn.Module`: The base model.
+
+        Raises:
+            ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantized, or if
+                quantizing would lose a zero. The model is as it was before.
+        """
+        identities = merged_ids(self.model, adapter_names or list(self.active_adapters))
+        if dequantize:
+            self._check_merge(adapter_names, safe_merge, quantized=False)
+            self._check_merge_allowed()
+            unload_dequantized(self.model, adapter_names, safe_merge)
+        merged: nn.Module = super().merge_and_unload(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        mark_merged(merged, identities)
+        return merged
+
+    def _unquantized_layers(self) -> list[Linear]:
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        return [layer for layer in layers if not (isinstance(layer, QuantizedLinear) and layer.quantizes)]
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
+        """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                module.follow_base_layer()
+                if any(name in module.spp_A for name in names):
+                    module.check_writable()
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear) and module.quantizes:
+                if quantized:  # a weight may not survive quantizing, safe merge or not
+                    module.check_merge(adapter_names)
+            elif safe_merge and isinstance(module, Linear):
+                module.check_merge(adapter_names)
+
+
+def untie_adapted_weights(model: nn.Module) -> None:
+    """
+    Give adapted layers that share their weight with another module a weight of their own.
+
+    A merge writes W' where W was. Other users of W, and other adapters on it, must not see that.
+
+    Args:
+        model (`nn.Module`): The model with the adapters.
+    """
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if not isinstance(module, SPPLayer) or (isinstance(module, QuantizedLinear) and module.quantizes):
+            continue  # a merge gives a layer that quantizes a new weight
+        base_layer, name = module.get_base_layer(), module.parameter_name
+        weight = getattr(base_layer, name)
+        if users.get(id(weight), 0) > 1:
+            users[id(weight)] -= 1
+            copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            setattr(base_layer, name, copy)
+            warnings.warn(
+                f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
+                "which the adapter is merged into.",
+                stacklevel=2,
+            )
+
+
+def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
+    """
+    The ids of adapters of a model, for [`mark_merged`] once they are merged.
+
+    Args:
+        model (`nn.Module`): The model with the adapters.
+        adapter_names (`list[str]`): The adapters.
+
+    Returns:
+        `list[str]`: An id for each; none for an adapter whose factors this process cannot have whole, as with FSDP1.
+    """
+    if not keeps_attributes(model):
+        return []
+    return [identity for name in adapter_names if (identity := _identity(model, name)) is not None]
+
+
+def _identity(model: nn.Module, adapter_name: str) -> str | None:
+    layers = [one for one in model.modules() if isinstance(one, Linear) and adapter_name in one.spp_A]
+    if not layers or not all(_is_whole(layer, adapter_name) for layer in layers):
+        return None
+    return adapter_id(_factors(layers, adapter_name))
+
+
+def _is_whole(layer: Linear, adapter_name: str) -> bool:
+    parameters = [one for part in _parts(layer, adapter_name) for one in part.parameters()]
+    return all(math.prod(whole_shape(one)) and (is_sharded(one) or not one.is_meta) for one in parameters)
+
+
+def _factors(layers: Iterable[Linear], adapter_name: str) -> Iterator[Factor]:
+    for layer in layers:
+        part_A, part_B = _parts(layer, adapter_name)
+        with whole_parameters(part_A), whole_parameters(part_B):
+            A, B = cast(Tensor, part_A.weight), cast(Tensor, part_B.weight)
+            yield layer.module_name, float(layer.scaling[adapter_name]), A, B
+
+
+def _parts(layer: Linear, adapter_name: str) -> tuple[nn.Module, nn.Module]:
+    return layer.spp_A[adapter_name], layer.spp_B[adapter_name]
+
+
+def mark_merged(model: nn.Module, identities: list[str]) -> None:
+    """
+    List adapters in the configuration of a model that they were merged into; `save_pretrained` writes it.
+
+    Args:
+        model (`nn.Module`): The merged model.
+        identities (`list[str]`): The ids of the adapters.
+    """
+    if identities:
+        setattr(model.config, MERGED, [*merged_adapters(vars(model.config)), *identities])

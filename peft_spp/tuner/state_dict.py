@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of an adapter among those of a model: under which names they are saved and loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..sparsity.names import unwrapped_name
+from .adapter_tensors import belongs_to, other_adapters, restore_tensors
+from .config import SPPConfig
+from .layer_factors import SPPLayer
+from .loading import check_loaded
+from .module_names import ModuleNames, own_modules
+
+
+class AdapterStateDict(BaseTuner):
+    """How PEFT selects, names and loads the tensors of an adapter."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = {
+            f"{prefix}{name}": parameter
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if f".{self.prefix}" in name
+        }
+        misfits = [key for key, p in own.items() if key in state_dict and state_dict[key].shape != p.shape]
+        if misfits:
+            shown = "; ".join(
+                f"{key} is {tuple(state_dict[key].shape)} in the adapter, {tuple(own[key].shape)} in the model"
+                for key in misfits[:3]
+            )
+            raise RuntimeError(
+                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a base "
+                "model of other shapes, or with another `r`. Nothing was loaded."
+            )
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, model: nn.Module, state_dict: dict[str, torch.Tensor], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        adapter_name = kwargs["adapter_name"]
+        restore_tensors(model, adapter_name, state_dict)
+        names = ModuleNames(model)
+        keys = {names.peft_key(key): key for key in state_dict}
+        selected = super()._get_adapter_state_dict(
+            model=model, state_dict={name: state_dict[key] for name, key in keys.items()}, **kwargs
+        )
+        # PEFT reads `modules_to_save` and the like out of the same dictionary afterwards
+        state_dict.update({name: state_dict[key] for name, key in keys.items() if name != key})
+        others = other_adapters(model, adapter_name)
+        selected = {key: tensor for key, tensor in selected.items() if not any(belongs_to(key, one) for one in others)}
+        return {names.plain(key): tensor for key, tensor in selected.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        without: str = super()._remove_adapter_name_from_key(unwrapped_name(key), adapter_name)
+        return without
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        keys = ModuleNames(model).keys_of(model.state_dict())
+        for name, module in own_modules(model):
+            if isinstance(module, SPPLayer) and adapter_name in module.spp_A:
+                for factor in module.adapter_layer_names:
+                    key = keys[f"{name}.{factor}.{adapter_name}.weight"]
+                    keys[f"{name}.{factor}.weight"] = key
+        # a model that has its adapters without a `PeftModel` around it does not have the prefix of the saved names
+        remapped = {
+            keys.get(name) or keys.get(name.removeprefix("base_model.model."), name): tensor
+            for name, tensor in ((unwrapped_name(key), tensor) for key, tensor in state_dict.items())
+        }
+        check_loaded(model, config, adapter_name, remapped)
+        return remapped
