@@ -306,15 +306,7 @@ class SPPConfig(PeftConfig):
         return config
 
     def set_check_base(self, kwargs: Mapping[str, Any]) -> None:
-        """
-        Take `check_base` from the arguments of a call that loads an adapter: what is saved does not override it.
-
-        Args:
-            kwargs (`Mapping[str, Any]`): The keyword arguments of the call.
-
-        Raises:
-            ValueError: If the value is not a choice.
-        """
+        """Take `check_base` from the arguments of a call that loads an adapter: what is saved does not override it."""
         if "check_base" in kwargs:
             check_choice("check_base", kwargs["check_base"], ("warn", "error", "off"))
             self.check_base = kwargs["check_base"]

@@ -73,11 +73,6 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
     >>> model = AutoModelForCausalLM.from_pretrained("vuiseng9/Meta-Llama-3.1-8B-wanda-2of4")
     >>> model = get_peft_model(model, SPPConfig(task_type="CAUSAL_LM"))
     ```
-
-    **Attributes**:
-
-    - **model** ([`~transformers.PreTrainedModel`]) -- The model to be adapted.
-    - **peft_config** ([`SPPConfig`]): The configuration of the SPP model.
     """
 
     prefix: str = "spp_"
@@ -141,8 +136,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         if config.is_from_file:
             check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
         check_can_be_saved(model, config, adapter_name, self.peft_config)
-        # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
-        # is undone, so that a failed call leaves the model as it was.
+        # a target that cannot be adapted is found when the walk over the model comes to it
         injection = self._injection = Injection(model, adapter_name)
         injection.on_undo(partial(vars(config).update, vars(config).copy()))
         if state_dict is not None:
@@ -178,11 +172,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             )
 
     def _leave_to_others(self, config: SPPConfig, adapter_name: str) -> None:
-        """
-        Give every other adapter that has this very configuration a copy of it.
-
-        What is filled in for the new adapter, the record of its base model included, is then not taken for theirs.
-        """
+        """Give others that share this configuration a copy: what is filled in for the new adapter is not theirs."""
         for tuner in self._living:
             for name, other in getattr(tuner, "peft_config", {}).items():
                 if other is config and (tuner is not self or name != adapter_name):
@@ -353,10 +343,8 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT looks for a weight: a parameter of experts has another name, and its factors are on its device already;
+        # and of a base layer that is put back, not every quantized one has a weight
         if hasattr(new_module, "base_layer") and not isinstance(new_module, ParamWrapper):
             super()._replace_module(parent, child_name, new_module, child)
-            put_module(parent, child_name, new_module)
-        else:
-            # PEFT would look for a weight: a parameter of experts has another name, and its factors are on its device
-            # already; and of a base layer that is put back, not every quantized one has a weight
-            put_module(parent, child_name, new_module)
+        put_module(parent, child_name, new_module)

@@ -96,27 +96,13 @@ class SavedAdapter:
 
 
 def alpha_of(config: SPPConfig, module: str) -> float:
-    """
-    The alpha that a configuration gives a module.
-
-    Args:
-        config (`SPPConfig`): The configuration.
-        module (`str`): The name of the module in the base model.
-    """
+    """The alpha that a configuration gives a module of the base model."""
     alpha: float = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.spp_alpha)
     return alpha
 
 
 def group_factors(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """
-    The factors among the tensors of an adapter.
-
-    Args:
-        tensors (`Mapping[str, Stored]`): The tensors by name, with PEFT's prefix or without it.
-
-    Returns:
-        `dict[str, dict[str, Stored]]`: `"A"` and `"B"`, as far as they are there, by the name of the module.
-    """
+    """The factors among the tensors of an adapter: `"A"` and `"B"`, as far as they are there, by module."""
     factors: dict[str, dict[str, Stored]] = {}
     for name, one in tensors.items():
         if match := FACTOR.fullmatch(name.removeprefix(PREFIX)):
@@ -308,17 +294,7 @@ def check_factors(origin: str, factors: Mapping[str, Mapping[str, HasKind]], con
 
 
 def check_finite(origin: str, name: str, stored: Stored) -> None:
-    """
-    Check that a tensor of an adapter has only finite values.
-
-    Args:
-        origin (`str`): The file, for messages.
-        name (`str`): The name of the tensor in it.
-        stored (`Stored`): The tensor.
-
-    Raises:
-        ValueError: If a value is NaN or infinite.
-    """
+    """Raise a `ValueError` that names the file and the tensor if it has a value that is NaN or infinite."""
     if not isinstance(stored.dtype, torch.dtype) and not stored.dtype.startswith("C"):
         return  # integers, and formats that have no such values
     tensor = stored.load()
@@ -335,18 +311,7 @@ def check_finite(origin: str, name: str, stored: Stored) -> None:
 
 
 def check_finite_as(origin: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """
-    Check that a tensor of an adapter still has only finite values in the dtype of the model's parameter.
-
-    Args:
-        origin (`str`): The file, for messages.
-        name (`str`): The name of the tensor.
-        tensor (`torch.Tensor`): The tensor, whose values are finite.
-        dtype (`torch.dtype`): The dtype of the parameter.
-
-    Raises:
-        ValueError: If a value is too large for it.
-    """
+    """Raise a `ValueError` if a value of a finite tensor is too large for the dtype of the model's parameter."""
     if any(not torch.isfinite(piece.to(dtype)).all() for piece in tensor.reshape(-1).split(_PIECE)):
         raise ValueError(
             f"{origin}: tensor {name!r} has values that are too large for {dtype}, the dtype of the model's "
