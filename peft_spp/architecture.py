@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
-from .sparsity.names import plain_name, special_role
+from .checkpoints.names import plain_name, special_role
 
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..sparsity.layout import Layout
-from ..sparsity.safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
 from .compressed_tensor import CompressedTensor, find_compressed
+from .layout import Layout
 from .own_files import CARD
+from .safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
 from .tensor_file import StoredTensor, TensorFile, open_tensor_file
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..functional.bitmask import Compressed
 from ..functional.compressed import decompress
-from ..sparsity.compressed_files import bitmask_of, compressed_shapes, join
-from ..sparsity.file_bytes import read_bytes
+from .compressed_files import bitmask_of, compressed_shapes, join
+from .file_bytes import read_bytes
 from .tensor_file import StoredTensor
 
 

@@ -15,13 +15,15 @@ from typing import Any
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..sparsity.base_masks import BASE_MASKS
-from ..sparsity.safetensors_files import INDEX, INDEX_SUFFIX, SINGLE
 from .merged import MERGED
+from .safetensors_files import INDEX, INDEX_SUFFIX, SINGLE
 
 
 Signature = tuple[int, int, int, int, int]
 """What tells whether an entry of a folder is still the one that was there: device, inode, mode, size and time."""
+
+BASE_MASKS = "base_masks.json"
+"""The file next to an adapter's `adapter_config.json` that holds the record of its base model."""
 
 CARD = "README.md"
 CONFIG = "config.json"

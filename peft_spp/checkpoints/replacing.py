@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..sparsity.safetensors_files import INDEX, SINGLE
 from .own_files import Signature, scan
+from .safetensors_files import INDEX, SINGLE
 
 
 Entries = Mapping[Path, Signature]

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..sparsity.file_bytes import byte_ranges, read_bytes
-from ..sparsity.safetensors_files import read_header
-from ..sparsity.weights import Stored
+from .file_bytes import byte_ranges, read_bytes
+from .safetensors_files import read_header
+from .stored import Stored
 
 
 @dataclass(frozen=True)

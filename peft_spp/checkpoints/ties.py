@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-from ..sparsity.names import special_role
+from .names import special_role
 
 
 _FLAG = "tie_word_embeddings"

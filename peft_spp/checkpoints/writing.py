@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..sparsity.file_bytes import read_bytes
-from ..sparsity.safetensors_files import DTYPES, read_header
+from .file_bytes import read_bytes
 from .output import write_file
+from .safetensors_files import DTYPES, read_header
 from .tensor_file import StoredTensor
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from ..sparsity.names import names_or_expression
+from ..checkpoints.names import names_or_expression
 from .terminal import print_text
 
 

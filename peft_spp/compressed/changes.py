@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.compressed_files import COLUMNS, bitmask_of, columns_text, read_metadata
 from ..checkpoints.own_files import CARD, CONFIG
+from ..checkpoints.safetensors_files import INDEX_SUFFIX, read_json
 from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.writing import NewTensor, computed, copied
 from ..functional.bitmask import bitmask_bytes, count_stored
 from ..functional.compressed import compress
-from ..sparsity.compressed_files import COLUMNS, bitmask_of, columns_text, read_metadata
-from ..sparsity.safetensors_files import INDEX_SUFFIX, read_json
 from .config import BitmaskConfig
 from .models_on_disk import find_layers
 from .report import CompressedModule, CompressionReport

@@ -14,9 +14,9 @@ from transformers.core_model_loading import ConversionOps, WeightTransform, reve
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
+from ..checkpoints.compressed_files import COLUMNS, columns_text
 from ..functional.bitmask import check_compressed, count_stored
 from ..functional.compressed import compress
-from ..sparsity.compressed_files import COLUMNS, columns_text
 from .config import BitmaskConfig
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers

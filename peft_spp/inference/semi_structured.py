@@ -18,9 +18,9 @@ from torch.sparse import (
 )
 from torch.utils.benchmark import Timer
 
+from ..checkpoints.names import matches
 from ..reports import PlainData, by_reason, some
 from ..sparsity import satisfies_n_m
-from ..sparsity.names import matches
 from ..tuner import SPPLayer
 
 

@@ -15,8 +15,7 @@ from ..sparsity import ModuleSparsity, NMPattern
 from ..sparsity.bits import CHUNK_ELEMENTS, look_at
 from ..sparsity.pattern import parse_patterns
 from ..sparsity.report import module_sparsity
-from ..sparsity.sources import Source, open_weights
-from ..sparsity.weights import Weight
+from ..sparsity.sources import Source, Weight, open_weights
 
 
 @dataclass(frozen=True)

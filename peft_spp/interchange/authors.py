@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..sparsity.safetensors_files import read_json
+from ..checkpoints.safetensors_files import read_json
 from ..tuner import SPPConfig
 from ..tuner.adapter_files import NOT_A_PICKLE, PREFIX
 from .content import AdapterContent

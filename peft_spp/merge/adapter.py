@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from peft.utils.constants import CONFIG_NAME
 
+from ..checkpoints.names import is_adapter
 from ..checkpoints.tensor_file import StoredTensor, open_tensor_file
 from ..functional import Factors
 from ..sparsity.base_masks import BaseRecord
-from ..sparsity.names import is_adapter
 from ..tuner import SPPConfig
 from ..tuner.adapter_files import PREFIX
 from ..tuner.saved_adapter import SavedAdapter, read_adapter

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.compressed_tensor import CompressedTensor
+from ..checkpoints.file_bytes import read_bytes
 from ..checkpoints.tensor_file import StoredTensor, TensorFile
 from ..functional import Compressed, Factors, merged_weight
 from ..functional.bitmask import stored_places
@@ -25,7 +26,6 @@ from ..functional.compressed import decompress
 from ..functional.row_blocks import row_tiles
 from ..sparsity.bits import look_at
 from ..sparsity.counting import PairCounts, count_pair
-from ..sparsity.file_bytes import read_bytes
 from .plan import Merge, Plan
 
 

@@ -18,11 +18,11 @@ from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder, write_file
 from ..checkpoints.own_files import CARD, CONFIG, MODEL
+from ..checkpoints.safetensors_files import read_header
 from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
 from ..error_text import message
 from ..sparsity.counting import PairCounts
-from ..sparsity.safetensors_files import read_header
 from ..tuner import SPPConfig
 from ..tuner.adapter_files import ADAPTER_FILES
 from ..tuner.saved_adapter import read_settings

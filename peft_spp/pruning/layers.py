@@ -17,8 +17,8 @@ from ..architecture import (
     what_computes,
     why_not_linear_map,
 )
+from ..checkpoints.names import matches
 from ..sparsity import NMPattern
-from ..sparsity.names import matches
 
 
 def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.ModuleList]:

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import yaml  # type: ignore[import-untyped]
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from ..checkpoints.names import names_or_expression
 from ..error_text import one_line
-from ..sparsity.names import names_or_expression
 from ..tuner import SPPConfig
 from .errors import InputError
 from .machine import no_gpu_hint

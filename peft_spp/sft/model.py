@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Pretra
 from trl import ModelConfig
 
 from ..checkpoints.hub import local_folder
+from ..checkpoints.safetensors_files import stored_in_files
 from ..error_text import one_line
-from ..sparsity.safetensors_files import stored_in_files
 from ..tuner import SPPConfig, SPPLayer
 from .errors import InputError
 from .machine import check_quantization

@@ -14,14 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoints.own_files import BASE_MASKS
+from ..checkpoints.safetensors_files import read_json
 from .mask_record import MaskRecord, MaskRelation, record_mask
-from .safetensors_files import read_json
-from .sources import open_weights
-from .weights import Weight
+from .sources import Weight, open_weights
 
-
-BASE_MASKS = "base_masks.json"
-"""The file next to an adapter's `adapter_config.json` that holds the record of its base model."""
 
 WEIGHTS_ID = "weights_id"
 """The key of the settings' id: in the configuration, in this file and in the metadata of the weights."""

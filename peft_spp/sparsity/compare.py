@@ -11,8 +11,7 @@ import torch
 
 from ..reports import ModuleReport, PlainData, called, percent, plain_table, some, total
 from .counting import count_pair
-from .sources import Source, open_weights
-from .weights import Weight
+from .sources import Source, Weight, open_weights
 
 
 WORST = 10

@@ -12,8 +12,7 @@ import torch
 from ..reports import ModuleReport, PlainData, by_reason, distinct, percent, shapes, share, some, span, total
 from .counting import count
 from .pattern import NMPattern, parse_patterns, pattern_name
-from .sources import Source, open_weights
-from .weights import Weight
+from .sources import Source, Weight, open_weights
 
 
 @dataclass(frozen=True)

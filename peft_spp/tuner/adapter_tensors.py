@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..sparsity.names import WRAPPER_PARTS, unwrapped_name
+from ..checkpoints.names import WRAPPER_PARTS, unwrapped_name
 from .adapter_files import FACTOR, PREFIX
 from .layer_factors import SPPLayer
 from .module_names import ModuleNames, own_modules

@@ -14,10 +14,10 @@ from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME
 from peft.utils.peft_types import PeftType
 
+from ..checkpoints.safetensors_files import read_json
 from ..durable import publish, working_folder
 from ..model_card import update_model_card
 from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord
-from ..sparsity.safetensors_files import read_json
 from .adapter_files import find_file, read_record, write_settings_id
 from .settings import FORMAT_VERSION, check_choice, check_format_version, check_settings
 

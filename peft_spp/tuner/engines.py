@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
-from ..sparsity.names import WRAPPER_PARTS
+from ..checkpoints.names import WRAPPER_PARTS
 
 
 if TYPE_CHECKING:

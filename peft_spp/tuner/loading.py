@@ -21,9 +21,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import CONFIG_NAME
 from torch import nn
 
+from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.stored import Stored
 from ..sparsity.base_masks import BaseRecord
-from ..sparsity.safetensors_files import read_json
-from ..sparsity.weights import Stored
 from .adapter_files import find_file, find_weights, list_loaded
 from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name
 from .base_record import check_base

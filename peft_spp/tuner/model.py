@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..sparsity.layout import model_types
+from ..checkpoints.layout import model_types
 from ..sparsity.mask_record import MaskRelation
 from .adapter_tensors import check_can_be_saved
 from .base_record import check_not_merged, record_base, relate_base

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ..sparsity.names import WRAPPER_PARTS, unwrapped_name
+from ..checkpoints.names import WRAPPER_PARTS, unwrapped_name
 
 
 # They hold the model under a name that is public, so that it tells nothing without the class.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoints.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
 from ..functional import scaled_weight
-from ..sparsity.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
 from .config import SPPConfig
 from .engines import call_inside, forward_within, innermost, is_hooked, whole_shape
 from .layer import Linear

@@ -16,9 +16,9 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_
 from peft.utils.other import get_pattern_key
 
 from ..checkpoints.merged import adapter_id
+from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.stored import Stored
 from ..sparsity.base_masks import BASE_MASKS, BaseRecord
-from ..sparsity.safetensors_files import read_json
-from ..sparsity.weights import Stored
 from .adapter_files import (
     FACTOR,
     PREFIX,

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..sparsity.names import unwrapped_name
+from ..checkpoints.names import unwrapped_name
 from .adapter_tensors import belongs_to, other_adapters, restore_tensors
 from .config import SPPConfig
 from .layer_factors import SPPLayer

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture import has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
-from ..sparsity.names import is_fused_experts, plain_name
+from ..checkpoints.names import is_fused_experts, plain_name
 from .config import SPPConfig
 from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from peft_spp import SPPConfig
+from peft_spp.checkpoints.compressed_files import read_metadata
 from peft_spp.cli import app
 from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
 from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
-from peft_spp.sparsity.compressed_files import read_metadata
 
 from compressed_cases import pruned_llama, same_tensors, tensors_of
 from tiny import randomize, tiny_llama

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from peft_spp.checkpoints.names import unwrapped_name
 from peft_spp.compressed import CompressedLinear, compress
-from peft_spp.sparsity.names import unwrapped_name
 from peft_spp.tuner.engines import is_sharded, is_zero3, whole_parameters
 
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids

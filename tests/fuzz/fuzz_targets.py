@@ -25,11 +25,11 @@ from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.checkpoints.checkpoint import read_checkpoint
+from peft_spp.checkpoints.safetensors_files import read_header
 from peft_spp.checkpoints.tensor_file import open_tensor_file
 from peft_spp.merge.adapter import load_adapter
 from peft_spp.sparsity.base_masks import BASE_MASKS, read_base_masks
 from peft_spp.sparsity.mask_record import MaskRecord
-from peft_spp.sparsity.safetensors_files import read_header
 from peft_spp.tuner.adapter_files import list_tensors
 from peft_spp.tuner.saved_adapter import SavedAdapter, check_adapter, read_adapter, read_settings
 

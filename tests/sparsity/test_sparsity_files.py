@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sparsity_tiny_models import keep_n_m
 
+from peft_spp.checkpoints import safetensors_files
 from peft_spp.inspection import inspect_checkpoint
-from peft_spp.sparsity import compare_sparsity, safetensors_files, sparsity_report
+from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 from torch import nn
 
+from peft_spp.checkpoints.layout import model_types
 from peft_spp.sparsity import NMPattern, SparsityReport, sparsity_report
-from peft_spp.sparsity.layout import model_types
 
 
 LLAMA_KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -126,7 +126,7 @@ def test_the_model_types_that_use_conv1d_are_those_of_transformers():
 
     import transformers
 
-    from peft_spp.sparsity.layout import CONV1D_MODEL_TYPES, CONV1D_NAMES, TRANSPOSED_EXPERTS_MODEL_TYPES
+    from peft_spp.checkpoints.layout import CONV1D_MODEL_TYPES, CONV1D_NAMES, TRANSPOSED_EXPERTS_MODEL_TYPES
 
     users, names = set(), set()
     for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):

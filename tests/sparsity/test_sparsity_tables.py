@@ -12,10 +12,10 @@ from torch import nn
 from transformers import GptOssConfig, LlamaConfig
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
+from peft_spp.checkpoints.safetensors_files import checked_shape, read_json
 from peft_spp.reports import MAX_ROWS, kind_of, percent, plain_table, some
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 from peft_spp.sparsity.counting import PairCounts
-from peft_spp.sparsity.safetensors_files import checked_shape, read_json
 
 
 def cells(text: str) -> dict[str, list[str]]:
