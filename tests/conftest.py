@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-import sys
-from pathlib import Path
 
 from hypothesis import Phase, settings
 
 
 # nothing in the tests may reach for a model hub
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
 
 # for the slow run of the property tests, and for mutation testing, where a failure alone counts
 settings.register_profile("thorough", max_examples=2000)

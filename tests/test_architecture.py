@@ -26,7 +26,7 @@ from peft_spp.architecture import (
 from peft_spp.pruning import prune_magnitude
 from peft_spp.sparsity import sparsity_report
 
-from tiny import tiny
+from helpers.tiny import tiny
 
 
 MOE = {

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from peft_spp import SPPConfig, SPPGuardCallback
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from tiny import block_linears, is_positive_zero, prune_, tiny_llama
-from tiny_moe import PARAMETERS, tiny_moe
+from helpers.tiny import block_linears, is_positive_zero, prune_, tiny_llama
+from helpers.tiny_moe import PARAMETERS, tiny_moe
 
 
 class Tokens(Dataset):

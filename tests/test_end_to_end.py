@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from peft_spp.cli import app
 from peft_spp.demo.data import train_tokenizer
 
-from tiny import tiny_llama
+from helpers.tiny import tiny_llama
 
 
 TEXTS = [f"Line {number} is about the number {number * number % 17}." for number in range(200)]

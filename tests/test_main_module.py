@@ -13,7 +13,7 @@ from peft import get_peft_model
 from peft_spp import SPPConfig
 from peft_spp.__main__ import main
 
-from tiny import tiny_llama
+from helpers.tiny import tiny_llama
 
 
 PROGRAM = """

@@ -155,7 +155,7 @@ def test_an_unsupported_peft_leaves_the_enum_alone():
 
 
 def test_the_mixed_model_refuses_spp_by_name():
-    from tiny import MLP
+    from helpers.tiny import MLP
 
     with pytest.raises(ValueError, match="SPP"):
         peft.get_peft_model(MLP(), peft_spp.SPPConfig(target_modules=["lin0"]), mixed=True)

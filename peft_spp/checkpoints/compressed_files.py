@@ -20,7 +20,7 @@ from torch import Tensor
 from ..functional.bitmask import Compressed, check_compressed
 from ..functional.compressed import decompress
 from .file_bytes import byte_ranges, read_bytes
-from .listed import Stored
+from .stored import Stored
 
 
 COLUMNS = "bitmask_columns"

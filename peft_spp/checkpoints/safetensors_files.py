@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .compressed_files import with_dense_weights
 from .file_bytes import byte_ranges, read_bytes
-from .listed import Stored
+from .stored import Stored
 
 
 SINGLE = "model.safetensors"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .file_bytes import byte_ranges, read_bytes
-from .listed import Stored
 from .safetensors_files import read_header
+from .stored import Stored
 
 
 @dataclass(frozen=True)

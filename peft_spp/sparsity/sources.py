@@ -15,9 +15,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..checkpoints.layout import Layout
-from ..checkpoints.listed import Stored
 from ..checkpoints.names import is_adapter, is_fused_experts, matches, plain_name, special_role, wrapped_by_adapters
 from ..checkpoints.safetensors_files import stored_in_files
+from ..checkpoints.stored import Stored
 from ..reports import called
 from .bits import FORMATS
 

@@ -20,8 +20,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints.listed import Stored
 from ..checkpoints.safetensors_files import read_header, read_json
+from ..checkpoints.stored import Stored
 from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord, read_base_masks, write_base_masks
 
 

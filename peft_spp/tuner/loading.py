@@ -21,8 +21,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import CONFIG_NAME
 from torch import nn
 
-from ..checkpoints.listed import Stored
 from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.stored import Stored
 from ..sparsity.base_masks import BaseRecord
 from .adapter_files import find_file, find_weights, list_loaded
 from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name

@@ -15,9 +15,9 @@ import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
-from ..checkpoints.listed import Stored
 from ..checkpoints.merged import adapter_id
 from ..checkpoints.safetensors_files import read_json
+from ..checkpoints.stored import Stored
 from ..sparsity.base_masks import BASE_MASKS, BaseRecord
 from .adapter_files import (
     FACTOR,

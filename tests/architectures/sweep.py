@@ -29,13 +29,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import every_model
-from model_inputs import floating_outputs, inputs_of
-
 from peft_spp import SPPConfig
 from peft_spp.tuner.layer import SPPLayer
 
-from tiny import is_positive_zero, randomize
+from helpers import every_model
+from helpers.model_inputs import floating_outputs, inputs_of
+from helpers.tiny import is_positive_zero, randomize
 
 
 TABLE = Path(__file__).parent / "every_model.json"

@@ -13,8 +13,8 @@ from peft_spp import SPPConfig
 from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from tiny import is_positive_zero, randomize
-from tiny_moe import IDS, MOE, PARAMETERS, experts, oriented_experts, tiny_moe
+from helpers.tiny import is_positive_zero, randomize
+from helpers.tiny_moe import IDS, MOE, PARAMETERS, experts, oriented_experts, tiny_moe
 
 
 ARCHITECTURES = pytest.mark.parametrize("name", list(MOE))

@@ -14,7 +14,7 @@ from peft_spp import SPPConfig
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 from peft_spp.tuner.targets import is_linear
 
-from tiny import LLAMA, is_positive_zero, prune_, tiny
+from helpers.tiny import LLAMA, is_positive_zero, prune_, tiny
 
 
 IDS = torch.arange(2, 26).view(2, 12)

@@ -10,8 +10,8 @@ from benchmarks.competitors import COMPETITORS
 from benchmarks.competitors.block_linears import block_linear_names, block_linear_suffixes
 from benchmarks.models import build_linear_stack, copy_with_shared_weights
 
-import reference
-from tiny import tiny_llama
+from helpers import reference
+from helpers.tiny import tiny_llama
 
 
 M, N = 32, 12

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from benchmarks.first_loss import loss_bound
 from peft_spp import SPPConfig
 
-from tiny import randomize, tiny_llama
+from helpers.tiny import randomize, tiny_llama
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2, 1e4])

@@ -12,7 +12,7 @@ from peft_spp.checkpoints.checkpoint import read_checkpoint
 from peft_spp.inspection import inspect_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from tiny import tiny_llama
+from helpers.tiny import tiny_llama
 
 
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from peft_spp.cli import app
 
-from tiny import block_linears, prune_, tiny_llama
+from helpers.tiny import block_linears, prune_, tiny_llama
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from peft_spp.cli import app
 from peft_spp.commands.ending import CommandGroup
 from peft_spp.commands.terminal import make_printable, print_text
 
-from tiny import prune_, tiny_llama
+from helpers.tiny import prune_, tiny_llama
 
 
 @pytest.fixture(scope="module")

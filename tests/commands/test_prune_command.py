@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from peft_spp.cli import app
 from peft_spp.sparsity import sparsity_report
 
-from tiny import tiny_llama
+from helpers.tiny import tiny_llama
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from peft_spp.cli import app
 from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
 from peft_spp.functional.bitmask import bitmask_bytes
 
-from compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
-from tiny import block_linears, prune_, tiny
-from tiny_moe import tiny_moe
+from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
+from helpers.tiny import block_linears, prune_, tiny
+from helpers.tiny_moe import tiny_moe
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_spp
 
-from compressed_cases import IDS, pruned_llama, tensors_of
+from helpers.compressed_cases import IDS, pruned_llama, tensors_of
 
 
 NAME = "model.layers.1.mlp.down_proj"

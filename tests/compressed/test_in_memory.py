@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import peft_spp
 from peft_spp import CompressedLinear
 
-from compressed_cases import IDS, pruned_llama, same_bits, same_tensors, tensors_of
-from tiny import MLP, block_linears, prune_
+from helpers.compressed_cases import IDS, pruned_llama, same_bits, same_tensors, tensors_of
+from helpers.tiny import MLP, block_linears, prune_
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

@@ -22,9 +22,9 @@ from transformers import (
 
 from peft_spp import BitmaskConfig, CompressedLinear, SPPConfig
 
-from compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
-from tiny import block_linears, prune_, tiny
-from tiny_moe import tiny_moe
+from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
+from helpers.tiny import block_linears, prune_, tiny
+from helpers.tiny_moe import tiny_moe
 
 
 pytestmark = pytest.mark.filterwarnings("error:.*stay dense")

@@ -17,8 +17,8 @@ from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoi
 from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from compressed_cases import pruned_llama, same_tensors, tensors_of
-from tiny import randomize, tiny_llama
+from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
+from helpers.tiny import randomize, tiny_llama
 
 
 def run(*arguments):

@@ -4,11 +4,12 @@ import socket
 
 import pytest
 from demo_smoke import SMOKE_CONFIG, SmokeRun
-from one_thread import one_thread as one_thread
 from rich.console import Console
 
 from peft_spp.demo.output import OutputFolder
 from peft_spp.demo.run import run_demo
+
+from helpers.one_thread import one_thread as one_thread
 
 
 @pytest.fixture(scope="session")

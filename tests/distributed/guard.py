@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from distributed_task import GLOBAL_BATCH, adapter_config, factors, token_ids
 from peft import get_peft_model
+from train import arguments, use_cpu
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from peft_spp import SPPGuardCallback
 from peft_spp.tuner.engines import is_sharded, local_part
-
-from distributed_task import GLOBAL_BATCH, adapter_config, factors, token_ids
-from train import arguments, use_cpu
 
 
 STEPS = 3

@@ -9,12 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
+from distributed_task import GLOBAL_BATCH, adapter_config, factors, token_ids
 from peft import get_peft_model
+from train import arguments, save_adapter, use_cpu
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-
-from distributed_task import GLOBAL_BATCH, adapter_config, factors, token_ids
-from train import arguments, save_adapter, use_cpu
 
 
 class KillAt(TrainerCallback):

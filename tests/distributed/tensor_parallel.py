@@ -6,11 +6,10 @@ from __future__ import annotations
 import sys
 
 import torch
+from distributed_task import adapter_config
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
-
-from distributed_task import adapter_config
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
-from tiny import prune_, tiny_llama
-from tiny_moe import PARAMETERS, tiny_moe
+from helpers.tiny import prune_, tiny_llama
+from helpers.tiny_moe import PARAMETERS, tiny_moe
 
 
 HERE = Path(__file__).parent

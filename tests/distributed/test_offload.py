@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_spp import SPPConfig
 
-from tiny import prune_, randomize, tiny_llama
+from helpers.tiny import prune_, randomize, tiny_llama
 
 
 IDS = torch.arange(10).view(1, 10)

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peft_spp import SPPConfig
 
-from tiny import MLP, randomize, tiny_llama
-from tiny_moe import IDS, PARAMETERS, tiny_moe
+from helpers.tiny import MLP, randomize, tiny_llama
+from helpers.tiny_moe import IDS, PARAMETERS, tiny_moe
 
 
 class Stack(nn.Module):

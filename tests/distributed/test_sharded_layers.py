@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from peft_spp import SPPConfig
 from peft_spp.tuner import Linear
 
-import reference
-from tiny import MLP, tiny_llama
-from tiny_moe import PARAMETERS, tiny_moe
+from helpers import reference
+from helpers.tiny import MLP, tiny_llama
+from helpers.tiny_moe import PARAMETERS, tiny_moe
 
 
 @pytest.fixture

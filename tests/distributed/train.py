@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
@@ -20,8 +21,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from peft_spp.checkpoints.names import unwrapped_name
 from peft_spp.compressed import CompressedLinear, compress
 from peft_spp.tuner.engines import is_sharded, is_zero3, whole_parameters
-
-from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
 
 
 IS_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

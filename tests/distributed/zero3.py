@@ -21,7 +21,7 @@ from peft_spp import SPPConfig
 
 sys.path.insert(0, __file__.rpartition("/distributed/")[0])
 
-from tiny import MLP, prune_, randomize
+from helpers.tiny import MLP, prune_, randomize
 
 
 # compiling its collectives for shared memory takes minutes, and gloo has them too

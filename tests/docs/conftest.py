@@ -6,16 +6,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from one_thread import one_thread as one_thread
 
+from helpers.one_thread import one_thread as one_thread
 
-HERE = Path(__file__).parent
-# some commands of the pages are those of the benchmarks, which are not installed
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 # the site is built with the extra `docs`
 if importlib.util.find_spec("mkdocs") is None:
@@ -33,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft_spp import SPPConfig
     from peft_spp.demo.data import train_tokenizer
 
-    from tiny import block_linears, prune_, randomize, tiny_llama
+    from helpers.tiny import block_linears, prune_, randomize, tiny_llama
 
     folder = tmp_path_factory.mktemp("models")
     (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))

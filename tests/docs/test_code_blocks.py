@@ -13,8 +13,8 @@ import pytest
 import trl
 from datasets import Dataset
 
-from code_blocks import LANGUAGES, PAGES, check_python, command_lines, languages
-from commands import check_command
+from helpers.code_blocks import LANGUAGES, PAGES, check_python, command_lines, languages
+from helpers.page_commands import check_command
 
 
 ROOT = Path(__file__).parents[2]

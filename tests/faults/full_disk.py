@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kill_saves import NEW, OLD, model
-from merge_cases import contents, llama_case
 
 from peft_spp.merge import merge_checkpoint
+
+from helpers.merge_cases import contents, llama_case
 
 
 PAGE = 4096

@@ -10,10 +10,10 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from killing import kill_points
-from merge_cases import contents, llama_case
-
 from peft_spp.merge import merge_checkpoint
+
+from helpers.killing import kill_points
+from helpers.merge_cases import contents, llama_case
 
 
 OLD = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"old"}

@@ -14,14 +14,14 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from killing import kill_points
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.saved_adapter import read_adapter
 
-from tiny import MLP, randomize
+from helpers.killing import kill_points
+from helpers.tiny import MLP, randomize
 
 
 OLD = {"r": 3, "spp_alpha": 8}

@@ -13,19 +13,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from killing import IS_SUPPORTED
 from safetensors.torch import load_file
 
 from peft_spp import SPPConfig
 from peft_spp.merge import merge_checkpoint
 from peft_spp.tuner.saved_adapter import read_adapter
 
-from tiny import MLP
+from helpers.killing import IS_SUPPORTED
+from helpers.tiny import MLP
 
 
 HERE = Path(__file__).parent
-FOLDERS = [str(HERE), str(HERE.parent), str(HERE.parent / "merge")]
-sys.path.append(FOLDERS[-1])
+FOLDERS = [str(HERE), str(HERE.parent)]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -189,7 +188,7 @@ def _merge(base: Path, adapter: Path, out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_that_merge_into_one_folder_leave_one_whole_model(tmp_path):
-    from merge_cases import contents, llama_case
+    from helpers.merge_cases import contents, llama_case
 
     cases = [llama_case(tmp_path / str(r), SPPConfig(r=r, task_type="CAUSAL_LM"), shard_size="20KB") for r in (3, 5)]
     merged = []

@@ -22,8 +22,8 @@ from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-import reference
-from factored import relative_error
+from helpers import reference
+from helpers.factored import relative_error
 
 
 COMPILED = bitmask.tier() is not None

@@ -6,8 +6,8 @@ from peft_spp.functional import spp_linear
 from peft_spp.functional.kernels import by_activation
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-import reference
-from factored import make, relative_error
+from helpers import reference
+from helpers.factored import make, relative_error
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])

@@ -7,7 +7,7 @@ import torch
 from peft_spp.functional import Factors
 from peft_spp.functional.combine import rank_one_blocks
 
-from reference import block_sizes, effective_weight
+from helpers.reference import block_sizes, effective_weight
 
 
 def draw(ranks, m, n, dtype=torch.float64):

@@ -9,8 +9,8 @@ from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-import reference
-from factored import make, relative_error
+from helpers import reference
+from helpers.factored import make, relative_error
 
 
 # a result of the wrong shape would be resized, with a warning

@@ -11,7 +11,7 @@ from peft_spp.functional.kernels.scaled import ScaledWeight
 from peft_spp.functional.row_blocks import refine_row_blocks
 from peft_spp.sparsity import mask_record
 
-from factored import make
+from helpers.factored import make
 
 
 def factored(m, n, ranks, dtype=torch.float32):

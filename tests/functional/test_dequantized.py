@@ -6,8 +6,8 @@ import torch
 
 from peft_spp.functional import Factors, spp_linear, spp_linear_dequantized
 
-import reference
-from factored import make, relative_error
+from helpers import reference
+from helpers.factored import make, relative_error
 
 
 class Dequantize:

@@ -10,8 +10,8 @@ from peft_spp.functional.kernels import by_activation
 from peft_spp.functional.kernels.composite import composite
 from peft_spp.functional.kernels.cpu.backend import cpu
 
-import reference
-from factored import make, relative_error
+from helpers import reference
+from helpers.factored import make, relative_error
 
 
 # (rows m, columns n, r): r divides m, does not, r = 1, r = m, one row, one column

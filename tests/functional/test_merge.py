@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from peft_spp.functional import Factors, merged_weight, scaled_weight
 
-import reference
+from helpers import reference
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

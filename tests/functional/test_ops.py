@@ -10,8 +10,8 @@ from peft_spp.functional.kernels.composite import Composite, composite
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-import reference
-from factored import make, relative_error
+from helpers import reference
+from helpers.factored import make, relative_error
 
 
 def split(factors):

@@ -11,8 +11,8 @@ from peft_spp.functional.kernels.composite import Composite, composite
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-import reference
-from factored import make
+from helpers import reference
+from helpers.factored import make
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

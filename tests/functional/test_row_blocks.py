@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft_spp.functional import expand_row_blocks, row_block_index
 from peft_spp.functional.row_blocks import refine_row_blocks, row_tiles
 
-from reference import block_sizes
+from helpers.reference import block_sizes
 
 
 rows_and_r = st.integers(1, 60).flatmap(lambda m: st.tuples(st.just(m), st.integers(1, m)))

@@ -9,8 +9,8 @@ from peft_spp.functional.kernels import stack
 from peft_spp.functional.kernels.composite import composite
 from peft_spp.functional.kernels.cpu.backend import cpu
 
-import reference
-from factored import relative_error
+from helpers import reference
+from helpers.factored import relative_error
 
 
 # layers, rows, columns, ranks: equally long blocks; longer and shorter ones; several adapters; one row, one layer

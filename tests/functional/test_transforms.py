@@ -12,7 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from peft_spp.functional import Factors, scaled_weight, spp_linear
 from peft_spp.functional.dequantized import spp_linear_dequantized
 
-import reference
+from helpers import reference
 
 
 M, N, TOKENS = 5, 3, 2

@@ -6,7 +6,7 @@ import torch
 
 from peft_spp.functional import Factors, scaled_weight
 
-from factored import make
+from helpers.factored import make
 
 
 SHAPES = pytest.mark.parametrize("shape", [(12, 10), (2, 6, 10)])

@@ -14,7 +14,7 @@ from peft_spp.functional.kernels import stack
 from peft_spp.functional.kernels.scaled import ScaledWeight
 from peft_spp.functional.kernels.triton import triton
 
-import reference
+from helpers import reference
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ from peft_spp import SPPConfig
 from peft_spp.interchange import export_adapter
 from peft_spp.merge import merge_checkpoint
 
-from tiny import block_linears, prune_, randomize, tiny_llama
+from helpers.tiny import block_linears, prune_, randomize, tiny_llama
 
 
 IDS = torch.arange(10).view(1, 10)

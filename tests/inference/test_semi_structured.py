@@ -15,7 +15,7 @@ from peft_spp.inference import to_semi_structured
 from peft_spp.inference.semi_structured import SemiStructuredReport, choose_layers, measure_speedup
 from peft_spp.pruning import prune_magnitude
 
-from tiny import randomize, tiny_llama
+from helpers.tiny import randomize, tiny_llama
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from peft_spp.cli import app
 from peft_spp.inspection import inspect_adapter, inspect_checkpoint
 from peft_spp.sparsity import sparsity_report
 
-from tiny import block_linears, prune_, randomize, tiny, tiny_llama
+from helpers.tiny import block_linears, prune_, randomize, tiny, tiny_llama
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from peft_spp.cli import app
 from peft_spp.interchange import convert_adapter
 
-from tiny import block_linears, prune_, tiny_llama
+from helpers.tiny import block_linears, prune_, tiny_llama
 
 
 # what their scripts write besides the factors

@@ -22,7 +22,7 @@ from peft_spp.cli import app
 from peft_spp.functional import expand_row_blocks
 from peft_spp.interchange import export_adapter
 
-from tiny import LLAMA, block_linears, prune_, randomize, tiny, tiny_llama
+from helpers.tiny import LLAMA, block_linears, prune_, randomize, tiny, tiny_llama
 
 
 HIRA = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")

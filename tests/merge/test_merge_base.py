@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from merge_cases import contents, edit_json, llama_case, save_adapter, stored
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +18,8 @@ from peft_spp.checkpoints.merged import MERGED
 from peft_spp.cli import app
 from peft_spp.merge import merge_checkpoint
 
-from tiny import prune_, tiny_llama
+from helpers.merge_cases import contents, edit_json, llama_case, save_adapter, stored
+from helpers.tiny import prune_, tiny_llama
 
 
 @pytest.fixture

@@ -5,7 +5,15 @@ import json
 
 import pytest
 import torch
-from merge_cases import (
+from safetensors.torch import load_file, save_file
+
+from peft_spp import SPPConfig
+from peft_spp.checkpoints.merged import MERGED
+from peft_spp.functional import Factors, merged_weight
+from peft_spp.merge import merge_checkpoint, pieces
+from peft_spp.sparsity import compare_sparsity
+
+from helpers.merge_cases import (
     BERT,
     Case,
     assert_same_bits,
@@ -19,16 +27,8 @@ from merge_cases import (
     save_case,
     stored,
 )
-from safetensors.torch import load_file, save_file
-
-from peft_spp import SPPConfig
-from peft_spp.checkpoints.merged import MERGED
-from peft_spp.functional import Factors, merged_weight
-from peft_spp.merge import merge_checkpoint, pieces
-from peft_spp.sparsity import compare_sparsity
-
-from reference import effective_weight
-from tiny import is_positive_zero, tiny, tiny_llama
+from helpers.reference import effective_weight
+from helpers.tiny import is_positive_zero, tiny, tiny_llama
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

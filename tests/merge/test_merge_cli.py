@@ -2,10 +2,11 @@
 import json
 
 import pytest
-from merge_cases import assert_same_bits, contents, edit_json, llama_case, merged_by_peft, stored
 from typer.testing import CliRunner
 
 from peft_spp.cli import app
+
+from helpers.merge_cases import assert_same_bits, contents, edit_json, llama_case, merged_by_peft, stored
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_cases import assert_same_bits, contents, edit_json, llama_case, merged_by_peft, stored
 from safetensors.torch import save_file
 
 from peft_spp import SPPConfig
 from peft_spp.checkpoints import hub, output
 from peft_spp.merge import merge_checkpoint
+
+from helpers.merge_cases import assert_same_bits, contents, edit_json, llama_case, merged_by_peft, stored
 
 
 OLD_CONFIG = '{"model_type": "llama"}'

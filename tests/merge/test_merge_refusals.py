@@ -10,13 +10,23 @@ import struct
 
 import pytest
 import torch
-from merge_cases import auto, contents, edit_json, edit_tensors, gpt2_case, llama_case, save_adapter, save_case, stored
 from safetensors.torch import load_file, save_file
 
 from peft_spp import SPPConfig
 from peft_spp.merge import merge_checkpoint
 
-from tiny import MLP, tiny_llama
+from helpers.merge_cases import (
+    auto,
+    contents,
+    edit_json,
+    edit_tensors,
+    gpt2_case,
+    llama_case,
+    save_adapter,
+    save_case,
+    stored,
+)
+from helpers.tiny import MLP, tiny_llama
 
 
 PREFIX = "base_model.model."

@@ -29,13 +29,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import every_model
-from model_inputs import inputs_of
 from plain_wanda import SEED, plain_wanda, squared_norms, weights_of, without_cache
 
 from peft_spp.pruning import prune_magnitude, prune_wanda
 from peft_spp.pruning.layers import find_target_layers
 from peft_spp.sparsity import sparsity_report
+
+from helpers import every_model
+from helpers.model_inputs import inputs_of
 
 
 TABLE = Path(__file__).parent / "every_pruned_model.json"

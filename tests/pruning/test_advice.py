@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_model import build
 from torch import nn
 
 from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt, prune_wanda, pruning_mask
 from peft_spp.pruning.layers import find_target_layers
 from peft_spp.sparsity import sparsity_report
 
-from tiny import tiny_llama
+from helpers.every_model import build
+from helpers.tiny import tiny_llama
 
 
 DATA = [torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from every_model import build, tiny_config
 from plain_wanda import SEED, plain_wanda, weights_of
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -21,7 +20,8 @@ from peft_spp.pruning.calibration_mode import calibration_mode
 from peft_spp.pruning.layers import find_target_layers, linear_layers
 from peft_spp.sparsity import satisfies_n_m
 
-from tiny import tiny_llama
+from helpers.every_model import build, tiny_config
+from helpers.tiny import tiny_llama
 
 
 def in_float64(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from test_prune_checkpoint import SMALL, TEXT, edit_config, save_model
 
 from peft_spp.pruning import checkpoint, dense_run, prune_checkpoint
 
-from tiny import tiny
+from helpers.tiny import tiny
 
 
 FIVE = torch.tensor([5])

@@ -3,13 +3,14 @@ import copy
 
 import pytest
 import torch
-from every_model import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from peft_spp.pruning import prune_magnitude
 from peft_spp.pruning.layers import find_target_layers, weight_matrix
+
+from helpers.every_model import build
 
 
 def test_sparsity_compares_within_the_layer(llama: LlamaForCausalLM) -> None:

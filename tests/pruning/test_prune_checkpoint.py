@@ -13,7 +13,7 @@ from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt,
 from peft_spp.pruning.calibration_file import calibration_sequences
 from peft_spp.sparsity import sparsity_report
 
-from tiny import tiny, tiny_llama
+from helpers.tiny import tiny, tiny_llama
 
 
 TEXT = " ".join(f"sentence {number} of the calibration text says {number * 7 % 13}." for number in range(400))

@@ -21,7 +21,7 @@ from peft_spp.pruning.methods import PruningMethod, option
 from peft_spp.pruning.registry import METHODS, create_method, option_names
 from peft_spp.sparsity import sparsity_report
 
-from tiny import tiny_llama
+from helpers.tiny import tiny_llama
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_model import build
 from safetensors.torch import load_file, save_file
 
 from peft_spp.checkpoints.checkpoint import read_checkpoint
@@ -11,7 +10,8 @@ from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_wanda
 from peft_spp.pruning.skeleton import Skeleton
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from tiny import tiny
+from helpers.every_model import build
+from helpers.tiny import tiny
 
 
 # tables of positions, inverse frequencies, slopes, relative biases, buffers that a checkpoint holds

@@ -4,7 +4,6 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from every_model import build
 from plain_wanda import without_cache
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -16,7 +15,8 @@ from peft_spp.pruning.mask import pruning_mask
 from peft_spp.pruning.sparsegpt import SparseGPT, sparsegpt_weight
 from peft_spp.sparsity import satisfies_n_m
 
-from tiny import is_positive_zero
+from helpers.every_model import build
+from helpers.tiny import is_positive_zero
 
 
 REQUESTS = [{"pattern": "2:4"}, {"pattern": "1:4"}, {"pattern": "4:8"}, {"sparsity": 0.5}, {"sparsity": 0.75}]

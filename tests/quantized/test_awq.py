@@ -4,13 +4,13 @@
 import pytest
 import torch
 from peft import get_peft_model
-from quantized_cases import IN, OUT, OneLayer, pruned_linear
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.quantized import QuantizedLinear, dequantized_weight
 
-import reference
-from tiny import randomize
+from helpers import reference
+from helpers.quantized_cases import IN, OUT, OneLayer, pruned_linear
+from helpers.tiny import randomize
 
 
 gemm = pytest.importorskip("awq.modules.linear.gemm")

@@ -11,8 +11,8 @@ from torch import nn
 from peft_spp import SPPConfig
 from peft_spp.tuner.quantized import QuantizedLinear
 
-import reference
-from tiny import MLP, is_positive_zero, prune_, randomize
+from helpers import reference
+from helpers.tiny import MLP, is_positive_zero, prune_, randomize
 
 
 torchao = pytest.importorskip("torchao.quantization")

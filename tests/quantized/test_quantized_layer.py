@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from quantized_cases import ALL, EXACT_ZERO, IN, OUT, OneLayer, pruned_linear, quantized
 from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.quantized import Applied, QuantizedLinear, dequantized_weight, find_backend, register_backend
 from peft_spp.tuner.quantized import registry as backends
 
-import reference
-from tiny import randomize
+from helpers import reference
+from helpers.quantized_cases import ALL, EXACT_ZERO, IN, OUT, OneLayer, pruned_linear, quantized
+from helpers.tiny import randomize
 
 
 def spp_on(kind, compute_dtype=None, linear=None, **config):

@@ -4,15 +4,25 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from quantized_cases import ALL, EXACT_ZERO, IN, OUT, OneLayer, equal_bits, packed_bits, pruned_linear, quantized
 from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.functional import merged_weight
 from peft_spp.tuner.quantized import dequantized_weight
 
-import reference
-from tiny import is_positive_zero, randomize
+from helpers import reference
+from helpers.quantized_cases import (
+    ALL,
+    EXACT_ZERO,
+    IN,
+    OUT,
+    OneLayer,
+    equal_bits,
+    packed_bits,
+    pruned_linear,
+    quantized,
+)
+from helpers.tiny import is_positive_zero, randomize
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Merge spp module")

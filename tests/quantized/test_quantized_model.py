@@ -4,7 +4,6 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from quantized_cases import equal_bits, load_quantized, packed_bits, pruned_llama, quantized
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -12,7 +11,8 @@ from peft_spp import SPPConfig
 from peft_spp.sparsity import compare_sparsity
 from peft_spp.tuner.quantized import QuantizedLinear, dequantized_weight, find_backend
 
-from tiny import randomize
+from helpers.quantized_cases import equal_bits, load_quantized, packed_bits, pruned_llama, quantized
+from helpers.tiny import randomize
 
 
 KINDS = (

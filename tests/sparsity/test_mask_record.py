@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparsity_tiny_models import keep_n_m
 
 from peft_spp.functional.kernels.cpu.library import load_library
 from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
 from peft_spp.sparsity import mask_record as module
+
+from helpers.sparsity_tiny_models import keep_n_m
 
 
 @pytest.fixture(autouse=True, scope="module", params=["native", "pytorch"])

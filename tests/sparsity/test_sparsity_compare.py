@@ -4,10 +4,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 from torch import nn
 
 from peft_spp.sparsity import compare_sparsity
+
+from helpers.sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 
 
 @pytest.fixture

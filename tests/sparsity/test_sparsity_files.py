@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sparsity_tiny_models import keep_n_m
 
 from peft_spp.checkpoints import safetensors_files
 from peft_spp.inspection import inspect_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
+
+from helpers.sparsity_tiny_models import keep_n_m
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 from torch import nn
 
 from peft_spp.checkpoints.layout import model_types
 from peft_spp.sparsity import NMPattern, SparsityReport, sparsity_report
+
+from helpers.sparsity_tiny_models import keep_n_m, tiny_gpt2, tiny_llama
 
 
 LLAMA_KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from sparsity_tiny_models import keep_n_m, tiny_llama
 from torch import nn
 from transformers import GptOssConfig, LlamaConfig
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
@@ -16,6 +15,8 @@ from peft_spp.checkpoints.safetensors_files import checked_shape, read_json
 from peft_spp.reports import MAX_ROWS, kind_of, percent, plain_table, some
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 from peft_spp.sparsity.counting import PairCounts
+
+from helpers.sparsity_tiny_models import keep_n_m, tiny_llama
 
 
 def cells(text: str) -> dict[str, list[str]]:

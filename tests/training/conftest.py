@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-from one_thread import one_thread as one_thread
+from helpers.one_thread import one_thread as one_thread

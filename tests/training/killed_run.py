@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from trl_cases import make_trainer
+
+from helpers.trl_cases import make_trainer
 
 
 RUN = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import RUN
-from trl_cases import assert_equal, assert_zeros_kept, base_weights, factors, losses, make_trainer, slow
 
 from peft_spp.sft import last_complete_checkpoint
 from peft_spp.sft.checkpoints import find_checkpoint
 from peft_spp.sft.errors import InputError
+
+from helpers.trl_cases import assert_equal, assert_zeros_kept, base_weights, factors, losses, make_trainer, slow
 
 
 SCRIPT = Path(__file__).with_name("killed_run.py")

@@ -15,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from trl_cases import TEXTS, pruned_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import peft_spp.sft.run as sft_run
@@ -23,7 +22,8 @@ from peft_spp.cli import app
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
 
-from tiny import tiny
+from helpers.tiny import tiny
+from helpers.trl_cases import TEXTS, pruned_model, tiny_tokenizer
 
 
 ON_CPU = ("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--dataloader_pin_memory", "false")

@@ -18,7 +18,15 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
-from trl_cases import (
+from typer.testing import CliRunner
+
+from peft_spp.cli import app
+from peft_spp.sft import last_complete_checkpoint
+from peft_spp.sft.errors import InputError
+from peft_spp.sft.run import main
+from peft_spp.sft.trainer import CardedSFTTrainer
+
+from helpers.trl_cases import (
     TEXTS,
     assert_equal,
     assert_zeros_kept,
@@ -28,13 +36,6 @@ from trl_cases import (
     spp_config,
     tiny_tokenizer,
 )
-from typer.testing import CliRunner
-
-from peft_spp.cli import app
-from peft_spp.sft import last_complete_checkpoint
-from peft_spp.sft.errors import InputError
-from peft_spp.sft.run import main
-from peft_spp.sft.trainer import CardedSFTTrainer
 
 
 ROWS = [{"text": text} for text in TEXTS]

@@ -16,7 +16,8 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
-from trl_cases import (
+
+from helpers.trl_cases import (
     TEXTS,
     assert_equal,
     assert_zeros_kept,

@@ -14,7 +14,11 @@ from transformers import Trainer
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head, use_adapter
-from trl_cases import (
+
+from peft_spp.tuner import SPPConfig, SPPLayer
+
+from helpers.tiny import randomize
+from helpers.trl_cases import (
     WITH_REFERENCE,
     assert_equal,
     assert_zeros_kept,
@@ -26,10 +30,6 @@ from trl_cases import (
     slow,
     spp_config,
 )
-
-from peft_spp.tuner import SPPConfig, SPPLayer
-
-from tiny import randomize
 
 
 def trained_adapter(folder: Path) -> str:

@@ -9,7 +9,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
-from trl_cases import (
+
+from peft_spp.tuner import SPPLayer
+
+from helpers.trl_cases import (
     TRAINERS,
     assert_equal,
     assert_zeros_kept,
@@ -23,8 +26,6 @@ from trl_cases import (
     spp_config,
     tiny_tokenizer,
 )
-
-from peft_spp.tuner import SPPLayer
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

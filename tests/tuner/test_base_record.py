@@ -15,7 +15,7 @@ from peft_spp.sparsity.base_masks import BaseRecord, relate_checkpoint
 from peft_spp.tuner.config import FORMAT_VERSION
 from peft_spp.tuner.saved_adapter import read_adapter
 
-from tiny import randomize, tiny, tiny_llama
+from helpers.tiny import randomize, tiny, tiny_llama
 
 
 def pruned_llama(seed=0, dtype=torch.float32):

@@ -8,9 +8,9 @@ from peft import PeftModel, get_peft_model
 from peft_spp import SPPConfig
 from peft_spp.functional import Factors
 
-from reference import effective_weight, linear
-from tiny import MLP, randomize, tiny_llama
-from tiny_moe import IDS, MOE, PARAMETERS, oriented_experts, tiny_moe
+from helpers.reference import effective_weight, linear
+from helpers.tiny import MLP, randomize, tiny_llama
+from helpers.tiny_moe import IDS, MOE, PARAMETERS, oriented_experts, tiny_moe
 
 
 # name: configuration, weight

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 
 from peft_spp import SPPConfig
 
-from tiny import MLP, randomize, tiny_llama
+from helpers.tiny import MLP, randomize, tiny_llama
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from peft_spp import SPPConfig, hotswap_adapter
 from peft_spp.compressed import CompressedLinear
 from peft_spp.functional.bitmask import decompress
 
-from tiny import block_linears, prune_, randomize, tiny_llama
+from helpers.tiny import block_linears, prune_, randomize, tiny_llama
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

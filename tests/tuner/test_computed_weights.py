@@ -13,8 +13,8 @@ from peft_spp.tuner.base_record import relate_base
 from peft_spp.tuner.layer import Linear
 from peft_spp.tuner.param_wrapper import ParamWrapper
 
-import reference
-from tiny import MLP, randomize
+from helpers import reference
+from helpers.tiny import MLP, randomize
 
 
 class Half(nn.Module):

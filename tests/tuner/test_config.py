@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 
 from peft_spp import SPPConfig
 
-from tiny import MLP, tiny_llama
+from helpers.tiny import MLP, tiny_llama
 
 
 def test_defaults_are_those_the_authors_ran():

@@ -25,7 +25,7 @@ from peft_spp.interchange import export_adapter
 from peft_spp.merge import merge_checkpoint
 from peft_spp.sft.checkpoints import incompleteness
 
-from tiny import randomize, tiny_llama
+from helpers.tiny import randomize, tiny_llama
 
 
 CONFIG, MASKS, WEIGHTS = "adapter_config.json", "base_masks.json", "adapter_model.safetensors"

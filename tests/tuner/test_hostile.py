@@ -17,7 +17,7 @@ from peft_spp import SPPConfig
 from peft_spp.tuner.config import FORMAT_VERSION
 from peft_spp.tuner.settings import Expression, check_patterns
 
-from tiny import MLP, randomize, tiny, tiny_llama
+from helpers.tiny import MLP, randomize, tiny, tiny_llama
 
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

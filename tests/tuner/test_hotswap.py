@@ -17,8 +17,8 @@ from peft_spp import (
     prepare_model_for_compiled_hotswap,
 )
 
-from tiny import MLP, prune_, randomize, tiny_llama
-from tiny_moe import PARAMETERS, tiny_moe
+from helpers.tiny import MLP, prune_, randomize, tiny_llama
+from helpers.tiny_moe import PARAMETERS, tiny_moe
 
 
 IDS = torch.arange(10).view(1, 10)

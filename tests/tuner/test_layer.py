@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from peft_spp import SPPConfig, SPPLayer
 from peft_spp.functional import Factors
 
-import reference
-from tiny import MLP, randomize, tiny, tiny_llama
+from helpers import reference
+from helpers.tiny import MLP, randomize, tiny, tiny_llama
 
 
 def factors_of(layer, *names):

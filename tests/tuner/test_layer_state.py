@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_spp import SPPConfig
 from peft_spp.tuner.layer import Linear
 
-import reference
+from helpers import reference
 
 
 def built(base=None, config=None, r=2, spp_alpha=3.0, **kwargs):

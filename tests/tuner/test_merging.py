@@ -11,7 +11,7 @@ from torch import nn
 from peft_spp import SPPConfig
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from tiny import MLP, block_linears, is_positive_zero, prune_, randomize, tiny_llama
+from helpers.tiny import MLP, block_linears, is_positive_zero, prune_, randomize, tiny_llama
 
 
 PATTERNS = ["0.5", "0.75", "0.9", "2:4", "4:8", "2:8"]

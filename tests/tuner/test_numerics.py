@@ -8,7 +8,7 @@ from peft import get_peft_model
 from peft_spp import SPPConfig
 from peft_spp.functional.kernels import by_activation
 
-from tiny import block_linears, prune_, randomize, tiny_llama
+from helpers.tiny import block_linears, prune_, randomize, tiny_llama
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

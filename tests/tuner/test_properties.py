@@ -24,8 +24,8 @@ from peft_spp import SPPConfig
 from peft_spp.functional import Factors
 from peft_spp.sparsity import record_mask, satisfies_n_m
 
-import reference
-from tiny import is_positive_zero, prune_
+from helpers import reference
+from helpers.tiny import is_positive_zero, prune_
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

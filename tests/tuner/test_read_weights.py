@@ -13,8 +13,8 @@ from peft_spp import SPPConfig
 from peft_spp.tuner import layer as layer_module
 from peft_spp.tuner.weight_reads import only_describes_weight
 
-import reference
-from tiny import prune_, randomize, tiny
+from helpers import reference
+from helpers.tiny import prune_, randomize, tiny
 
 
 MAMBA = {"vocab_size": 64, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}

@@ -10,7 +10,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Group
 
 from peft_spp import SPPConfig
 
-from tiny import tiny, tiny_llama
+from helpers.tiny import tiny, tiny_llama
 
 
 ENCODER = {

@@ -23,7 +23,7 @@ from torch import nn
 from peft_spp import SPPConfig
 from peft_spp.tuner.adapter_tensors import SAVES_BY_MODULE
 
-from tiny import MLP, randomize, tiny_llama
+from helpers.tiny import MLP, randomize, tiny_llama
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from peft_spp import SPPConfig
 from peft_spp.functional import Factors
 from peft_spp.tuner import ParamWrapper
 
-import reference
-from tiny import MLP, is_positive_zero, randomize, tiny, tiny_llama
-from tiny_moe import IDS, MOE, PARAMETERS, experts, oriented_experts, tiny_moe
+from helpers import reference
+from helpers.tiny import MLP, is_positive_zero, randomize, tiny, tiny_llama
+from helpers.tiny_moe import IDS, MOE, PARAMETERS, experts, oriented_experts, tiny_moe
 
 
 ARCHITECTURES = pytest.mark.parametrize("name", list(MOE))

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_spp import SPPConfig
 from peft_spp.tuner.targets import transformer_block_linear_targets
 
-from tiny import LLAMA, tiny, tiny_llama
+from helpers.tiny import LLAMA, tiny, tiny_llama
 
 
 ENCODER = {

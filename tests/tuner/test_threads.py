@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from peft_spp import SPPConfig
 from peft_spp.tuner.param_wrapper import replaced_parameter
 
-from tiny import MLP, randomize
-from tiny_moe import IDS, PARAMETERS, tiny_moe
+from helpers.tiny import MLP, randomize
+from helpers.tiny_moe import IDS, PARAMETERS, tiny_moe
 
 
 class Meeting:

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from peft_spp import SPPConfig
 
-from tiny import MLP
+from helpers.tiny import MLP
 
 
 class Stack(nn.Module):

@@ -21,9 +21,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from peft_spp import SPPConfig, hotswap_adapter
 from peft_spp.tuner import Linear
 
-from tiny import MLP, prune_, randomize
-from tiny_moe import IDS as MOE_IDS
-from tiny_moe import PARAMETERS, tiny_moe
+from helpers.tiny import MLP, prune_, randomize
+from helpers.tiny_moe import IDS as MOE_IDS
+from helpers.tiny_moe import PARAMETERS, tiny_moe
 
 
 class Block(nn.Module):

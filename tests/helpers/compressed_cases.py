@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tiny import block_linears, prune_, tiny_llama
+from helpers.tiny import block_linears, prune_, tiny_llama
 
 
 IDS = torch.arange(24).view(2, 12)

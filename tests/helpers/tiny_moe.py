@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tiny import prune_, tiny
+from helpers.tiny import prune_, tiny
 
 
 _SETTINGS = {

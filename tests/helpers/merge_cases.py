@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_spp import SPPConfig
 
-from tiny import prune_, randomize, tiny, tiny_llama
+from helpers.tiny import prune_, randomize, tiny, tiny_llama
 
 
 GPT2 = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import transformers
-from model_settings import SETTINGS, merged
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
+
+from helpers.model_settings import SETTINGS, merged
 
 
 # Larger ones are not tiny: the shrinking missed a setting.

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_spp.compressed import CompressedLinear
 
-from tiny import prune_, tiny_llama
+from helpers.tiny import prune_, tiny_llama
 
 
 IN, OUT = 128, 64

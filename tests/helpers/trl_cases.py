@@ -29,7 +29,7 @@ from trl import (
 from peft_spp import SPPConfig
 from peft_spp.demo.data import train_tokenizer
 
-from tiny import block_linears, is_positive_zero, prune_, tiny
+from helpers.tiny import block_linears, is_positive_zero, prune_, tiny
 
 
 TRAINERS: dict[str, tuple[type[Trainer], type]] = {

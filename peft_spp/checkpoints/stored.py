@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tensors are listed, those of files and those in memory alike."""
+"""A tensor that is not read yet, as a file, a state dict or a model lists it."""
 
 from __future__ import annotations
 
