@@ -44,7 +44,7 @@ class PlainData:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, PlainData):
+    if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}

@@ -11,7 +11,17 @@ import griffe
 
 
 # the packages whose public names the reference describes, the shortest path to a name first
-PACKAGES = ("functional", "sparsity", "merge", "pruning", "interchange", "inspection", "inference", "tuner")
+PACKAGES = (
+    "functional",
+    "sparsity",
+    "merge",
+    "pruning",
+    "interchange",
+    "inspection",
+    "inference",
+    "compressed",
+    "tuner",
+)
 LINK = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 # "name (`type`, *optional*, defaults to `0`): ..." and, of what is returned, "`type`: ..."; signatures have defaults
 PARAMETER = re.compile(r"^(\s*\**\w+ )\((.+?)(?:, [*`]optional[*`].*?)?\):", re.MULTILINE)

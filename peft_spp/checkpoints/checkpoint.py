@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .compressed_tensor import CompressedTensor, find_compressed
 from .layout import Layout
+from .old_compressed_files import sparse_format
 from .own_files import CARD
 from .safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
 from .tensor_file import StoredTensor, TensorFile, open_tensor_file
@@ -48,7 +50,7 @@ class Checkpoint:
         config (`Mapping[str, Any]`): The content of its `config.json`, empty if there is none.
         files (`tuple[TensorFile, ...]`): Its weight files.
         tensors (`Mapping[str, StoredTensor]`): Its tensors, by name; of a compressed weight, values and bitmask.
-        compressed (`Mapping[str, CompressedTensor]`): Its compressed weights, by the name of their values.
+        compressed (`Mapping[str, CompressedTensor]`): Its compressed weights, by name.
         carried (`tuple[Path, ...]`): The other files of the model, relative to the folder.
         left_out (`tuple[Path, ...]`): Weights in the folder that are not part of the checkpoint, relative to it.
     """
@@ -64,19 +66,15 @@ class Checkpoint:
     @property
     def layout(self) -> Layout:
         """Tells which weights are stored `(in, out)`."""
-        return Layout({name: self.weight(name).shape for name in self.tensors}, self.config, conv1d=None)
+        return Layout({name: one.shape for name, one in self.dense.items()}, self.config, conv1d=None)
 
-    def weight(self, name: str) -> StoredTensor | CompressedTensor:
-        """
-        A tensor in its dense shape.
-
-        Args:
-            name (`str`): Its name.
-
-        Returns:
-            `StoredTensor` or `CompressedTensor`: The tensor.
-        """
-        return self.compressed.get(name) or self.tensors[name]
+    @cached_property
+    def dense(self) -> dict[str, StoredTensor | CompressedTensor]:
+        """The tensors as they are without compression, by name, in the order of the files."""
+        by_values = {one.values.name: one for one in self.compressed.values()}
+        parts = {name for one in by_values.values() for name in (one.bitmask.name, *one.unread)}
+        found = (by_values.get(name, tensor) for name, tensor in self.tensors.items() if name not in parts)
+        return {one.name: one for one in found}
 
     @property
     def copies(self) -> dict[Path, Path]:
@@ -107,8 +105,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files = tuple(open_tensor_file(path, listed) for path, listed in read_headers(listing.files).items())
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     carried, left_out = _other_files(folder, {file.path for file in files}, listing.index)
-    compressed = find_compressed(tensors, [file.path for file in files])
-    return Checkpoint(folder, read_config(folder), files, tensors, compressed, tuple(carried), tuple(left_out))
+    config = read_config(folder)
+    is_old = sparse_format(config) is not None
+    compressed = find_compressed(tensors, [file.path for file in files], is_old=is_old)
+    return Checkpoint(folder, config, files, tensors, compressed, tuple(carried), tuple(left_out))
 
 
 def _other_files(folder: Path, weights: set[Path], index: Path | None) -> tuple[list[Path], list[Path]]:

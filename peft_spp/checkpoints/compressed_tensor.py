@@ -14,6 +14,7 @@ from ..functional.bitmask import Compressed
 from ..functional.compressed import decompress
 from .compressed_files import bitmask_of, compressed_shapes, join
 from .file_bytes import read_bytes
+from .old_compressed_files import find_parts, join_parts, read_shape
 from .tensor_file import StoredTensor
 
 
@@ -25,16 +26,17 @@ class CompressedTensor:
         values (`StoredTensor`): The values.
         bitmask (`StoredTensor`): The bitmask.
         shape (`tuple[int, ...]`): The shape of the weight.
+        name (`str`): Its name.
+        old (`bool`): Whether it is in a format that compressed-tensors had.
+        unread (`tuple[str, ...]`): The names of other tensors that belong to it.
     """
 
     values: StoredTensor
     bitmask: StoredTensor
     shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """The name of the weight."""
-        return self.values.name
+    name: str
+    old: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -49,7 +51,7 @@ class CompressedTensor:
     def load_compressed(self) -> Compressed:
         """Read the weight as it is stored; a `ValueError` if values and bitmask do not fit each other."""
         bits = read_bytes(self.bitmask.file, self.bitmask.start, self.bitmask.stop).view(self.bitmask.shape)
-        return join(self.name, self.values.load(), bits, self.shape)
+        return (join_parts if self.old else join)(self.name, self.values.load(), bits, self.shape)
 
     def load(self) -> Tensor:
         """Read the dense weight."""
@@ -60,20 +62,31 @@ class CompressedTensor:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}, compressed"
 
 
-def find_compressed(tensors: Mapping[str, StoredTensor], files: Iterable[Path]) -> dict[str, CompressedTensor]:
+def find_compressed(
+    tensors: Mapping[str, StoredTensor], files: Iterable[Path], *, is_old: bool = False
+) -> dict[str, CompressedTensor]:
     """
     Find the compressed weights of a checkpoint.
 
     Args:
         tensors (`Mapping[str, StoredTensor]`): Its tensors, by name.
         files (`Iterable[Path]`): Its files.
+        is_old (`bool`): Whether it is in a format that compressed-tensors had.
 
     Returns:
-        `dict[str, CompressedTensor]`: The weights, by the name of their values.
+        `dict[str, CompressedTensor]`: The weights, by name.
 
     Raises:
         ValueError: See [`compressed_shapes`].
     """
+    if is_old:
+        found = {}
+        for name, parts in find_parts(tensors).items():
+            shape = read_shape(tensors[parts.shape].file, parts.shape)
+            found[name] = CompressedTensor(
+                tensors[parts.values], tensors[parts.bitmask], shape, name, True, (parts.shape, *parts.unread)
+            )
+        return found
     if not any(name.endswith(".bitmask") for name in tensors):
         return {}
     shapes = compressed_shapes(
@@ -81,4 +94,6 @@ def find_compressed(tensors: Mapping[str, StoredTensor], files: Iterable[Path]) 
         {name: one.dtype for name, one in tensors.items()},
         files,
     )
-    return {name: CompressedTensor(tensors[name], tensors[bitmask_of(name)], shape) for name, shape in shapes.items()}
+    return {
+        name: CompressedTensor(tensors[name], tensors[bitmask_of(name)], shape, name) for name, shape in shapes.items()
+    }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .compressed_files import with_dense_weights
 from .file_bytes import byte_ranges, read_bytes
+from .old_compressed_files import sparse_format, with_old_weights
 from .stored import Stored
 
 
@@ -71,8 +72,10 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
         folder, listing = path.parent, {path: None}
     else:
         raise FileNotFoundError(f"there is no file or folder {path} (models are not downloaded: give a local path)")
-    stored = with_dense_weights(read_headers(listing))
-    return str(path), iter(sorted(stored, key=_by_number)), read_config(folder)
+    config = read_config(folder)
+    headers = read_headers(listing)
+    stored = with_old_weights(headers) if sparse_format(config) else with_dense_weights(headers)
+    return str(path), iter(sorted(stored, key=_by_number)), config
 
 
 def _by_number(one: Stored) -> list[tuple[int, str]]:

@@ -4,8 +4,21 @@
 from .config import BitmaskConfig
 from .in_memory import compress, decompress
 from .layer import CompressedLinear
+from .on_disk import compress_checkpoint, decompress_checkpoint
 from .quantizer import BitmaskHfQuantizer
 from .registration import register
+from .report import CompressedModule, CompressionReport
 
 
-__all__ = ["BitmaskConfig", "BitmaskHfQuantizer", "CompressedLinear", "compress", "decompress", "register"]
+__all__ = [
+    "BitmaskConfig",
+    "BitmaskHfQuantizer",
+    "CompressedLinear",
+    "CompressedModule",
+    "CompressionReport",
+    "compress",
+    "compress_checkpoint",
+    "decompress",
+    "decompress_checkpoint",
+    "register",
+]

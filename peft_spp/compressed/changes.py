@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_files import COLUMNS, bitmask_of, columns_text, read_metadata
+from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.own_files import CARD, CONFIG
 from ..checkpoints.safetensors_files import INDEX_SUFFIX, read_json
 from ..checkpoints.tensor_file import StoredTensor
@@ -22,7 +23,7 @@ from ..checkpoints.writing import NewTensor, computed, copied
 from ..functional.bitmask import bitmask_bytes, count_stored
 from ..functional.compressed import compress
 from .config import BitmaskConfig
-from .models_on_disk import find_layers
+from .models_on_disk import find_layers, plain_config
 from .report import CompressedModule, CompressionReport
 from .selection import why_not_worth_it
 
@@ -123,8 +124,9 @@ class Change:
             bytes_after=self.size,
         )
 
-    def record(self, name: str, weight: StoredTensor, shape: tuple[int, ...], stored: int, itemsize: int) -> None:
+    def record(self, name: str, weight: StoredTensor | CompressedTensor, stored: int) -> None:
         """Add a layer to the report."""
+        shape, itemsize = weight.shape, _floating(weight).itemsize
         *rows, columns = shape
         self.modules[name] = CompressedModule(
             name=name,
@@ -156,14 +158,15 @@ class Compressing(Change):
                 self.kept[name] = reason
                 continue
             self._stored[weight.name] = stored
-            self.record(name, weight, weight.shape, stored, dense.dtype.itemsize)
+            self.record(name, weight, stored)
 
     def tensors(self, file: Path) -> list[NewTensor]:
-        tensors = [one for one in self.checkpoint.tensors.values() if one.file == file]
         bitmasks, others = [], []
-        for one in tensors:
+        for one in self.checkpoint.dense.values():
+            if one.file != file:
+                continue
             if one.name not in self._stored:
-                others.append(copied(one))
+                others.append(_dense(one))
                 continue
             rows, n = one.shape
             shape = (rows, bitmask_bytes(n))
@@ -174,12 +177,12 @@ class Compressing(Change):
         return [*bitmasks, *others]
 
     def metadata(self, file: Path) -> dict[str, str]:
-        columns = {name: self.checkpoint.tensors[name].shape[1] for name in self._stored}
+        columns = {name: self.checkpoint.dense[name].shape[1] for name in self._stored}
         return {**read_metadata(file), **({COLUMNS: columns_text(columns)} if columns else {})}
 
     def config(self) -> dict[str, Any]:
         config = BitmaskConfig(list(self.kept), self._config.min_sparsity)
-        return {**self.checkpoint.config, "quantization_config": config.to_dict()}
+        return {**plain_config(self.checkpoint), "quantization_config": config.to_dict()}
 
     def card(self, text: str) -> str:
         return text + NOTE
@@ -193,25 +196,12 @@ class Decompressing(Change):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         if not checkpoint.compressed:
-            raise ValueError(f"the model in {checkpoint.folder} is not compressed: it has no bitmask")
+            raise ValueError(f"the model in {checkpoint.folder} is not compressed: none of its weights has a bitmask")
         for name, weight in checkpoint.compressed.items():
-            dtype = _floating(weight.values)
-            self.record(
-                name.removesuffix(".weight"), weight.values, weight.shape, weight.values.shape[0], dtype.itemsize
-            )
+            self.record(name.removesuffix(".weight"), weight, math.prod(weight.values.shape))
 
     def tensors(self, file: Path) -> list[NewTensor]:
-        compressed = self.checkpoint.compressed
-        bitmasks = {weight.bitmask.name for weight in compressed.values()}
-        tensors = []
-        for one in self.checkpoint.tensors.values():
-            if one.file != file or one.name in bitmasks:
-                continue
-            weight = compressed.get(one.name)
-            tensors.append(
-                copied(one) if weight is None else computed(one.name, _floating(one), weight.shape, weight.load)
-            )
-        return tensors
+        return [_dense(one) for one in self.checkpoint.dense.values() if one.file == file]
 
     def metadata(self, file: Path) -> dict[str, str]:
         metadata = read_metadata(file)
@@ -219,18 +209,24 @@ class Decompressing(Change):
         return metadata
 
     def config(self) -> dict[str, Any]:
-        return {name: value for name, value in self.checkpoint.config.items() if name != "quantization_config"}
+        return plain_config(self.checkpoint)
 
     def card(self, text: str) -> str:
         return text.replace(NOTE, "", 1)
 
 
-def _floating(tensor: StoredTensor) -> torch.dtype:
+def _floating(tensor: StoredTensor | CompressedTensor) -> torch.dtype:
     if not isinstance(tensor.dtype, torch.dtype):
         raise ValueError(f"tensor {tensor.name!r} of {tensor.file} is {tensor.describe()}, which is not floating")
     return tensor.dtype
 
 
-def _part(weight: StoredTensor, part: str) -> Tensor:
+def _part(weight: StoredTensor | CompressedTensor, part: str) -> Tensor:
     tensor: Tensor = getattr(compress(weight.load()), part)
     return tensor
+
+
+def _dense(tensor: StoredTensor | CompressedTensor) -> NewTensor:
+    if isinstance(tensor, StoredTensor):
+        return copied(tensor)
+    return computed(tensor.name, _floating(tensor), tensor.shape, tensor.load)

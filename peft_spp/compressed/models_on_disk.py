@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .config import METHOD
@@ -24,7 +25,7 @@ INSTEAD = "Load the model with from_pretrained and quantization_config=BitmaskCo
 
 def find_layers(
     checkpoint: Checkpoint, skip: Sequence[str] | None = None
-) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+) -> tuple[dict[str, StoredTensor | CompressedTensor], dict[str, str]]:
     """
     Find what can be compressed, by the names that Transformers gives the tensors when it loads the model.
 
@@ -33,8 +34,8 @@ def find_layers(
         skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
 
     Returns:
-        `tuple[dict[str, StoredTensor], dict[str, str]]`: The weight of each layer, by the layer's name in the model,
-        and for each other linear layer why not.
+        `tuple[dict[str, StoredTensor | CompressedTensor], dict[str, str]]`: The weight of each layer, by the layer's
+        name in the model, and for each other linear layer why not.
 
     Raises:
         ValueError: If the model is quantized or compressed already, or Transformers cannot build it.
@@ -45,8 +46,8 @@ def find_layers(
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     state = model.state_dict()
-    found: dict[str, StoredTensor] = {}
-    for name, tensor in checkpoint.tensors.items():
+    found: dict[str, StoredTensor | CompressedTensor] = {}
+    for name, tensor in checkpoint.dense.items():
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         module = renamed.removesuffix(".weight")
         if pattern is None and module in layers and renamed != module and tensor.shape == tuple(state[renamed].shape):
@@ -59,10 +60,27 @@ def find_layers(
     return {name: found[name] for name in layers if name in found}, kept
 
 
+def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """
+    The configuration of a checkpoint without what it says of compression.
+
+    Args:
+        checkpoint (`Checkpoint`): The checkpoint.
+
+    Returns:
+        `dict[str, Any]`: The configuration.
+    """
+    said = ("quantization_config", "compression_config", "sparsity_config") if checkpoint.compressed else ()
+    return {name: value for name, value in checkpoint.config.items() if name not in said}
+
+
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     folder, config = checkpoint.folder, checkpoint.config
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if (isinstance(quantization, dict) and quantization.get("quant_method") == METHOD) or checkpoint.compressed:
+    is_old = any(one.old for one in checkpoint.compressed.values())
+    quantization = None if is_old else config.get("quantization_config") or config.get("compression_config")
+    if (isinstance(quantization, dict) and quantization.get("quant_method") == METHOD) or (
+        checkpoint.compressed and not is_old
+    ):
         raise ValueError(f"the model in {folder} is compressed already")
     if quantization is not None:
         raise ValueError(f"the model in {folder} is quantized: only float32, bfloat16 and float16 can be compressed")

@@ -72,13 +72,13 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     layout = checkpoint.layout
     merges = {}
     for name, module in adapter.modules.items():
-        weight = checkpoint.weight(found[f"{name}.weight"])
+        weight = checkpoint.dense[found[f"{name}.weight"]]
         square_is_transposed = layout.is_transposed(weight.name.removesuffix(".weight"), len(weight.shape))
         transposed = _is_transposed(weight, module, square_is_transposed, adapter)
         merges[weight.name] = Merge(weight, module, transposed)
     replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
     for name, tensor in replaced.items():
-        _check_same_kind(checkpoint.weight(name), tensor)
+        _check_same_kind(checkpoint.dense[name], tensor)
     return Plan(merges, replaced)
 
 
@@ -88,7 +88,7 @@ def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) ->
     The body of a model (`LlamaModel`) is saved without the prefix that its tensors have in the whole model
     (`LlamaForCausalLM`), and Transformers loads either from either.
     """
-    stored = checkpoint.tensors
+    stored = checkpoint.dense
     missing = [name for name in wanted if name not in stored]
     if not missing:
         return {name: name for name in wanted}
@@ -118,6 +118,10 @@ def _is_transposed(
     weight: StoredTensor | CompressedTensor, module: AdaptedModule, square_is_transposed: bool, adapter: Adapter
 ) -> bool:
     where = f"tensor {weight.name!r} of {weight.file}"
+    if isinstance(weight, CompressedTensor) and weight.old:
+        raise ValueError(
+            f"{where} is in a format of compressed-tensors: run `peft-spp decompress` or `compress` first"
+        )
     if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(
             f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The sparse formats that compressed-tensors had until it removed them (its pull request 610).
+
+A weight is four tensors of its module (in older files, of its weight): `compressed` with the values row by row,
+`bitmask` with a bit a place, the lowest first and rows padded to bytes, `shape`, and in "sparse-bitmask"
+`row_offsets`, which are not read. In "sparse-24-bitmask" the values are a matrix of half the columns. See
+`sparse_bitmask.py` and `sparse_24_bitmask.py` of compressed-tensors 0.8 to 0.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional.bitmask import Compressed, bitmask_bytes
+from ..functional.compressed import decompress
+from .compressed_files import join
+from .file_bytes import byte_ranges, read_bytes
+from .stored import Stored
+
+
+FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
+
+_VALUES, _BITMASK, _SHAPE, _OFFSETS = ".compressed", ".bitmask", ".shape", ".row_offsets"
+
+
+class Parts(NamedTuple):
+    """The tensors of one weight, by their names.
+
+    Args:
+        values (`str`): The values.
+        bitmask (`str`): The bitmask.
+        shape (`str`): The shape.
+        unread (`tuple[str, ...]`): What is not read.
+    """
+
+    values: str
+    bitmask: str
+    shape: str
+    unread: tuple[str, ...]
+
+
+def sparse_format(config: Mapping[str, Any]) -> str | None:
+    """
+    Which of the formats a checkpoint is in.
+
+    Args:
+        config (`Mapping[str, Any]`): The content of its `config.json`.
+
+    Returns:
+        `str` or `None`: The format, or `None` if it is not a sparse checkpoint of compressed-tensors.
+
+    Raises:
+        ValueError: If it is one that cannot be read: of another format, or with quantized values.
+    """
+    for key in ("quantization_config", "compression_config", "sparsity_config"):
+        outer = config.get(key)
+        if not isinstance(outer, Mapping):
+            continue
+        sparsity = outer if key == "sparsity_config" else outer.get("sparsity_config")
+        if not isinstance(sparsity, Mapping) or sparsity.get("format") in (None, "dense"):
+            continue
+        name = sparsity["format"]
+        if name not in FORMATS:
+            raise ValueError(
+                f"config.json: {key} has the sparsity format {name!r} of compressed-tensors, and only "
+                f"{', '.join(FORMATS)} are read"
+            )
+        values = outer.get("format")
+        if key != "sparsity_config" and (outer.get("config_groups") or values not in (None, "dense", name)):
+            raise ValueError(
+                f"config.json: {key} combines the sparsity format {name!r} with quantized values"
+                f"{f' ({values})' if values else ''}, which is not read. Load the model with a version of "
+                "compressed-tensors that still does (0.13 or older), and save it dense"
+            )
+        return str(name)
+    return None
+
+
+def find_parts(names: Collection[str]) -> dict[str, Parts]:
+    """
+    Find the weights in these formats.
+
+    Args:
+        names (`Collection[str]`): The names of all tensors of a checkpoint.
+
+    Returns:
+        `dict[str, Parts]`: The tensors of each weight, by its name.
+
+    Raises:
+        ValueError: If one of a weight's tensors is missing.
+    """
+    found = {}
+    for name in names:
+        if not name.endswith(_VALUES):
+            continue
+        module = name.removesuffix(_VALUES)
+        bitmask, shape = module + _BITMASK, module + _SHAPE
+        for one in (bitmask, shape):
+            if one not in names:
+                raise ValueError(f"tensor {name!r} is compressed, and {one!r} is not there")
+        offsets = module + _OFFSETS
+        weight = f"{module.removesuffix('.weight')}.weight"
+        found[weight] = Parts(name, bitmask, shape, (offsets,) if offsets in names else ())
+    return found
+
+
+def read_shape(file: Path, name: str) -> tuple[int, int]:
+    """
+    Read the shape of a weight.
+
+    Args:
+        file (`Path`): The file that holds it.
+        name (`str`): The name of the tensor.
+
+    Returns:
+        `tuple[int, int]`: The shape.
+
+    Raises:
+        ValueError: If it is not two numbers that can be one.
+    """
+    start, stop = byte_ranges(file)[name]
+    numbers = read_bytes(file, start, stop).view(torch.int64).tolist() if stop - start == 16 else []
+    if len(numbers) != 2 or min(numbers) < 1 or max(numbers) >= 1 << 31:
+        raise ValueError(f"tensor {name!r} of {file} must be the two sizes of a weight, as int64, and is {numbers}")
+    return numbers[0], numbers[1]
+
+
+def join_parts(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...]) -> Compressed:
+    """
+    Make a compressed weight of what was read from files.
+
+    Args:
+        name (`str`): What to call it in an error.
+        values (`torch.Tensor`): Its values, a vector or a matrix.
+        bitmask (`torch.Tensor`): Its bitmask, uint8, rows padded to bytes.
+        shape (`tuple[int, ...]`): Its shape.
+
+    Returns:
+        [`Compressed`]: The weight.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
+    rows, n = shape
+    expected = (rows, -(-n // 8))
+    if tuple(bitmask.shape) != expected:
+        raise ValueError(
+            f"{name}: the bitmask has shape {tuple(bitmask.shape)}, and a weight of {shape} one of {expected}"
+        )
+    padded = torch.nn.functional.pad(bitmask, (0, bitmask_bytes(n) - expected[1]))
+    return join(name, values.flatten(), padded, shape)
+
+
+def with_old_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
+    """
+    List the tensors of a checkpoint in these formats as if it were dense.
+
+    Args:
+        listed (`Mapping[Path, list[Stored]]`): The tensors of each file.
+
+    Returns:
+        `list[Stored]`: The tensors, with each compressed weight in its dense shape.
+
+    Raises:
+        ValueError: If a compressed weight cannot be read.
+    """
+    tensors = {one.key: (file, one) for file, stored in listed.items() for one in stored}
+    for name, parts in find_parts(tensors).items():
+        (_, values), (file, bitmask), (shape_file, _) = (tensors.pop(one) for one in parts[:3])
+        for one in parts.unread:
+            del tensors[one]
+        shape = read_shape(shape_file, parts.shape)
+        load = partial(_load, name, file, bitmask, values, shape)
+        tensors[name] = (file, Stored(name, shape, values.dtype, load))
+    return [one for _, one in tensors.values()]
+
+
+def _load(name: str, file: Path, bitmask: Stored, values: Stored, shape: tuple[int, ...]) -> Tensor:
+    bits = read_bytes(file, *byte_ranges(file)[bitmask.key]).view(bitmask.shape)
+    return decompress(join_parts(name, values.load(), bits, shape))

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse checkpoints as compressed-tensors wrote them until it removed these formats, made from what it published."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from peft_spp.cli import app
+from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
+from peft_spp.sparsity import compare_sparsity, sparsity_report
+
+from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
+from helpers.tiny import block_linears
+
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def packed(mask):
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+
+
+def sparse_bitmask(weight):
+    mask = weight != 0
+    counts = mask.sum(-1)
+    return {
+        "shape": torch.tensor(weight.shape),
+        "compressed": weight[mask],
+        "bitmask": packed(mask),
+        "row_offsets": torch.cumsum(counts, 0) - counts,
+    }
+
+
+def sparse_24_bitmask(weight):
+    # exactly two of four, the largest, whether they are zero or not
+    groups = weight.reshape(-1, 4)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, dim=1).indices, True)
+    mask = mask.reshape(weight.shape)
+    return {
+        "shape": torch.tensor(weight.shape).reshape(-1, 1),
+        "compressed": weight[mask].reshape(len(weight), -1),
+        "bitmask": packed(mask),
+    }
+
+
+FORMATS = {"sparse-bitmask": (sparse_bitmask, "0.6"), "sparse-24-bitmask": (sparse_24_bitmask, "2:4")}
+
+
+def write(folder, name, dtype=torch.float32, key="quantization_config", suffix="", **more):
+    """Write a model in an old format, and return what its tensors have to be."""
+    make, pattern = FORMATS.get(name, FORMATS["sparse-bitmask"])
+    model = pruned_llama(dtype, pattern, hidden_size=36, intermediate_size=52, num_attention_heads=2)
+    expected = {one: tensor.detach().clone() for one, tensor in model.state_dict().items()}
+    tensors = dict(expected)
+    for one in block_linears(model):
+        weight = expected[f"{one}.weight"]
+        # a -0.0 is not stored in these formats, and of four values two
+        weight[0, :4] = torch.tensor([0.0, 0.5, 0.0, 0.0])
+        weight[weight == 0] = 0.0
+        del tensors[f"{one}.weight"]
+        tensors |= {f"{one}{suffix}.{part}": tensor for part, tensor in make(weight).items()}
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    sparsity = {"format": name, "sparsity_structure": "unstructured", "global_sparsity": 0.5}
+    inside = {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity, **more}
+    config[key] = sparsity if key == "sparsity_config" else inside
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(
+        {one: tensor.contiguous() for one, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])
+def test_both_commands_read_them(tmp_path, name, dtype, suffix, key):
+    expected = write(tmp_path / "old", name, dtype, key, suffix)
+    result = run("decompress", tmp_path / "old", tmp_path / "dense", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads(result.stdout)["modules"]) == 21
+    assert same_tensors(tensors_of(tmp_path / "dense"), expected)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not {"quantization_config", "compression_config", "sparsity_config"} & config.keys()
+    assert run("compress", tmp_path / "old", tmp_path / "small").exit_code == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    assert same_tensors(loaded.dequantize().state_dict(), expected)
+    decompress_checkpoint(tmp_path / "small", tmp_path / "again")
+    assert same_tensors(tensors_of(tmp_path / "again"), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_reports_read_them_and_other_tools_say_what_to_do(tmp_path, name):
+    write(tmp_path / "old", name)
+    decompress_checkpoint(tmp_path / "old", tmp_path / "dense")
+    reports = [sparsity_report(tmp_path / one) for one in ("old", "dense")]
+    assert [vars(one) for one in reports[0]] == [vars(one) for one in reports[1]]
+    assert compare_sparsity(tmp_path / "old", tmp_path / "dense").kept
+    result = run("prune", tmp_path / "old", tmp_path / "pruned", "--method", "magnitude", "--sparsity", "0.7")
+    assert result.exit_code == 2
+    assert "decompress" in result.stderr
+
+
+def test_offsets_in_the_file_are_not_read(tmp_path):
+    expected = write(tmp_path / "old", "sparse-bitmask")
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    for one in tensors:
+        if one.endswith("row_offsets"):
+            tensors[one] = torch.full_like(tensors[one], 1 << 50)
+    save_file(tensors, file)
+    decompress_checkpoint(tmp_path / "old", tmp_path / "dense")
+    assert same_tensors(tensors_of(tmp_path / "dense"), expected)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "more", "message"),
+    [
+        ("marlin-24", {}, "'marlin-24'"),
+        ("sparse-bitmask", {"config_groups": {"group_0": {}}}, "quantized values"),
+        ("sparse-24-bitmask", {"format": "float-quantized"}, "float-quantized"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message):
+    write(tmp_path / "old", format_name, **more)
+    for command in ("decompress", "compress", "inspect"):
+        out = () if command == "inspect" else (tmp_path / "out",)
+        result = run(command, tmp_path / "old", *out)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["values", "bitmask", "narrow", "shape", "negative", "huge", "missing", "beyond"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, damage):
+    write(tmp_path / "old", name)
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    values, bitmask, shape = (f"{NAME}.{part}" for part in ("compressed", "bitmask", "shape"))
+    if damage == "values":
+        tensors[values] = tensors[values][1:].clone()
+    elif damage == "bitmask":
+        tensors[bitmask][5, 2] = 255
+    elif damage == "narrow":
+        tensors[bitmask] = tensors[bitmask][:, 1:].clone()
+    elif damage == "shape":
+        tensors[shape] = torch.tensor([36, 52, 1])
+    elif damage == "negative":
+        tensors[shape] = torch.tensor([-36, -52])
+    elif damage == "huge":
+        tensors[shape] = torch.tensor([1 << 62, 4])
+    elif damage == "missing":
+        del tensors[bitmask]
+    else:
+        tensors[bitmask][5, -1] |= 128
+    save_file(tensors, file)
+    result = run("decompress", tmp_path / "old", tmp_path / "out")
+    assert result.exit_code == 2
+    assert NAME in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_an_old_model_counts_its_bytes(tmp_path):
+    write(tmp_path / "old", "sparse-bitmask", torch.bfloat16)
+    report = compress_checkpoint(tmp_path / "old", tmp_path / "small")
+    assert report.kept == {"lm_head": "left out"}
+    stored = load_file(tmp_path / "old" / "model.safetensors")
+    assert report.bytes_before == sum(one.numel() * one.element_size() for one in stored.values())
