@@ -143,7 +143,7 @@ class SPPModel(BaseTuner):
         config = cast(SPPConfig, self.peft_config[adapter_name])
         self._leave_to_others(config, adapter_name)
         check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
-        check_can_be_saved(model, config, adapter_name, self.peft_config)
+        check_can_be_saved(model, adapter_name)
         # A target that cannot be adapted is found when the walk over the model comes to it. What was done up to there
         # is undone, so that a failed call leaves the model as it was.
         injection = self._injection = Injection(model, adapter_name)
@@ -339,8 +339,7 @@ class SPPModel(BaseTuner):
             # a wrapper inside of it would be saved under names that no other model has
             raise ValueError(
                 f"{current_key!r} is inside a wrapper that an adapter with other `target_parameters` has left. Call "
-                "`unload()` and add the adapter to the base model. (PEFT before version 0.20 takes one adapter with "
-                "`target_parameters` only.)"
+                "`unload()` and add the adapter to the base model."
             )
 
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
