@@ -24,7 +24,8 @@ from .tuner.saving import save_durably
 METHOD = "spp"
 MEMBER = METHOD.upper()
 PREFIX = f"{METHOD}_"
-MIN_PEFT, BELOW_PEFT = "0.19", "0.22"
+# from 0.21 on, PEFT lets a method name and check the tensors that it saves and loads
+MIN_PEFT, BELOW_PEFT = "0.21", "0.22"
 
 
 def register(config_cls: type, model_cls: type) -> None:

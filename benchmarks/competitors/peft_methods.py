@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from peft_spp import SPPConfig, compress
@@ -29,9 +29,6 @@ def adapt_lora(model: nn.Module) -> nn.Module:
 @competitor("hira", Style("HiRA, r=32", ORANGE, "^"))
 def adapt_hira(model: nn.Module) -> nn.Module:
     """PEFT's HiRA, r = 32 (its default), no dropout: W' = W ⊙ (1 + B A), by a second matmul with W ⊙ (B A)."""
-    # not at the top: PEFT 0.19 has no HiRA, and the other methods work with it
-    from peft import HiraConfig
-
     return get_peft_model(model, HiraConfig(r=32, target_modules=block_linear_suffixes(model)))  # type: ignore[arg-type]
 
 

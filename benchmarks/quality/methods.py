@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -159,9 +159,6 @@ def spp_positive_config(model: PreTrainedModel, options: Mapping[str, Any]) -> S
 
 def hira_config(model: PreTrainedModel, options: Mapping[str, Any]) -> PeftConfig:
     """PEFT's HiRA, r = 32 by default."""
-    # not at the top: PEFT 0.19 has no HiRA, and the other methods work with it
-    from peft import HiraConfig
-
     return HiraConfig(
         task_type="CAUSAL_LM",
         r=options.get("r", RANKS["hira"]),

@@ -31,7 +31,7 @@ def export(
     """
     Write an SPP adapter as one of another PEFT method, which plain PEFT loads.
 
-    It computes the same. As HiRA it needs PEFT 0.20, and takes r · (m + n) numbers a layer instead of r · n + m.
+    It computes the same. As HiRA it takes r · (m + n) numbers a layer instead of r · n + m.
     """
     from ..interchange import export_adapter
 

@@ -18,7 +18,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import HiraConfig, PeftConfig
 
 from ..functional import row_block_index
 from ..functional.factors import compute_dtype
@@ -108,10 +108,6 @@ def _hira_factors(module: AdaptedModule, rank: int) -> tuple[torch.Tensor, torch
 
 
 def _hira_config(config: SPPConfig, rank: int) -> PeftConfig:
-    try:
-        from peft import HiraConfig
-    except ImportError as error:
-        raise ImportError("this PEFT has no HiRA: run `pip install 'peft>=0.20'` to export to it") from error
     settings: dict[str, Any] = {name: getattr(config, name) for name in _SAME}
     hira_config: PeftConfig = HiraConfig(r=rank, hira_dropout=config.spp_dropout, **settings)
     return hira_config

@@ -11,9 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -27,9 +25,6 @@ from .module_names import ModuleNames, own_modules
 if TYPE_CHECKING:
     from .config import SPPConfig
 
-
-SAVES_BY_MODULE = Version("0.21")
-"""The first PEFT that lets a method select its tensors, and saves the biases that other methods than LoRA train."""
 
 BY_ADAPTER = frozenset(
     {
@@ -283,36 +278,20 @@ def _module_parts(model: nn.Module) -> set[str]:
     }
 
 
-def check_can_be_saved(model: nn.Module, config: SPPConfig, adapter_name: str, names: Collection[str]) -> None:
+def check_can_be_saved(model: nn.Module, adapter_name: str) -> None:
     """
-    Refuse to add an adapter that the installed PEFT would not save as a whole.
+    Refuse to add an adapter that PEFT would not save as a whole.
 
     Args:
         model (`nn.Module`): The base model.
-        config (`SPPConfig`): The configuration of the new adapter.
-        adapter_name (`str`): Its name.
-        names (`Collection[str]`): The names of all adapters.
+        adapter_name (`str`): The name of the new adapter.
 
     Raises:
-        ValueError: If the adapter has the name of a parameter; or biases are trained, or an adapter has the name of a
-            module, and PEFT is older than 0.21.
+        ValueError: If the adapter has the name of a parameter, of a wrapper or of a part of an adapted layer.
     """
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     if adapter_name in BY_ADAPTER.union(WRAPPER_PARTS, parameters, ["base_layer"]):
         raise ValueError(
             f"An adapter cannot have the name {adapter_name!r}, which is that of a parameter, of a wrapper or of a "
             "part of an adapted layer: PEFT would save its tensors under other names. Choose another name."
-        )
-    if Version(peft.__version__) >= SAVES_BY_MODULE:
-        return
-    if config.bias != "none" and not config.inference_mode:
-        raise ValueError(
-            f"PEFT {peft.__version__} does not save the biases that `bias={config.bias!r}` trains, so they would be "
-            f"lost. Use bias='none', or update PEFT to {SAVES_BY_MODULE} or newer."
-        )
-    for name in sorted(_module_parts(model).intersection(names)) if len(names) > 1 else ():
-        raise ValueError(
-            f"PEFT {peft.__version__} does not save several adapters of which one has the name of a module, {name!r}: "
-            f"it would drop tensors of the others. Use another name than {name!r}, or update PEFT to "
-            f"{SAVES_BY_MODULE} or newer."
         )

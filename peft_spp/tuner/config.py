@@ -66,8 +66,7 @@ class SPPConfig(PeftConfig):
         bias (`str`):
             Bias type for SPP. Can be 'none', 'all' or 'spp_only'. If 'all' or 'spp_only', the corresponding biases
             will be updated during training. Be aware that this means that, even when disabling the adapters, the model
-            will not produce the same output as the base model would have without adaptation. It takes PEFT 0.21:
-            earlier ones do not save these biases, so that training them is refused.
+            will not produce the same output as the base model would have without adaptation.
         modules_to_save (`List[str]`):
             List of modules apart from adapter layers to be set as trainable and saved in the final checkpoint.
         init_weights (`bool` or `Literal["positive"]`):

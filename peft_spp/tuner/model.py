@@ -135,7 +135,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         self._leave_to_others(config, adapter_name)
         if config.is_from_file:
             check_patterns(expressions(vars(config)), [name for name, _ in model.named_modules()])
-        check_can_be_saved(model, config, adapter_name, self.peft_config)
+        check_can_be_saved(model, adapter_name)
         # a target that cannot be adapted is found when the walk over the model comes to it
         injection = self._injection = Injection(model, adapter_name)
         injection.on_undo(partial(vars(config).update, vars(config).copy()))
@@ -267,8 +267,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             # a wrapper inside of it would be saved under names that no other model has
             raise ValueError(
                 f"{current_key!r} is inside a wrapper that an adapter with other `target_parameters` has left. Call "
-                "`unload()` and add the adapter to the base model. (PEFT before version 0.20 takes one adapter with "
-                "`target_parameters` only.)"
+                "`unload()` and add the adapter to the base model."
             )
 
         # of several parameters of a module, each has a wrapper, around the wrappers of those before

@@ -25,7 +25,6 @@ from peft_spp.interchange import export_adapter
 from helpers.tiny import LLAMA, block_linears, prune_, randomize, tiny, tiny_llama
 
 
-HIRA = pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
 IDS = torch.arange(12).view(2, 6)
 GPT2 = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 # name: class, settings of the model, adapter
@@ -94,7 +93,6 @@ def logits_of_plain_peft(wanted: list, tmp_path: Path) -> list:
     return torch.load(out)
 
 
-@HIRA
 def test_plain_peft_gives_the_logits_of_the_spp_adapter(tmp_path):
     expected, wanted = [], []
     for name, (class_name, settings, config) in CASES.items():
@@ -117,7 +115,6 @@ def test_plain_peft_gives_the_logits_of_the_spp_adapter(tmp_path):
         torch.testing.assert_close(merged, ours, atol=tolerance[dtype], rtol=tolerance[dtype])
 
 
-@HIRA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("alpha", [8, 7])
 def test_the_factor_of_the_weight_is_the_same_bit_for_bit(tmp_path, dtype, alpha):
@@ -139,7 +136,6 @@ def test_the_factor_of_the_weight_is_the_same_bit_for_bit(tmp_path, dtype, alpha
     assert model.peft_config["default"].rank_pattern  # which PEFT 0.21 does not read of a HiRA configuration
 
 
-@HIRA
 def test_the_settings_and_the_card_are_those_of_the_adapter(tmp_path):
     save_adapter(
         tmp_path,
@@ -176,7 +172,6 @@ def test_another_target_or_adapter_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "lora"]
 
 
-@HIRA
 def test_a_failing_write_leaves_the_old_adapter_and_nothing_else(tmp_path, monkeypatch):
     save_adapter(tmp_path)
     export_adapter(tmp_path / "adapter", tmp_path / "out")
@@ -196,7 +191,6 @@ def test_a_failing_write_leaves_the_old_adapter_and_nothing_else(tmp_path, monke
     assert (tmp_path / "out" / "README.md").read_text() != "old"
 
 
-@HIRA
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_the_checkpoints_of_a_run_are_not_overwritten(tmp_path, dry_run):
     save_adapter(tmp_path)
@@ -213,7 +207,6 @@ def run(*arguments):
     return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
-@HIRA
 def test_the_command_has_a_dry_run_json_and_exit_codes(tmp_path):
     save_adapter(tmp_path)
     adapter, out = tmp_path / "adapter", tmp_path / "out"

@@ -60,7 +60,6 @@ def test_output_and_gradients_are_the_formula(kind):
         assert relative_error(B.grad, expected["B"][i]) < 1e-5
 
 
-@pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="this PEFT has no HiRA")
 @pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4"])
 def test_hira_fails_on_the_tensors_of_torchao_and_spp_does_not(kind):
     x = torch.randn(3, IN)

@@ -5,14 +5,11 @@ import importlib.util
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from peft_spp.tuner.adapter_tensors import SAVES_BY_MODULE
 from peft_spp.tuner.config import FORMAT_VERSION
 
 
@@ -61,7 +58,6 @@ def test_a_saved_adapter_is_saved_again_with_its_record(tmp_path):
     assert json.loads((FOLDER / "adapter_config.json").read_text())["format_version"] == FORMAT_VERSION
 
 
-@pytest.mark.skipif(Version(peft.__version__) < SAVES_BY_MODULE, reason="this PEFT does not save SPP's biases")
 def test_what_is_saved_now_is_what_the_saved_adapter_holds(tmp_path):
     make.adapted().save_pretrained(tmp_path)
     saved, now = (load_file(folder / "adapter_model.safetensors") for folder in (FOLDER, tmp_path))

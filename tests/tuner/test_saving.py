@@ -5,10 +5,8 @@ import json
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -21,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_spp import SPPConfig
-from peft_spp.tuner.adapter_tensors import SAVES_BY_MODULE
 
 from helpers.tiny import MLP, randomize, tiny_llama
 
@@ -249,7 +246,6 @@ def test_the_merged_model_needs_no_peft_spp(adapter, tmp_path):
     torch.testing.assert_close(torch.tensor(json.loads(out)), expected)
 
 
-@pytest.mark.skipif(Version(peft.__version__) < SAVES_BY_MODULE, reason="this PEFT does not save SPP's biases")
 @pytest.mark.parametrize("bias", ["all", "spp_only"])
 def test_trained_biases_come_back(bias, tmp_path):
     torch.manual_seed(0)
@@ -269,14 +265,3 @@ def test_trained_biases_come_back(bias, tmp_path):
     # what is not trained is the base's own, which is drawn anew here
     again.load_state_dict({name: p for name, p in model.state_dict().items() if name not in trained}, strict=False)
     assert torch.equal(again(x), model.eval()(x))
-
-
-@pytest.mark.parametrize("bias", ["all", "spp_only"])
-def test_biases_that_PEFT_would_not_save_are_not_trained(bias, monkeypatch):
-    monkeypatch.setattr(peft, "__version__", "0.20.0")
-    model = MLP()
-    names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match="bias"):
-        get_peft_model(model, SPPConfig(r=4, target_modules=["lin0"], bias=bias))
-    assert [name for name, _ in model.named_modules()] == names
-    assert get_peft_model(model, SPPConfig(r=4, target_modules=["lin0"])).peft_config["default"].bias == "none"
