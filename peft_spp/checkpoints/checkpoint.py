@@ -67,15 +67,7 @@ class Checkpoint:
         return Layout({name: self.weight(name).shape for name in self.tensors}, self.config, conv1d=None)
 
     def weight(self, name: str) -> StoredTensor | CompressedTensor:
-        """
-        A tensor in its dense shape.
-
-        Args:
-            name (`str`): Its name.
-
-        Returns:
-            `StoredTensor` or `CompressedTensor`: The tensor.
-        """
+        """A tensor in its dense shape."""
         return self.compressed.get(name) or self.tensors[name]
 
     @property
@@ -90,17 +82,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """List what a folder holds; only headers are read.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        `Checkpoint`: What it holds.
-
-    Raises:
-        ValueError: If it has no safetensors weights as Transformers names them, or a file is damaged or missing.
-    """
+    """List what a folder holds; only headers are read."""
     listing = list_folder(folder)
     if not listing.loaded:
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, so Transformers would not load it either")

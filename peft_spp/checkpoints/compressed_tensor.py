@@ -61,19 +61,7 @@ class CompressedTensor:
 
 
 def find_compressed(tensors: Mapping[str, StoredTensor], files: Iterable[Path]) -> dict[str, CompressedTensor]:
-    """
-    Find the compressed weights of a checkpoint.
-
-    Args:
-        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name.
-        files (`Iterable[Path]`): Its files.
-
-    Returns:
-        `dict[str, CompressedTensor]`: The weights, by the name of their values.
-
-    Raises:
-        ValueError: See [`compressed_shapes`].
-    """
+    """Find the compressed weights of a checkpoint."""
     if not any(name.endswith(".bitmask") for name in tensors):
         return {}
     shapes = compressed_shapes(
