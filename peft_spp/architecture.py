@@ -34,12 +34,7 @@ def is_linear_layer(module: nn.Module) -> TypeGuard[LinearLayer]:
 
 
 def is_router(name: str) -> bool:
-    """
-    Whether a module chooses the experts of a mixture, or weighs them, or is a part of one that does.
-
-    Args:
-        name (`str`): The name of the module in the model, with or without wrappers.
-    """
+    """Whether a module chooses the experts of a mixture, or weighs them, or is a part of one that does."""
     return special_role(plain_name(name)) == "router"
 
 
@@ -51,13 +46,6 @@ def find_block_lists(
 
     They are `layers` of a Llama, `h` of a GPT-2, `encoder.block` and `decoder.block` of a T5. A list of bare linear
     layers is a set of heads.
-
-    Args:
-        modules (`Mapping[str, nn.Module]`): The model's modules by name, as `named_modules()` lists them.
-        is_linear (`Callable`, *optional*): What counts as a linear layer.
-
-    Returns:
-        `dict[str, nn.ModuleList]`: The lists by name.
     """
     found: dict[str, nn.ModuleList] = {}
     for name, module in modules.items():
@@ -70,16 +58,7 @@ def find_block_lists(
 def linear_layers_in_blocks(
     modules: Mapping[str, nn.Module], is_linear: Callable[[nn.Module], bool] = is_linear_layer
 ) -> dict[str, str]:
-    """
-    Find the linear layers of the transformer blocks, without the routers.
-
-    Args:
-        modules (`Mapping[str, nn.Module]`): The model's modules by name, as `named_modules()` lists them.
-        is_linear (`Callable`, *optional*): What counts as a linear layer.
-
-    Returns:
-        `dict[str, str]`: The name of each layer, and the name of the list of blocks that it is in.
-    """
+    """Find the linear layers of the transformer blocks, without the routers."""
     layers: dict[str, str] = {}
     for block_list in find_block_lists(modules, is_linear):
         for name, module in modules.items():
@@ -111,12 +90,6 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
 
     Only a layer with its own forward pass has to be asked: by calling it with two inputs of different size. On the
     meta device only the shape of the result can be compared.
-
-    Args:
-        layer (`nn.Linear` or `Conv1D`): The layer; its parameters are in memory as a whole.
-
-    Returns:
-        `str` or `None`: The reason, or `None` for a linear map.
     """
     base = cast(Any, Conv1D if isinstance(layer, Conv1D) else nn.Linear)
     weight = layer.weight
@@ -148,14 +121,8 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
 
 def what_computes(module: nn.Module, name: str) -> tuple[str, str] | None:
     """
-    Tell what computes a weight that is not a parameter, so that what is written to it does not stay.
-
-    Args:
-        module (`nn.Module`): The module that has the weight.
-        name (`str`): The name of the weight in it.
-
-    Returns:
-        `tuple[str, str]` or `None`: What computes it and how to make it a parameter; `None` if nothing does.
+    Tell what computes a weight that is not a parameter, so that what is written to it does not stay, and how to make
+    it a parameter. `None` if nothing does.
     """
     if parametrize.is_parametrized(module, name):
         call = f"remove_parametrizations(module, {name!r})"

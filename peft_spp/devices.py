@@ -9,18 +9,7 @@ from .error_text import message
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """
-    The device to compute on, once it is known to work.
-
-    Args:
-        device (`str` or `torch.device`, *optional*): The device; by default a CUDA GPU if there is one, or the CPU.
-
-    Returns:
-        `torch.device`: The device.
-
-    Raises:
-        ValueError: If this machine, or the installed PyTorch, does not have it.
-    """
+    """The device to compute on, once it is known to work."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

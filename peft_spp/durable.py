@@ -18,19 +18,7 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """
-    A new hidden folder in which files are written before they are published in the folder around it.
-
-    Args:
-        folder (`str` or `os.PathLike`): The folder around it; it is made if it is not there.
-
-    Returns:
-        `Iterator[Path]`: The hidden folder, as a context manager that removes it. A process that is killed leaves it
-        behind; it may be deleted.
-
-    Raises:
-        OSError: If the disk is full; the message names the folder.
-    """
+    """A new hidden folder in which files are written before they are published in the folder around it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,71 +34,38 @@ def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def no_space(code: int | None, folder: Path) -> OSError:
-    """The error to raise when nothing was changed because the disk is full.
-
-    Args:
-        code (`int`): One of [`OUT_OF_SPACE`].
-        folder (`Path`): What was to be written.
-    """
+    """The error to raise when nothing was changed because the disk is full."""
     reason = os.strerror(code) if code is not None else "the disk is full"
     return OSError(code, f"no space to write to it ({reason}); what was there is as it was", str(folder))
 
 
 def publish(written: Path, path: Path) -> None:
-    """
-    Put a written file in its place, and return when it is on the disk.
-
-    Args:
-        written (`Path`): The file, on the same file system.
-        path (`Path`): Its place. A file there is replaced; so is a link, and not what it leads to.
-    """
+    """Put a written file in its place, and return when it is on the disk."""
     sync_file(written)
     os.replace(written, path)
     sync_folder(path.parent)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """
-    Let a function write a file that is either complete or as it was.
-
-    Args:
-        path (`Path`): The file.
-        write (`Callable`): Writes it to the path that it is given, which has the same name.
-    """
+    """Let a function write a file that is either complete or as it was."""
     with working_folder(path.parent) as working:
         write(working / path.name)
         publish(working / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """
-    Write a text file that is either complete or as it was.
-
-    Args:
-        path (`Path`): The file.
-        text (`str`): Its content.
-    """
+    """Write a text file that is either complete or as it was."""
     write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def sync_file(path: Path) -> None:
-    """
-    Wait until a written file is on the disk.
-
-    Args:
-        path (`Path`): The file.
-    """
+    """Wait until a written file is on the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """
-    Wait until the names in a folder are on the disk: without that, a power failure may undo a rename.
-
-    Args:
-        folder (`Path`): The folder.
-    """
+    """Wait until the names in a folder are on the disk: without that, a power failure may undo a rename."""
     if os.name != "posix":
         return  # elsewhere folders cannot be opened, and renames are durable by themselves
     descriptor = os.open(folder, os.O_RDONLY)

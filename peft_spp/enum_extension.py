@@ -8,19 +8,7 @@ from typing import Any
 
 
 def extend_str_enum(cls: type[enum.Enum], name: str) -> enum.Enum:
-    """
-    Add a member whose value is its name to a `str` enum, so that it cannot be told from one of the class body.
-
-    Args:
-        cls (`type[enum.Enum]`): An enum class that also derives from `str`.
-        name (`str`): The name and value of the new member.
-
-    Returns:
-        `enum.Enum`: The new member.
-
-    Raises:
-        ImportError: If this Python's enum does not know the member afterwards; the class is then as it was before.
-    """
+    """Add a member whose value is its name to a `str` enum, so that it cannot be told from one of the class body."""
     member: Any = str.__new__(cls, name)  # type: ignore[type-var]
     member._name_ = name
     member._value_ = name

@@ -10,15 +10,7 @@ def message(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """
-    The message of an error of another library on one line, with that of its cause if the message leaves it out.
-
-    Args:
-        error (`BaseException`): The error.
-
-    Returns:
-        `str`: The message, or the name of the error if it has none.
-    """
+    """The message of an error of another library on one line, with that of its cause if the message leaves it out."""
     text = message(error)
     if error.__cause__ is None:
         return text

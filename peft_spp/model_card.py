@@ -81,10 +81,6 @@ def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
 
     PEFT puts the card next to the `default` adapter, and one folder up for any other. Where there is none nothing is
     written, nor into a card that is not PEFT's. What an earlier call has written is replaced, everything else is kept.
-
-    Args:
-        folder (`str` or `Path`): The folder that the adapter's configuration was saved in.
-        config (`AdapterSettings`): The configuration.
     """
     folder = Path(folder).resolve()
     name = "default"
@@ -107,18 +103,7 @@ def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
 
 
 def new_model_card(base_model: str | None, task_type: str | None, tags: list[str], text: str) -> ModelCard:
-    """
-    Make a model card with the metadata that PEFT writes.
-
-    Args:
-        base_model (`str`, *optional*): The base model.
-        task_type (`str`, *optional*): PEFT's name of the task.
-        tags (`list[str]`): The tags.
-        text (`str`): The text.
-
-    Returns:
-        `ModelCard`: The card.
-    """
+    """Make a model card with the metadata that PEFT writes."""
     data = ModelCardData(
         library_name="peft",
         base_model=base_model,
@@ -134,9 +119,6 @@ def drop_local_base_model(card: ModelCard) -> None:
     Take a base model that is a folder, and not a repository on the Hub, out of the metadata of a card.
 
     The Hub refuses such a card, and nobody else has that folder.
-
-    Args:
-        card (`ModelCard`): The card.
     """
     base_model = card.data.get("base_model")
     if not isinstance(base_model, str) or not _is_local(base_model):

@@ -39,15 +39,7 @@ READ_ERRORS = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def builder_of(file: Path) -> str | None:
-    """
-    What `datasets.load_dataset` calls the kind of a file.
-
-    Args:
-        file (`Path`): The file; it may be compressed.
-
-    Returns:
-        `str`, *optional*: The builder, or `None` if the end of the name is of no known kind.
-    """
+    """What `datasets.load_dataset` calls the kind of a file."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     while suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -67,21 +59,7 @@ def kinds() -> str:
 
 
 def read_texts(file: Path) -> list[str]:
-    """
-    Read the texts of a file.
-
-    Args:
-        file (`Path`): JSON (lines or an array), CSV or Parquet with a `"text"` in each row, possibly compressed; any
-            other file is plain text in UTF-8.
-
-    Returns:
-        `list[str]`: The texts, in order; a file of plain text is one.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If the file needs `datasets`, which is not installed.
-        ValueError: If it cannot be read, or a row has no text; the message names the file and the line.
-    """
+    """Read the texts of a file."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r}")
     builder = builder_of(file)
@@ -128,15 +106,7 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
 
 
 def refuse_null(file: Path) -> None:
-    """
-    Refuse JSON lines with a row that is null: where a block of the file has no other rows, Arrow crashes.
-
-    Args:
-        file (`Path`): The file; nothing is looked for in other kinds.
-
-    Raises:
-        ValueError: If there is one; [`find_fault`] tells where.
-    """
+    """Refuse JSON lines with a row that is null: where a block of the file has no other rows, Arrow crashes."""
     if builder_of(file) != "json":
         return
     with _open(file) as stream:
@@ -161,16 +131,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def find_fault(file: Path, field: str | None = None) -> str | None:
-    """
-    What is wrong with a file of JSON that `datasets` refuses, as its errors name neither the file nor the line.
-
-    Args:
-        file (`Path`): The file.
-        field (`str`, *optional*): What each row must have as a string.
-
-    Returns:
-        `str`, *optional*: The fault, with the file and the line; `None` if there is none, or it is not JSON.
-    """
+    """What is wrong with a file of JSON that `datasets` refuses, as its errors name neither the file nor the line."""
     if builder_of(file) != "json":
         return None
     try:

@@ -34,11 +34,7 @@ class Card:
     text: str = ""
 
     def add_tags(self, tags: Iterable[str]) -> None:
-        """Add tags to those that are there, which become strings, as the Hub wants them.
-
-        Args:
-            tags (`Iterable[str]`): The tags.
-        """
+        """Add tags to those that are there, which become strings, as the Hub wants them."""
         present = self.data.get("tags")
         listed = present if isinstance(present, list) else [present]
         # YAML reads `no` and `on` as false and true
@@ -52,14 +48,7 @@ class Card:
 
 
 def read_card(file: Path) -> Card:
-    """Read a card, which must not end a run: what cannot be read of it is left out with a warning.
-
-    Args:
-        file (`Path`): The card.
-
-    Returns:
-        `Card`: What could be read, empty where there is none.
-    """
+    """Read a card, which must not end a run: what cannot be read of it is left out with a warning."""
     if not file.is_file():
         return Card()
     try:

@@ -88,17 +88,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """List what a folder holds; only headers are read.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        `Checkpoint`: What it holds.
-
-    Raises:
-        ValueError: If it has no safetensors weights as Transformers names them, or a file is damaged or missing.
-    """
+    """List what a folder holds; only headers are read."""
     listing = list_folder(folder)
     if not listing.loaded:
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, so Transformers would not load it either")

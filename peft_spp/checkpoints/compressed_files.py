@@ -30,31 +30,12 @@ _WEIGHT, _BITMASK = ".weight", ".bitmask"
 
 
 def columns_text(columns: Mapping[str, int]) -> str:
-    """
-    The entry of a header.
-
-    Args:
-        columns (`Mapping[str, int]`): The number of columns of each compressed weight, by the name of its tensor.
-
-    Returns:
-        `str`: The entry.
-    """
+    """The entry of a header."""
     return json.dumps(dict(sorted(columns.items())), separators=(",", ":"))
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """
-    Read the metadata of a safetensors file.
-
-    Args:
-        file (`Path`): The file.
-
-    Returns:
-        `dict[str, str]`: The metadata, empty if there is none.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Read the metadata of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return dict(tensors.metadata() or {})
@@ -63,18 +44,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def read_columns(files: Iterable[Path]) -> dict[str, int]:
-    """
-    Read how many columns the compressed weights of a checkpoint have.
-
-    Args:
-        files (`Iterable[Path]`): Its files.
-
-    Returns:
-        `dict[str, int]`: The columns, by the name of the tensor.
-
-    Raises:
-        ValueError: If a header says something else.
-    """
+    """Read how many columns the compressed weights of a checkpoint have."""
     found: dict[str, int] = {}
     for file in files:
         text = read_metadata(file).get(COLUMNS)
@@ -93,21 +63,7 @@ def read_columns(files: Iterable[Path]) -> dict[str, int]:
 def compressed_shapes(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype | str], files: Iterable[Path]
 ) -> dict[str, tuple[int, ...]]:
-    """
-    Find the compressed weights of a checkpoint.
-
-    Args:
-        shapes (`Mapping[str, tuple[int, ...]]`): The shapes of its tensors, by name.
-        dtypes (`Mapping[str, torch.dtype | str]`): Their dtypes.
-        files (`Iterable[Path]`): Its files.
-
-    Returns:
-        `dict[str, tuple[int, ...]]`: The shapes of the weights, by the name of their values.
-
-    Raises:
-        ValueError: If a weight has values alone or a bitmask alone, or its header does not say how many columns it
-            has.
-    """
+    """Find the compressed weights of a checkpoint."""
     pairs = {
         name: f"{name.removesuffix(_WEIGHT)}{_BITMASK}"
         for name, shape in shapes.items()
@@ -134,18 +90,7 @@ def bitmask_of(name: str) -> str:
 
 
 def with_dense_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
-    """
-    List the tensors of a checkpoint as if nothing were compressed in it.
-
-    Args:
-        listed (`Mapping[Path, list[Stored]]`): The tensors of each file.
-
-    Returns:
-        `list[Stored]`: The tensors, with each compressed weight in its dense shape, and no bitmasks.
-
-    Raises:
-        ValueError: If a compressed weight cannot be read; see [`compressed_shapes`].
-    """
+    """List the tensors of a checkpoint as if nothing were compressed in it."""
     tensors = {one.key: one for stored in listed.values() for one in stored}
     if not any(name.endswith(_BITMASK) for name in tensors):
         return list(tensors.values())
@@ -161,21 +106,7 @@ def with_dense_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
 
 
 def join(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...]) -> Compressed:
-    """
-    Make a compressed weight of what was read from files.
-
-    Args:
-        name (`str`): What to call it in an error.
-        values (`torch.Tensor`): Its values.
-        bitmask (`torch.Tensor`): Its bitmask, uint8.
-        shape (`tuple[int, ...]`): Its shape.
-
-    Returns:
-        [`Compressed`]: The weight.
-
-    Raises:
-        ValueError: If they do not fit each other.
-    """
+    """Make a compressed weight of what was read from files."""
     return Compressed(values, bitmask, check_compressed(values, bitmask, shape, name), shape[-1])
 
 

@@ -65,20 +65,7 @@ class CompressedTensor:
 def find_compressed(
     tensors: Mapping[str, StoredTensor], files: Iterable[Path], *, is_old: bool = False
 ) -> dict[str, CompressedTensor]:
-    """
-    Find the compressed weights of a checkpoint.
-
-    Args:
-        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name.
-        files (`Iterable[Path]`): Its files.
-        is_old (`bool`): Whether it is in a format that compressed-tensors had.
-
-    Returns:
-        `dict[str, CompressedTensor]`: The weights, by name.
-
-    Raises:
-        ValueError: See [`compressed_shapes`].
-    """
+    """Find the compressed weights of a checkpoint, which may be in a format that compressed-tensors had."""
     if is_old:
         found = {}
         for name, parts in find_parts(tensors).items():

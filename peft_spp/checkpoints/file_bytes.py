@@ -15,17 +15,7 @@ from torch import Tensor
 
 
 def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Read where the tensors of a safetensors file start and end.
-
-    Args:
-        path (`Path`): The file, whose header `safetensors` has accepted.
-
-    Returns:
-        `dict[str, tuple[int, int]]`: The first byte in the file, and the byte after the last, by the tensor's name.
-
-    Raises:
-        ValueError: If a tensor ends after the file.
-    """
+    """Read where the tensors of a safetensors file start and end."""
     size = path.stat().st_size
     with path.open("rb") as file:
         data_start = 8 + int.from_bytes(file.read(8), "little")
@@ -42,19 +32,7 @@ def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def read_bytes(path: Path, start: int, stop: int) -> Tensor:
-    """Read a range of a file.
-
-    Args:
-        path (`Path`): The file.
-        start (`int`): The first byte.
-        stop (`int`): The byte after the last.
-
-    Returns:
-        `torch.Tensor`: uint8, shape `(stop - start,)`.
-
-    Raises:
-        ValueError: If the file ends before that.
-    """
+    """Read a range of a file."""
     buffer = torch.empty(stop - start, dtype=torch.uint8)
     view = buffer.numpy().data
     with path.open("rb", buffering=0) as file:

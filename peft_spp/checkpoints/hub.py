@@ -19,21 +19,7 @@ def local_folder(
     allow: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
 ) -> Path:
-    """Find a folder, or download it from the Hub.
-
-    Args:
-        source (`str` or `os.PathLike`): A local folder, or the id of a repository on the Hub.
-        revision (`str`, *optional*): The revision to download.
-        allow (`Sequence[str]`, *optional*): Patterns of the files to download, by default all.
-        ignore (`Sequence[str]`, *optional*): Patterns of the files not to download.
-
-    Returns:
-        `Path`: The local folder.
-
-    Raises:
-        NotADirectoryError: If it is a file.
-        FileNotFoundError: If it looks like a path and nothing is there, or cannot be downloaded.
-    """
+    """Find a folder, or download it from the Hub."""
     if not os.fspath(source):
         raise FileNotFoundError("the name of a model or adapter is empty")
     path = Path(source).expanduser()
@@ -60,23 +46,12 @@ def local_folder(
 
 
 def hub_id(source: str | os.PathLike[str]) -> str | None:
-    """The id of a repository on the Hub; `None` for a local folder, whose place nobody else needs to know.
-
-    Args:
-        source (`str` or `os.PathLike`): See [`local_folder`].
-    """
+    """The id of a repository on the Hub; `None` for a local folder, whose place nobody else needs to know."""
     return None if Path(source).expanduser().is_dir() else os.fspath(source)
 
 
 def looks_like_path(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is meant as a path, and not as the id of a repository on the Hub.
-
-    Args:
-        name (`str` or `os.PathLike`): The name; nothing has to be at the path.
-
-    Returns:
-        `bool`: `True` for what no repository can be called.
-    """
+    """Whether a name is meant as a path, and not as the id of a repository on the Hub."""
     if not isinstance(name, str) or re.match(r"[./~\\]|[A-Za-z]:", name) or name.endswith("/"):
         return True
     try:

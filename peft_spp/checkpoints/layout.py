@@ -22,14 +22,7 @@ TRANSPOSED_EXPERTS_MODEL_TYPES = frozenset(
 
 
 def model_types(config: Mapping[str, Any]) -> frozenset[str]:
-    """The `model_type`s in a model's configuration, those of its parts included.
-
-    Args:
-        config (`Mapping[str, Any]`): The content of a `config.json`.
-
-    Returns:
-        `frozenset[str]`: Every `model_type` in it.
-    """
+    """The `model_type`s in a model's configuration, those of its parts included."""
     found: set[str] = set()
     if isinstance(config.get("model_type"), str):
         found.add(config["model_type"])
@@ -77,15 +70,7 @@ class Layout:
         return frozenset(transposed - straight)
 
     def is_transposed(self, name: str, dims: int) -> bool:
-        """Whether a module's weight is stored `(in, out)`.
-
-        Args:
-            name (`str`): The plain name of the module.
-            dims (`int`): How many dimensions its weight has; 3 for fused experts.
-
-        Returns:
-            `bool`: Whether the input dimension comes before the output dimension.
-        """
+        """Whether a module's weight is stored `(in, out)`."""
         if isinstance(self._conv1d, bool):
             return self._conv1d
         if self._conv1d is not None:

@@ -27,14 +27,7 @@ _DIGITS = 16
 
 
 def adapter_id(factors: Iterable[Factor]) -> str:
-    """What identifies an adapter by its weights, whatever folder it is in.
-
-    Args:
-        factors (`Iterable[Factor]`): The factors of all modules; a generator holds those of one in memory.
-
-    Returns:
-        `str`: 32 hexadecimal digits: 16 for the weights rounded to bfloat16, and 16 for those rounded to float16.
-    """
+    """What identifies an adapter by its weights, whatever folder it is in."""
     parts = [[_digest(*factor, dtype) for dtype in _ROUNDED] for factor in factors]
     # independent of the order, which files and models do not share
     digests = [sorted(one) for one in zip(*parts, strict=True)] or [[] for _ in _ROUNDED]
@@ -49,15 +42,7 @@ def _digest(name: str, scaling: float, A: Tensor, B: Tensor, dtype: torch.dtype)
 
 
 def is_merged(identity: str, config: Mapping[str, Any]) -> bool:
-    """Whether a model lists an adapter, as it is or as it was before it was saved in bfloat16 or float16.
-
-    Args:
-        identity (`str`): The id of the adapter.
-        config (`Mapping[str, Any]`): The content of the model's `config.json`.
-
-    Returns:
-        `bool`: Whether the digits of one of the dtypes are the same.
-    """
+    """Whether a model lists an adapter, as it is or as it was before it was saved in bfloat16 or float16."""
     return any(
         listed[place : place + _DIGITS] == identity[place : place + _DIGITS]
         for listed in merged_adapters(config)
@@ -66,13 +51,6 @@ def is_merged(identity: str, config: Mapping[str, Any]) -> bool:
 
 
 def merged_adapters(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The ids of the adapters that were merged into a model.
-
-    Args:
-        config (`Mapping[str, Any]`): The content of its `config.json`.
-
-    Returns:
-        `tuple[str, ...]`: The ids, as far as the list can be read.
-    """
+    """The ids of the adapters that were merged into a model, as far as its list can be read."""
     listed = config.get(MERGED)
     return tuple(one for one in listed if isinstance(one, str)) if isinstance(listed, (list, tuple)) else ()

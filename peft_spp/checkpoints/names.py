@@ -36,39 +36,18 @@ _QUANTIZATION = re.compile(r"(bias|scales?|scale_inv|zeros|zero_point|blocks)$")
 
 
 def unwrapped_name(name: str) -> str:
-    """A name without the parts that engines add: `torch.compile`, FSDP1, activation checkpointing.
-
-    Args:
-        name (`str`): The name of a module or a tensor.
-
-    Returns:
-        `str`: The name in the same model before it was wrapped.
-    """
+    """A name without the parts that engines add: `torch.compile`, FSDP1, activation checkpointing."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
 
 
 def plain_name(name: str) -> str:
-    """A module's name without what PEFT, `torch.compile` and FSDP wrap around it.
-
-    Args:
-        name (`str`): A name as in `named_modules()` or a state dict.
-
-    Returns:
-        `str`: The name in the model without wrappers.
-    """
+    """A module's name without what PEFT, `torch.compile` and FSDP wrap around it."""
     parts = [part for part in unwrapped_name(name).split(".") if part not in _PEFT_PARTS]
     return _PEFT_PREFIX.sub("", ".".join(parts))
 
 
 def wrapped_by_adapters(names: Iterable[str]) -> frozenset[str]:
-    """The modules that hold a `base_layer`, so that whatever else they hold belongs to an adapter.
-
-    Args:
-        names (`Iterable[str]`): The names of all weights.
-
-    Returns:
-        `frozenset[str]`: The names of the wrapping modules.
-    """
+    """The modules that hold a `base_layer`, so that whatever else they hold belongs to an adapter."""
     wrapped: set[str] = set()
     for name in names:
         parts = name.split(".")
@@ -77,15 +56,7 @@ def wrapped_by_adapters(names: Iterable[str]) -> frozenset[str]:
 
 
 def is_adapter(name: str, wrapped: frozenset[str]) -> bool:
-    """Whether a weight belongs to an adapter and not to the model underneath.
-
-    Args:
-        name (`str`): The name of the weight, as stored.
-        wrapped (`frozenset[str]`): What [`wrapped_by_adapters`] found.
-
-    Returns:
-        `bool`: Whether it is an adapter's.
-    """
+    """Whether a weight belongs to an adapter and not to the model underneath."""
     if _ADAPTER_PART.search(name):
         return True
     parts = name.split(".")
@@ -93,14 +64,7 @@ def is_adapter(name: str, wrapped: frozenset[str]) -> bool:
 
 
 def special_role(name: str) -> str | None:
-    """The role of a module that a pruning run leaves alone, if its name says so.
-
-    Args:
-        name (`str`): The plain name of the module.
-
-    Returns:
-        `str` or `None`: `"head"`, `"router"`, `"embedding"`, `"norm"`, or `None` for an ordinary linear layer.
-    """
+    """The role of a module that a pruning run leaves alone, if its name says so."""
     # the router of a Switch Transformer holds a `classifier`
     for role, expression in (("router", _ROUTER), ("head", _HEAD), ("embedding", _EMBEDDING), ("norm", _NORM)):
         if expression.search(name):
@@ -109,14 +73,7 @@ def special_role(name: str) -> str | None:
 
 
 def is_fused_experts(name: str) -> bool:
-    """Whether a 3-D weight of this name holds the linear layers of all experts of a mixture.
-
-    Args:
-        name (`str`): The plain name of the weight without `.weight`.
-
-    Returns:
-        `bool`: `True` below a module named `experts`, and for `input_linear` and `output_linear` (Granite, JetMoe).
-    """
+    """Whether a 3-D weight of this name holds the linear layers of all experts of a mixture."""
     parts = name.split(".")
     if _QUANTIZATION.search(parts[-1]):
         return False
@@ -124,36 +81,14 @@ def is_fused_experts(name: str) -> bool:
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """Whether a name is asked for, by the rule of PEFT's `target_modules`.
-
-    Args:
-        name (`str`): The plain name of a module.
-        wanted (`str` or `Sequence[str]`): A regular expression for the whole name, or a list of names or their ends.
-
-    Returns:
-        `bool`: Whether the name matches.
-
-    Raises:
-        ValueError: If `wanted` is not a valid regular expression.
-    """
+    """Whether a name is asked for, by the rule of PEFT's `target_modules`."""
     if isinstance(wanted, str):
         return _compile(wanted).fullmatch(name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
 def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:
-    """What the values of an option say about modules, by the rule of PEFT's `target_modules`.
-
-    Args:
-        values (`Sequence[str]`): Names or their ends, or one regular expression.
-        option (`str`): The option, for messages.
-
-    Returns:
-        `str` or `list[str]`: For [`matches`]: the expression, or the names.
-
-    Raises:
-        ValueError: If the expression is not valid, or one of several.
-    """
+    """What the values of an option say about modules, by the rule of PEFT's `target_modules`."""
     expressions = [value for value in values if not re.fullmatch(r"[\w.-]+", value)]
     for expression in expressions:
         _compile(expression, option)

@@ -71,31 +71,13 @@ class OutputFolder:
         return tuple(sorted(name.as_posix() for name in self._old))
 
     def check_apart_from(self, source: Path, what: str) -> None:
-        """Check that replacing the folder leaves a folder alone that is read.
-
-        Args:
-            source (`Path`): The folder that is read.
-            what (`str`): What it is, for the message.
-
-        Raises:
-            ValueError: If one of the two is inside the other, or both are the same.
-        """
+        """Check that replacing the folder leaves a folder alone that is read."""
         source = source.resolve()
         if source == self.path or source in self.path.parents or self.path in source.parents:
             raise ValueError(f"the output folder {self.path} and the {what} {source} must not contain each other")
 
     def check(self, size: int, copied: Mapping[Path, Path] | None = None) -> None:
-        """Check all that publishing will need: call it before any work, in a dry run as well.
-
-        Args:
-            size (`int`): How many bytes will be written.
-            copied (`Mapping[Path, Path]`, *optional*): The files that will be copied, by their new relative path.
-
-        Raises:
-            FileExistsError: If the folder holds files that are not the old model's or adapter's.
-            PermissionError: If it cannot be written to.
-            OSError: If there is no space for the new files next to the old ones.
-        """
+        """Check all that publishing will need: call it before any work, in a dry run as well."""
         mounts = mount_points()
         foreign = self._kind.foreign(self.path, self._old, copied)
         foreign += [name.as_posix() for name in self._old if str(self.path / name) in mounts]
@@ -161,24 +143,13 @@ class OutputFolder:
                 parent.rmdir()
 
     def new_file(self, relative: Path) -> Path:
-        """Where to write a file of the new folder.
-
-        Args:
-            relative (`Path`): Its place in the folder.
-
-        Returns:
-            `Path`: Its place until the folder is published; the folder around it exists.
-        """
+        """Where to write a file of the new folder."""
         path = self._working / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def publish(self) -> None:
-        """Put the new files in their place, in the place of the old ones if there are any.
-
-        Raises:
-            FileExistsError: If somebody else has written to the place meanwhile; it is left unchanged.
-        """
+        """Put the new files in their place, in the place of the old ones if there are any."""
         for where, _, _ in os.walk(self._working):
             sync_folder(Path(where))
         left: list[Path] = []
@@ -203,12 +174,7 @@ class OutputFolder:
 
 
 def write_file(path: Path, pieces: Iterable[Tensor]) -> None:
-    """Write a new file; [`~peft_spp.durable.sync_file`] makes it durable.
-
-    Args:
-        path (`Path`): The file.
-        pieces (`Iterable[torch.Tensor]`): Its bytes, each uint8.
-    """
+    """Write a new file; [`~peft_spp.durable.sync_file`] makes it durable."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         for piece in pieces:
@@ -220,14 +186,6 @@ def write_file(path: Path, pieces: Iterable[Tensor]) -> None:
 
 
 def overwritten_line(files: tuple[str, ...], dry_run: bool) -> list[str]:
-    """What a report says of the files that gave way to new ones: a line, or nothing.
-
-    Args:
-        files (`tuple[str, ...]`): See [`OutputFolder.replaced`].
-        dry_run (`bool`): Whether they are still there.
-
-    Returns:
-        `list[str]`: The lines.
-    """
+    """What a report says of the files that gave way to new ones: a line, or nothing."""
     what = "would be replaced" if dry_run else "were replaced"
     return [f"{len(files)} files in the output folder {what}: {some(files, _SHOWN)}"] if files else []

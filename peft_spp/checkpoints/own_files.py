@@ -57,17 +57,7 @@ _MODEL_FILES = frozenset(
 
 
 def scan(folder: Path) -> dict[Path, Signature]:
-    """List all that a folder holds: files, links (not what they lead to) and empty folders.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        `dict[Path, Signature]`: The signature of each entry, by its path relative to the folder.
-
-    Raises:
-        OSError: If a part of it cannot be listed.
-    """
+    """List all that a folder holds: files, links (not what they lead to) and empty folders."""
     found = {}
     for where, folders, names in os.walk(folder, onerror=_raise):
         here = Path(where)
@@ -108,17 +98,7 @@ class FolderKind:
     def foreign(
         self, folder: Path, entries: Mapping[Path, Signature], copied: Mapping[Path, Path] | None = None
     ) -> list[str]:
-        """Name the entries of a folder that are not a part of what will be replaced.
-
-        Args:
-            folder (`Path`): The folder.
-            entries (`Mapping[Path, Signature]`): What [`scan`] found in it.
-            copied (`Mapping[Path, Path]`, *optional*):
-                The files that will be copied, by their relative path: an entry with the same content is not lost.
-
-        Returns:
-            `list[str]`: The entries, as relative paths.
-        """
+        """Name the entries of a folder that are not a part of what will be replaced."""
         own = self.own(folder, [path.as_posix() for path in entries]) if self.sign(folder) else set()
         found = []
         for path, signature in entries.items():

@@ -36,15 +36,10 @@ def mount_points() -> frozenset[str]:
 
 
 def can_be_renamed(folder: Path) -> bool:
-    """Try whether a folder can be renamed, without renaming it.
+    """
+    Try whether a folder can be renamed, without renaming it.
 
     A mount point cannot, nor a folder whose parent may not be written to, nor one of a lower layer of an overlay.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Returns:
-        `bool`: Whether its parent lets it be renamed.
     """
     if str(folder) in mount_points():
         return False
@@ -69,15 +64,7 @@ def can_be_renamed(folder: Path) -> bool:
 
 
 def rename_into_place(working: Path, path: Path) -> None:
-    """Rename a folder to a path where there is nothing, or an empty folder.
-
-    Args:
-        working (`Path`): The folder.
-        path (`Path`): Its place.
-
-    Raises:
-        FileExistsError: If there is something else; it is left alone.
-    """
+    """Rename a folder to a path where there is nothing, or an empty folder."""
     try:
         os.rename(working, path)
     except OSError as error:
@@ -87,20 +74,7 @@ def rename_into_place(working: Path, path: Path) -> None:
 
 
 def exchange(working: Path, path: Path, old: Entries, aside: Path) -> list[Path]:
-    """Rename an old folder aside and a new one into its place, and remove the old one.
-
-    Args:
-        working (`Path`): The new folder.
-        path (`Path`): Its place, where the old folder is.
-        old (`Mapping[Path, Signature]`): All that the old folder holds, as [`scan`] found it.
-        aside (`Path`): Where the old folder goes.
-
-    Returns:
-        `list[Path]`: What could not be removed of the old folder.
-
-    Raises:
-        FileExistsError: If the old folder was changed meanwhile; it is in its place then.
-    """
+    """Rename an old folder aside and a new one into its place, and remove the old one."""
     try:
         os.rename(path, aside)
         if scan(aside) != old:
@@ -117,22 +91,11 @@ def exchange(working: Path, path: Path, old: Entries, aside: Path) -> list[Path]
 
 
 def put_inside(working: Path, path: Path, old: Entries, aside: Path) -> list[Path]:
-    """Move the files of a new folder into an old one that cannot be renamed, and remove the files of the old one.
+    """
+    Move the files of a new folder into an old one that cannot be renamed, and remove the files of the old one.
 
     A process that is killed meanwhile leaves the old files in one hidden folder and the rest of the new ones in
     another; what is in the place does not load until it is complete.
-
-    Args:
-        working (`Path`): The new folder, inside the old one.
-        path (`Path`): The old folder.
-        old (`Mapping[Path, Signature]`): All that the old folder holds besides, as [`scan`] found it.
-        aside (`Path`): Where the old files go, inside the old folder.
-
-    Returns:
-        `list[Path]`: What could not be removed of the old files.
-
-    Raises:
-        FileExistsError: If the old folder was changed meanwhile; its files are in their places then.
     """
     ours = working.relative_to(path)
     if {name: one for name, one in scan(path).items() if ours not in (name, *name.parents)} != old:
@@ -175,15 +138,7 @@ def _folders(entries: Entries) -> list[Path]:
 
 
 def remove(folder: Path, entries: Entries) -> list[Path]:
-    """Remove entries of a folder that are still the same, and the folders that are empty after that.
-
-    Args:
-        folder (`Path`): The folder.
-        entries (`Mapping[Path, Signature]`): What [`scan`] found in it.
-
-    Returns:
-        `list[Path]`: What is left in the folder.
-    """
+    """Remove entries of a folder that are still the same, and the folders that are empty after that."""
     present = scan(folder) if folder.exists() else {}
     for name, signature in entries.items():
         if present.get(name) == signature:

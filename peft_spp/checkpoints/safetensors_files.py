@@ -46,22 +46,15 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored], Mapping[str, Any]]:
-    """List the tensors of a safetensors file or folder; only the headers are read.
+    """
+    List the tensors of a safetensors file or folder; only the headers are read.
 
     A folder is read as Transformers loads it: the file that `transformers_weights` of `config.json` names, else
     `model.safetensors`, else all that the shards hold which `model.safetensors.index.json` names, whether or not it
-    lists the tensor. A folder that Transformers does not load is read as well: every `*.safetensors` in it.
-    Compressed weights are listed in their dense shape.
+    lists the tensor. A folder that Transformers does not load is read as well: every `*.safetensors` in it. Compressed
+    weights are listed in their dense shape.
 
-    Args:
-        path (`str` or `os.PathLike`): The file or folder.
-
-    Returns:
-        `tuple[str, Iterator[Stored], Mapping[str, Any]]`: The path, its tensors, and the model's configuration.
-
-    Raises:
-        FileNotFoundError: If there is nothing at `path`.
-        ValueError: If there is no safetensors file, or one is corrupt, missing, or outside the folder.
+    It returns the path, its tensors, and the model's configuration.
     """
     path = Path(path)
     if path.is_dir():
@@ -102,18 +95,7 @@ class Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """List the safetensors files of a checkpoint; see [`stored_in_files`].
-
-    Args:
-        folder (`Path`): The folder of the checkpoint.
-
-    Returns:
-        `Listing`: The files to read.
-
-    Raises:
-        ValueError: If there is none, or the index is damaged, or names a file that is missing or outside the folder,
-            or Transformers would load pickled weights instead.
-    """
+    """List the safetensors files of a checkpoint; see [`stored_in_files`]."""
     named = read_config(folder).get("transformers_weights")
     if named is not None:
         file = _inside(folder / "config.json", named)
@@ -134,17 +116,7 @@ def list_folder(folder: Path) -> Listing:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the configuration of a model.
-
-    Args:
-        folder (`Path`): The folder of the model.
-
-    Returns:
-        `dict[str, Any]`: The content of its `config.json`, empty if there is none.
-
-    Raises:
-        ValueError: If it is not valid JSON, or not an object.
-    """
+    """Read the configuration of a model."""
     file = folder / "config.json"
     return read_json(file) if file.is_file() else {}
 
@@ -178,19 +150,7 @@ def _inside(source: Path, named: Any) -> Path:
 
 
 def read_json(file: Path, strict: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Args:
-        file (`Path`): The file.
-        strict (`bool`, *optional*, defaults to `False`):
-            Whether to refuse what Python reads and JSON does not have: NaN, infinity, and keys that are there twice.
-
-    Returns:
-        `dict[str, Any]`: Its content.
-
-    Raises:
-        ValueError: If it is not valid JSON, or not an object.
-    """
+    """Read a JSON object from a file."""
     more: dict[str, Any] = {"parse_constant": _no_constant, "object_pairs_hook": _without_duplicates} if strict else {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"), **more)
@@ -214,17 +174,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_headers(files: Mapping[Path, list[str] | None]) -> dict[Path, list[Stored]]:
-    """List the tensors of several safetensors files that make up one checkpoint.
-
-    Args:
-        files (`Mapping[Path, list[str] | None]`): See [`Listing`].
-
-    Returns:
-        `dict[Path, list[Stored]]`: The tensors of each file, not yet read.
-
-    Raises:
-        ValueError: If a file is damaged or does not hold an expected tensor, or two files hold the same one.
-    """
+    """List the tensors of several safetensors files that make up one checkpoint."""
     seen: dict[str, Path] = {}
     found = {}
     for file, expected in files.items():
@@ -237,18 +187,7 @@ def read_headers(files: Mapping[Path, list[str] | None]) -> dict[Path, list[Stor
 
 
 def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Stored]:
-    """List the tensors of one safetensors file.
-
-    Args:
-        file (`Path`): The file.
-        expected (`Iterable[str]`, *optional*): Names that it must hold.
-
-    Returns:
-        `list[Stored]`: All its tensors, not yet read, by name.
-
-    Raises:
-        ValueError: If the file is damaged or does not hold an expected tensor.
-    """
+    """List the tensors of one safetensors file."""
     listed = []
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -268,18 +207,9 @@ def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Store
 
 
 def checked_shape(file: Path, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """Check a shape from a header: next to a 0, `safetensors` lets sizes pass that PyTorch cannot count to.
-
-    Args:
-        file (`Path`): The file, for the message.
-        name (`str`): The name of the tensor, for the message.
-        shape (`Sequence[int]`): The shape.
-
-    Returns:
-        `tuple[int, ...]`: The shape.
-
-    Raises:
-        ValueError: If a tensor cannot have it.
+    """
+    Check a shape from a header: next to a 0, `safetensors` lets sizes pass that PyTorch cannot count to. It returns
+    the shape.
     """
     if math.prod(size for size in shape if size) >= 2**63:
         raise ValueError(f"{file} is damaged: tensor {name!r} has the shape {tuple(shape)}. Copy the file again")

@@ -37,11 +37,7 @@ class StoredTensor:
     stop: int
 
     def load(self) -> Tensor:
-        """Read the tensor.
-
-        Returns:
-            `torch.Tensor`: A tensor of its own, not a view of the file.
-        """
+        """Read the tensor."""
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"tensor {self.name!r} of {self.file} has dtype {self.dtype}, which is not floating")
         return read_bytes(self.file, self.start, self.stop).view(self.dtype).view(self.shape)
@@ -67,18 +63,7 @@ class TensorFile:
 
 
 def open_tensor_file(path: Path, listed: Sequence[Stored] | None = None) -> TensorFile:
-    """Read the header of a safetensors file.
-
-    Args:
-        path (`Path`): The file.
-        listed (`Sequence[Stored]`, *optional*): What `read_header` has found in it, where it was called before.
-
-    Returns:
-        `TensorFile`: All its tensors.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Read the header of a safetensors file."""
     # `safetensors` checks the header; what is parsed again below are the offsets, which it does not tell
     checked = read_header(path) if listed is None else listed
     ranges = byte_ranges(path)

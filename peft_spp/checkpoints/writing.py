@@ -43,18 +43,7 @@ class NewTensor:
 
 
 def computed(name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> NewTensor:
-    """
-    A tensor that is made when it is written.
-
-    Args:
-        name (`str`): Its name.
-        dtype (`torch.dtype`): Its dtype.
-        shape (`tuple[int, ...]`): Its shape.
-        make (`Callable[[], torch.Tensor]`): Makes it.
-
-    Returns:
-        [`NewTensor`]: The tensor.
-    """
+    """A tensor that is made when it is written."""
 
     def pieces() -> Iterator[Tensor]:
         yield make().contiguous().view(-1).view(torch.uint8)
@@ -63,15 +52,7 @@ def computed(name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callab
 
 
 def copied(tensor: StoredTensor) -> NewTensor:
-    """
-    A tensor with the bytes that it has in another file.
-
-    Args:
-        tensor (`StoredTensor`): The tensor.
-
-    Returns:
-        [`NewTensor`]: The tensor.
-    """
+    """A tensor with the bytes that it has in another file."""
 
     def pieces() -> Iterator[Tensor]:
         for start in range(tensor.start, tensor.stop, PIECE_BYTES):
@@ -83,18 +64,7 @@ def copied(tensor: StoredTensor) -> NewTensor:
 def write_tensors(
     path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str], done: Callable[[int], object]
 ) -> None:
-    """
-    Write a new safetensors file, and read its header back.
-
-    Args:
-        path (`Path`): The file.
-        tensors (`Sequence[NewTensor]`): What to write, in this order. The header is what `safetensors` itself writes.
-        metadata (`Mapping[str, str]`): The metadata of the header.
-        done (`Callable[[int], object]`): Called with the bytes of each piece that is written.
-
-    Raises:
-        ValueError: If the file does not hold afterwards what was to be written.
-    """
+    """Write a new safetensors file, and read its header back."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for one in tensors:

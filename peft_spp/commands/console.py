@@ -51,14 +51,7 @@ def needs_train_extra() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], object]]:
-    """Show a bar on a terminal while active, and nothing elsewhere.
-
-    Args:
-        description (`str`): What goes on.
-
-    Yields:
-        `Callable[[int, int], object]`: To be called with what is done and what there is.
-    """
+    """Show a bar on a terminal while active, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -10,16 +10,6 @@ from ..checkpoints.hub import local_folder
 
 
 def local_source(source: str) -> Path:
-    """Find a file or folder, or download a repository from the Hub.
-
-    Args:
-        source (`str`): A path, or the id of a repository on the Hub.
-
-    Returns:
-        `Path`: The local file or folder.
-
-    Raises:
-        FileNotFoundError: If it is no path, and cannot be downloaded.
-    """
+    """Find a file or folder, or download a repository from the Hub."""
     path = Path(source).expanduser()
     return path if path.is_file() else local_folder(source, ignore=OTHER_WEIGHTS)

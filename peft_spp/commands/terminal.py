@@ -38,14 +38,7 @@ def _stand_in(error: UnicodeError) -> tuple[str, int]:
 
 
 def print_text(text: str) -> None:
-    """Print to the standard output. Nothing happens where nobody reads it any more, as behind `| head`.
-
-    Args:
-        text (`str`): The text, without the newline at its end.
-
-    Raises:
-        OSError: If it cannot be written for another reason, such as a full disk.
-    """
+    """Print to the standard output. Nothing happens where nobody reads it any more, as behind `| head`."""
     try:
         # not with `typer.echo`, which writes UTF-8 to a terminal that is ASCII
         print(text, flush=True)

@@ -24,13 +24,7 @@ def split_topics(topics: dict[str, str], held_out_fraction: float, seed: int) ->
     Whole topics are held out. As some topics quote others in full, that is not enough: a paragraph that is held out,
     or has come before, is removed from the rest.
 
-    Args:
-        topics (`dict[str, str]`): The texts by their names.
-        held_out_fraction (`float`): About how much of the text to hold out.
-        seed (`int`): Seed of the choice of topics.
-
-    Returns:
-        `tuple[list[str], list[str]]`: The texts to train on and those held out.
+    It returns the texts to train on and those held out.
     """
     names = sorted(topics)
     random.Random(seed).shuffle(names)

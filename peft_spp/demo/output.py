@@ -48,12 +48,7 @@ class OutputFolder:
         return self.dense, self.pruned, *adapters, self.lora_merged, self.lora_masked, self.spp_merged
 
     def check(self) -> None:
-        """
-        Check that the folder can be used: it is new, empty or from an earlier demo.
-
-        Raises:
-            `FileExistsError`: If there is something else in its place.
-        """
+        """Check that the folder can be used: it is new, empty or from an earlier demo."""
         if self.root.exists() and not self.root.is_dir():
             raise FileExistsError(f"{self.root} is not a folder.")
         if self.root.exists() and any(self.root.iterdir()) and not (self.root / MARKER).is_file():

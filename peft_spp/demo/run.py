@@ -27,18 +27,7 @@ from .training import ProgressCallback, fine_tune, train_dense
 
 
 def run_demo(output: OutputFolder, config: DemoConfig, console: Console) -> dict[str, SavedModelCheck]:
-    """
-    Run the demo.
-
-    Args:
-        output (`OutputFolder`): Where the models go. An earlier demo there is replaced.
-        config (`DemoConfig`): Sizes and steps.
-        console (`Console`): Where progress and results are shown.
-
-    Returns:
-        `dict[str, SavedModelCheck]`: The checks of the models `dense`, `pruned`, `lora_merged`, `lora_masked` (merged,
-        and the zeros of the pruned model set again) and `spp_merged`.
-    """
+    """Run the demo."""
     started = time.perf_counter()
     output.prepare()
     with quiet_libraries(), make_progress(console) as progress:

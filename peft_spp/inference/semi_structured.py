@@ -135,15 +135,8 @@ def choose_layers(
     exclude_modules: str | Iterable[str] | None = None,
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """
-    Tell which linear layers can be packed. This works on any device.
-
-    Args:
-        model (`nn.Module`): The model.
-        target_modules (`str` or `Iterable[str]`, *optional*): Which linear layers, as in PEFT.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
-
-    Returns:
-        `tuple[dict[str, nn.Linear], dict[str, str]]`: The layers that can, and why each other one cannot, by name.
+    Tell which linear layers can be packed. This works on any device. It returns the layers that can, and why each
+    other one cannot, by name.
     """
     chosen: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
@@ -159,15 +152,7 @@ def choose_layers(
 
 
 def why_not(layer: nn.Linear) -> str | None:
-    """
-    Why a layer cannot be packed.
-
-    Args:
-        layer (`nn.Linear`): The layer.
-
-    Returns:
-        `str` or `None`: The reason; `None` if it can.
-    """
+    """Why a layer cannot be packed."""
     weight = layer.weight
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}, not a plain nn.Linear"
@@ -189,15 +174,7 @@ def why_not(layer: nn.Linear) -> str | None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """
-    Pack a 2:4 weight, without PyTorch's warning that its class is a prototype.
-
-    Args:
-        weight (`torch.Tensor`): 2:4 along the inputs, shape `(out, in)`, on a GPU.
-
-    Returns:
-        `torch.Tensor`: The packed weight.
-    """
+    """Pack a 2:4 weight, without PyTorch's warning that its class is a prototype."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor is in prototype", category=UserWarning)
         packed: Tensor = to_sparse_semi_structured(weight.detach().contiguous())
@@ -205,17 +182,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def measure_speedup(layer: nn.Linear, packed: Tensor, tokens: int) -> float:
-    """
-    Time a layer with its dense weight and with another one.
-
-    Args:
-        layer (`nn.Linear`): The layer.
-        packed (`torch.Tensor`): The other weight.
-        tokens (`int`): How many tokens go in at a time.
-
-    Returns:
-        `float`: How many times as fast the layer is with the other weight.
-    """
+    """Time a layer with its dense weight and with another one."""
     inputs = torch.randn(tokens, layer.in_features, device=layer.weight.device).to(layer.weight.dtype)
 
     def seconds(weight: Tensor) -> float:

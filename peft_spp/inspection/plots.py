@@ -31,16 +31,7 @@ _DPI = 150
 
 
 def plot_checkpoint(inspection: CheckpointInspection, path: Path, module: str | None = None) -> None:
-    """Draw the sparsity by layer and kind of module, and the mask of one weight.
-
-    Args:
-        inspection (`CheckpointInspection`): What to draw.
-        path (`Path`): Where to; the ending tells the format.
-        module (`str`, *optional*): Whose mask to draw; by default that of the first layer.
-
-    Raises:
-        ValueError: If there is no such module, or none at all.
-    """
+    """Draw the sparsity by layer and kind of module, and the mask of one weight."""
     name = module or _first(inspection.modules, inspection.source)
     nonzero = inspection.nonzero(name)
     cells = _by_layer_and_kind((one.name, one.sparsity.zeros, one.sparsity.numel) for one in inspection)
@@ -54,16 +45,7 @@ def plot_checkpoint(inspection: CheckpointInspection, path: Path, module: str | 
 
 
 def plot_adapter(inspection: AdapterInspection, path: Path, module: str | None = None) -> None:
-    """Draw how much an adapter changes the weights by layer and kind of module, and the change of one weight.
-
-    Args:
-        inspection (`AdapterInspection`): What to draw.
-        path (`Path`): Where to; the ending tells the format.
-        module (`str`, *optional*): Whose change to draw; by default that of the module that changes most.
-
-    Raises:
-        ValueError: If there is no such module, or none at all.
-    """
+    """Draw how much an adapter changes the weights by layer and kind of module, and the change of one weight."""
     _first(inspection.modules, inspection.source)
     name = module or max(inspection, key=lambda one: one.change).name
     change = inspection.relative_change(name)

@@ -37,20 +37,7 @@ _UNUSED = {"bias": "none", "enable_lora": None, "fan_in_fan_out": False, "module
 
 
 def read_authors_adapter(folder: Path, base: str | None = None) -> AdapterContent:
-    """
-    Read an adapter that the authors' code has saved.
-
-    Args:
-        folder (`Path`): The folder, with `adapter_config.json` and `adapter_model.bin`.
-        base (`str`, *optional*): The base model, where the settings do not name it or name another.
-
-    Returns:
-        `AdapterContent`: The same as an SPP adapter of this package.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If the folder holds something else, or tensors that do not fit together or are not finite.
-    """
+    """Read an adapter that the authors' code has saved."""
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: it holds no {CONFIG_NAME}")

@@ -69,16 +69,6 @@ def to_hira(adapter: Adapter) -> AdapterContent:
 
     All modules get the largest rank of any, filled up with zeros: PEFT up to 0.21 reads `rank_pattern` of a HiRA
     configuration and then builds every layer with `r`.
-
-    Args:
-        adapter (`Adapter`): The SPP adapter.
-
-    Returns:
-        `AdapterContent`: The HiRA adapter.
-
-    Raises:
-        ImportError: If the installed PEFT has no HiRA.
-        ValueError: If the adapter has something that HiRA has not: trained biases, or a setting of its own.
     """
     _check_settings(adapter)
     rank = max((module.r for module in adapter.modules.values()), default=adapter.config.r)

@@ -53,14 +53,7 @@ class AdaptedModule:
         return self.alpha / self.r
 
     def load(self, weight_dtype: torch.dtype) -> Factors:
-        """Read the factors, in the dtype that PEFT loads them in.
-
-        Args:
-            weight_dtype (`torch.dtype`): The dtype of the weight that they are merged into.
-
-        Returns:
-            `Factors`: A, B and the scaling.
-        """
+        """Read the factors, in the dtype that PEFT loads them in."""
         dtype = torch.float64 if weight_dtype == torch.float64 else torch.float32
         return Factors(self.A.load().to(dtype), self.B.load().to(dtype), self.scaling)
 
@@ -88,33 +81,12 @@ class Adapter:
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter, and check that all of it can be merged.
-
-    Args:
-        folder (`Path`): The folder of the adapter.
-
-    Returns:
-        `Adapter`: The adapter.
-
-    Raises:
-        FileNotFoundError: If it has no configuration or no weights.
-        ValueError: If a file is damaged, a value is not finite, or something is of a kind that is not merged here.
-    """
+    """Read an adapter, and check that all of it can be merged."""
     return take_apart(read_adapter(folder))
 
 
 def take_apart(saved: SavedAdapter) -> Adapter:
-    """Sort the tensors of an adapter by what a merge does with them.
-
-    Args:
-        saved ([`SavedAdapter`]): The adapter.
-
-    Returns:
-        `Adapter`: The adapter.
-
-    Raises:
-        ValueError: If something is of a kind that is not merged here.
-    """
+    """Sort the tensors of an adapter by what a merge does with them."""
     assert saved.folder is not None and saved.weights is not None
     config, file = saved.config, saved.folder / CONFIG_NAME
     if config.target_parameters:

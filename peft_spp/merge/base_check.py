@@ -17,20 +17,7 @@ CHECKS = ("warn", "error", "off")
 
 
 def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> str:
-    """Compare the masks of a checkpoint with those that an adapter was trained on, one tensor at a time.
-
-    Args:
-        adapter (`Adapter`): The adapter.
-        checkpoint (`Checkpoint`): The checkpoint.
-        check (`str`): What to do if they are different: `"warn"`, `"error"`, or `"off"` to compare nothing.
-
-    Returns:
-        `str`: What came of it, for the report.
-
-    Raises:
-        ValueError: If masks are different, or the adapter has no record, and `check` is `"error"`; the message names
-            the modules.
-    """
+    """Compare the masks of a checkpoint with those that an adapter was trained on, one tensor at a time."""
     if check == "off":
         return "not compared"
     if adapter.base is None:
@@ -58,18 +45,7 @@ def _conv1d(checkpoint: Checkpoint) -> bool | None:
 
 
 def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
-    """Check that an adapter is not in a checkpoint already.
-
-    Args:
-        adapter (`Adapter`): The adapter.
-        checkpoint (`Checkpoint`): The checkpoint.
-
-    Returns:
-        `str`: The id of the adapter, for [`mark_merged`].
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Check that an adapter is not in a checkpoint already."""
     identity = adapter.saved.identity
     if adapter.modules and is_merged(identity, checkpoint.config):
         raise ValueError(
@@ -81,14 +57,6 @@ def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
 
 
 def mark_merged(checkpoint: Checkpoint, identity: str) -> str:
-    """The `config.json` of a merged model, which says that an adapter is in it.
-
-    Args:
-        checkpoint (`Checkpoint`): The base model.
-        identity (`str`): The id of the adapter.
-
-    Returns:
-        `str`: The content of the file.
-    """
+    """The `config.json` of a merged model, which says that an adapter is in it."""
     content: dict[str, Any] = {**checkpoint.config, MERGED: [*merged_adapters(checkpoint.config), identity]}
     return json.dumps(content, indent=2) + "\n"

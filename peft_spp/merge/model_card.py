@@ -17,18 +17,7 @@ _OF_BASE = "## The base model"
 
 
 def merged_card(base: Card, report: MergeReport, base_name: str | None, adapter_name: str | None) -> Card:
-    """
-    Make the card of a merged model out of that of its base.
-
-    Args:
-        base (`Card`): The card of the base model.
-        report (`MergeReport`): What was merged.
-        base_name (`str`, *optional*): The id of the base model on the Hub.
-        adapter_name (`str`, *optional*): The id of the adapter on the Hub.
-
-    Returns:
-        `Card`: The card, with the metadata of the base model and what its card says of it at the end.
-    """
+    """Make the card of a merged model out of that of its base."""
     card = Card(dict(base.data))
     card.data.setdefault("library_name", "transformers")
     card.add_tags(TAGS)

@@ -74,11 +74,7 @@ class Written:
 
 @contextmanager
 def piece_workers() -> Iterator[ThreadPoolExecutor]:
-    """The threads that read and merge pieces: as many as the caller's operations would use, up to a few.
-
-    Yields:
-        `ThreadPoolExecutor`: The threads, which are gone afterwards.
-    """
+    """The threads that read and merge pieces: as many as the caller's operations would use, up to a few."""
     # A thread that merges a piece by itself waits for no other, as the threads of one split operation do. Their number
     # is a setting of each thread, and new threads inherit what was set last: so it is set again for the caller.
     caller_threads = torch.get_num_threads()
@@ -95,19 +91,7 @@ def _threads() -> int:
 
 
 def merged_pieces(workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Written]:
-    """Read a weight file and merge what the plan says, without holding more than a few pieces.
-
-    Args:
-        workers (`ThreadPoolExecutor`): The threads to use, from [`piece_workers`].
-        file (`TensorFile`): The weight file.
-        plan (`Plan`): What changes.
-
-    Yields:
-        `Written`: The bytes of the merged file, in order and without gaps.
-
-    Raises:
-        ValueError: If a merged value is not finite or a zero would be lost; the message names the module.
-    """
+    """Read a weight file and merge what the plan says, without holding more than a few pieces."""
     # one more for each thread to take while the caller writes
     ahead = 2 * _threads()
     waiting: deque[Future[Written]] = deque()

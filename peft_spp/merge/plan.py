@@ -48,18 +48,7 @@ class Plan:
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
-    """Match an adapter with a checkpoint, and check that it fits.
-
-    Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-        adapter (`Adapter`): The adapter.
-
-    Returns:
-        `Plan`: What to write.
-
-    Raises:
-        ValueError: If a tensor is not found, or is of another shape or dtype, or serves two modules.
-    """
+    """Match an adapter with a checkpoint, and check that it fits."""
     wanted = [*(f"{name}.weight" for name in adapter.modules), *adapter.trained]
     found = _match(wanted, checkpoint, adapter)
     tied = TiedNames(checkpoint.config)

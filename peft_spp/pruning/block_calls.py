@@ -51,17 +51,7 @@ class _Entered(Exception):
 
 
 def entering_states(model: nn.Module, blocks: nn.ModuleList, arguments: dict[str, Any]) -> torch.Tensor:
-    """
-    What enters the first block; nothing after that is run.
-
-    Args:
-        model (`nn.Module`): The model.
-        blocks (`nn.ModuleList`): Its transformer blocks.
-        arguments (`dict[str, Any]`): What to call the model with.
-
-    Returns:
-        `torch.Tensor`: The hidden states.
-    """
+    """What enters the first block; nothing after that is run."""
     found: list[torch.Tensor] = []
 
     def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,13 +119,7 @@ def negated_outputs(blocks: nn.ModuleList) -> Iterator[None]:
 
 
 def check_independent(calls: CalibrationBatch, others: CalibrationBatch) -> None:
-    """
-    Raise a `ValueError` if what the blocks are called with depends on the hidden states between them.
-
-    Args:
-        calls (`CalibrationBatch`): What they were called with.
-        others (`CalibrationBatch`): What they were called with when those were others.
-    """
+    """Raise a `ValueError` if what the blocks are called with depends on the hidden states between them."""
     pairs = zip(_arguments_alone(calls), _arguments_alone(others), strict=True)
     for index, (leaves, other_leaves) in enumerate(pairs):
         if len(leaves) != len(other_leaves) or not all(map(_same, leaves, other_leaves)):

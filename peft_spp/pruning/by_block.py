@@ -29,13 +29,6 @@ def prune_model(
     Prune the linear layers of a model in place: block by block with a method that needs calibration data.
 
     Everything is checked on the dense model, with one forward pass, before the model is changed.
-
-    Args:
-        model (`nn.Module`): The model.
-        method (`PruningMethod`): The method.
-        calibration_batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
-        target_modules (`str` or `Iterable[str]`, *optional*): Which linear layers of the blocks.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not.
     """
     layers = find_target_layers(model, target_modules, exclude_modules)
     if method.statistics is None:
@@ -85,17 +78,7 @@ def prune_block(
     batches: list[CalibrationBatch],
     after_batch: Callable[[], object] = lambda: None,
 ) -> None:
-    """
-    Prune one block by the inputs of its layers, and push the calibration data through it.
-
-    Args:
-        method (`PruningMethod`): The method.
-        index (`int`): The number of the block.
-        block (`nn.Module`): The block.
-        layers (`dict[str, LinearLayer]`): Its layers to prune, by their names.
-        batches (`list[CalibrationBatch]`): The calibration data; afterwards, with the outputs of the pruned block.
-        after_batch (`Callable[[], object]`, *optional*): Called each time that a batch has been run.
-    """
+    """Prune one block by the inputs of its layers, and push the calibration data through it."""
     assert method.statistics is not None
     if layers:
         statistics: InputStatistics = method.statistics(layers)

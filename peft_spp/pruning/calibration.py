@@ -34,20 +34,8 @@ def run_calibration(
     Run the whole model on the calibration data, recording what its blocks are called with.
 
     Only the hidden states that enter the first block are stored (one tensor for each batch); masks and position
-    embeddings are shared by the blocks as in the model itself. The first batch is run again block by block, which
-    must give the same: a cache, randomness or any other state between calls would change it.
-
-    Args:
-        model (`nn.Module`): The model.
-        blocks (`nn.ModuleList`): Its transformer blocks.
-        data (`Iterable[CalibrationInputs]`): The calibration data.
-        statistics (`InputStatistics`): Gets the inputs of its layers.
-
-    Returns:
-        `list[CalibrationBatch]`: The batches, ready to be run through the first block.
-
-    Raises:
-        ValueError: If the blocks cannot be run one by one.
+    embeddings are shared by the blocks as in the model itself. The first batch is run again block by block, which must
+    give the same: a cache, randomness or any other state between calls would change it.
     """
     device = next(model.parameters()).device
     calibration: list[CalibrationBatch] = []
@@ -83,20 +71,6 @@ def enter_blocks(
 
     The blocks hold no data. In their places the hidden states pass unchanged, so what is recorded is right for models
     whose masks and position embeddings do not depend on them, which is checked on the first batch.
-
-    Args:
-        stem (`nn.Module`): The model without its head; all but the blocks is loaded.
-        blocks (`nn.ModuleList`): Its transformer blocks, on the meta device.
-        data (`Iterable[CalibrationInputs]`): The calibration data.
-        device (`torch.device`): Where the stem is.
-        first_block (`Callable[[], nn.Module]`): Gives the first block with its weights; called once.
-        after_batch (`Callable[[], object]`): Called after each batch.
-
-    Returns:
-        `list[CalibrationBatch]`: The batches, ready to be run through the first block.
-
-    Raises:
-        ValueError: If the blocks cannot be run one by one.
     """
     calibration: list[CalibrationBatch] = []
     skipped = _SkippedBlocks(first_block)

@@ -45,15 +45,6 @@ def calibration_inputs(
 
     Cutting is exact whatever a layer does to the shape of its inputs. Counting only some rows of them is not: layers
     get tokens flattened, split into heads, or routed to experts.
-
-    Args:
-        batches (`Iterable`): Batches of token ids, or of keyword arguments of the model's forward.
-
-    Returns:
-        `Iterator[CalibrationInputs]`: One for each batch, or several where its sequences differ in length.
-
-    Raises:
-        ValueError: If there is no token, or a batch cannot be divided; it names the batch and the argument.
     """
     number, empty = 0, True
     for number, batch in enumerate(batches, 1):

@@ -18,20 +18,7 @@ SEQUENCE_LENGTH = 2048
 
 
 def read_documents(file: Path) -> list[str]:
-    """
-    Read the texts of a file.
-
-    Args:
-        file (`Path`): See [`~peft_spp.text_files.read_texts`].
-
-    Returns:
-        `list[str]`: The texts that are not empty.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If the file needs `datasets`, which is not installed.
-        ValueError: If it holds no text, or a row that is not as it should be; the message names the file and the line.
-    """
+    """Read the texts of a file."""
     documents = [document for document in read_texts(file) if document.strip()]
     if not documents:
         raise ValueError(f"the calibration file {file} holds no text")
@@ -46,19 +33,6 @@ def calibration_sequences(
 
     The documents are tokenized, closed with the end-of-text token if the tokenizer has one, put one behind another,
     and cut into sequences; of these, some are drawn.
-
-    Args:
-        file (`Path`): See [`read_documents`].
-        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        samples (`int`): How many sequences to draw.
-        sequence_length (`int`): The tokens in each.
-        seed (`int`): Seed of the draw.
-
-    Returns:
-        `list[torch.Tensor]`: Token ids, each of shape `(1, sequence_length)`.
-
-    Raises:
-        ValueError: If there is too little text; the message says how much there is.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # without the warning that a document is longer than the model's context: it is cut
@@ -84,21 +58,8 @@ def calibration_from_file(
     seed: int,
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """
-    Draw the calibration data for a model from a file.
-
-    Args:
-        file (`str` or `os.PathLike`): See [`read_documents`].
-        model (`Path`): The folder of the model, with its tokenizer.
-        config (`PreTrainedConfig`): The model's configuration, which says how long its context is.
-        samples (`int`): How many sequences to draw.
-        sequence_length (`int`, *optional*): The tokens in each; by default 2048, or the context if that is shorter.
-        seed (`int`): Seed of the draw.
-
-    Returns:
-        `tuple[list[torch.Tensor], dict[str, Any]]`: Token ids, each of shape `(1, sequence_length)`, and the settings.
-
-    Raises:
-        ValueError: If a number cannot be used, the model has no tokenizer, or there is too little text.
+    Draw the calibration data for a model from a file. It returns token ids, each of shape `(1, sequence_length)`, and
+    the settings.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if sequence_length is None:

@@ -21,20 +21,7 @@ from .skeleton import Skeleton
 def enter_checkpoint(
     skeleton: Skeleton, data: Sequence[CalibrationInputs], after_batch: Callable[[], object]
 ) -> list[CalibrationBatch]:
-    """
-    Run calibration data through all of a model that precedes its blocks.
-
-    Args:
-        skeleton (`Skeleton`): The model; its first block stays in memory.
-        data (`Sequence[CalibrationInputs]`): The calibration data.
-        after_batch (`Callable[[], object]`): Called after each batch.
-
-    Returns:
-        `list[CalibrationBatch]`: The batches, ready to be run through the first block.
-
-    Raises:
-        ValueError: If the blocks cannot be run one by one.
-    """
+    """Run calibration data through all of a model that precedes its blocks."""
 
     def load_first_block() -> nn.Module:
         for name in skeleton.names_of_block(0):
@@ -56,15 +43,6 @@ def check_reached(
     Check that the blocks can be run one by one, and that calibration data reach each layer to prune.
 
     The first batch tells, but for the experts of a mixture, which may get tokens of others only.
-
-    Args:
-        skeleton (`Skeleton`): The model.
-        layers (`dict[str, LinearLayer]`): Its layers to prune.
-        data (`Sequence[CalibrationInputs]`): The calibration data.
-        after_block (`Callable[[], object]`): Called after each block that the first batch has passed.
-
-    Raises:
-        ValueError: If not; the message names the block or the layer.
     """
     statistics = _inputs(skeleton, layers, data[:1], after_block)
     if statistics.without_input() and len(data) > 1:

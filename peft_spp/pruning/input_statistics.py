@@ -60,15 +60,7 @@ class InputStatistics(ABC):
         return [name for name in self._layers if not self._tokens[name] or not self._sums[name].any()]
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """
-        Check and return the sums.
-
-        Returns:
-            `dict[str, torch.Tensor]`: What was added up for each layer.
-
-        Raises:
-            ValueError: If no token has reached a layer, or its inputs are all zero or not finite.
-        """
+        """Check and return the sums."""
         for name in self._layers:
             if not self._tokens[name]:
                 raise ValueError(
@@ -102,12 +94,7 @@ class InputNorms(InputStatistics):
         return features.square().sum(dim=0)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """
-        Check and return the norms.
-
-        Returns:
-            `dict[str, torch.Tensor]`: A vector of `in_features` norms for each layer.
-        """
+        """Check and return the norms."""
         return {name: squares.sqrt() for name, squares in super().compute().items()}
 
 

@@ -28,12 +28,7 @@ def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.M
     Of several stacks of blocks they are the one that all layers to prune are in, or else the one of the text model,
     which calibration text runs through, or else the one with the most weights of linear layers.
 
-    Args:
-        model (`nn.Module`): A model with one stack of blocks to prune, such as a decoder-only language model.
-        layers (`Iterable[str]`, *optional*): The names of the layers to prune, where they are known.
-
-    Returns:
-        `tuple[str, nn.ModuleList]`: The name of the list in the model, and the list.
+    It returns the name of the list in the model, and the list.
     """
     if _is_encoder_decoder(model):
         raise ValueError(
@@ -56,24 +51,7 @@ def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.M
 def find_target_layers(
     model: nn.Module, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None = None
 ) -> dict[str, LinearLayer]:
-    """
-    Find the linear layers to prune.
-
-    Args:
-        model (`nn.Module`): The model to prune.
-        target_modules (`str` or `Iterable[str]`, *optional*):
-            Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. `None` means all linear layers in the transformer blocks but the
-            routers of a mixture, which leaves out the embeddings and the language model head. Of a multimodal model
-            it means the blocks of the text model, and of an encoder-decoder model those of both stacks.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
-
-    Returns:
-        `dict[str, LinearLayer]`: The `nn.Linear` and `Conv1D` layers by their names.
-
-    Raises:
-        ValueError: If there is none, or one that is named computes something else than a linear map.
-    """
+    """Find the linear layers to prune."""
     if hasattr(model, "peft_config"):
         raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
     layers = linear_layers(model)

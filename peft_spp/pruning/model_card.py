@@ -15,18 +15,7 @@ HEADING = "## Pruning"
 
 
 def pruned_card(dense: Card, report: PruneReport, method: PruningMethod, base_model: str | None) -> Card:
-    """
-    Add what the pruning did to a model card.
-
-    Args:
-        dense (`Card`): The card of the dense model.
-        report (`PruneReport`): What was done.
-        method (`PruningMethod`): The method.
-        base_model (`str`, *optional*): The id of the dense model on the Hub.
-
-    Returns:
-        `Card`: The card of the pruned model.
-    """
+    """Add what the pruning did to a model card."""
     title = dense.text.strip() or f"# {Path(report.output).name}"
     card = Card(dict(dense.data), f"{title}\n\n{_section(report, method, base_model)}")
     card.data.setdefault("library_name", "transformers")

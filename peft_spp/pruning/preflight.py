@@ -22,20 +22,7 @@ def last_block(skeleton: Skeleton, layers: dict[str, LinearLayer]) -> int:
 
 
 def needed_tensors(skeleton: Skeleton, layers: dict[str, LinearLayer], method: PruningMethod) -> list[StoredTensor]:
-    """
-    Find the tensors that pruning will load, besides the weights to prune.
-
-    Args:
-        skeleton (`Skeleton`): The model.
-        layers (`dict[str, LinearLayer]`): Its layers to prune.
-        method (`PruningMethod`): The method.
-
-    Returns:
-        `list[StoredTensor]`: The tensors.
-
-    Raises:
-        ValueError: If one is not in the checkpoint as it is in the model, or is not floating.
-    """
+    """Find the tensors that pruning will load, besides the weights to prune."""
     if method.statistics is None:
         return []
     found = {}
@@ -65,16 +52,7 @@ def check_finite(tensor: StoredTensor) -> None:
 
 
 def check_tokens(skeleton: Skeleton, data: Iterable[CalibrationInputs]) -> None:
-    """
-    Check that the model has an embedding for each token of the calibration data.
-
-    Args:
-        skeleton (`Skeleton`): The model.
-        data (`Iterable[CalibrationInputs]`): The calibration data.
-
-    Raises:
-        ValueError: If it has not: the tokenizer is another model's, or has tokens that the model was not resized for.
-    """
+    """Check that the model has an embedding for each token of the calibration data."""
     embeddings = skeleton.model.get_input_embeddings()
     weight = getattr(embeddings, "weight", None)
     if weight is None:

@@ -125,14 +125,7 @@ class PruneReport(ModuleReport[PrunedModule]):
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """The settings in one line.
-
-    Args:
-        settings (`Mapping[str, Any]`): As a report has them.
-
-    Returns:
-        `str`: Such as `"wanda, pattern=2:4, samples=128"`.
-    """
+    """The settings in one line."""
     return ", ".join(
         str(value) if name == "method" else f"{name}={value}" for name, value in settings.items() if value is not None
     )

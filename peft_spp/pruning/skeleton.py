@@ -66,20 +66,7 @@ class Skeleton:
     def find_targets(
         self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
     ) -> dict[str, LinearLayer]:
-        """
-        Find the layers to prune.
-
-        Args:
-            target_modules (`str` or `Iterable[str]`, *optional*): See [`find_target_layers`].
-            exclude_modules (`str` or `Iterable[str]`, *optional*): See [`find_target_layers`].
-
-        Returns:
-            `dict[str, LinearLayer]`: The layers, on the meta device.
-
-        Raises:
-            ValueError: If there is none, or the weight of one is not in the checkpoint as it is in the model, is tied
-                to another module, or of a dtype of its own.
-        """
+        """Find the layers to prune."""
         try:
             layers = find_target_layers(self.model, target_modules, exclude_modules)
         except ValueError as error:
@@ -107,18 +94,7 @@ class Skeleton:
         return layers
 
     def stored(self, name: str) -> StoredTensor:
-        """
-        Where the checkpoint has a tensor of the model.
-
-        Args:
-            name (`str`): Its name in the model.
-
-        Returns:
-            `StoredTensor`: The tensor, of the shape that the model has it in.
-
-        Raises:
-            ValueError: If it is not there, or in another shape.
-        """
+        """Where the checkpoint has a tensor of the model."""
         # the body of a model is saved without the prefix that its tensors have in the whole model, and may be loaded
         # from either
         prefix = f"{self.model.base_model_prefix}."
@@ -140,12 +116,7 @@ class Skeleton:
 
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
-        """
-        While active, tensors are in memory.
-
-        Args:
-            names (`Iterable[str]`): Their names in the model.
-        """
+        """While active, tensors are in memory."""
         names = list(names)
         for name in names:
             self.load(name)

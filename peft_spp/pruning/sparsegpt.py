@@ -155,23 +155,7 @@ def sparsegpt_weight(
     damping: float = DAMPING,
     block_size: int = BLOCK_SIZE,
 ) -> torch.Tensor:
-    """
-    Prune one weight and update what is left of it.
-
-    Args:
-        weight (`torch.Tensor`): The weight, of shape `(out_features, in_features)`; it is not changed.
-        hessian (`torch.Tensor`): 2 X Xᵀ, of shape `(in_features, in_features)`, float32 or float64.
-        pattern (`str` or `NMPattern`, *optional*): N:M pattern. Give either this or `sparsity`.
-        sparsity (`float`, *optional*): Fraction of the weights of each block of inputs to prune.
-        damping (`float`, *optional*, defaults to 0.01): λ, as a fraction of the mean of the Hessian's diagonal.
-        block_size (`int`, *optional*, defaults to 128): The number of inputs in a block, a multiple of M.
-
-    Returns:
-        `torch.Tensor`: The pruned weight, in the dtype of `weight`; a pruned place is +0.0.
-
-    Raises:
-        torch.linalg.LinAlgError: If the damped Hessian is not positive definite.
-    """
+    """Prune one weight and update what is left of it."""
     W = weight.to(hessian.dtype, copy=True)
     # An input that is always zero has no say: its weights are pruned first, and its row of H becomes that of I.
     dead = hessian.diagonal() == 0

@@ -93,20 +93,7 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
-    """
-    Read arguments from a command line and from the YAML file that its `--config` names.
-
-    Args:
-        args (`Sequence[str]`): The command line, without the name of the program.
-        prog (`str`): The name of the program, for the help.
-
-    Returns:
-        `Arguments`: The arguments, checked as far as they go without data and model.
-
-    Raises:
-        InputError: If an argument is unknown or cannot be used.
-        SystemExit: With 0 after the help, with 2 after a value that is not of an argument's type.
-    """
+    """Read arguments from a command line and from the YAML file that its `--config` names."""
     types: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SPPArguments]
     parser = TrlParser(types, prog=prog)
     parser.add_argument("--config", metavar="FILE", help="A YAML file of arguments; the command line goes before it.")

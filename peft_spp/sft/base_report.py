@@ -66,16 +66,7 @@ class BaseReport:
 
 
 def sparsity_on_disk(model: str, layers: Sequence[str]) -> BaseReport | None:
-    """
-    The zeros of adapted layers in the files of a model.
-
-    Args:
-        model (`str`): The model.
-        layers (`Sequence[str]`): The names of the layers.
-
-    Returns:
-        `BaseReport`, *optional*: `None` if the weights are not in safetensors on this machine.
-    """
+    """The zeros of adapted layers in the files of a model."""
     folder = Path(model).expanduser()
     if not any(folder.glob("*.safetensors")):
         return None

@@ -48,12 +48,6 @@ def incompleteness(checkpoint: Path) -> str | None:
 
     `Trainer` writes its state last, so that a file which is missing or cut short shows a run that was killed. The
     other files are looked at too, as the order of writing does not hold for a machine that lost power.
-
-    Args:
-        checkpoint (`Path`): The folder of the checkpoint.
-
-    Returns:
-        `str`, *optional*: What is wrong, or `None` if the checkpoint is complete.
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -81,20 +75,7 @@ def incompleteness(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(request: str | None, output_dir: str | Path) -> str | None:
-    """
-    The checkpoint that `--resume_from_checkpoint` asks for.
-
-    Args:
-        request (`str`, *optional*): A folder; "true" for the last complete checkpoint; "auto" for the same if there is
-            one; "false" or `None` for none.
-        output_dir (`str` or `Path`): The folder of the run.
-
-    Returns:
-        `str`, *optional*: The folder of the checkpoint, or `None` if training is to begin at the first step.
-
-    Raises:
-        InputError: If there is no such checkpoint, or it is not complete.
-    """
+    """The checkpoint that `--resume_from_checkpoint` asks for."""
     word = "false" if request is None else request.lower()
     if request is None or word == "false":
         return None

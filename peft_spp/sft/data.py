@@ -24,16 +24,7 @@ _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 def check_sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
-    """
-    Check that local files and folders are there and of a kind that can be read, without reading them.
-
-    Args:
-        script (`ScriptArguments`): The arguments that name a data set.
-        mixture (`DatasetMixtureConfig`): The arguments that name several.
-
-    Raises:
-        InputError: If a file or folder cannot be used; the message names it.
-    """
+    """Check that local files and folders are there and of a kind that can be read, without reading them."""
     if script.dataset_name:
         _local_source(script.dataset_name)
     for config in mixture.datasets:
@@ -49,16 +40,7 @@ def load_data(
 
     A source without a test split is split by `test_split_size`, if it is given.
 
-    Args:
-        script (`ScriptArguments`): The arguments that name a data set and its splits.
-        mixture (`DatasetMixtureConfig`): The arguments that name several.
-        training (`SFTConfig`): The training arguments.
-
-    Returns:
-        `tuple`: The data set to train on, and the one to evaluate on or `None`.
-
-    Raises:
-        InputError: If the data cannot be read, a split is missing, or no column has text; the message names it.
+    It returns the data set to train on, and the one to evaluate on or `None`.
     """
     splits = _load(script, mixture)
     evaluates = training.eval_strategy != "no"

@@ -18,15 +18,7 @@ from .errors import InputError
 
 
 def check_machine(training: SFTConfig) -> None:
-    """
-    Check the device, the precision and the output folder.
-
-    Args:
-        training (`SFTConfig`): The training arguments.
-
-    Raises:
-        InputError: If the run would fail on this machine; the message names the argument.
-    """
+    """Check the device, the precision and the output folder."""
     if training.fp16 and training.device.type == "cpu":
         raise InputError("--fp16 needs a GPU, and this run is on the CPU. Pass --fp16 false.")
     check_output(Path(str(training.output_dir)))
@@ -35,15 +27,7 @@ def check_machine(training: SFTConfig) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """
-    Check that a folder can be written to, without making it.
-
-    Args:
-        folder (`Path`): The folder.
-
-    Raises:
-        InputError: If it cannot be made or written to.
-    """
+    """Check that a folder can be written to, without making it."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
         raise InputError(f"--output_dir {str(folder)!r} cannot be made: {place} is not a folder.")
@@ -52,15 +36,7 @@ def check_output(folder: Path) -> None:
 
 
 def no_gpu_hint(error: BaseException) -> str | None:
-    """
-    What to pass instead where Transformers refuses bfloat16, which TRL turns on by default.
-
-    Args:
-        error (`BaseException`): The error of the training arguments.
-
-    Returns:
-        `str`, *optional*: The advice; `None` for any other error.
-    """
+    """What to pass instead where Transformers refuses bfloat16, which TRL turns on by default."""
     if "bf16" not in str(error) or "use_cpu" not in str(error):
         return None
     if torch.cuda.is_available():
@@ -71,13 +47,6 @@ def no_gpu_hint(error: BaseException) -> str | None:
 def check_quantization(model: ModelConfig, config: PretrainedConfig) -> None:
     """
     Check that the packages are there for a model that is quantized, or that is to be quantized while it is loaded.
-
-    Args:
-        model (`ModelConfig`): The arguments that name the model.
-        config (`PretrainedConfig`): Its configuration.
-
-    Raises:
-        InputError: If a package is missing or does not work on this machine.
     """
     stored = getattr(config, "quantization_config", None)
     flag = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit" if model.load_in_8bit else None

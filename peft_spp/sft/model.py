@@ -50,20 +50,7 @@ class BaseModel(NamedTuple):
 
 
 def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) -> BaseModel:
-    """
-    Check that the base model is there and that it can be adapted, without its weights.
-
-    Args:
-        model (`ModelConfig`): The arguments that name the model.
-        config (`SPPConfig`): The adapter's configuration.
-        trust_remote_code (`bool`): Whether code that comes with the model may be run.
-
-    Returns:
-        `BaseModel`: The model.
-
-    Raises:
-        InputError: If the model cannot be found or the adapter does not fit it.
-    """
+    """Check that the base model is there and that it can be adapted, without its weights."""
     name = str(model.model_name_or_path)
     if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
         raise InputError(

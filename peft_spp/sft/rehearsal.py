@@ -29,16 +29,6 @@ def rehearse(model: BaseModel, training: SFTConfig, train_dataset: Any, eval_dat
     Let `SFTTrainer` prepare all data and check its arguments, before the weights of the model are loaded.
 
     `datasets` caches what was prepared from files, where the run itself finds it.
-
-    Args:
-        model (`BaseModel`): The model without its weights.
-        training (`SFTConfig`): The training arguments.
-        train_dataset (`Dataset` or `IterableDataset`): The data to train on.
-        eval_dataset (`Dataset` or `IterableDataset`, *optional*): The data to evaluate on.
-
-    Raises:
-        InputError: If TRL refuses the arguments or the data, if no row is left, or if the model has no embedding for
-            a token of the data.
     """
     _check_tokenizer(model, training, next(iter(train_dataset)))
     template = training.chat_template_path

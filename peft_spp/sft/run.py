@@ -45,16 +45,7 @@ class Run:
 
 
 def main(args: Sequence[str], prog: str = "peft-spp sft") -> None:
-    """
-    Fine-tune a model with SPP, as the command line says.
-
-    Args:
-        args (`Sequence[str]`): The command line, without the name of the program.
-        prog (`str`): The name of the program, for the help.
-
-    Raises:
-        InputError: If arguments, data, model or checkpoint cannot be used; nothing has been trained or written then.
-    """
+    """Fine-tune a model with SPP, as the command line says."""
     with without_their_future_warnings():
         run = prepare(parse_arguments(args, prog))
         if is_first_process():
@@ -64,18 +55,7 @@ def main(args: Sequence[str], prog: str = "peft-spp sft") -> None:
 
 
 def prepare(arguments: Arguments) -> Run:
-    """
-    Check everything that can be checked before the model is loaded, and load the data.
-
-    Args:
-        arguments (`Arguments`): All arguments.
-
-    Returns:
-        `Run`: For [`train`].
-
-    Raises:
-        InputError: If data, model or checkpoint cannot be used, or this machine cannot train it.
-    """
+    """Check everything that can be checked before the model is loaded, and load the data."""
     training = arguments.training
     check_machine(training)
     check_sources(arguments.script, arguments.mixture)
@@ -87,12 +67,7 @@ def prepare(arguments: Arguments) -> Run:
 
 
 def train(run: Run) -> None:
-    """
-    Train the adapter, and save it and push it as the arguments say.
-
-    Args:
-        run (`Run`): What [`prepare`] gave.
-    """
+    """Train the adapter, and save it and push it as the arguments say."""
     script, training, model, _, spp = run.arguments
     # TRL has parsed a JSON string into a dict
     given = cast(dict[str, Any] | None, training.model_init_kwargs)

@@ -35,15 +35,7 @@ def warn_or_raise(message: str, check_base: str, *, stacklevel: int = 2) -> None
 
 
 def no_record(adapter: str) -> str:
-    """
-    The message of `check_base="error"` about an adapter without a record.
-
-    Args:
-        adapter (`str`): The adapter, such as `"Adapter 'default'"`.
-
-    Returns:
-        `str`: The message.
-    """
+    """The message of `check_base="error"` about an adapter without a record."""
     return (
         f"{adapter} has no record of the base model that it was trained on, so check_base='error' cannot compare the "
         f"two. Copy its {BASE_MASKS} next to its adapter_config.json, or use check_base='warn' or 'off'."
@@ -151,17 +143,7 @@ def _describe(mask: MaskRecord) -> str:
 
 
 def record_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, MaskRecord]:
-    """
-    Record the masks of weights, one at a time.
-
-    Args:
-        weights (`Iterable[tuple[str, torch.Tensor]]`):
-            Names of modules and their weights, shape `(out, in)`, or `(experts, out, in)` for a stack of experts. A
-            generator holds one weight in memory at a time.
-
-    Returns:
-        `dict[str, MaskRecord]`: The mask of each, in the form that [`BaseRecord`] compares.
-    """
+    """Record the masks of weights, one at a time."""
     return {name: record_mask(weight.reshape(-1, weight.shape[-1])) for name, weight in weights}
 
 
@@ -235,14 +217,7 @@ def _without(prefix: str, name: str) -> str:
 
 
 def write_base_masks(folder: Path, record: BaseRecord | None, weights_id: str) -> None:
-    """
-    Write the file of a record: one line for each module.
-
-    Args:
-        folder (`Path`): The folder of the adapter.
-        record ([`BaseRecord`], *optional*): The record. Without one the file only says which settings it belongs to.
-        weights_id (`str`): The id of the adapter's settings.
-    """
+    """Write the file of a record: one line for each module."""
     text = json.dumps({WEIGHTS_ID: weights_id} | ({} if record is None else record.to_dict()))
     # a line for each module
     text = text.replace('}, "', '},\n"').replace('"masks": {"', '"masks": {\n"')
@@ -250,18 +225,7 @@ def write_base_masks(folder: Path, record: BaseRecord | None, weights_id: str) -
 
 
 def read_base_masks(file: Path) -> tuple[BaseRecord | None, str | None]:
-    """
-    Read the file of a record.
-
-    Args:
-        file (`Path`): The file.
-
-    Returns:
-        `tuple[BaseRecord | None, str | None]`: The record, if it holds one, and the id of the settings it belongs to.
-
-    Raises:
-        ValueError: If it is damaged; the message names the file.
-    """
+    """Read the file of a record. It returns the record, if it holds one, and the id of the settings it belongs to."""
     content = read_json(file, strict=True)
     weights_id = content.get(WEIGHTS_ID)
     try:

@@ -45,14 +45,7 @@ FORMATS: dict[torch.dtype, Format] = {
 
 
 def count_true(values: Tensor) -> int:
-    """How many of a boolean tensor are true.
-
-    Args:
-        values (`torch.Tensor`): Boolean, any shape.
-
-    Returns:
-        `int`: The count.
-    """
+    """How many of a boolean tensor are true."""
     # numpy counts several times faster than torch does on CPU
     return int(np.count_nonzero(values.numpy()) if values.device.type == "cpu" else torch.count_nonzero(values))
 
@@ -72,17 +65,7 @@ class Look(NamedTuple):
 
 
 def look_at(piece: Tensor) -> Look:
-    """Tell zeros, negative zeros and non-finite values apart, on the device where the weight lives.
-
-    Args:
-        piece (`torch.Tensor`): Floating, any shape, of one of [`FORMATS`]; without gradient history.
-
-    Returns:
-        `Look`: The mask and the counts.
-
-    Raises:
-        ValueError: If the dtype cannot be read or the tensor holds no data (meta device).
-    """
+    """Tell zeros, negative zeros and non-finite values apart, on the device where the weight lives."""
     if piece.dtype not in FORMATS:
         raise ValueError(f"cannot tell zeros in a weight of dtype {piece.dtype}")
     if piece.is_meta:

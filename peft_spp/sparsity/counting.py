@@ -76,17 +76,7 @@ def _pieces(matrix: Tensor, along: int) -> Iterator[Tensor]:
 
 
 def count(weight: Tensor, *, transposed: bool, group_sizes: Iterable[int]) -> Counts:
-    """Count zeros and the fullest groups of one weight.
-
-    Args:
-        weight (`torch.Tensor`):
-            Floating, shape `(out, in)`, or `(in, out)` with `transposed`; 3-D with the experts of a mixture first.
-        transposed (`bool`): Whether the input dimension comes before the output dimension.
-        group_sizes (`Iterable[int]`): The group sizes to look for.
-
-    Returns:
-        `Counts`: The counts.
-    """
+    """Count zeros and the fullest groups of one weight."""
     counts = Counts(fullest=dict.fromkeys(group_sizes, 0))
     for matrix in _matrices(weight):
         for piece in _pieces(matrix, along=1 if transposed else 0):
@@ -101,15 +91,7 @@ def count(weight: Tensor, *, transposed: bool, group_sizes: Iterable[int]) -> Co
 
 
 def count_pair(before: Tensor, after: Tensor) -> PairCounts:
-    """Count what became of the zeros of one weight.
-
-    Args:
-        before (`torch.Tensor`): Floating, 2-D or 3-D.
-        after (`torch.Tensor`): The same shape; dtype and device may differ.
-
-    Returns:
-        `PairCounts`: The counts.
-    """
+    """Count what became of the zeros of one weight."""
     counts = PairCounts()
     for old_matrix, new_matrix in zip(_matrices(before), _matrices(after), strict=True):
         for old_piece, new_piece in zip(_pieces(old_matrix, 0), _pieces(new_matrix, 0), strict=True):

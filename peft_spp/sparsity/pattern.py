@@ -76,15 +76,12 @@ class NMPattern:
 
 
 def parse_patterns(patterns: str | NMPattern | Iterable[str | NMPattern]) -> tuple[NMPattern, ...]:
-    """Read one pattern or several and put the tightest first.
+    """
+    Read one pattern or several and put the tightest first.
 
     Patterns that allow the same share of non-zeros are ordered by group size: whatever holds 2:4 also holds 4:8.
 
-    Args:
-        patterns (`str`, `NMPattern` or an iterable of them): The patterns.
-
-    Returns:
-        `tuple[NMPattern, ...]`: Every pattern once, the tightest first.
+    It returns every pattern once, the tightest first.
     """
     several = [patterns] if isinstance(patterns, (str, NMPattern)) else list(patterns)
     return tuple(sorted({NMPattern.parse(one) for one in several}, key=lambda pattern: (pattern.density, pattern.m)))
@@ -95,18 +92,7 @@ DENSE_BELOW = 0.01
 
 
 def pattern_name(wanted: Iterable[NMPattern], zeros: int, numel: int, inputs: int, fullest: Mapping[int, int]) -> str:
-    """What to call a weight's pattern: `"dense"`, the first of the wanted ones that it holds, or `"unstructured"`.
-
-    Args:
-        wanted (`Iterable[NMPattern]`): The patterns to look for, the tightest first.
-        zeros (`int`): How many weights are zero.
-        numel (`int`): How many there are.
-        inputs (`int`): How many inputs there are.
-        fullest (`Mapping[int, int]`): For each group size, the number of non-zeros in the fullest group of inputs.
-
-    Returns:
-        `str`: The name.
-    """
+    """What to call a weight's pattern: `"dense"`, the first of the wanted ones that it holds, or `"unstructured"`."""
     if zeros == 0 or zeros < DENSE_BELOW * numel:
         return "dense"
     # A pattern that forces no zero (4:4, or groups longer than a row) is not found but always there.
@@ -115,15 +101,7 @@ def pattern_name(wanted: Iterable[NMPattern], zeros: int, numel: int, inputs: in
 
 
 def fullest_group(nonzero: Tensor, group_size: int) -> int:
-    """The largest number of non-zeros in any group of consecutive inputs.
-
-    Args:
-        nonzero (`torch.Tensor`): Boolean, contiguous, shape `(rows, inputs)`.
-        group_size (`int`): How many consecutive inputs make a group; the last group of a row may be shorter.
-
-    Returns:
-        `int`: The count in the fullest group, 0 for an empty tensor.
-    """
+    """The largest number of non-zeros in any group of consecutive inputs."""
     inputs = nonzero.shape[1]
     if nonzero.numel() == 0:
         return 0

@@ -180,16 +180,7 @@ def _cells(group: list[ModuleSparsity]) -> list[str]:
 
 
 def module_sparsity(weight: Weight, tensor: torch.Tensor, wanted: tuple[NMPattern, ...]) -> ModuleSparsity:
-    """How sparse one weight is.
-
-    Args:
-        weight (`Weight`): The weight.
-        tensor (`torch.Tensor`): What its `load` gave.
-        wanted (`tuple[NMPattern, ...]`): The patterns to look for, the tightest first.
-
-    Returns:
-        `ModuleSparsity`: The entry for a report.
-    """
+    """How sparse one weight is."""
     with torch.no_grad():
         counts = count(tensor, transposed=weight.transposed, group_sizes=sorted({pattern.m for pattern in wanted}))
     numel = tensor.numel()

@@ -79,21 +79,7 @@ def open_weights(
     modules: str | Sequence[str] | None = None,
     conv1d: bool | str | Sequence[str] | None = None,
 ) -> Weights:
-    """List the weights of any kind of source; none is read yet.
-
-    Args:
-        source (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `PathLike`): See [`sparsity_report`].
-        modules (`str` or `Sequence[str]`, *optional*): See [`sparsity_report`].
-        conv1d (`bool`, `str` or `Sequence[str]`, *optional*): See [`sparsity_report`].
-
-    Returns:
-        `Weights`: The weights.
-
-    Raises:
-        TypeError: If the source is of another kind.
-        FileNotFoundError: If there is nothing at the path.
-        ValueError: If the source cannot be read; the message names what is wrong with it.
-    """
+    """List the weights of any kind of source; none is read yet."""
     listed: tuple[str, Any, Mapping[str, Any]]
     if isinstance(source, nn.Module):
         listed = stored_in_module(source)
@@ -115,21 +101,7 @@ def select(
     modules: str | Sequence[str] | None,
     conv1d: bool | str | Sequence[str] | None,
 ) -> Weights:
-    """Pick the weights of linear layers out of everything a source holds.
-
-    Args:
-        label (`str`): What to call the source.
-        stored (`Iterable[Stored]`): Every tensor of the source.
-        config (`Mapping[str, Any]`): The model's configuration, empty if unknown.
-        modules (`str`, `Sequence[str]` or `None`): Which modules are asked for; see [`sparsity_report`].
-        conv1d (`bool`, `str`, `Sequence[str]` or `None`): Which are stored `(in, out)`; see [`sparsity_report`].
-
-    Returns:
-        `Weights`: The weights of two or more dimensions that were asked for, with what is known about each.
-
-    Raises:
-        ValueError: If nothing matches `modules`, two weights have the same plain name, or one holds no data.
-    """
+    """Pick the weights of linear layers out of everything a source holds."""
     everything = list(stored)
     wrapped = wrapped_by_adapters(one.key for one in everything)
     mine = [one for one in everything if not is_adapter(one.key, wrapped)]
@@ -190,28 +162,14 @@ def _left_out(one: Stored, name: str, is_weight: bool, *, chosen: bool) -> str |
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`, told without importing transformers.
-
-    Args:
-        module (`nn.Module`): Any module.
-
-    Returns:
-        `bool`: Whether its class, or one it derives from, is `transformers.pytorch_utils.Conv1D`.
-    """
+    """Whether a module is transformers' `Conv1D`, told without importing transformers."""
     return any(
         kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(module).__mro__
     )
 
 
 def stored_in_module(model: nn.Module) -> tuple[str, Iterator[Stored], Mapping[str, Any]]:
-    """List the weights of a model.
-
-    Args:
-        model (`nn.Module`): A model; a `PeftModel` is listed as the model underneath.
-
-    Returns:
-        `tuple[str, Iterator[Stored], Mapping[str, Any]]`: What to call it, its tensors, and its configuration.
-    """
+    """List the weights of a model. It returns what to call it, its tensors, and its configuration."""
     label = type(model).__name__
     root = _unwrapped(model)
     config = getattr(root, "config", None)
@@ -220,17 +178,7 @@ def stored_in_module(model: nn.Module) -> tuple[str, Iterator[Stored], Mapping[s
 
 
 def stored_in_mapping(tensors: Mapping[str, Any]) -> tuple[str, Iterator[Stored], Mapping[str, Any]]:
-    """List the tensors of a state dict.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): A state dict; values that are no tensors are passed over.
-
-    Returns:
-        `tuple[str, Iterator[Stored], Mapping[str, Any]]`: What to call it, its tensors, and an empty configuration.
-
-    Raises:
-        ValueError: If it holds something, but no tensor under a name.
-    """
+    """List the tensors of a state dict. It returns what to call it, its tensors, and an empty configuration."""
     names = [name for name, value in tensors.items() if isinstance(name, str) and isinstance(value, Tensor)]
     if tensors and not names:
         raise ValueError(

@@ -47,18 +47,7 @@ _NOT_IN_ID = (WEIGHTS_ID, "peft_version", "inference_mode", "check_base")
 def find_file(
     source: str | os.PathLike[str], name: str, subfolder: str | None = None, hub: Mapping[str, Any] | None = None
 ) -> Path | None:
-    """
-    Find a file of an adapter; from the Hub it is downloaded.
-
-    Args:
-        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
-        name (`str`): The name of the file.
-        subfolder (`str`, *optional*): The folder inside of it.
-        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
-
-    Returns:
-        `Path`, *optional*: The file, or `None` if the adapter does not have it.
-    """
+    """Find a file of an adapter; from the Hub it is downloaded."""
     folder = Path(source, subfolder or "")
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -71,34 +60,15 @@ def find_file(
 def find_weights(
     source: str | os.PathLike[str], subfolder: str | None = None, hub: Mapping[str, Any] | None = None
 ) -> Path | None:
-    """
-    Find the file that PEFT will load the weights of an adapter from: safetensors if there is one, else pickled.
-
-    Args:
-        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
-        subfolder (`str`, *optional*): The folder inside of it.
-        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
-
-    Returns:
-        `Path`, *optional*: The file, or `None` if there are no weights.
-    """
+    """Find the file that PEFT will load the weights of an adapter from: safetensors if there is one, else pickled."""
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     return next((file for name in names if (file := find_file(source, name, subfolder, hub)) is not None), None)
 
 
 def read_record(config_file: Path, masks_file: Path | None) -> tuple[BaseRecord | None, str | None]:
     """
-    Read the record of the base model that is next to a configuration, and check that the two belong together.
-
-    Args:
-        config_file (`Path`): The configuration.
-        masks_file (`Path`, *optional*): The record, if there is one.
-
-    Returns:
-        `tuple[BaseRecord | None, str | None]`: The record, and the id of the settings, as far as the files have them.
-
-    Raises:
-        ValueError: If a file is damaged, or the two are of different saves.
+    Read the record of the base model that is next to a configuration, and check that the two belong together. It
+    returns the record, and the id of the settings, as far as the files have them.
     """
     weights_id = read_json(config_file, strict=True).get(WEIGHTS_ID)
     if weights_id is not None and not isinstance(weights_id, str):
@@ -111,17 +81,7 @@ def read_record(config_file: Path, masks_file: Path | None) -> tuple[BaseRecord 
 
 
 def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> None:
-    """
-    Check that a file was saved with the settings next to it: an interrupted save may have left older ones.
-
-    Args:
-        file (`Path`): The weights, or the record of the base model.
-        its_id (`str`, *optional*): The id of the settings in it.
-        weights_id (`str`, *optional*): The id of the settings in the configuration.
-
-    Raises:
-        ValueError: If both have an id, and they are not the same.
-    """
+    """Check that a file was saved with the settings next to it: an interrupted save may have left older ones."""
     if None not in (its_id, weights_id) and its_id != weights_id:
         raise ValueError(
             f"{file} was saved with other settings than those in the {CONFIG_NAME} next to it: a save was "
@@ -131,29 +91,14 @@ def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> N
 
 
 def settings_id(settings: Mapping[str, Any], record: BaseRecord | None) -> str:
-    """
-    Tell settings that give another meaning to the same weights apart.
-
-    Args:
-        settings (`Mapping[str, Any]`): The content of an adapter's configuration file.
-        record (`BaseRecord`, *optional*): The record of its base model.
-
-    Returns:
-        `str`: The same for the same settings and the same record.
-    """
+    """Tell settings that give another meaning to the same weights apart."""
     relevant = {key: value for key, value in settings.items() if key not in _NOT_IN_ID}
     relevant["base"] = None if record is None else record.to_dict()
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def write_settings_id(folder: Path, record: BaseRecord | None) -> None:
-    """
-    Add the id of the settings to a configuration that PEFT has written, and write the record of the base model.
-
-    Args:
-        folder (`Path`): The folder that it is in.
-        record (`BaseRecord`, *optional*): The record.
-    """
+    """Add the id of the settings to a configuration that PEFT has written, and write the record of the base model."""
     file = folder / CONFIG_NAME
     settings = json.loads(file.read_text(encoding="utf-8"))
     # PEFT lists a set in the order of its hashes, which is another in every process
@@ -167,17 +112,7 @@ def write_settings_id(folder: Path, record: BaseRecord | None) -> None:
 
 def list_tensors(file: Path, pickled: bool) -> tuple[dict[str, Stored], str | None]:
     """
-    List the tensors of an adapter.
-
-    Args:
-        file (`Path`): The weights.
-        pickled (`bool`): Whether pickled weights may be unpickled, and only weights.
-
-    Returns:
-        `tuple[dict[str, Stored], str | None]`: The tensors by name, and the id of the settings they were saved with.
-
-    Raises:
-        ValueError: If the file cannot be read, or is pickled and must not be unpickled.
+    List the tensors of an adapter. It returns the tensors by name, and the id of the settings they were saved with.
     """
     if file.name != SAFETENSORS_WEIGHTS_NAME:
         if not pickled:
@@ -198,19 +133,7 @@ def list_tensors(file: Path, pickled: bool) -> tuple[dict[str, Stored], str | No
 
 
 def list_loaded(origin: object, content: object) -> dict[str, Stored]:
-    """
-    List tensors that are in memory.
-
-    Args:
-        origin (`object`): Where they come from, for messages.
-        content (`object`): What should be a dictionary of tensors.
-
-    Returns:
-        `dict[str, Stored]`: The tensors by name.
-
-    Raises:
-        ValueError: If it is something else, or a tensor is sparse or has no values.
-    """
+    """List tensors that are in memory."""
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):

@@ -43,16 +43,7 @@ _SHOWN = 3
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
-    """
-    The layers that an adapter adapts.
-
-    Args:
-        model (`nn.Module`): The model.
-        adapter_name (`str`): The name of the adapter.
-
-    Returns:
-        `dict[str, SPPLayer]`: The layers by name.
-    """
+    """The layers that an adapter adapts."""
     return {
         name.removeprefix(PREFIX): module
         for name, module in own_modules(model)
@@ -61,27 +52,12 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
 
 
 def saved_name(name: str) -> str:
-    """
-    The name of a module or tensor as it is saved, without PEFT's prefix.
-
-    Args:
-        name (`str`): Its name in a model or a file.
-    """
+    """The name of a module or tensor as it is saved, without PEFT's prefix."""
     return unwrapped_name(name).removeprefix(PREFIX)
 
 
 def expected_tensors(model: nn.Module, config: SPPConfig, adapter_name: str) -> dict[str, tuple[int, ...] | None]:
-    """
-    The tensors that an adapter consists of, read off the model.
-
-    Args:
-        model (`nn.Module`): The model, with the adapter in it.
-        config (`SPPConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter.
-
-    Returns:
-        `dict[str, tuple[int, ...] | None]`: The shapes of the factors by name; `None` for all other tensors.
-    """
+    """The tensors that an adapter consists of, read off the model."""
     expected: dict[str, tuple[int, ...] | None] = {}
     for name, layer in adapter_layers(model, adapter_name).items():
         rows = layer.num_experts * layer.r[adapter_name], layer.num_experts * layer.out_features
@@ -122,26 +98,7 @@ def check_count(
     may_be_renamed: bool = False,
     may_have_biases: bool = False,
 ) -> None:
-    """
-    Check that the tensors of a saved adapter are all that the model has for it, and that each has a place in it.
-
-    Args:
-        origin (`str`): Where the tensors are, for messages.
-        names (`Collection[str]`): Their names, with the prefix or without it.
-        model (`nn.Module`): The model, with the adapter in it.
-        config (`SPPConfig`): The configuration of the adapter in the model.
-        adapter_name (`str`): The name of the adapter.
-        may_be_renamed (`bool`, *optional*, defaults to `False`):
-            Whether the tensors may still be renamed, as where Transformers has restructured a model: then only the
-            ends of the names have to be the same.
-
-        may_have_biases (`bool`, *optional*, defaults to `False`):
-            Whether biases of the base model may be among them whatever the configuration says of biases, as in a
-            state dict that a caller loads by hand.
-
-    Raises:
-        ValueError: If tensors are missing or left over; the message counts them and names the first.
-    """
+    """Check that the tensors of a saved adapter are all that the model has for it, and that each has a place in it."""
     plain = ModuleNames(model).plain
     have, want = {saved_name(plain(name)) for name in names}, expected_tensors(model, config, adapter_name)
     missing = [name for name in want if name not in have]
@@ -194,18 +151,7 @@ def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
 
 
 def check_saved(written: Iterable[str], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
-    """
-    Check that all tensors of an adapter are saved.
-
-    Args:
-        written (`Iterable[str]`): The names of the tensors to be saved.
-        model (`nn.Module`): The model, with the adapter in it.
-        config (`SPPConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter.
-
-    Raises:
-        RuntimeError: If some are missing; the message counts them and names the first.
-    """
+    """Check that all tensors of an adapter are saved."""
     have, want = {saved_name(name) for name in written}, expected_tensors(model, config, adapter_name)
     missing = [name for name in want if name not in have]
     if missing:
@@ -221,14 +167,6 @@ def restore_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, t
 
     PEFT drops all keys with the name of another adapter between two dots. If that is the name of a module too, such as
     `mlp`, the tensors of this adapter in and below the module are dropped with them.
-
-    Args:
-        model (`nn.Module`): The model.
-        adapter_name (`str`): The name of the adapter that is saved.
-        state_dict (`dict[str, torch.Tensor]`): What PEFT has left of the model's tensors; changed in place.
-
-    Raises:
-        RuntimeError: If a dropped tensor is not whole in this process.
     """
     others = other_adapters(model, adapter_name)
     if not _module_parts(model).intersection(others):
@@ -252,13 +190,7 @@ def other_adapters(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def belongs_to(key: str, adapter_name: str) -> bool:
-    """
-    Whether a tensor of a model is an adapter's, and not only in a module of the same name.
-
-    Args:
-        key (`str`): The key of the tensor in a state dict.
-        adapter_name (`str`): The name of the adapter.
-    """
+    """Whether a tensor of a model is an adapter's, and not only in a module of the same name."""
     parts = key.split(".")
     return any(part == adapter_name and before in BY_ADAPTER for before, part in pairwise(parts))
 
@@ -279,16 +211,7 @@ def _module_parts(model: nn.Module) -> set[str]:
 
 
 def check_can_be_saved(model: nn.Module, adapter_name: str) -> None:
-    """
-    Refuse to add an adapter that PEFT would not save as a whole.
-
-    Args:
-        model (`nn.Module`): The base model.
-        adapter_name (`str`): The name of the new adapter.
-
-    Raises:
-        ValueError: If the adapter has the name of a parameter, of a wrapper or of a part of an adapted layer.
-    """
+    """Refuse to add an adapter that PEFT would not save as a whole."""
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     if adapter_name in BY_ADAPTER.union(WRAPPER_PARTS, parameters, ["base_layer"]):
         raise ValueError(

@@ -20,33 +20,12 @@ from .saved_adapter import SavedAdapter
 
 
 def record_base(model: nn.Module, adapter_name: str) -> BaseRecord:
-    """
-    Record the masks of the weights that an adapter adapts, and how the base model is quantized.
-
-    Args:
-        model (`nn.Module`): The base model, with the adapter in it.
-        adapter_name (`str`): The name of the adapter.
-
-    Returns:
-        [`~peft_spp.sparsity.base_masks.BaseRecord`]: The mask of each adapted module whose weight is in memory, of the
-        dequantized weight if it is quantized.
-    """
+    """Record the masks of the weights that an adapter adapts, and how the base model is quantized."""
     return BaseRecord(_quantization(model, adapter_name), record_weights(_weights(model, adapter_name)))
 
 
 def relate_base(record: BaseRecord | None, model: nn.Module, adapter_name: str) -> dict[str, MaskRelation]:
-    """
-    How the masks of a base model relate to those that an adapter was trained on.
-
-    Args:
-        record ([`~peft_spp.sparsity.base_masks.BaseRecord`], *optional*): The record of the adapter.
-        model (`nn.Module`): The base model, with the adapter in it.
-        adapter_name (`str`): The name of the adapter.
-
-    Returns:
-        `dict[str, str]`: `"same"`, `"refined"` or `"different"` for each module that is recorded and in memory. It is
-        empty, with a warning, if there is no record.
-    """
+    """How the masks of a base model relate to those that an adapter was trained on."""
     if record is None:
         warnings.warn(
             f"Adapter {adapter_name!r} has no record of its base model's masks, so they cannot be compared. It was "
@@ -58,17 +37,7 @@ def relate_base(record: BaseRecord | None, model: nn.Module, adapter_name: str) 
 
 
 def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
-    """
-    Warn or raise, as the configuration says, if the base model is not pruned where that of the training was.
-
-    Args:
-        config (`SPPConfig`): The configuration of the adapter, with its record.
-        model (`nn.Module`): The base model, with the adapter in it.
-        adapter_name (`str`): The name of the adapter.
-
-    Raises:
-        ValueError: If a mask is different, or there is no record, and `check_base` is `"error"`.
-    """
+    """Warn or raise, as the configuration says, if the base model is not pruned where that of the training was."""
     record = config.base_record
     if record is None and config.check_base == "error":
         raise ValueError(no_record(f"Adapter {adapter_name!r}"))
@@ -86,18 +55,7 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
 
 
 def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
-    """
-    Warn or raise, as `check_base` says, if an adapter is loaded onto a model that it was merged into.
-
-    Args:
-        saved (`SavedAdapter`): The adapter.
-        model (`nn.Module`): The model.
-        config (`SPPConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter.
-
-    Raises:
-        ValueError: If `check_base` is `"error"`.
-    """
+    """Warn or raise, as `check_base` says, if an adapter is loaded onto a model that it was merged into."""
     present = merged_adapters(vars(model.config)) if keeps_attributes(model) else ()
     if not present or config.check_base == "off":
         return

@@ -29,10 +29,6 @@ def whole_parameters(layer: nn.Module, write: bool = False) -> Iterator[None]:
     Have the parameters of a layer whole and in memory inside the block: those that DeepSpeed ZeRO-3 or FSDP2 have
     sharded, and those that accelerate has offloaded to the host or to disk. Where parameters are sharded, every
     process has to enter the block. What the caller has gathered already is left to the caller.
-
-    Args:
-        layer (`nn.Module`): The tuner layer; nothing is done for what it has in memory.
-        write (`bool`): Whether what is written to the parameters inside the block is to stay.
     """
     with ExitStack() as stack:
         offloaded = [module for module in layer.modules() if _is_offloaded(module)]
@@ -241,14 +237,6 @@ def call_inside(modules: Sequence[nn.Module], compute: Callable[..., Any], *args
     `compute(*args, **kwargs)`, run in place of the forward passes of some modules, each inside the call of the one
     before it. All their parameters are in memory then, and what acts on a module's inputs, outputs and gradients acts
     on those of `compute`.
-
-    Args:
-        modules (`Sequence[nn.Module]`): The modules whose parameters `compute` reads, outermost first.
-        compute (`Callable`): What to run.
-        args, kwargs: Its arguments; the modules' hooks see them too.
-
-    Returns:
-        `Any`: The result, as the hooks of the modules leave it.
     """
     if not modules:
         return compute(*args, **kwargs)
@@ -265,10 +253,6 @@ def call_inside(modules: Sequence[nn.Module], compute: Callable[..., Any], *args
 def forward_within(module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """
     While this context is open, the module's own forward pass runs in another one, which its hooks are outside of.
-
-    Args:
-        module (`nn.Module`): The module, perhaps with others around it.
-        context (`Callable[[], AbstractContextManager]`): Makes the context of a forward pass.
     """
     inner, _ = _forward_slot(module)
     below = next((forward for owner, forward in reversed(_of_thread.forwards) if owner is inner), None)

@@ -55,26 +55,14 @@ _loading: ContextVar[Loading | None] = ContextVar("peft_spp_loading", default=No
 
 
 def loading_of(adapter_name: str) -> Loading | None:
-    """
-    The adapter that is being loaded under a name, if one is.
-
-    Args:
-        adapter_name (`str`): The name.
-    """
+    """The adapter that is being loaded under a name, if one is."""
     loading = _loading.get()
     return loading if loading is not None and loading.adapter_name == adapter_name else None
 
 
 @contextmanager
 def loading(saved: SavedAdapter, adapter_name: str, kwargs: Mapping[str, Any]) -> Iterator[Loading]:
-    """
-    Load an adapter: what is done to a model in the meantime is undone if it fails.
-
-    Args:
-        saved ([`SavedAdapter`]): The adapter.
-        adapter_name (`str`): The name that it gets in the model.
-        kwargs (`Mapping[str, Any]`): The keyword arguments of the call that loads it.
-    """
+    """Load an adapter: what is done to a model in the meantime is undone if it fails."""
     saved.config.set_check_base(kwargs)
     ignore_shapes = bool(kwargs.get("ignore_mismatched_sizes", False))
     current = Loading(saved, adapter_name, ignore_shapes, kwargs.get("check_base"))
@@ -90,21 +78,7 @@ def loading(saved: SavedAdapter, adapter_name: str, kwargs: Mapping[str, Any]) -
 
 
 def read_if_ours(source: Any, kwargs: dict[str, Any], config: PeftConfig | None = None) -> SavedAdapter | None:
-    """
-    Read and check the adapter that a call is about to load, if it is an SPP adapter.
-
-    Args:
-        source (`str` or `os.PathLike`): The folder, or the id of a repository on the Hub.
-        kwargs (`dict[str, Any]`): The keyword arguments of the call.
-        config (`PeftConfig`, *optional*): The configuration that the adapter is loaded with.
-
-    Returns:
-        [`SavedAdapter`], *optional*: The adapter; `None` if it is another method's, or there is none to be found,
-        which the call itself reports.
-
-    Raises:
-        ValueError: If the adapter is damaged.
-    """
+    """Read and check the adapter that a call is about to load, if it is an SPP adapter."""
     if (config is not None and not isinstance(config, SPPConfig)) or source is None:
         return None
     hub, subfolder = _of_hub(kwargs)
@@ -127,14 +101,6 @@ def check_is_spp(source: Any, kwargs: dict[str, Any], adapter_name: str) -> None
     Check that the settings of an SPP adapter are there before its weights are loaded over one that exists.
 
     PEFT does not read them then, so without them it is unknown what the weights mean.
-
-    Args:
-        source (`str` or `os.PathLike`): The folder, or the id of a repository on the Hub.
-        kwargs (`dict[str, Any]`): The keyword arguments of the call.
-        adapter_name (`str`): The name of the adapter that exists.
-
-    Raises:
-        ValueError: If they are missing, or the adapter is another method's.
     """
     hub, subfolder = _of_hub(kwargs)
     try:
@@ -160,21 +126,7 @@ def _of_hub(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
 def check_fits(
     saved: SavedAdapter, model: nn.Module, config: SPPConfig, adapter_name: str, ignore_shapes: bool
 ) -> None:
-    """
-    Check that a saved adapter fills the layers that a model has for it, and that they compute the same with it.
-
-    Args:
-        saved ([`SavedAdapter`]): The adapter.
-        model (`nn.Module`): The model, with layers for it.
-        config (`SPPConfig`): The configuration of these layers.
-        adapter_name (`str`): Their adapter's name.
-        ignore_shapes (`bool`): Whether tensors of other shapes are to be left out.
-
-    Raises:
-        ValueError: If tensors are missing or left over, a value is too large for the model's dtype, or a scaling is
-            another.
-        RuntimeError: If factors have other shapes.
-    """
+    """Check that a saved adapter fills the layers that a model has for it, and that they compute the same with it."""
     check_count(saved.origin, saved.tensors, model, config, adapter_name, may_be_renamed=True)
     check_dtypes(saved.origin, saved.tensors, model, adapter_name)
     if not ignore_shapes:
@@ -193,18 +145,7 @@ def check_fits(
 
 
 def check_shapes(shapes: dict[str, tuple[int, ...]], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
-    """
-    Check that factors have the shapes of a model's layers.
-
-    Args:
-        shapes (`dict[str, tuple[int, ...]]`): The shapes of an adapter's tensors by name, without PEFT's prefix.
-        model (`nn.Module`): The model.
-        config (`SPPConfig`): The configuration of the adapter in the model.
-        adapter_name (`str`): The name of the adapter.
-
-    Raises:
-        RuntimeError: If some have others; the message names the first of them.
-    """
+    """Check that factors have the shapes of a model's layers."""
     misfits = [
         f"{name} is {tuple(shapes[name])} in the adapter, {shape} in the model"
         for name, shape in expected_tensors(model, config, adapter_name).items()
@@ -218,19 +159,7 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], model: nn.Module, config: S
 
 
 def take_record(record: BaseRecord | None, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
-    """
-    Compare a model with the record of the weights that an adapter gets, and take over the record.
-
-    Args:
-        record ([`~peft_spp.sparsity.base_masks.BaseRecord`], *optional*): The record.
-        model (`nn.Module`): The model.
-        config (`SPPConfig`): The configuration of the adapter in the model.
-        adapter_name (`str`): The name of the adapter in it.
-
-    Raises:
-        ValueError: If a mask is different, or there is no record, and `check_base` is `"error"`; the record is not
-            taken over then.
-    """
+    """Compare a model with the record of the weights that an adapter gets, and take over the record."""
     before, config.base_record = config.base_record, record
     try:
         check_base(config, model, adapter_name)
@@ -242,19 +171,7 @@ def take_record(record: BaseRecord | None, model: nn.Module, config: SPPConfig, 
 def check_loaded(
     model: nn.Module, config: SPPConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> None:
-    """
-    Check the tensors that PEFT is about to write into a model, under the names that the model has for them.
-
-    Args:
-        model (`nn.Module`): The model.
-        config (`SPPConfig`): The configuration of the adapter in it.
-        adapter_name (`str`): The name of the adapter.
-        state_dict (`Mapping[str, torch.Tensor]`): The tensors.
-
-    Raises:
-        ValueError: If tensors are missing or left over, or a value is not finite in the model's dtype.
-        RuntimeError: If factors have other shapes.
-    """
+    """Check the tensors that PEFT is about to write into a model, under the names that the model has for them."""
     origin = "the state dict of the adapter" if (current := loading_of(adapter_name)) is None else current.saved.origin
     tensors = {_without_adapter(key, adapter_name): tensor for key, tensor in state_dict.items()}
     check_count(origin, tensors, model, config, adapter_name, may_have_biases=current is None)
@@ -274,18 +191,7 @@ def check_loaded(
 
 
 def check_dtypes(origin: str, tensors: Mapping[str, Stored], model: nn.Module, adapter_name: str) -> None:
-    """
-    Check that the values of an adapter's tensors stay finite numbers in the dtypes that a model has for them.
-
-    Args:
-        origin (`str`): Where the tensors are, for messages.
-        tensors (`Mapping[str, Stored]`): The tensors by name, with PEFT's prefix or without it; all values are finite.
-        model (`nn.Module`): The model.
-        adapter_name (`str`): The name of the adapter in it.
-
-    Raises:
-        ValueError: If a tensor is not floating where the model's is, or a value is too large for its dtype.
-    """
+    """Check that the values of an adapter's tensors stay finite numbers in the dtypes that a model has for them."""
     dtypes = {
         saved_name(_without_adapter(key, adapter_name)): parameter.dtype
         for key, parameter in model.named_parameters(remove_duplicate=False)

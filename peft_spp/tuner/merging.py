@@ -114,9 +114,6 @@ def untie_adapted_weights(model: nn.Module) -> None:
     Give adapted layers that share their weight with another module a weight of their own.
 
     A merge writes W' where W was. Other users of W, and other adapters on it, must not see that.
-
-    Args:
-        model (`nn.Module`): The model with the adapters.
     """
     users: dict[int, int] = {}
     for module in model.modules():
@@ -139,16 +136,7 @@ def untie_adapted_weights(model: nn.Module) -> None:
 
 
 def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
-    """
-    The ids of adapters of a model, for [`mark_merged`] once they are merged.
-
-    Args:
-        model (`nn.Module`): The model with the adapters.
-        adapter_names (`list[str]`): The adapters.
-
-    Returns:
-        `list[str]`: An id for each; none for an adapter whose factors this process cannot have whole, as with FSDP1.
-    """
+    """The ids of adapters of a model, for [`mark_merged`] once they are merged."""
     if not keeps_attributes(model):
         return []
     return [identity for name in adapter_names if (identity := _identity(model, name)) is not None]
@@ -179,12 +167,6 @@ def _parts(layer: Linear, adapter_name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def mark_merged(model: nn.Module, identities: list[str]) -> None:
-    """
-    List adapters in the configuration of a model that they were merged into; `save_pretrained` writes it.
-
-    Args:
-        model (`nn.Module`): The merged model.
-        identities (`list[str]`): The ids of the adapters.
-    """
+    """List adapters in the configuration of a model that they were merged into; `save_pretrained` writes it."""
     if identities:
         setattr(model.config, MERGED, [*merged_adapters(vars(model.config)), *identities])

@@ -40,12 +40,7 @@ class ModuleNames:
         self._wrapped = {plain: name for name, plain in self._plain.items()}
 
     def plain(self, name: str) -> str:
-        """
-        The name of a module, a parameter or a key of a state dict without wrappers.
-
-        Args:
-            name (`str`): The name, with all, some or none of the wrappers' parts.
-        """
+        """The name of a module, a parameter or a key of a state dict without wrappers."""
         if name in self._plain:
             return self._plain[name]
         owner, _, tensor = name.rpartition(".")
@@ -57,12 +52,7 @@ class ModuleNames:
         return inside if _owner(inside) in self._wrapped and _owner(name) not in self._wrapped else name
 
     def wrapped(self, name: str) -> str:
-        """
-        The name of a module or a tensor with the parts of all wrappers.
-
-        Args:
-            name (`str`): The name, with all, some or none of them.
-        """
+        """The name of a module or a tensor with the parts of all wrappers."""
         name = self.plain(name)
         if name in self._wrapped:
             return self._wrapped[name]
@@ -76,9 +66,6 @@ class ModuleNames:
 
         PEFT goes by the names of the modules. Of the wrappers it knows FSDP1 around the whole model, and it does not
         look for one between an adapted layer and its bias.
-
-        Args:
-            key (`str`): The key, with all, some or none of the wrappers' parts.
         """
         name = self.wrapped(key).removeprefix("_fsdp_wrapped_module.")
         layer, base_layer, tensor = name.rpartition(".base_layer.")
@@ -86,12 +73,7 @@ class ModuleNames:
         return name if "." in tensor else f"{layer}{base_layer}{tensor}"
 
     def keys_of(self, state_dict: Iterable[str]) -> dict[str, str]:
-        """
-        The keys of a state dict by their names without wrappers.
-
-        Args:
-            state_dict (`Iterable[str]`): The keys.
-        """
+        """The keys of a state dict by their names without wrappers."""
         return {self.plain(key): key for key in state_dict}
 
     def wrappers(self) -> frozenset[str]:
@@ -100,15 +82,7 @@ class ModuleNames:
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """
-    `model.named_modules()` without the modules that only wrap another one, and without their parts of the names.
-
-    Args:
-        model (`nn.Module`): The model.
-
-    Yields:
-        `tuple[str, nn.Module]`: The name and the module.
-    """
+    """`model.named_modules()` without the modules that only wrap another one, and without their parts of the names."""
     names = ModuleNames(model)
     wrappers = names.wrappers()
     for name, module in model.named_modules():
@@ -117,14 +91,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def wrapped_parameters(model: nn.Module, names: ModuleNames, targets: Iterable[str]) -> list[str]:
-    """
-    What `target_parameters` has to be for PEFT to find the parameters in a model with wrapped modules.
-
-    Args:
-        model (`nn.Module`): The model.
-        names ([`ModuleNames`]): Its names.
-        targets (`Iterable[str]`): The names of the parameters, or their ends.
-    """
+    """What `target_parameters` has to be for PEFT to find the parameters in a model with wrapped modules."""
     found = set(targets)
     for name, module in model.named_modules():
         if names.plain(name) == name:
@@ -137,14 +104,7 @@ def wrapped_parameters(model: nn.Module, names: ModuleNames, targets: Iterable[s
 
 
 def put_module(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """
-    Put a module in place of a child of another one.
-
-    Args:
-        parent (`nn.Module`): The module that holds the child.
-        name (`str`): The name of the child.
-        module (`nn.Module`): The new child.
-    """
+    """Put a module in place of a child of another one."""
     if name == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
         # what `torch.compile` returned for a module is bound to the call of that very module
         parent.__init__(module, parent.dynamo_ctx)  # type: ignore[misc]

@@ -164,15 +164,6 @@ class ParamWrapper(Linear):
 def is_stored_transposed(module: nn.Module, parameter: torch.Tensor, model_types: Collection[str]) -> bool:
     """
     Whether a weight is stored as (in_features, out_features), by what [`~peft_spp.sparsity.sparsity_report`] goes by.
-
-    Args:
-        module (`nn.Module`): The module that holds the weight.
-        parameter (`torch.Tensor`): The weight, or a stack of weights.
-        model_types (`Collection[str]`): The `model_type`s of the model and its parts, in Transformers' sense.
-
-    Returns:
-        `bool`: For a stack what the module's attribute `is_transposed` says, which Transformers sets on its experts,
-        or else what is known of the `model_type`; for a weight whether the module is a `Conv1D`.
     """
     if len(whole_shape(parameter)) != 3:
         return isinstance(module, Conv1D)
@@ -223,11 +214,6 @@ def replaced_parameter(module: nn.Module, name: str, compute: Callable[[Tensor],
     gather or load the parameters of the module no longer find it; and each time there is a new class, for which
     `torch.compile` compiles again. Here the parameter stays where it is. If `torch.nn.utils.parametrize` computes it,
     that comes first.
-
-    Args:
-        module (`nn.Module`): The module that holds the parameter.
-        name (`str`): The name of the parameter in it.
-        compute (`Callable[[torch.Tensor], torch.Tensor]`): Makes the tensor to use of the parameter.
     """
     if torch.compiler.is_compiling():
         with _traced(module, name, compute):

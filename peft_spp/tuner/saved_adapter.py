@@ -117,22 +117,7 @@ def read_settings(
     hub: Mapping[str, Any] | None = None,
     warn: bool = True,
 ) -> tuple[Path, SPPConfig]:
-    """
-    Read the settings of a saved adapter.
-
-    Args:
-        source (`str` or `os.PathLike`): The local folder, or the id of a repository on the Hub.
-        subfolder (`str`, *optional*): The folder inside of it.
-        hub (`Mapping[str, Any]`, *optional*): Arguments of `huggingface_hub.hf_hub_download`.
-        warn (`bool`, *optional*, defaults to `True`): Whether to warn of unknown settings, as PEFT does.
-
-    Returns:
-        `tuple[Path, SPPConfig]`: The file, and the settings.
-
-    Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If they are those of another method, or cannot be used; the message names the file.
-    """
+    """Read the settings of a saved adapter. It returns the file, and the settings."""
     file = find_file(source, CONFIG_NAME, subfolder, hub)
     if file is None:
         raise FileNotFoundError(f"{Path(source, subfolder or '')} is not a PEFT adapter: it holds no {CONFIG_NAME}")
@@ -192,16 +177,7 @@ def read_adapter(
 
 
 def from_state_dict(config: SPPConfig, state_dict: Mapping[str, Any]) -> SavedAdapter:
-    """
-    Read an adapter that is in memory as it is saved, and check it as [`read_adapter`] does.
-
-    Args:
-        config (`SPPConfig`): Its settings.
-        state_dict (`Mapping[str, torch.Tensor]`): Its tensors, by the names that PEFT saves them under.
-
-    Returns:
-        [`SavedAdapter`]: The adapter.
-    """
+    """Read an adapter that is in memory as it is saved, and check it as [`read_adapter`] does."""
     origin = "the state dict of the adapter"
     saved = SavedAdapter(origin, None, config, list_loaded(origin, state_dict), base=config.base_record)
     check_adapter(saved)
@@ -209,15 +185,7 @@ def from_state_dict(config: SPPConfig, state_dict: Mapping[str, Any]) -> SavedAd
 
 
 def check_adapter(saved: SavedAdapter) -> None:
-    """
-    Check that an adapter is whole, fits its settings and has only finite values.
-
-    Args:
-        saved ([`SavedAdapter`]): The adapter.
-
-    Raises:
-        ValueError: If it is not; the message names the file, and the tensor or the module.
-    """
+    """Check that an adapter is whole, fits its settings and has only finite values."""
     if not saved.tensors:
         raise ValueError(
             f"{saved.origin} holds no tensors. Save the adapter again, or load an earlier checkpoint of it."
@@ -250,15 +218,6 @@ class HasKind(Protocol):
 def check_factors(origin: str, factors: Mapping[str, Mapping[str, HasKind]], config: SPPConfig) -> None:
     """
     Check that the factors have the shapes that the settings say, so that no more memory is taken than the file takes.
-
-    Args:
-        origin (`str`): The file, for messages.
-        factors (`Mapping[str, Mapping[str, HasKind]]`): Under the name of each module, its `"A"` and `"B"`.
-        config (`SPPConfig`): The settings.
-
-    Raises:
-        ValueError: If a factor is missing, is not of a floating dtype, or is of another shape, or if a pattern of the
-            settings would take too long to match.
     """
     if config.is_from_file:
         patterns = expressions({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern})

@@ -37,15 +37,7 @@ _CARD = "README.md"
 
 
 def save_durably(save_pretrained: Callable[..., None]) -> Callable[..., None]:
-    """
-    Make `PeftModel.save_pretrained` durable where it saves SPP adapters. Whatever else it saves is left to PEFT.
-
-    Args:
-        save_pretrained (`Callable`): The method of PEFT.
-
-    Returns:
-        `Callable`: The method to put in its place, which has the same arguments. A second call returns its argument.
-    """
+    """Make `PeftModel.save_pretrained` durable where it saves SPP adapters. Whatever else it saves is left to PEFT."""
     if hasattr(save_pretrained, "saves_durably"):
         return save_pretrained
     signature = inspect.signature(save_pretrained)

@@ -48,15 +48,7 @@ for number, (pattern, whole) in enumerate(patterns):
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """
-    Check the values of a configuration one by one, before anything is made of them.
-
-    Args:
-        settings (`Mapping[str, Any]`): The values by the names of their fields. Missing ones are not checked.
-
-    Raises:
-        ValueError: If a value cannot be used; the message names the field and the value.
-    """
+    """Check the values of a configuration one by one, before anything is made of them."""
     for name, (is_fine, expected) in _FIELDS.items():
         if name in settings and not is_fine(settings[name]):
             raise ValueError(f"`{name}` should be {expected} but the value passed is {_shown(settings[name])}")
@@ -116,15 +108,7 @@ class Expression(NamedTuple):
 
 
 def expressions(settings: Mapping[str, Any]) -> list[Expression]:
-    """
-    The regular expressions that PEFT makes of a configuration.
-
-    Args:
-        settings (`Mapping[str, Any]`): The values by the names of their fields, of the right types.
-
-    Returns:
-        `list[Expression]`: The expressions.
-    """
+    """The regular expressions that PEFT makes of a configuration."""
     found: list[Expression] = []
     for name in ("target_modules", "exclude_modules"):
         if isinstance(value := settings.get(name), str) and value.lower() != "all-linear":
@@ -143,13 +127,6 @@ def check_patterns(expressions: Sequence[Expression], names: Iterable[str]) -> N
 
     Python's `re` cannot be given a limit, and there are expressions of a few characters for which it takes longer than
     anybody waits. So one that could be of them is first tried in a process that the system ends after half a second.
-
-    Args:
-        expressions (`Sequence[Expression]`): The expressions.
-        names (`Iterable[str]`): The names of modules.
-
-    Raises:
-        ValueError: If one does not; the message names it and its field.
     """
     suspects = [expression for expression in expressions if _could_take_long(expression)]
     culprit = _try(suspects, list(names)) if suspects else None

@@ -223,19 +223,7 @@ def _layers(model: BaseTuner) -> list[SPPLayer]:
 
 @contextmanager
 def passed_to_layers(tuner: nn.Module, model: nn.Module, adapter_names: Any, num_beams: Any) -> Iterator[None]:
-    """
-    While the context is open, every layer is called with the adapter names of its inputs.
-
-    Args:
-        tuner (`nn.Module`): The model with the adapters, that holds all layers.
-        model (`nn.Module`): The model that was adapted, which knows its encoder.
-        adapter_names (`list[str]`): The adapter of each sample; `"__base__"` for none.
-        num_beams (`int`, *optional*): The number of beams of a beam search.
-
-    Raises:
-        ValueError: If no layer has one of the adapters.
-        TypeError: If the names are no list, and there are beams.
-    """
+    """While the context is open, every layer is called with the adapter names of its inputs."""
     # Check that users only passed actually existing adapters. Not every layer has every adapter, but a name that no
     # layer knows is a typo.
     expected = {name for module in tuner.modules() if isinstance(module, SPPLayer) for name in module.spp_A}

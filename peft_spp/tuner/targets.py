@@ -28,15 +28,6 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
     Embeddings, heads and poolers lie outside the blocks; the routers of a mixture are left out. See
     [`~peft_spp.architecture.linear_layers_in_blocks`].
-
-    Args:
-        model (`nn.Module`): The model; it may have adapters already.
-        layers_to_transform (`Union[List[int], int]`, *optional*): The blocks to keep, where a layer can only be told
-            from one outside the blocks by its full name, which PEFT does not check against the layer index.
-
-    Returns:
-        `set[str]`: The shortest unambiguous ends of the names, such as `{"q_proj", "output.dense"}`; empty if the
-        model has no such blocks.
     """
     modules = dict(_modules_outside_adapters(model))
     # name of the layer -> its name inside the block
@@ -61,15 +52,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """
-    The parameters that hold the weights of all experts of a mixture, which are no linear layers.
-
-    Args:
-        model (`nn.Module`): The model; it may have adapters already.
-
-    Returns:
-        `list[str]`: Their names in the model without adapters, such as `"model.layers.0.mlp.experts.down_proj"`.
-    """
+    """The parameters that hold the weights of all experts of a mixture, which are no linear layers."""
     names = []
     for name, parameter in model.named_parameters():
         plain = plain_name(name)
@@ -86,15 +69,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def why_not_adaptable(layer: nn.Module) -> str | None:
-    """
-    Tell why a layer that is linear by its class cannot be adapted: it computes something else.
-
-    Args:
-        layer (`nn.Module`): Any module; it may have adapters already.
-
-    Returns:
-        `str` or `None`: The reason; `None` for a linear map, a quantized layer or another module.
-    """
+    """Tell why a layer that is linear by its class cannot be adapted: it computes something else."""
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if not is_linear_layer(base) or has_plain_forward(base) or find_backend(base) is not None:
         return None
@@ -103,16 +78,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
 
 
 def other_maps(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
-    """
-    The layers that are linear by their class and compute something else.
-
-    Args:
-        model (`nn.Module`): The model; it may have adapters already.
-        names (`Collection[str]`, *optional*): The layers to look at, by default those of the transformer blocks.
-
-    Returns:
-        `dict[str, str]`: Their names, and why they are not adapted.
-    """
+    """The layers that are linear by their class and compute something else."""
     modules = dict(_modules_outside_adapters(model))
     if names is None:
         names = linear_layers_in_blocks(modules, is_linear)
@@ -147,17 +113,7 @@ def _is_selected(block_name: str, layers_to_transform: list[int] | int | None) -
 
 
 def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
-    """
-    Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantized.
-
-    Args:
-        layer (`nn.Module`): The layer that an adapter targets.
-        module_name (`str`): Its name, for the message.
-        backend ([`Backend`], *optional*): How to read its weight, if that is quantized.
-
-    Raises:
-        ValueError: If it is another layer.
-    """
+    """Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantized."""
     if is_tensor_parallel(layer):
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
@@ -187,12 +143,7 @@ def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> 
 
 
 def warn_of_other_maps(others: Mapping[str, str]) -> None:
-    """
-    Warn of layers that are linear by their class, and left out because they compute something else.
-
-    Args:
-        others (`Mapping[str, str]`): Their names, and what [`other_maps`] gives as reasons.
-    """
+    """Warn of layers that are linear by their class, and left out because they compute something else."""
     if not others:
         return
     shown = "; ".join(f"{name}: {reason}" for name, reason in list(others.items())[:3])
@@ -209,13 +160,6 @@ def check_not_saved_whole(module_name: str, modules_to_save: Sequence[str] | Non
 
     PEFT leaves targets out that are named there, but wraps any module whose name has that end: `"proj"` is also
     `q_proj`.
-
-    Args:
-        module_name (`str`): The name of the target.
-        modules_to_save (`Sequence[str]`, *optional*): The setting.
-
-    Raises:
-        ValueError: If it is.
     """
     parts = module_name.split(".")
     for at in range(len(parts)):
@@ -231,17 +175,7 @@ def check_not_saved_whole(module_name: str, modules_to_save: Sequence[str] | Non
 
 
 def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
-    """
-    Check that a weight is a plain floating-point matrix, or a stack of them where that may be.
-
-    Args:
-        weight (`torch.Tensor`, *optional*): The weight.
-        name (`str`): What it is called, for the message.
-        dimensions (`tuple[int, ...]`): The numbers of dimensions that it may have.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
+    """Check that a weight is a plain floating-point matrix, or a stack of them where that may be."""
     shape = () if weight is None else whole_shape(weight)
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if weight is None or weight.dtype not in supported or len(shape) not in dimensions or is_foreign(weight):
@@ -275,12 +209,6 @@ def heads_saved_whole(config: SPPConfig) -> list[str]:
     The heads that PEFT adds to `modules_to_save` for a task after the adapter has been injected.
 
     For sequence classification it does so before, and the heads are not adapted; the other tasks should not differ.
-
-    Args:
-        config (`SPPConfig`): The configuration of the adapter.
-
-    Returns:
-        `list[str]`: Their names that `modules_to_save` lacks.
     """
     names: dict[Any, list[str]] = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
     heads = names.get(config.task_type, [])
@@ -288,16 +216,7 @@ def heads_saved_whole(config: SPPConfig) -> list[str]:
 
 
 def check_task(model: nn.Module, config: SPPConfig) -> None:
-    """
-    Check that a model can be wrapped for the task of an adapter, before the adapter is injected.
-
-    Args:
-        model (`nn.Module`): The base model.
-        config (`SPPConfig`): The configuration of the adapter.
-
-    Raises:
-        AttributeError: If the task is to generate, and the model has no head for it.
-    """
+    """Check that a model can be wrapped for the task of an adapter, before the adapter is injected."""
     generates = config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
     if generates and not hasattr(model, "prepare_inputs_for_generation"):
         raise AttributeError(

@@ -29,10 +29,6 @@ def only_describes_weight(holders: Iterable[type[nn.Module]], child: str) -> boo
 
     T5 does so in each forward pass, to cast the layer's input. There the base layer's weight will do, and W' need not
     be computed. Code that cannot be read, or that hands the layer on, is taken to compute with the weight.
-
-    Args:
-        holders (`Iterable[type[nn.Module]]`): The classes of the modules that hold the layer, or hold such a module.
-        child (`str`): The name of the layer in its parent.
     """
     reads = [read for holder in holders for read in _reads_of(cast(Any, holder), child)]
     return bool(reads) and all(reads)
