@@ -17,6 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..architecture import has_plain_forward
 from ..functional.bitmask import BITS, is_worth_it
+from ..weight_reads import may_compute_with_weight
 
 
 def find_linear_layers(
@@ -46,6 +47,8 @@ def find_linear_layers(
             kept[name] = "left out"
         elif type(module) is not nn.Linear or not has_plain_forward(module) or _has_hooks(module):
             kept[name] = "not a plain nn.Linear"
+        elif _is_read(model, name):
+            kept[name] = "its weight is read without calling it"
         elif module._parameters.get("weight") is None:
             kept[name] = "its weight is computed"
         elif module.weight.dtype not in BITS or type(module.weight.data) is not Tensor:
@@ -130,6 +133,13 @@ def _skipped(module: nn.Module, skip: Sequence[str] | None) -> tuple[list[str], 
         if skip is None:
             names += [start + name for name in HfQuantizer.get_modules_to_not_convert(model)]
     return names, tied
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Whether a module around a layer may compute with its weight, as `nn.TransformerEncoderLayer` does."""
+    *parts, child = name.split(".")
+    around = {type(model.get_submodule(".".join(parts[:at]))) for at in range(len(parts) + 1)}
+    return bool(name) and may_compute_with_weight(around, child)
 
 
 def _has_hooks(module: nn.Module) -> bool:

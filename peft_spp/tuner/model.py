@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.layout import model_types
 from ..sparsity.mask_record import MaskRelation
+from ..weight_reads import only_describes_weight
 from .adapter_tensors import check_can_be_saved
 from .base_record import check_not_merged, record_base, relate_base
 from .config import SPPConfig
@@ -44,7 +45,6 @@ from .targets import (
     warn_of_fused_experts,
     warn_of_other_maps,
 )
-from .weight_reads import only_describes_weight
 
 
 class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):

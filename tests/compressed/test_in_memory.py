@@ -16,7 +16,7 @@ import peft_spp
 from peft_spp import CompressedLinear
 
 from helpers.compressed_cases import IDS, pruned_llama, same_bits, same_tensors, tensors_of
-from helpers.tiny import MLP, block_linears, prune_
+from helpers.tiny import MLP, block_linears, prune_, tiny
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -213,3 +213,29 @@ def test_block_linears_are_what_is_compressed():
     names = block_linears(model).keys()
     peft_spp.compress(model)
     assert {name for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)} == names
+
+
+@pytest.mark.parametrize(
+    ("make", "read", "called"),
+    [
+        (lambda: nn.TransformerEncoderLayer(16, 2, 32), ["linear1", "linear2"], []),
+        (
+            lambda: (
+                tiny("FalconMambaForCausalLM", hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=32)
+                .backbone.layers[0]
+                .mixer
+            ),
+            ["dt_proj"],
+            ["in_proj"],
+        ),
+    ],
+)
+def test_layers_whose_weight_is_read_by_the_module_around_them_stay_dense(make, read, called):
+    module = make()
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            prune_(layer.weight, "0.75")
+    with pytest.warns(UserWarning, match="its weight is read without calling it"):
+        peft_spp.compress(module)
+    assert not any(isinstance(module.get_submodule(name), CompressedLinear) for name in read)
+    assert all(isinstance(module.get_submodule(name), CompressedLinear) for name in called)

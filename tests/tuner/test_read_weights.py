@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.tuner import layer as layer_module
-from peft_spp.tuner.weight_reads import only_describes_weight
+from peft_spp.weight_reads import only_describes_weight
 
 from helpers import reference
 from helpers.tiny import prune_, randomize, tiny

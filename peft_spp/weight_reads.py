@@ -34,6 +34,11 @@ def only_describes_weight(holders: Iterable[type[nn.Module]], child: str) -> boo
     return bool(reads) and all(reads)
 
 
+def may_compute_with_weight(holders: Iterable[type[nn.Module]], child: str) -> bool:
+    """Whether the code around a layer reads the numbers of its weight, as Mamba's time step does, or may do so."""
+    return any(not describes for holder in holders for describes in _reads_of(cast(Any, holder), child))
+
+
 @cache
 def _reads_of(holder: Any, child: str) -> tuple[bool, ...]:
     return tuple(read for function in _functions(holder) for read in _reads(function, child))
