@@ -19,6 +19,7 @@ from torch.sparse import (
 from torch.utils.benchmark import Timer
 
 from ..checkpoints.names import matches
+from ..compressed import CompressedLinear
 from ..reports import PlainData, by_reason, some
 from ..sparsity import satisfies_n_m
 from ..tuner import SPPLayer
@@ -154,6 +155,8 @@ def choose_layers(
 def why_not(layer: nn.Linear) -> str | None:
     """Why a layer cannot be packed."""
     weight = layer.weight
+    if isinstance(layer, CompressedLinear):
+        return "compressed: call peft_spp.decompress(model) first"
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}, not a plain nn.Linear"
     if isinstance(weight, SparseSemiStructuredTensor):

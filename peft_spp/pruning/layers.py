@@ -18,6 +18,7 @@ from ..architecture import (
     why_not_linear_map,
 )
 from ..checkpoints.names import matches
+from ..compressed import CompressedLinear
 from ..sparsity import NMPattern
 
 
@@ -55,6 +56,9 @@ def find_target_layers(
     if hasattr(model, "peft_config"):
         raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
     layers = linear_layers(model)
+    compressed = next((name for name, layer in layers.items() if isinstance(layer, CompressedLinear)), None)
+    if compressed is not None:
+        raise ValueError(f"{compressed} is compressed: call peft_spp.decompress(model) before pruning.")
     if target_modules is None:
         layers = {name: layers[name] for name in _default_targets(model)}
     else:

@@ -18,6 +18,8 @@ from ..checkpoints.layout import Layout
 from ..checkpoints.names import is_adapter, is_fused_experts, matches, plain_name, special_role, wrapped_by_adapters
 from ..checkpoints.safetensors_files import stored_in_files
 from ..checkpoints.stored import Stored
+from ..functional.bitmask import Compressed
+from ..functional.compressed import decompress
 from ..reports import called
 from .bits import FORMATS
 
@@ -202,6 +204,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _walk(root: nn.Module) -> Iterator[Stored]:
     for name, module in root.named_modules():
+        compressed = getattr(module, "compressed", None)
+        if isinstance(compressed, Compressed):
+            load = partial(_dense_weight, module)
+            no_data = compressed.bitmask.is_meta
+            yield Stored(
+                _join(name, "weight"), compressed.shape, compressed.values.dtype, load, False, True, no_data=no_data
+            )
+            continue
         conv1d = is_conv1d(module)
         if conv1d or isinstance(module, nn.Linear):
             # The attribute and not the parameter: parametrizations and torch.nn.utils.prune compute it.
@@ -220,6 +230,10 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
                 else None,
                 linear=False,
             )
+
+
+def _dense_weight(module: nn.Module) -> Tensor:
+    return decompress(cast(Any, module).compressed)
 
 
 def _join(name: str, last: str) -> str:

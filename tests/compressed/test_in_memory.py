@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import peft_spp
-from peft_spp import CompressedLinear
+from peft_spp import CompressedLinear, SPPConfig
+from peft_spp.inference.semi_structured import choose_layers
+from peft_spp.pruning import prune_magnitude
+from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import IDS, pruned_llama, same_bits, same_tensors, tensors_of
 from helpers.tiny import MLP, block_linears, prune_, tiny
@@ -239,3 +242,57 @@ def test_layers_whose_weight_is_read_by_the_module_around_them_stay_dense(make, 
         peft_spp.compress(module)
     assert not any(isinstance(module.get_submodule(name), CompressedLinear) for name in read)
     assert all(isinstance(module.get_submodule(name), CompressedLinear) for name in called)
+
+
+def test_reports_read_compressed_layers_in_memory():
+    model = pruned_llama(pattern="2:4")
+    dense = copy.deepcopy(model)
+    peft_spp.compress(model)
+    reports = [sparsity_report(one) for one in (dense, model)]
+    assert len(reports[1]) == 21
+    assert [vars(one) for one in reports[0]] == [vars(one) for one in reports[1]]
+    assert compare_sparsity(dense, model).kept
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[:7] = 0.0
+    comparison = compare_sparsity(dense, model)
+    assert comparison.kept
+    assert comparison["model.layers.0.mlp.up_proj"].gained == 7 - 1  # one of them is a -0.0
+
+
+def test_pruning_and_packing_say_that_it_is_compressed():
+    model = peft_spp.compress(pruned_llama())
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is compressed"):
+        prune_magnitude(model, sparsity=0.7)
+    _, skipped = choose_layers(model)
+    assert "compressed" in skipped["model.layers.0.self_attn.q_proj"]
+
+
+def _dataset():
+    return [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(4)]
+
+
+@pytest.mark.parametrize("config", [LoraConfig(task_type="CAUSAL_LM"), SPPConfig(task_type="CAUSAL_LM", r=4)], ids=str)
+def test_a_trainer_trains_adapters_and_refuses_the_model_alone(tmp_path, config):
+    arguments = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, max_steps=2, save_strategy="no", learning_rate=0.05, seed=1
+    )
+    losses = []
+    for prepare in (lambda model: model, peft_spp.compress):
+        torch.manual_seed(0)
+        model = get_peft_model(prepare(pruned_llama()), config)
+        trainer = Trainer(model, arguments, train_dataset=_dataset())
+        trainer.train()
+        losses.append(trainer.state.log_history[-1]["train_loss"])
+        final = model(input_ids=IDS, labels=IDS).loss.item()
+        losses.append(final)
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
+    assert losses[1] < losses[0]
+    with pytest.raises(ValueError, match="adapters"):
+        Trainer(peft_spp.compress(pruned_llama()), arguments, train_dataset=_dataset())
+
+
+def test_it_compiles_without_graph_breaks():
+    model = pruned_llama()
+    expected = model(IDS).logits
+    compiled = torch.compile(peft_spp.compress(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS).logits, expected, rtol=1e-5, atol=1e-5)
