@@ -10,11 +10,7 @@ A line of JSON a model type is added to FILE; those that are there are passed ov
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,12 +30,12 @@ from peft_spp.tuner.layer import SPPLayer
 
 from helpers import every_model
 from helpers.model_inputs import floating_outputs, inputs_of
+from helpers.model_sweep import main, short, write_table
 from helpers.tiny import is_positive_zero, randomize
 
 
 TABLE = Path(__file__).parent / "every_model.json"
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-_SECONDS = 120
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
@@ -71,7 +67,7 @@ def check(model_type: str) -> dict[str, Any]:
             no_blocks = "target_modules" in str(error) and "specify" in str(error)
             return {**result, "status": "no blocks" if no_blocks else "fault", "reason": str(error)}
         except NotImplementedError as error:  # PEFT asks the model for its embeddings, and some classes have none
-            return {**result, "status": "refused", "reason": _short(error)}
+            return {**result, "status": "refused", "reason": short(error)}
     left_out = [str(one.message) for one in caught if "not adapted" in str(one.message)]
     adapted.to(dtype)
     randomize(adapted)
@@ -124,7 +120,7 @@ def _usable(model_type: str) -> tuple[nn.Module, Callable[[nn.Module], list[torc
         except TimeoutError:
             raise
         except Exception as error:
-            raise Unusable(f"not built: {type(error).__name__}: {_short(error)}") from error
+            raise Unusable(f"not built: {type(error).__name__}: {short(error)}") from error
         for inputs in inputs_of(model):
             inputs = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
 
@@ -137,7 +133,7 @@ def _usable(model_type: str) -> tuple[nn.Module, Callable[[nn.Module], list[torc
             except TimeoutError:
                 raise
             except Exception as error:
-                errors.append(f"{', '.join(inputs)}: {type(error).__name__}: {_short(error)}")
+                errors.append(f"{', '.join(inputs)}: {type(error).__name__}: {short(error)}")
                 continue
             if not first:
                 errors.append(f"{', '.join(inputs)}: no floating output")
@@ -148,10 +144,6 @@ def _usable(model_type: str) -> tuple[nn.Module, Callable[[nn.Module], list[torc
             else:
                 return model, run, dtype
     raise Unusable(f"not called: {errors[0] if errors else 'no known input'}")
-
-
-def _short(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:160]
 
 
 @torch.no_grad()
@@ -292,41 +284,10 @@ def page(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model_types", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path("every_model.jsonl"))
-    parser.add_argument("--write", action="store_true")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    done = dict(json.loads(line) for line in lines)
-    signal.signal(signal.SIGPROF, _out_of_time)  # of the process, however busy the machine is
-    for model_type in arguments.model_types or every_model.model_types():
-        if model_type in done and not arguments.model_types:
-            continue
-        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
-        try:
-            done[model_type] = check(model_type)
-        except TimeoutError:
-            done[model_type] = {"status": "unusable", "reason": f"not done in {_SECONDS} s"}
-        except Exception as error:
-            done[model_type] = {"status": "fault", "faults": [f"{type(error).__name__}: {_short(error)}"]}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps([model_type, done[model_type]]) + "\n")
-        print(model_type, done[model_type], flush=True)
-    if arguments.write:
-        table = dict(sorted(done.items()))
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
-        PAGE.write_text(page(table))
-
-
-def _out_of_time(*_: Any) -> None:
-    raise TimeoutError
+def _write(table: dict[str, dict[str, Any]]) -> None:
+    write_table(TABLE, table)
+    PAGE.write_text(page(table))
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()
+    main(check, seconds=120, write=_write)

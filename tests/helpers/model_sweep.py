@@ -17,16 +17,15 @@ import transformers
 from . import every_model
 
 
-_SECONDS = 120
-
 Row = dict[str, Any]
 
 
-def main(check: Callable[[str], Row], write: Callable[[dict[str, Row]], object]) -> None:
+def main(check: Callable[[str], Row], seconds: int, write: Callable[[dict[str, Row]], object]) -> None:
     """Check the model types that the command line names, or all that have no row yet.
 
     Args:
         check (`Callable[[str], dict[str, Any]]`): Makes the row of a model type.
+        seconds (`int`): How much time of the processor a model type may take.
         write (`Callable[[dict[str, dict[str, Any]]], object]`): Writes the table, with `--write`.
     """
     warnings.simplefilter("ignore")
@@ -43,11 +42,11 @@ def main(check: Callable[[str], Row], write: Callable[[dict[str, Row]], object])
     for model_type in arguments.model_types or every_model.model_types():
         if model_type in done and not arguments.model_types:
             continue
-        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             done[model_type] = check(model_type)
         except TimeoutError:
-            done[model_type] = {"status": "unusable", "reason": f"not done in {_SECONDS} s"}
+            done[model_type] = {"status": "unusable", "reason": f"not done in {seconds} s"}
         except Exception as error:
             done[model_type] = {"status": "fault", "faults": [f"{type(error).__name__}: {short(error)}"]}
         signal.setitimer(signal.ITIMER_PROF, 0)

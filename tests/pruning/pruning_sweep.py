@@ -10,19 +10,14 @@ A line of JSON a model type is added to FILE; those that are there are passed ov
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import logging
 import re
-import signal
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 
@@ -37,10 +32,10 @@ from peft_spp.sparsity import sparsity_report
 
 from helpers import every_model
 from helpers.model_inputs import inputs_of
+from helpers.model_sweep import main, short, write_table
 
 
 TABLE = Path(__file__).parent / "every_pruned_model.json"
-_SECONDS = 90
 
 Inputs = dict[str, Any]
 
@@ -58,12 +53,12 @@ def check(model_type: str) -> dict[str, Any]:
     except (TimeoutError, KeyboardInterrupt):
         raise
     except Exception as error:
-        return {"status": "unusable", "reason": f"{type(error).__name__}: {_short(error)}"}
+        return {"status": "unusable", "reason": f"{type(error).__name__}: {short(error)}"}
     result: dict[str, Any] = {"class": type(model).__name__}
     try:
         names = list(find_target_layers(model, None))
     except ValueError as error:
-        return {**result, "status": "no blocks", "reason": _short(error)}
+        return {**result, "status": "no blocks", "reason": short(error)}
     faults = _magnitude_faults(model, names)
     reached = squared_norms(without_cache(model), names, batches)
     silent = [name for name in names if name not in reached or not reached[name].any()]
@@ -79,9 +74,9 @@ def check(model_type: str) -> dict[str, Any]:
         prune_wanda(pruned, batches, pattern="2:4", exclude_modules=silent or None)
     except ValueError as error:
         if not _same(pruned, model):
-            faults.append(f"changed by a refusal: {_short(error)}")
+            faults.append(f"changed by a refusal: {short(error)}")
         status = {"status": "fault", "faults": faults} if faults else {"status": "refused"}
-        return {**result, **status, "reason": _short(error)}
+        return {**result, **status, "reason": short(error)}
     names = [name for name in names if name not in silent]
     expected, actual = plain_wanda(model, names, batches), weights_of(pruned, names)
     faults += [f"wrong: {name}" for name in names if not torch.equal(expected[name], actual[name])]
@@ -145,7 +140,7 @@ def _refusal_faults(model: nn.Module, batches: list[Inputs], names: list[str]) -
     try:
         prune_wanda(pruned, batches, pattern="2:4")
     except ValueError as error:
-        return [] if _same(pruned, model) else [f"changed by a refusal: {_short(error)}"]
+        return [] if _same(pruned, model) else [f"changed by a refusal: {short(error)}"]
     return ["pruned without data"]
 
 
@@ -158,43 +153,5 @@ def _kinds(names: list[str]) -> list[str]:
     return sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name).rpartition("*.")[2] for name in names})
 
 
-def _short(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:160]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model_types", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path("every_model.jsonl"))
-    parser.add_argument("--write", action="store_true")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    done = dict(json.loads(line) for line in lines)
-    signal.signal(signal.SIGPROF, _out_of_time)  # of the process, however busy the machine is
-    for model_type in arguments.model_types or every_model.model_types():
-        if model_type in done and not arguments.model_types:
-            continue
-        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
-        try:
-            done[model_type] = check(model_type)
-        except TimeoutError:
-            done[model_type] = {"status": "unusable", "reason": f"not done in {_SECONDS} s"}
-        except Exception as error:
-            done[model_type] = {"status": "fault", "faults": [f"{type(error).__name__}: {_short(error)}"]}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps([model_type, done[model_type]]) + "\n")
-        print(model_type, done[model_type], flush=True)
-    if arguments.write:
-        TABLE.write_text(json.dumps(dict(sorted(done.items())), indent=1) + "\n")
-
-
-def _out_of_time(*_: Any) -> None:
-    raise TimeoutError
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()
+    main(check, seconds=90, write=partial(write_table, TABLE))
