@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.own_files import BASE_MASKS
 from ..checkpoints.safetensors_files import read_json
+from ..functional.bitmask import Compressed
 from .mask_record import MaskRecord, MaskRelation, record_mask
 from .sources import Weight, open_weights
 
@@ -142,9 +143,12 @@ def _describe(mask: MaskRecord) -> str:
     return f"{mask.pattern}, {mask.sparsity:.1%} zeros, {mask.shape[0]}x{mask.shape[1]}"
 
 
-def record_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, MaskRecord]:
+def record_weights(weights: Iterable[tuple[str, Tensor | Compressed]]) -> dict[str, MaskRecord]:
     """Record the masks of weights, one at a time."""
-    return {name: record_mask(weight.reshape(-1, weight.shape[-1])) for name, weight in weights}
+    return {
+        name: record_mask(weight if isinstance(weight, Compressed) else weight.reshape(-1, weight.shape[-1]))
+        for name, weight in weights
+    }
 
 
 def record_checkpoint(

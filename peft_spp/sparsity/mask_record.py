@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..functional.bitmask import Compressed
+from ..functional.compressed import decompress
 from ..functional.kernels.cpu.mask import mask_sums
 from .pattern import parse_patterns, pattern_name
 
@@ -134,12 +136,14 @@ class MaskRecord:
         return cls((shape[0], shape[1]), data["zeros"], data["pattern"], data["fingerprint"], data["sample"])
 
 
-def record_mask(weight: Tensor) -> MaskRecord:
+def record_mask(weight: Tensor | Compressed) -> MaskRecord:
     """
     Record the mask of a weight, in one pass, on the device where the weight lives.
 
     Args:
-        weight (`torch.Tensor`): Floating, shape `(out, in)`, any strides; `-0.0` counts as zero and NaN does not.
+        weight (`torch.Tensor` or [`~peft_spp.functional.Compressed`]):
+            Floating, shape `(out, in)`, any strides; `-0.0` counts as zero and NaN does not. Of a compressed weight
+            the bitmask is read, and of the values only whether one is zero.
 
     Returns:
         `MaskRecord`: The same for the same mask, whatever the dtype, the device and the strides of the weight.
@@ -147,6 +151,10 @@ def record_mask(weight: Tensor) -> MaskRecord:
     Raises:
         ValueError: If the weight is not 2-D, or on the meta device.
     """
+    if isinstance(weight, Compressed):
+        if weight.values.is_meta or len(weight.shape) != 2 or weight.columns == 0 or not weight.values.all():
+            return record_mask(decompress(weight))
+        return _record_compressed(weight)
     if weight.is_meta:
         raise ValueError("a mask is recorded of a weight that is in memory, not of one on the meta device")
     if weight.dim() != 2:
@@ -156,12 +164,32 @@ def record_mask(weight: Tensor) -> MaskRecord:
 
 
 def _record(weight: Tensor) -> MaskRecord:
-    outputs, inputs = weight.shape
-    words_a_row = max(1, -(-inputs // 64))
-    word_numbers = torch.stack([_pseudo_random(words_a_row, seed, weight.device) for seed in _SEEDS])
+    word_numbers = _word_numbers(weight.shape[1], weight.device)
     row_sums, histogram = mask_sums(weight, word_numbers) or _mask_sums(weight, word_numbers)
-    row_numbers = torch.stack([_pseudo_random(outputs, ~seed, weight.device) for seed in _SEEDS])
-    return _finish(weight, histogram.tolist(), _mix_(row_sums ^ row_numbers).sum(dim=1).tolist())
+    rows, columns = _sampled_places(weight.shape[0], weight.shape[1], weight.device)
+    return _finish(weight.shape, histogram, row_sums, weight[rows, columns] == 0)
+
+
+def _record_compressed(weight: Compressed) -> MaskRecord:
+    """The bitmask has a place in the bit where [`_bits`] puts it."""
+    bits = weight.bitmask
+    outputs, inputs = weight.shape
+    histogram = torch.bincount(bits.flatten(), minlength=256)
+    word_numbers = _word_numbers(inputs, bits.device)
+    row_sums = torch.empty(len(_SEEDS), outputs, dtype=torch.int64, device=bits.device)
+    step = max(1, _PIECE_ELEMENTS.get(bits.device.type, _PIECE_ELEMENTS_DEFAULT) // (word_numbers.shape[1] * 64))
+    for start in range(0, outputs, step):
+        piece = bits[start : start + step]
+        words = _mix_(piece.contiguous().view(torch.int64) ^ word_numbers.unsqueeze(1))
+        torch.sum(words, dim=2, out=row_sums[:, start : start + step])
+    rows, columns = _sampled_places(outputs, inputs, bits.device)
+    zero = (bits[rows, columns // 8].int() >> (columns % 8).int()) & 1 == 0
+    return _finish(weight.shape, histogram, row_sums, zero)
+
+
+def _word_numbers(inputs: int, device: torch.device) -> Tensor:
+    words_a_row = max(1, -(-inputs // 64))
+    return torch.stack([_pseudo_random(words_a_row, seed, device) for seed in _SEEDS])
 
 
 def _mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,9 +235,11 @@ def _bits_transposed(nonzero: Tensor) -> Tensor:
     return bits.t().clone(memory_format=torch.contiguous_format)
 
 
-def _finish(weight: Tensor, histogram: list[int], sums: list[int]) -> MaskRecord:
-    outputs, inputs = weight.shape
-    counts = {byte: count for byte, count in enumerate(histogram) if count}
+def _finish(shape: torch.Size, histogram: Tensor, row_sums: Tensor, sampled_zero: Tensor) -> MaskRecord:
+    outputs, inputs = shape
+    row_numbers = torch.stack([_pseudo_random(outputs, ~seed, row_sums.device) for seed in _SEEDS])
+    sums = _mix_(row_sums ^ row_numbers).sum(dim=1).tolist()
+    counts = {byte: count for byte, count in enumerate(histogram.tolist()) if count}
     nonzeros = sum(count * byte.bit_count() for byte, count in counts.items())
     halves = [max((byte & 15).bit_count(), (byte >> 4).bit_count()) for byte in counts]
     fullest = {4: max(halves, default=0), 8: max((byte.bit_count() for byte in counts), default=0)}
@@ -219,22 +249,26 @@ def _finish(weight: Tensor, histogram: list[int], sums: list[int]) -> MaskRecord
         zeros=zeros,
         pattern=pattern_name(_PATTERNS, zeros, outputs * inputs, inputs, fullest),
         fingerprint=f"{_KIND}:" + "".join(f"{value % 2**64:016x}" for value in sums),
-        sample=_sample(weight),
+        sample=_sample(sampled_zero),
     )
 
 
-def _sample(weight: Tensor) -> str:
-    """Which of the sampled places are zero, a bit each."""
-    numel = weight.numel()
+def _sampled_places(outputs: int, inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows and the columns of the sampled places."""
+    numel = outputs * inputs
     places = (
         list(range(numel))
         if numel <= SAMPLES
         else [((index * _GOLDEN) % 2**64 * numel) >> 64 for index in range(SAMPLES)]
     )
-    index = torch.tensor(places, dtype=torch.int64, device=weight.device)
-    zero = weight[index // weight.shape[1], index % weight.shape[1]] == 0
+    index = torch.tensor(places, dtype=torch.int64, device=device)
+    return index // max(inputs, 1), index % max(inputs, 1)
+
+
+def _sample(zero: Tensor) -> str:
+    """Which of the sampled places are zero, a bit each."""
     bits = sum(1 << position for position, is_zero in enumerate(zero.tolist()) if is_zero)
-    return base64.b64encode(bits.to_bytes(-(-len(places) // 8), "little")).decode()
+    return base64.b64encode(bits.to_bytes(-(-len(zero) // 8), "little")).decode()
 
 
 def _pseudo_random(count: int, seed: int, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoints.merged import is_merged, merged_adapters
+from ..functional import Compressed
 from ..sparsity.base_masks import BaseRecord, no_record, record_weights, warn_or_raise
 from ..sparsity.mask_record import MaskRelation
 from .config import SPPConfig
@@ -73,13 +74,14 @@ def keeps_attributes(model: Any) -> bool:
     return hasattr(getattr(model, "config", None), "to_json_file")
 
 
-def _weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor | Compressed]]:
     for module in model.modules():
         if isinstance(module, Linear) and adapter_name in module.spp_A:
             with whole_parameters(module):
-                weight = module.unmerged_weight()
+                weight = module.recorded_weight()
+                stored = weight.values if isinstance(weight, Compressed) else weight
                 # a weight that is on the meta device, or that FSDP1 has sharded, cannot be looked at
-                if not weight.is_meta and weight.shape[-2:] == (module.out_features, module.in_features):
+                if not stored.is_meta and weight.shape[-2:] == (module.out_features, module.in_features):
                     yield module.module_name, weight
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..architecture import what_computes
-from ..functional import merged_weight, scaled_weight
+from ..functional import Compressed, merged_weight, scaled_weight
 from .engines import is_dtensor, is_sharded, is_unsharded, is_zero3, whole_parameters
 from .layer_factors import SPPLayer
 
@@ -228,6 +228,10 @@ class MergeableLayer(nn.Module, SPPLayer):
         if self._unmerged_weight is not None:
             weight = self._unmerged_weight.to(weight.device, weight.dtype)
         return self._transpose(weight)
+
+    def recorded_weight(self) -> torch.Tensor | Compressed:
+        """The unmerged weight, in the form that its mask is read from."""
+        return self.unmerged_weight()
 
     def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
         weight = self.unmerged_weight()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_spp.functional.compressed import compress
 from peft_spp.functional.kernels.cpu.library import load_library
 from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
 from peft_spp.sparsity import mask_record as module
@@ -375,3 +376,23 @@ def test_refined_needs_more_zeros_and_each_that_was_there():
 def test_a_parameter_is_recorded_without_a_graph():
     weight = pruned(4, 8)
     assert record_mask(torch.nn.Parameter(weight)) == record_mask(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (64, 64), (33, 4100), (2050, 65), (3, 0), (0, 8)])
+def test_a_compressed_weight_has_the_record_of_the_dense_one(shape, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(dtype)
+    weight[torch.rand(shape) < 0.5] = 0.0
+    assert record_mask(compress(weight)) == record_mask(weight)
+    if weight.numel():
+        weight.view(-1)[-1] = -0.0  # it is stored, and counts as zero
+        assert record_mask(compress(weight)) == record_mask(weight)
+        weight.view(-1)[-1] = float("nan")
+        assert record_mask(compress(weight)) == record_mask(weight)
+
+
+def test_the_bitmask_alone_is_read(monkeypatch):
+    compressed = compress(torch.ones(4, 64))
+    monkeypatch.setattr("peft_spp.sparsity.mask_record.decompress", None)
+    assert record_mask(compressed).zeros == 0

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ...functional import merged_weight
+from ...functional import Compressed, merged_weight
 from ..engines import whole_parameters
 from ..layer import Linear
 from .backend import Backend
@@ -58,6 +58,14 @@ class QuantizedLinear(Linear):
         if self.merged_adapters:
             return self.backend.dequantize(base_layer, self._unmerged_packed)
         return self._dequantized_weight()
+
+    def recorded_weight(self) -> torch.Tensor | Compressed:
+        if not self.quantizes:
+            base_layer = self.get_base_layer()
+            packed = self._unmerged_packed if self.merged_adapters else self.backend.packed(base_layer)
+            if isinstance(packed, Compressed):
+                return packed
+        return self.unmerged_weight()
 
     def _dequantized_weight(self) -> torch.Tensor:
         base_layer = self.get_base_layer()
