@@ -29,9 +29,18 @@ def runtimes(compiler):
         yield told.strip()
 
 
+NATIVE = (["functional/test_cpu_native.py", "sparsity/test_mask_record.py"], "native and not without_a_compiler")
+BITMASK = (["functional/test_bitmask_kernels.py"], "not lesser_processors")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
-def test_no_access_is_out_of_bounds(tmp_path):
+@pytest.mark.parametrize(
+    ("files", "names", "capability"),
+    [(*NATIVE, None), (*BITMASK, None), (*BITMASK, "avx2"), (*BITMASK, "default")],
+    ids=["native", "bitmask", "bitmask-avx2", "bitmask-portable"],
+)
+def test_no_access_is_out_of_bounds(tmp_path, files, names, capability):
     plain = library._compiler()
     environment = {
         **os.environ,
@@ -41,14 +50,14 @@ def test_no_access_is_out_of_bounds(tmp_path):
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "XDG_CACHE_HOME": str(tmp_path),
         "CXX": str(tmp_path / "compiler"),
+        **({} if capability is None else {"ATEN_CPU_CAPABILITY": capability}),
     }
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER.format(compiler=plain))
     compiler.chmod(0o755)
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    files = ["functional/test_cpu_native.py", "sparsity/test_mask_record.py"]
     result = subprocess.run(
-        [*command, "-k", "native and not without_a_compiler", *(str(TESTS / file) for file in files)],
+        [*command, "-k", names, *(str(TESTS / file) for file in files)],
         env=environment,
         cwd=TESTS.parent,
         capture_output=True,
@@ -57,6 +66,7 @@ def test_no_access_is_out_of_bounds(tmp_path):
     )
     reports = "\n".join(report.read_text() for report in tmp_path.glob("report*"))
     assert result.returncode == 0 and not reports, reports or result.stdout + result.stderr
-    (made,) = tmp_path.glob("peft_spp/*.so")
-    assert b"__asan_" in made.read_bytes()
+    made = sorted(tmp_path.glob("peft_spp/*.so"))
+    assert {path.name.split("-")[0] for path in made} == ({"native"} if "native" in names else {"bitmask", "native"})
+    assert all(b"__asan_" in path.read_bytes() for path in made)
     assert "passed" in result.stdout

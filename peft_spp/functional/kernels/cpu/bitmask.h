@@ -29,8 +29,8 @@ struct Part {
 };
 
 // y = x W'ᵀ for `count` tokens: x is (count, n) with lines x_stride apart, y (count, m). Without an adapter, A is null.
-// `inputs` has room for (1 + r) · 8 · padded columns floats. The sums, (count, m), are those of several passes: the first
-// one sets them, and the last one rounds them to y, with the bias unless that is null.
+// `inputs` has room for 2 · threads · 8 · padded columns floats. The sums, (count, m), are those of several passes: the
+// first one sets them, and the last one rounds them to y, with the bias unless that is null.
 struct Tokens {
   const void* x;
   std::int64_t x_stride, count;

@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -39,6 +40,8 @@ from .tiled import TiledElementwise
 MOST_TOKENS = 8
 """`few_tokens` takes so many: with more, expanding the weight costs less than these kernels lose to a matmul's."""
 
+# bytes of a line of the caches
+_LINE = 64
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _TIERS = ("portable", "avx2", "avx512")
 _CAPABILITIES = {"AVX2": 1, "AVX512": 2}
@@ -82,11 +85,15 @@ def supports(compressed: Compressed, factors: Sequence[Factors], dtype: torch.dt
         factors (`Sequence[Factors]`): The factors of each adapter.
         dtype (`torch.dtype`): The dtype of W'.
     """
+    values, bitmask, row_offsets, _ = compressed
     return (
-        compressed.values.dtype in _NAMES
+        values.dtype in _NAMES
         and dtype in _NAMES
-        and all(t.device.type == "cpu" and t.is_contiguous() for t in compressed[:3])
-        and compute_dtype(*(t for A, B, _ in factors for t in (A, B))) == torch.float32
+        and values.is_cpu
+        and values.is_contiguous()
+        and bitmask.is_contiguous()
+        and row_offsets.is_contiguous()
+        and (not factors or compute_dtype(*(t for A, B, _ in factors for t in (A, B))) == torch.float32)
         and tier() is not None
     )
 
@@ -220,33 +227,30 @@ def few_tokens(
         return None
     if not factors and not identity:
         raise ValueError("few_tokens: without factors W' is W itself, so identity must be True")
-    x = x.to(dtype)
+    # with the weights of a model in between, nothing of this is in a cache: each call that is not made saves 10 µs
+    if x.dtype != dtype:
+        x = x.to(dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    y, sums = torch.empty(count, m, dtype=dtype), torch.empty(count, m)
-    blocks = max((A.shape[0] for A, _, _ in factors), default=0)
-    inputs = torch.empty((1 + blocks) * MOST_TOKENS * bitmask_bytes(n) * 8)
-    weight, threads = _weight(compressed), torch.get_num_threads()
-    passes: list[tuple[Tensor | None, Tensor | None]] = [*_scaled_factors(factors)] or [(None, None)]
-    for index, (A, B) in enumerate(passes):
-        tokens = _Tokens(
-            x.data_ptr(),
-            x.stride(0),
-            count,
-            None if A is None else A.data_ptr(),
-            None if B is None else B.data_ptr(),
-            0 if A is None else A.shape[0],
-            inputs.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            sums.data_ptr(),
-            identity and index == 0,
-            index == 0,
-            index == len(passes) - 1,
-            threads,
-        )
-        _function("multiply", dtype)(ctypes.byref(weight), ctypes.byref(tokens))
+    if bias is not None:
+        bias = bias.to(dtype).contiguous()
+    y = torch.empty(count, m, dtype=dtype)
+    threads = torch.get_num_threads()
+    sums_size = -(-MOST_TOKENS * m * 4 // _LINE) * _LINE
+    scratch = _scratch(sums_size + 2 * threads * MOST_TOKENS * bitmask_bytes(n) * 8 * 4)
+    weight = ctypes.byref(_weight(compressed))
+    tokens = _Tokens(x.data_ptr(), x.stride(0), count, None, None, 0, scratch + sums_size, None, y.data_ptr(), scratch)
+    tokens.threads, tokens.identity, tokens.first = threads, identity, True
+    if bias is not None:
+        tokens.bias = bias.data_ptr()
+    multiply = _function("multiply", dtype)
+    if not factors:
+        tokens.last = True
+        multiply(weight, ctypes.byref(tokens))
+    for index, (A, B) in enumerate(_scaled_factors(factors), 1):
+        tokens.A, tokens.B, tokens.r, tokens.last = A.data_ptr(), B.data_ptr(), len(A), index == len(factors)
+        multiply(weight, ctypes.byref(tokens))
+        tokens.identity = tokens.first = False
     return y
 
 
@@ -297,6 +301,18 @@ class BitmaskElementwise(Elementwise):
         return _part(rows, columns, other, starts, ends)
 
 
+_reused = threading.local()
+
+
+def _scratch(size: int) -> int:
+    """The address of a buffer of this thread: a new one costs page faults, which a small layer notices."""
+    if getattr(_reused, "size", 0) < size:
+        _reused.buffer, _reused.size = ctypes.create_string_buffer(size + _LINE), size
+        _reused.address = -(-ctypes.addressof(_reused.buffer) // _LINE) * _LINE
+    address: int = _reused.address
+    return address
+
+
 def _matrix(compressed: Compressed) -> Compressed:
     values, bitmask, row_offsets, n = compressed
     return Compressed(values, bitmask.reshape(len(row_offsets) - 1, bitmask.shape[-1]), row_offsets, n)
@@ -339,6 +355,7 @@ def _part(
     )
 
 
+@cache
 def _function(name: str, *dtypes: torch.dtype) -> Any:
     return getattr(_library(), f"bitmask_{name}_{tier()}_{'_'.join(_NAMES[dtype] for dtype in dtypes)}")
 

@@ -100,8 +100,9 @@ INLINE void store_pair(float* p, Pair values) {
 INLINE void store_pair(BFloat16* p, Pair values) {
   constexpr int kNaNOrDenormal = 0x80 | 0x20 | 0x01;
   // the instruction takes denormal numbers for zero and keeps a NaN's bits: neither is what `store` does
-  if (__builtin_expect(
-          _mm512_fpclass_ps_mask(values.low, kNaNOrDenormal) | _mm512_fpclass_ps_mask(values.high, kNaNOrDenormal), 0)) {
+  __mmask16 low = _mm512_fpclass_ps_mask(values.low, kNaNOrDenormal);
+  __mmask16 high = _mm512_fpclass_ps_mask(values.high, kNaNOrDenormal);
+  if (__builtin_expect(!_kortestz_mask16_u8(low, high), 0)) {
     float rest[kStep];
     store_pair(rest, values);
     for (Size j = 0; j < kStep; j++) store(p + j, rest[j]);
@@ -168,8 +169,8 @@ struct Products<BFloat16> {
 };
 
 // Rows that are walked together for so many sums a row, and vectors that a sum is in: 32 registers.
-constexpr int rows_together(int sums) { return sums == 1 ? 4 : sums <= 8 ? 2 : 1; }
-constexpr int vectors_a_sum(int sums) { return sums <= 2 ? 2 : 1; }
+constexpr int rows_together(int sums) { return sums <= 4 ? 4 : sums <= 8 ? 2 : 1; }
+constexpr int vectors_a_sum(int sums) { return sums == 1 ? 2 : 1; }
 constexpr bool kEveryCount = true;
 
 }  // namespace

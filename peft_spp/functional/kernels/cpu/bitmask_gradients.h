@@ -17,9 +17,12 @@ struct GradientSums {
 
 template <bool kCareful, class Value, class Product>
 INLINE void add_gradient_words(
-    Place<Value>& place, Size words, const Product* product, const float* a, Lane b, float* group, GradientSums& sums) {
+    Place<Value>& place, Size words, const Product* product, Size stride, const float* a, Lane b, float* group,
+    GradientSums& sums) {
   walk(place, words, [&](Size column, const Value* values, Mask places) {
     Pair w = expand_pair<kCareful>(values, places), p = load_pair(product + column);
+    // the next row of a strip begins another page
+    prefetch(product + column + stride);
     Lane low = multiply(p.low, w.low), high = multiply(p.high, w.high);
     float* to = group + column;
     store_lane(to, multiply_add(b, low, load_lane(to)));
@@ -31,17 +34,17 @@ INLINE void add_gradient_words(
 
 template <bool kCareful, class Value, class Product>
 INLINE float add_gradient_row(
-    Place<Value>& place, Size width, const Product* product, const float* a, float b, float* group) {
+    Place<Value>& place, Size width, const Product* product, Size stride, const float* a, float b, float* group) {
   GradientSums sums{zero(), zero()};
   Size whole = width / kWord, left = width % kWord;
   Lane factor = broadcast(b);
-  add_gradient_words<kCareful>(place, whole, product, a, factor, group, sums);
+  add_gradient_words<kCareful>(place, whole, product, stride, a, factor, group, sums);
   if (left != 0) {
     Product last[kWord] = {};
     float last_a[kWord] = {};
     std::memcpy(last, product + whole * kWord, left * sizeof(Product));
     std::memcpy(last_a, a + whole * kWord, left * sizeof(float));
-    add_gradient_words<kCareful>(place, 1, last, last_a, factor, group + whole * kWord, sums);
+    add_gradient_words<kCareful>(place, 1, last, 0, last_a, factor, group + whole * kWord, sums);
   }
   return sum(add(sums.low, sums.high));
 }
@@ -80,8 +83,8 @@ void add_gradients(const Weight& weight, const Part& part, const Product* produc
           float b = adapter.B[i];
           Place<Value>& place = places[i - row];
           adapter.grad_B_parts[strip * part.rows + line] =
-              is_near_the_end(weight, i) ? add_gradient_row<true>(place, width, p, a, b, group)
-                                         : add_gradient_row<false>(place, width, p, a, b, group);
+              is_near_the_end(weight, i) ? add_gradient_row<true>(place, width, p, part.stride, a, b, group)
+                                         : add_gradient_row<false>(place, width, p, part.stride, a, b, group);
         }
         for (Size j = 0; j < width; j++) grad_a[j] += group[j];
       }

@@ -3,7 +3,7 @@
 #include "bitmask.h"
 
 #define TIER portable
-#define INLINE inline
+#define INLINE inline __attribute__((always_inline))
 
 namespace {
 

@@ -8,40 +8,46 @@ namespace {
 
 constexpr int kMostTokens = 8;
 
-// The columns that are multiplied: x of each token and, for an adapter, A_k ⊙ x for each block k, both as rows of whole
-// words; zeros stand for the tokens and columns that are not there.
-template <class Value>
+// The columns that are multiplied: a group of x of each token and, for an adapter, one of A_k ⊙ x for each block k. The
+// tokens of a group lie next to each other step by step, so that one address serves all; zeros stand for the tokens and
+// columns that are not there.
+template <class Value, int kTokens>
 struct Inputs {
   using Input = typename Products<Value>::Input;
 
-  Input* rows;
-  Size padded_tokens, width;
+  Input* groups;
+  Size width;
 
-  const Input* of(Size group) const { return rows + group * padded_tokens * width; }
+  const Input* of(Size group) const { return groups + group * kTokens * width; }
 
-  void write(const Tokens& tokens, Size n, Size group, Size token) const {
-    Input* out = rows + (group * padded_tokens + token) * width;
+  void write(const Tokens& tokens, Size n, Size group, Size token, const float* a) const {
+    Input* out = groups + group * kTokens * width + token * kStep;
     const Value* x = static_cast<const Value*>(tokens.x) + token * tokens.x_stride;
-    const float* a = group == 0 ? nullptr : tokens.A + (group - 1) * n;
-    for (Size start = 0; start < width; start += kWord) {
-      Size left = token < tokens.count ? smaller(kWord, n - start) : 0;
-      Value values[kWord] = {};
-      float factors[kWord] = {};
+    for (Size start = 0; start < width; start += kStep, out += kTokens * kStep) {
+      Size left = token < tokens.count ? n - start : 0;
+      if (left >= kStep) {
+        write_step(x + start, a == nullptr ? nullptr : a + start, out);
+        continue;
+      }
+      Value values[kStep] = {};
+      float factors[kStep] = {};
       if (left > 0) {
         std::memcpy(values, x + start, left * sizeof(Value));
         if (a != nullptr) std::memcpy(factors, a + start, left * sizeof(float));
       }
-      for (Size j = 0; j < kWord; j += kStep) {
-        Pair value = load_pair(values + j);
-        if (a != nullptr) {
-          Pair factor = load_pair(factors + j);
-          Value rounded[kStep];
-          store_pair(rounded, Pair{multiply(value.low, factor.low), multiply(value.high, factor.high)});
-          value = load_pair(rounded);
-        }
-        store_pair(out + start + j, value);
-      }
+      write_step(values, a == nullptr ? nullptr : factors, out);
     }
+  }
+
+  static INLINE void write_step(const Value* x, const float* a, Input* out) {
+    Pair value = load_pair(x);
+    if (a != nullptr) {
+      Pair factor = load_pair(a);
+      Value rounded[kStep];
+      store_pair(rounded, Pair{multiply(value.low, factor.low), multiply(value.high, factor.high)});
+      value = load_pair(rounded);
+    }
+    store_pair(out, value);
   }
 };
 
@@ -49,9 +55,9 @@ struct Inputs {
 // rows would often lie a page apart, which stops the hardware's prefetching.
 template <class Value, int kRows, int kTokens, bool kAdapter, bool kCareful>
 void multiply_rows(
-    const Weight& weight, const Tokens& tokens, const Inputs<Value>& inputs, Size first, Size apart, Size count) {
+    const Weight& weight, const Tokens& tokens, const typename Products<Value>::Input* plain,
+    const typename Products<Value>::Input* scaled, Size first, Size apart, Size count) {
   using Product = Products<Value>;
-  using Input = typename Product::Input;
   constexpr int kSums = kAdapter ? 2 * kTokens : kTokens;
   constexpr int kVectors = vectors_a_sum(kSums);
   if (count == 0) return;  // there may be no such row
@@ -61,20 +67,15 @@ void multiply_rows(
     values[r] = static_cast<const Value*>(weight.values) + weight.row_offsets[first + r * apart];
     bits[r] = bits_of(weight, first + r * apart);
   }
-  const Input* plain = inputs.of(0);
-  Size words = words_of(weight.n), width = inputs.width;
+  Size words = words_of(weight.n);
   for (Size i = 0; i < count; i++) {
     Lane sums[kRows][kSums][kVectors];
-    const Input* scaled[kRows];
 #pragma GCC unroll 64
     for (int q = 0; q < kRows * kSums * kVectors; q++) (&sums[0][0][0])[q] = zero();
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; r++)
-      scaled[r] = kAdapter ? inputs.of(1 + block_of(first + r * apart + i, weight.m, tokens.r)) : plain;
     auto step = [&](auto index, Size word) {
       constexpr int kIndex = decltype(index)::value;
       typename Product::Operand operand[kRows];
-      Size column = word * kWord + kIndex * kStep;
+      Size column = (word * kWord + kIndex * kStep) * kTokens;
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
         Mask places = load_places(bits[r], word * kSteps + kIndex);
@@ -86,8 +87,8 @@ void multiply_rows(
       for (int t = 0; t < kSums; t++) {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; r++) {
-          const Input* x = t < kTokens ? plain + t * width : scaled[r] + (t - kTokens) * width;
-          Product::template add<kVectors, kIndex>(sums[r][t], operand[r], x + column);
+          const auto* x = (t < kTokens ? plain : scaled) + column + t % kTokens * kStep;
+          Product::template add<kVectors, kIndex>(sums[r][t], operand[r], x);
         }
       }
     };
@@ -142,25 +143,42 @@ void round_rows(const Weight& weight, const Tokens& tokens, Size from, Size to) 
   }
 }
 
+// Rows that have the same A.
+template <class Value, int kTokens, bool kAdapter>
+void multiply_block(
+    const Weight& weight, const Tokens& tokens, const typename Products<Value>::Input* plain,
+    const typename Products<Value>::Input* scaled, Size from, Size to) {
+  constexpr int kRows = rows_together(kAdapter ? 2 * kTokens : kTokens);
+  Size far = to;
+  while (far > from && is_near_the_end(weight, far - 1)) far--;
+  Size run = (far - from) / kRows, rest = from + kRows * run;
+  multiply_rows<Value, kRows, kTokens, kAdapter, false>(weight, tokens, plain, scaled, from, run, run);
+  if (kRows > 1) multiply_rows<Value, 1, kTokens, kAdapter, false>(weight, tokens, plain, scaled, rest, 0, far - rest);
+  multiply_rows<Value, 1, kTokens, kAdapter, true>(weight, tokens, plain, scaled, far, 0, to - far);
+}
+
+// A thread writes the inputs that its own rows need, so that it waits for no other one: its x, and A_k ⊙ x for one block
+// of rows after another.
 template <class Value, int kTokens, bool kAdapter>
 void multiply(const Weight& weight, const Tokens& tokens) {
-  constexpr int kRows = rows_together(kAdapter ? 2 * kTokens : kTokens);
   using Input = typename Products<Value>::Input;
-  Inputs<Value> inputs{reinterpret_cast<Input*>(tokens.inputs), kTokens, words_of(weight.n) * kWord};
-  Size groups = kAdapter ? 1 + tokens.r : 1;
 #pragma omp parallel num_threads(threads_for(weight.m * weight.n, tokens.threads))
   {
-#pragma omp for schedule(static)
-    for (Size line = 0; line < groups * kTokens; line++)
-      inputs.write(tokens, weight.n, line / kTokens, line % kTokens);
     Size thread = omp_get_thread_num(), threads = omp_get_num_threads();
     Size from = weight.m * thread / threads, to = weight.m * (thread + 1) / threads;
-    Size far = to;
-    while (far > from && is_near_the_end(weight, far - 1)) far--;
-    Size run = (far - from) / kRows, rest = from + kRows * run;
-    multiply_rows<Value, kRows, kTokens, kAdapter, false>(weight, tokens, inputs, from, run, run);
-    if (kRows > 1) multiply_rows<Value, 1, kTokens, kAdapter, false>(weight, tokens, inputs, rest, 0, far - rest);
-    multiply_rows<Value, 1, kTokens, kAdapter, true>(weight, tokens, inputs, far, 0, to - far);
+    Inputs<Value, kTokens> inputs{reinterpret_cast<Input*>(tokens.inputs), words_of(weight.n) * kWord};
+    const Input* plain = inputs.of(2 * thread);
+    const Input* scaled = inputs.of(2 * thread + 1);
+    for (Size t = 0; t < kTokens; t++) inputs.write(tokens, weight.n, 2 * thread, t, nullptr);
+    if (!kAdapter) multiply_block<Value, kTokens, kAdapter>(weight, tokens, plain, plain, from, to);
+    for (Size row = from; kAdapter && row < to;) {
+      Size block = block_of(row, weight.m, tokens.r);
+      Size stop = smaller(to, block_start(block + 1, weight.m, tokens.r));
+      const float* a = tokens.A + block * weight.n;
+      for (Size t = 0; t < kTokens; t++) inputs.write(tokens, weight.n, 2 * thread + 1, t, a);
+      multiply_block<Value, kTokens, kAdapter>(weight, tokens, plain, scaled, row, stop);
+      row = stop;
+    }
     if (tokens.last) round_rows<Value>(weight, tokens, from, to);
   }
 }
