@@ -5,7 +5,16 @@ from .environment import describe_environment
 from .results import BenchmarkResult, Case, result_path
 from .statistics import Summary, ratio_summary, summarize
 from .tables import format_bytes, format_ratio, format_seconds, make_console, print_table
-from .timing import Contestant, Rounds, contestants_that_fit, measure_interleaved, repeated, repetitions_for, time_call
+from .timing import (
+    Contestant,
+    Rounds,
+    contestants_that_fit,
+    measure_cpu_time,
+    measure_interleaved,
+    repeated,
+    repetitions_for,
+    time_call,
+)
 
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "format_ratio",
     "format_seconds",
     "make_console",
+    "measure_cpu_time",
     "measure_interleaved",
     "print_table",
     "ratio_summary",

@@ -149,6 +149,40 @@ def measure_interleaved(
     return samples
 
 
+def measure_cpu_time(
+    contestants: Sequence[Contestant], device: torch.device, rounds: Rounds, seed: int = 0
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """
+    As [`measure_interleaved`], with the time that the process was computing next to the time that went by.
+
+    Where other programs take the processor, the latter tells how much it was wanted. The threads must not spin while
+    they wait, which `OMP_WAIT_POLICY=passive` sees to.
+
+    Args:
+        contestants (`Sequence[Contestant]`): What to time.
+        device (`torch.device`): The device that they work on.
+        rounds (`Rounds`): How many rounds.
+        seed (`int`): Seed of the orders.
+
+    Returns:
+        `tuple[dict[str, list[float]], dict[str, list[float]]]`: Seconds of computing by name, divided by the number of
+        threads, and seconds that went by.
+    """
+    computing: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+
+    def noted(contestant: Contestant) -> Contestant:
+        def run() -> None:
+            begin = time.process_time()
+            contestant.run()
+            computing[contestant.name].append((time.process_time() - begin) / torch.get_num_threads())
+
+        return Contestant(contestant.name, run, contestant.prepare)
+
+    passed = measure_interleaved([noted(contestant) for contestant in contestants], device, rounds, seed)
+    # those of the rounds that are kept
+    return {name: times[-len(passed[name]) :] for name, times in computing.items()}, passed
+
+
 def contestants_that_fit(
     contestants: Sequence[Contestant], device: torch.device
 ) -> tuple[list[Contestant], list[str]]:

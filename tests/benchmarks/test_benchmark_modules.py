@@ -4,10 +4,22 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from benchmarks import decode, layer, mask_record, memory, passes, step_profile, training_step
+from benchmarks import (
+    compressed_layers,
+    decode,
+    dense_tokens,
+    layer,
+    mask_record,
+    memory,
+    passes,
+    step_profile,
+    training_step,
+)
 from benchmarks.competitors import COMPETITORS
+from peft_spp.functional.kernels.cpu import bitmask
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -167,3 +179,40 @@ def test_the_result_of_another_benchmark_cannot_be_drawn(tmp_path):
     outcome = run(decode, "--plot-only", str(path))
     assert outcome.exit_code == 2
     assert "layer" in outcome.output
+
+
+@pytest.mark.skipif(bitmask.tier() in (None, "portable"), reason="it measures compiled kernels next to their like")
+def test_compressed_layers(tmp_path):
+    outcome = run(
+        compressed_layers, "--quick", "--machine", "box", "--output-dir", str(tmp_path), "--precision", "bf16"
+    )
+    assert outcome.exit_code == 0, outcome.output
+    (path,) = (tmp_path / "box").glob("compressed_layers*-quick.json")
+    cases = json.loads(path.read_text())["cases"]
+    tasks = ["1", "2", "w", "w in chunks"]
+    assert [case["parameters"]["task"] for case in cases[::2]] == tasks * len(compressed_layers.SPARSITIES)
+    for computing, passed in zip(cases[::2], cases[1::2], strict=True):
+        assert (computing["parameters"]["clock"], passed["parameters"]["clock"]) == ("computing", "passed")
+        assert {"dense", "compressed"} <= set(computing["samples"]) == set(passed["samples"])
+        assert all(len(samples) == 2 for samples in (*computing["samples"].values(), *passed["samples"].values()))
+        assert 0 < computing["values"]["compressed"]["bytes"] < computing["values"]["dense"]["bytes"]
+
+
+@pytest.mark.skipif(bitmask.tier() in (None, "portable"), reason="it has no kernel of the same make")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", dense_tokens.TOKENS)
+def test_the_kernel_for_dense_weights_multiplies(tokens, dtype):
+    weight, x = torch.randn(64, 192).to(dtype), torch.randn(tokens, 192).to(dtype)
+    y = dense_tokens.dense_tokens(x, weight, bitmask.tier())
+    torch.testing.assert_close(y, (x.double() @ weight.double().t()).to(dtype))
+
+
+def test_weights_are_pruned_as_asked_for():
+    weight = torch.randn(8, 64)
+    for pattern, share in (("0.5", 0.5), ("0.75", 0.25), ("2:4", 0.5), ("2:8", 0.25)):
+        pruned = compressed_layers.prune(weight, pattern)
+        assert (pruned != 0).float().mean() == share
+        assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
+        largest = pruned.abs().sum(1)
+        assert (largest >= share * weight.abs().sum(1)).all()
+    assert ((compressed_layers.prune(weight, "2:4").view(-1, 4) != 0).sum(1) == 2).all()

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compressed weights layer by layer, on CPU: `OMP_WAIT_POLICY=passive python -m benchmarks.compressed_layers`.
+
+A forward pass of few tokens, without and with an adapter that is not merged, next to `F.linear`, to the weight
+prepacked by oneDNN (which is what `torch.compile` with freezing uses), and to an own kernel for dense weights of the
+same make: what is won over that one is due to the zeros, the rest to the kernel. And making W' from the compressed
+weight next to making it from the dense one, as a whole and in the chunks that the layer uses.
+
+Calls cycle through several weights, as in `benchmarks.decode`. Each case is there twice: by the time that the threads
+were computing, which other programs on the machine disturb less, and by the time that went by.
+`ATEN_CPU_CAPABILITY=avx2` measures the kernels for such processors, next to what PyTorch and oneDNN then do
+(`ONEDNN_MAX_CPU_ISA=AVX2`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from peft_spp.functional.bitmask import Compressed
+from peft_spp.functional.factors import Factors
+from peft_spp.functional.kernels import by_activation, cpu
+from peft_spp.functional.kernels.cpu import bitmask
+
+from .dense_tokens import TOKENS, dense_tokens
+from .harness import (
+    BenchmarkResult,
+    Case,
+    Contestant,
+    format_ratio,
+    format_seconds,
+    make_console,
+    measure_cpu_time,
+    print_table,
+)
+from .harness import options as opt
+from .models import PRECISIONS
+
+
+NAME = "compressed_layers"
+REFERENCE = "dense"
+RANK = 16
+SHAPES = ["4096x4096", "11008x4096"]
+SPARSITIES = ["0.5", "2:4", "0.75"]
+LABELS = {
+    "dense": "F.linear",
+    "prepacked": "prepacked by oneDNN",
+    "own dense": "own kernel, dense",
+    "compressed": "compressed",
+    "dense, adapter": "SPP on the dense weight",
+    "compressed, adapter": "SPP on the compressed weight",
+    "copy": "copy of W",
+}
+TASK_LABELS = {"w": "W', whole", "w in chunks": "W' in chunks"}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    shape: opt.ShapeOption = SHAPES,
+    precision: opt.PrecisionOption = ["bf16", "fp32"],  # noqa: B006
+    sparsity: Annotated[list[str], typer.Option(help="The share of zeros in each row, or N:M. May be repeated.")] = [  # noqa: B006
+        *SPARSITIES
+    ],
+    tokens: Annotated[list[int], typer.Option(help="Rows of x: 1, 2, 4 or 8. May be repeated.")] = [*TOKENS],  # noqa: B006
+    working_set_mib: Annotated[
+        int, typer.Option(min=1, help="The dense weights that calls cycle through have at least this size together.")
+    ] = 192,
+    rounds: opt.RoundsOption = None,
+    seconds: opt.SecondsOption = 6.0,
+    warmup: opt.WarmupOption = 3,
+    threads: opt.ThreadsOption = None,
+    seed: opt.SeedOption = 0,
+    machine: opt.MachineOption = None,
+    output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
+    quick: opt.QuickOption = False,
+) -> None:
+    """Time compressed weights next to dense ones."""
+    if not set(tokens) <= set(TOKENS):
+        raise typer.BadParameter(f"{tokens} are not all among {list(TOKENS)}.", param_hint="--tokens")
+    precisions = opt.choose("--precision", precision, PRECISIONS)
+    shapes, working_set = opt.parse_shapes(shape), working_set_mib * 2**20
+    if quick:
+        shapes, working_set, tokens = [(64, 128)], 2**15, tokens[:2]
+    schedule = opt.make_rounds(
+        opt.Device.cpu, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=15, maximum=1000
+    )
+    tier = bitmask.tier()
+    if tier is None:
+        raise typer.BadParameter("The kernels are not compiled here, and nothing can be measured without them.")
+    # the tiers have results of their own
+    name = NAME if tier == "avx512" else f"{NAME}_{tier}"
+    run = opt.start_run(name, opt.Device.cpu, machine, output_dir, threads, quick)
+    result = run.new_result(REFERENCE, tier=tier, r=RANK, seed=seed, working_set_bytes=working_set)
+    for (m, n), chosen, pattern in itertools.product(shapes, precisions, sparsity):
+        count = max(math.ceil(working_set / (m * n * chosen.dtype.itemsize)), 2)
+        torch.manual_seed(seed)
+        dense = [prune(torch.randn(m, n).to(chosen.dtype), pattern) for _ in range(count)]
+        layers = Layers(dense, tier)
+        tasks: dict[str, list[Contestant]] = {
+            **{str(number): layers.few_tokens(number) for number in tokens},
+            **layers.scaled_weights(),
+        }
+        for task, contestants in tasks.items():
+            with torch.inference_mode():
+                computing, passed = measure_cpu_time(contestants, run.device, schedule, seed)
+            for clock, samples in (("computing", computing), ("passed", passed)):
+                parameters = {"shape": [m, n], "precision": chosen.name, "sparsity": pattern, "task": task}
+                result.cases.append(Case({**parameters, "clock": clock}, samples, layers.sizes()))
+            result.save(run.json_path)
+        del dense, layers, tasks
+    report(result)
+    make_console().print(f"Written: {run.json_path}")
+
+
+def prune(weight: Tensor, pattern: str) -> Tensor:
+    """
+    The largest values of each row, or of each group of M.
+
+    Args:
+        weight (`torch.Tensor`): shape `(m, n)`.
+        pattern (`str`): The share of zeros, or N:M.
+    """
+    if ":" in pattern:
+        keep, group = map(int, pattern.split(":"))
+    else:
+        group = weight.shape[1]
+        keep = round(group * (1 - float(pattern)))
+    groups = weight.view(-1, group)
+    places = groups.abs().topk(keep, dim=1).indices
+    return torch.zeros_like(groups).scatter_(1, places, groups.gather(1, places)).view_as(weight)
+
+
+class Layers:
+    """The same weights in all the ways that they are used in.
+
+    Args:
+        dense (`list[torch.Tensor]`): The weights, each of shape `(m, n)`.
+        tier (`str`): The kernels that run here.
+    """
+
+    def __init__(self, dense: list[Tensor], tier: str) -> None:
+        self.dense, self.tier = dense, tier
+        self.compressed = [bitmask.compress(weight) for weight in dense]
+        self.m, self.n = dense[0].shape
+        self.dtype = dense[0].dtype
+        self.factors = [Factors(torch.randn(RANK, self.n), 0.1 * torch.randn(self.m, 1), 2.0)]
+
+    def sizes(self) -> dict[str, dict[str, float]]:
+        """Bytes of a weight."""
+        compressed = self.compressed[0]
+        return {
+            "dense": {"bytes": float(self.dense[0].nbytes)},
+            "compressed": {"bytes": float(sum(t.nbytes for t in compressed[:3]))},
+        }
+
+    def few_tokens(self, tokens: int) -> list[Contestant]:
+        """Forward passes of so many tokens."""
+        x = torch.randn(tokens, self.n).to(self.dtype)
+        # one turn for all: the next weight is the one that none of the contestants has read for the longest time
+        turn = itertools.count()
+        calls: dict[str, Callable[[int], object]] = {
+            "dense": lambda i: F.linear(x, self.dense[i]),
+            "compressed": lambda i: bitmask.few_tokens(x, self.compressed[i], None, [], True, self.dtype),
+            "dense, adapter": lambda i: by_activation.linear(x, self.dense[i], None, self.factors, True, self.dtype),
+            "compressed, adapter": lambda i: bitmask.few_tokens(
+                x, self.compressed[i], None, self.factors, True, self.dtype
+            ),
+        }
+        if torch.backends.mkldnn.is_available():
+            packed = [prepack(weight, tokens) for weight in self.dense]
+            calls["prepacked"] = lambda i: torch.ops.mkldnn._linear_pointwise(x, packed[i], None, "none", [], "")
+        if self.tier != "portable":
+            calls["own dense"] = lambda i: dense_tokens(x, self.dense[i], self.tier)
+        return [Contestant(name, partial(self._call_next, call, turn)) for name, call in calls.items()]
+
+    def scaled_weights(self) -> dict[str, list[Contestant]]:
+        """Making W', as a whole and in the chunks of the layer's forward pass."""
+        turn = itertools.count()
+        out = torch.zeros_like(self.dense[0])
+
+        def whole(weight: Tensor | Compressed) -> None:
+            cpu.scaled_weight(weight, self.factors, True, self.dtype, out)
+
+        def in_chunks(weight: Tensor | Compressed) -> None:
+            work = cpu._elementwise(weight, self.factors, self.dtype)
+            # the buffer that the products of a step are made from is there already
+            work._scratch["chunk"] = out.view(-1)
+            for _ in cpu._scaled_chunks(work, by_rows=True, identity=True, dtype=self.dtype):
+                pass
+
+        def contestants(make: Callable[[Tensor | Compressed], None]) -> list[Contestant]:
+            return [
+                Contestant("dense", partial(self._call_next, lambda i: make(self.dense[i]), turn)),
+                Contestant("compressed", partial(self._call_next, lambda i: make(self.compressed[i]), turn)),
+                Contestant("copy", partial(self._call_next, lambda i: out.copy_(self.dense[i]), turn)),
+            ]
+
+        return {"w": contestants(whole), "w in chunks": contestants(in_chunks)}
+
+    def _call_next(self, call: Callable[[int], object], turn: Iterator[int]) -> None:
+        call(next(turn) % len(self.dense))
+
+
+def prepack(weight: Tensor, tokens: int) -> Tensor:
+    """The weight in oneDNN's own layout for so many tokens, as `torch.compile` with freezing keeps it."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+    return packed
+
+
+def report(result: BenchmarkResult) -> None:
+    """Print the cases by the time of computing, as one table."""
+    rows = []
+    for case in result.cases:
+        if case.parameters["clock"] != "computing":
+            continue
+        m, n = case.parameters["shape"]
+        task = case.parameters["task"]
+        for name in case.samples:
+            rows.append(
+                [
+                    f"{m}×{n} {case.parameters['precision']} {case.parameters['sparsity']}",
+                    TASK_LABELS.get(task, f"{task} tokens"),
+                    LABELS[name] if task not in TASK_LABELS or name == "copy" else name,
+                    format_seconds(case.summary(name)),
+                    format_ratio(case.ratio(name, result.reference)),
+                ]
+            )
+    headings = ["weight", "task", "by", "ms a thread (quartiles)", "× dense (quartiles)"]
+    print_table(make_console(), headings, rows, numbers_from=3)
+
+
+if __name__ == "__main__":
+    app()
