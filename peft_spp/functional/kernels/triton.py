@@ -26,7 +26,9 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from ..bitmask import BITS, Compressed
 from ..factors import Factors, compute_dtype
 from .backend import KernelBackend
 from .scaled import ScaledWeight
@@ -38,6 +40,10 @@ _MIN_VERSION = (3, 3)
 _SCALED_TILE_BYTES = 8192
 _SCALED_TILE_LENGTH = 256
 _GRADIENT_TILE = 64
+# rows, bytes of the bitmask, and bytes of it in the columns of one program: see `triton_bitmask`
+_EXPANDED_TILE = (16, 32, 256)
+_FEW_TOKENS = 16
+_FEW_TOKENS_TILE = (4, 128)
 # the second launch of the gradients sums this many tiles at a time, for this many elements of a gradient
 _SUM_TILES = 16
 _SUM_COLUMNS = 128
@@ -60,12 +66,10 @@ class Triton(KernelBackend):
         # `w · (1 + Σ s·b · a)`, except that a zero weight gives zero even where the factor overflows
         from . import triton_kernels
 
-        weight, factors, identity, dtype = w.dense, w.factors, w.identity, w.dtype
+        weight, identity, dtype = w.dense, w.identity, w.dtype
         m, n = weight.shape
-        acc = _compute_dtype(weight, factors=factors)
-        if acc == torch.float64:
-            # Triton passes a Python float as float32
-            factors = [Factors(A, B.double() * s, 1.0) for A, B, s in factors]
+        acc = _compute_dtype(weight, factors=w.factors)
+        factors = _with_scaling(w.factors, acc)
         # every program reads its tile before it writes it, and no other, so that `out` may be the weight
         out = torch.empty_like(weight, dtype=dtype) if out is None else out
         along, across = _SCALED_TILE_LENGTH, _SCALED_TILE_BYTES // (_SCALED_TILE_LENGTH * weight.element_size())
@@ -75,9 +79,7 @@ class Triton(KernelBackend):
             triton_kernels.scaled_weight_kernel[(_tiles(m, tile_rows) * _tiles(n, tile_columns),)](
                 weight,
                 out,
-                *_tensors(factors),
-                tuple(float(f.scaling) for f in factors),
-                *_row_blocks(m, factors),
+                *_arguments(m, factors),
                 m,
                 n,
                 *weight.stride(),
@@ -147,6 +149,107 @@ class Triton(KernelBackend):
                 num_warps=4,
             )
         return grads
+
+    def compressed_weight(self, w: ScaledWeight, out: torch.Tensor | None = None) -> torch.Tensor:
+        from . import triton_bitmask
+
+        values, bitmask, row_offsets, n = _compressed(w)
+        m = len(bitmask)
+        out = values.new_empty(m, n, dtype=w.dtype) if out is None else out
+        acc = _compute_dtype(values, out, factors=w.factors)
+        factors = _with_scaling(w.factors, acc)
+        rows, tile_bytes, span = _EXPANDED_TILE
+        # without adapters the bits are copied, whatever number they are
+        bits = BITS[values.dtype] if not factors and w.dtype == values.dtype else None
+        with _on_device_of(values):
+            triton_bitmask.expanded_weight_kernel[(_tiles(m, rows) * _tiles(bitmask.shape[1], span),)](
+                values.view(bits) if bits else values,
+                bitmask,
+                row_offsets,
+                out.view(bits) if bits else out,
+                *_arguments(m, factors),
+                m,
+                n,
+                bitmask.shape[1],
+                *out.stride(),
+                IDENTITY=w.identity,
+                DTYPE=_triton_dtype(acc),
+                ROWS=rows,
+                BYTES=tile_bytes,
+                SPAN=span,
+                num_warps=4,
+            )
+        return out
+
+    def compressed_linear(self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        values, bitmask, row_offsets, n = _compressed(w)
+        m, x2d = len(bitmask), x.to(w.dtype).reshape(x.shape[:-1].numel(), n).contiguous()
+        bias = None if bias is None else bias.to(w.dtype).contiguous()
+        if len(x2d) > _FEW_TOKENS:
+            y = F.linear(x2d, self.compressed_weight(w), bias)
+            # not a view: see `linear_by_weight`
+            result: torch.Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], m))
+            return result
+        from . import triton_bitmask
+
+        y = x2d.new_empty(*x.shape[:-1], m)
+        acc = _compute_dtype(values, factors=w.factors)
+        rows, tile_bytes = _FEW_TOKENS_TILE
+        with _on_device_of(values):
+            triton_bitmask.few_tokens_kernel[(_tiles(m, rows),)](
+                x2d,
+                values,
+                bitmask,
+                row_offsets,
+                bias,
+                y,
+                *_arguments(m, _with_scaling(w.factors, acc)),
+                m,
+                n,
+                bitmask.shape[1],
+                len(x2d),
+                IDENTITY=w.identity,
+                DTYPE=_triton_dtype(acc),
+                ROWS=rows,
+                BYTES=tile_bytes,
+                TOKENS=1 << max(len(x2d) - 1, 0).bit_length(),
+                num_warps=4,
+            )
+        return y
+
+    def linear_backward(
+        self,
+        grad_y: torch.Tensor,
+        x: torch.Tensor,
+        w: ScaledWeight,
+        needs_x: bool,
+        needs_factors: bool,
+        overwrite: bool = False,
+    ) -> list[torch.Tensor]:
+        if isinstance(w.weight, Compressed):
+            if needs_factors:
+                dense = self.compressed_weight(w._replace(factors=[], dtype=w.weight.values.dtype))
+                w, overwrite = w._replace(weight=dense), True
+            else:
+                w = w._replace(weight=self.compressed_weight(w), factors=[])
+        return super().linear_backward(grad_y, x, w, needs_x, needs_factors, overwrite)
+
+
+def _compressed(w: ScaledWeight) -> Compressed:
+    assert isinstance(w.weight, Compressed)
+    values, bitmask, row_offsets, n = w.weight
+    return Compressed(values.contiguous(), bitmask.contiguous(), row_offsets, n)
+
+
+def _with_scaling(factors: Sequence[Factors], acc: torch.dtype) -> Sequence[Factors]:
+    """The factors with a scaling that a kernel can take: Triton passes a Python float as float32."""
+    return [Factors(A, B.double() * s, 1.0) for A, B, s in factors] if acc == torch.float64 else factors
+
+
+def _arguments(rows: int, factors: Sequence[Factors]) -> tuple[Any, ...]:
+    """The arguments of a kernel for the factors: A, B, s, and the row blocks of each adapter."""
+    scalings = tuple(float(f.scaling) for f in factors)
+    return (*_tensors(factors), scalings, *_row_blocks(rows, factors))
 
 
 def _tensors(factors: Sequence[Factors]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
