@@ -28,8 +28,9 @@ from torch import Tensor
 
 from peft_spp.functional.bitmask import Compressed
 from peft_spp.functional.factors import Factors
-from peft_spp.functional.kernels import by_activation, cpu
-from peft_spp.functional.kernels.cpu import bitmask
+from peft_spp.functional.kernels import by_activation
+from peft_spp.functional.kernels.cpu import backend, bitmask
+from peft_spp.functional.kernels.scaled import ScaledWeight
 
 from .dense_tokens import TOKENS, dense_tokens
 from .harness import (
@@ -172,7 +173,7 @@ class Layers:
         calls: dict[str, Callable[[int], object]] = {
             "dense": lambda i: F.linear(x, self.dense[i]),
             "compressed": lambda i: bitmask.few_tokens(x, self.compressed[i], None, [], True, self.dtype),
-            "dense, adapter": lambda i: by_activation.linear(x, self.dense[i], None, self.factors, True, self.dtype),
+            "dense, adapter": lambda i: by_activation.linear(x, self._scaled(self.dense[i]), None),
             "compressed, adapter": lambda i: bitmask.few_tokens(
                 x, self.compressed[i], None, self.factors, True, self.dtype
             ),
@@ -190,13 +191,15 @@ class Layers:
         out = torch.zeros_like(self.dense[0])
 
         def whole(weight: Tensor | Compressed) -> None:
-            cpu.scaled_weight(weight, self.factors, True, self.dtype, out)
+            w = self._scaled(weight)
+            (backend.cpu.compressed_weight if isinstance(weight, Compressed) else backend.cpu.scaled_weight)(w, out)
 
         def in_chunks(weight: Tensor | Compressed) -> None:
-            work = cpu._elementwise(weight, self.factors, self.dtype)
+            w = self._scaled(weight)
+            work = backend._elementwise(w)
             # the buffer that the products of a step are made from is there already
             work._scratch["chunk"] = out.view(-1)
-            for _ in cpu._scaled_chunks(work, by_rows=True, identity=True, dtype=self.dtype):
+            for _ in backend._scaled_chunks(work, w, by_rows=True):
                 pass
 
         def contestants(make: Callable[[Tensor | Compressed], None]) -> list[Contestant]:
@@ -207,6 +210,9 @@ class Layers:
             ]
 
         return {"w": contestants(whole), "w in chunks": contestants(in_chunks)}
+
+    def _scaled(self, weight: Tensor | Compressed) -> ScaledWeight:
+        return ScaledWeight(weight, self.factors, True, self.dtype)
 
     def _call_next(self, call: Callable[[int], object], turn: Iterator[int]) -> None:
         call(next(turn) % len(self.dense))

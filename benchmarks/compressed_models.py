@@ -21,12 +21,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 import typer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_spp import CompressedLinear, compress
+from peft_spp.functional.kernels.cpu import bitmask
 
+from .dense_tokens import TOKENS, dense_tokens
 from .harness import (
     BenchmarkResult,
     Case,
@@ -38,7 +41,6 @@ from .harness import (
     print_table,
 )
 from .harness import options as opt
-from .own_dense import OwnDenseLinear
 
 
 NAME = "compressed_models"
@@ -49,6 +51,26 @@ NEW_TOKENS = 24
 PROMPTS = [128, 512]
 
 app = typer.Typer(add_completion=False)
+
+
+class OwnDenseLinear(nn.Linear):
+    """A dense layer with our own kernel for few tokens.
+
+    Args:
+        layer (`nn.Linear`): The layer, whose weight it shares.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        with torch.device("meta"):
+            super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = layer.weight
+        self.tier = bitmask.tier()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[:-1].numel()
+        if self.tier is None or tokens not in TOKENS:
+            return F.linear(x, self.weight)
+        return dense_tokens(x.reshape(tokens, -1), self.weight, self.tier).view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernels for compressed weights compute. `test_triton_bitmask` runs these tests; see `triton_cases`."""
+"""What the Triton kernels for compressed weights compute; `test_triton_bitmask` runs these tests. See `triton_cases`."""
 
 import pytest
 import torch
