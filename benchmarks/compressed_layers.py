@@ -42,6 +42,8 @@ from .harness import (
     make_console,
     measure_cpu_time,
     print_table,
+    repeated,
+    repetitions_for,
 )
 from .harness import options as opt
 from .models import PRECISIONS
@@ -50,6 +52,7 @@ from .models import PRECISIONS
 NAME = "compressed_layers"
 REFERENCE = "dense"
 RANK = 16
+SAMPLE_SECONDS = 0.02
 SHAPES = ["4096x4096", "11008x4096"]
 SPARSITIES = ["0.5", "2:4", "0.75"]
 LABELS = {
@@ -79,7 +82,7 @@ def main(
     ] = 192,
     rounds: opt.RoundsOption = None,
     seconds: opt.SecondsOption = 6.0,
-    warmup: opt.WarmupOption = 3,
+    warmup: opt.WarmupOption = None,
     threads: opt.ThreadsOption = None,
     seed: opt.SeedOption = 0,
     machine: opt.MachineOption = None,
@@ -91,11 +94,10 @@ def main(
         raise typer.BadParameter(f"{tokens} are not all among {list(TOKENS)}.", param_hint="--tokens")
     precisions = opt.choose("--precision", precision, PRECISIONS)
     shapes, working_set = opt.parse_shapes(shape), working_set_mib * 2**20
+    sample_seconds = SAMPLE_SECONDS
     if quick:
-        shapes, working_set, tokens = [(64, 128)], 2**15, tokens[:2]
-    schedule = opt.make_rounds(
-        opt.Device.cpu, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=15, maximum=1000
-    )
+        shapes, working_set, tokens, sample_seconds = [(64, 128)], 2**15, tokens[:2], 1e-4
+    schedule = opt.make_rounds(opt.Device.cpu, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=9)
     tier = bitmask.tier()
     if tier is None:
         raise typer.BadParameter("The kernels are not compiled here, and nothing can be measured without them.")
@@ -114,10 +116,13 @@ def main(
         }
         for task, contestants in tasks.items():
             with torch.inference_mode():
-                computing, passed = measure_cpu_time(contestants, run.device, schedule, seed)
-            for clock, samples in (("computing", computing), ("passed", passed)):
+                calls = {one.name: repetitions_for(one.run, run.device, sample_seconds) for one in contestants}
+                repetitive = [repeated(one, calls[one.name]) for one in contestants]
+                clocks = measure_cpu_time(repetitive, run.device, schedule, seed)
+            for clock, samples in zip(("computing", "passed"), clocks, strict=True):
                 parameters = {"shape": [m, n], "precision": chosen.name, "sparsity": pattern, "task": task}
-                result.cases.append(Case({**parameters, "clock": clock}, samples, layers.sizes()))
+                one_call = {name: [time / calls[name] for time in times] for name, times in samples.items()}
+                result.cases.append(Case({**parameters, "clock": clock}, one_call, layers.sizes()))
             result.save(run.json_path)
         del dense, layers, tasks
     report(result)

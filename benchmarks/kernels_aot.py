@@ -22,14 +22,6 @@ from unittest.mock import patch
 import torch
 import typer
 
-from peft_spp.functional import Factors
-from peft_spp.functional.bitmask import Compressed, bitmask_bytes
-from peft_spp.functional.kernels.scaled import ScaledWeight
-from peft_spp.functional.kernels.triton import is_available, triton
-
-from .harness import Case, make_console
-from .harness import options as opt
-
 
 NAME = "kernels_aot"
 ARCHITECTURES = [80, 90, 100]

@@ -64,7 +64,8 @@ INLINE __m128i expanded_words(const Value* p, unsigned byte) {
   Value values[kLanes] = {};
   const Value* from = p;
   if (kCareful) {
-    std::memcpy(values, p, ones(byte) * sizeof(Value));
+    // of no values at all there is no address
+    if (byte != 0) std::memcpy(values, p, ones(byte) * sizeof(Value));
     from = values;
   }
   __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -75,7 +76,7 @@ INLINE Lane expanded_floats(const float* p, unsigned byte) {
   float values[kLanes] = {};
   const float* from = p;
   if (kCareful) {
-    std::memcpy(values, p, ones(byte) * sizeof(float));
+    if (byte != 0) std::memcpy(values, p, ones(byte) * sizeof(float));
     from = values;
   }
   __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kShuffles.floats[byte])));
