@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kernels_aot import compile_launch, launches_of, recorded_launches, resources
 from peft_spp.functional import Factors
 from peft_spp.functional.kernels.scaled import ScaledWeight
 from peft_spp.functional.kernels.triton import is_available, triton
@@ -16,18 +17,18 @@ from peft_spp.functional.kernels.triton import is_available, triton
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-KERNELS = ["scaled_weight_kernel", "partial_gradients_kernel", "sum_partial_gradients_kernel"]
-
 
 @needs_triton
-def test_the_kernels_compute_the_formula():
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_compute_the_formula(marker):
     """The interpreter is chosen when Triton is first imported, by whatever library that is: hence the process."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    cases = Path(__file__).with_name("triton_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(cases)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parents[2])
+    folder = Path(__file__).parent
+    cases = [str(folder / name) for name in ("triton_cases.py", "triton_bitmask_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-m", marker, *cases]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parents[1])
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
 
@@ -44,19 +45,40 @@ def test_the_kernels_compile_for_a_gpu_and_move_the_weight_by_16_bytes(
     weight = torch.empty(n, m, dtype=dtype).t() if transposed else torch.empty(m, n, dtype=dtype)
     factors = [Factors(torch.empty(r, n), torch.empty(m, 1), 2.0) for r in ranks]
 
-    scaled, gradients, total = launches(
-        monkeypatch,
-        lambda: triton.scaled_weight(ScaledWeight(weight, factors, True, dtype)),
-        lambda: triton.factor_gradients(weight, weight, factors),
-    )
-    ptx = compile_for_gpu(*scaled)
+    with recorded_launches() as launches:
+        triton.scaled_weight(ScaledWeight(weight, factors, True, dtype))
+        triton.factor_gradients(weight, weight, factors)
+    scaled, gradients, total = launches
+    ptx = compile_launch(*scaled).asm["ptx"]
     vectors = 8192 // (16 * 128)  # of a tile of the weight, for each of 128 threads
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= vectors
     assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) >= vectors
 
     vectors = 2 * 64 * 64 * dtype.itemsize // (16 * 128)
-    assert len(re.findall(r"ld\.global\S*\.v4\.b32", compile_for_gpu(*gradients))) >= vectors
-    compile_for_gpu(*total)
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", compile_launch(*gradients).asm["ptx"])) >= vectors
+    compile_launch(*total)
+
+
+@needs_triton
+@pytest.mark.parametrize("adapters", [0, 1])
+@pytest.mark.parametrize("name", ["expand", "1 tokens", "16 tokens"])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (80, 100))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_the_kernels_for_compressed_weights_compile_and_load_each_stored_value_alone(
+    monkeypatch, tmp_path, dtype, architecture, name, adapters
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, args, kwargs = launches_of(dtype, adapters)[name]
+    compiled = compile_launch(kernel, args, kwargs, architecture)
+    found = resources(compiled)
+    elements = 8 * kwargs["ROWS"] * kwargs["BYTES"] // found["threads"]
+    assert found["loads_by_bytes"][str(dtype.itemsize)] >= elements
+    # x, the bitmask or factors
+    assert max(int(size) for size in found["loads_by_bytes"]) >= 8
+    if name == "expand":
+        assert found["stores_by_bytes"] == {"16": elements * dtype.itemsize // 16}
+    assert found["registers"] < 255 and found["spilled_bytes"] <= 16
+    assert found["instructions_in_loop"] > elements
 
 
 def test_without_triton_it_is_not_available(monkeypatch):
@@ -74,49 +96,3 @@ def test_it_is_available_from_the_first_version_that_can_compile_it(monkeypatch,
 def test_the_package_imports_without_triton():
     code = "import sys; sys.modules['triton'] = None; import peft_spp.functional"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def launches(monkeypatch, *calls):
-    """The kernels that the calls launch, with their arguments, launching none."""
-    from peft_spp.functional.kernels import triton_kernels
-
-    recorded = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: recorded.append((self.kernel, args, kwargs))
-
-    for name in KERNELS:
-        monkeypatch.setattr(triton_kernels, name, Recorder(getattr(triton_kernels, name)))
-    for call in calls:
-        call()
-    return recorded
-
-
-def compile_for_gpu(kernel, args, kwargs):
-    """The PTX of a kernel for an H100, compiled down to machine code, specialized to its arguments as a launch is."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import mangle_type
-
-    options = {"num_warps": kwargs.pop("num_warps")}
-    constants, attributes = dict(kwargs), {}
-
-    def describe(path, arg):
-        if isinstance(arg, tuple):
-            return tuple(describe((*path, i), item) for i, item in enumerate(arg))
-        if isinstance(arg, int) and arg == 1:
-            constants[path] = 1
-            return "constexpr"
-        if isinstance(arg, torch.Tensor) or (isinstance(arg, int) and arg % 16 == 0):
-            attributes[path] = [["tt.divisibility", 16]]
-        return mangle_type(arg)
-
-    signature = {name: describe((i,), arg) for i, (name, arg) in enumerate(zip(kernel.arg_names, args, strict=False))}
-    signature |= dict.fromkeys(kwargs, "constexpr")
-    source = ASTSource(kernel, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]

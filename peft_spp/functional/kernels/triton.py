@@ -16,6 +16,10 @@ The gradients are sums over rows and over columns of the same tiles. Each tile w
 and a second launch sums the parts in a fixed order: no atomics, the same bits every time. A tile of 64×64 writes 64
 numbers for B and 64 for A (for each row block in it, mostly one), which is 4·(64 + 64) / 64² = 1/8 byte an element,
 next to the 4 bytes of a bfloat16 W and product that are read.
+
+A compressed weight is expanded and scaled in one pass, too. For few tokens its products are made from the values as
+they are loaded; for more, W' is made and multiplied. `benchmarks/kernels_aot.py` compiles these kernels and counts
+their registers, loads and instructions; their speed is not measured.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ _GRADIENT_TILE = 64
 # rows, bytes of the bitmask, and bytes of it in the columns of one program: see `triton_bitmask`
 _EXPANDED_TILE = (16, 32, 256)
 _FEW_TOKENS = 16
-_FEW_TOKENS_TILE = (4, 128)
+# rows, bytes of the bitmask, and parts of the columns that are multiplied apart; on tensor cores 16 tokens at once
+_FEW_TOKENS_TILE = (4, 128, 0)
+_TENSOR_CORE_TILE = (16, 32, 4)
 # the second launch of the gradients sums this many tiles at a time, for this many elements of a gradient
 _SUM_TILES = 16
 _SUM_COLUMNS = 128
@@ -194,7 +200,8 @@ class Triton(KernelBackend):
 
         y = x2d.new_empty(*x.shape[:-1], m)
         acc = _compute_dtype(values, factors=w.factors)
-        rows, tile_bytes = _FEW_TOKENS_TILE
+        on_tensor_cores = len(x2d) > 1 and w.dtype != torch.float32
+        rows, tile_bytes, groups = _TENSOR_CORE_TILE if on_tensor_cores else _FEW_TOKENS_TILE
         with _on_device_of(values):
             triton_bitmask.few_tokens_kernel[(_tiles(m, rows),)](
                 x2d,
@@ -212,7 +219,10 @@ class Triton(KernelBackend):
                 DTYPE=_triton_dtype(acc),
                 ROWS=rows,
                 BYTES=tile_bytes,
-                TOKENS=1 << max(len(x2d) - 1, 0).bit_length(),
+                TOKENS=_FEW_TOKENS if on_tensor_cores else 1 << max(len(x2d) - 1, 0).bit_length(),
+                GROUPS=groups,
+                # Triton's interpreter knows no bfloat16 matmul; its products are exact in float32
+                MATMUL=_triton_dtype(torch.float32 if values.device.type == "cpu" else w.dtype),
                 num_warps=4,
             )
         return y
@@ -287,7 +297,7 @@ def _compute_dtype(*tensors: torch.Tensor, factors: Sequence[Factors]) -> torch.
 def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -49,9 +49,10 @@ def load_stored(starts, bits):
     before_byte = tl.cumsum(counts, axis=1) - counts
     before_place = spread_bits(bits) * 0x11111110
     place = tl.arange(0, 8)[None, None, :]
-    position = before_byte[:, :, None] + ((before_place[:, :, None] >> (4 * place)) & 15)
+    pointers = starts[:, None] + before_byte
+    position = ((before_place[:, :, None] >> (4 * place)) & 15).to(tl.uint32)
     stored = ((bits[:, :, None] >> place) & 1) != 0
-    return tl.load(starts[:, None, None] + position, mask=stored, other=0.0)
+    return tl.load(pointers[:, :, None] + position, mask=stored, other=0.0)
 
 
 @triton.jit
@@ -172,30 +173,58 @@ def few_tokens_kernel(
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
     TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MATMUL: tl.constexpr,
 ):
-    """Some columns of y = x W'ᵀ + bias for up to `TOKENS` tokens, with every product and sum in float32."""
+    """
+    Some columns of y = x W'ᵀ + bias for up to `TOKENS` tokens, summed in float32.
+
+    With `GROUPS` the products of a tile are matmuls on tensor cores in the dtype `MATMUL`, of as many parts of its
+    columns: one for each warp, so that none repeats the work of another.
+    """
     row_tile = tl.program_id(0)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     inside = rows < m
     lines = bitmask + rows.to(tl.int64) * row_bytes
     starts = values + tl.load(row_offsets + rows, mask=inside, other=0)
     token = tl.arange(0, TOKENS)
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
-    bits = load_bytes(lines, inside, 0, row_bytes, BYTES)
+    if GROUPS > 0:
+        total = tl.zeros((GROUPS, ROWS, TOKENS), tl.float32)
+    elif TOKENS == 1:
+        total = tl.zeros((ROWS, BYTES, 8), tl.float32)
+    else:
+        total = tl.zeros((ROWS, TOKENS), tl.float32)
     for byte in range(0, row_bytes, BYTES):
+        bits = load_bytes(lines, inside, byte, row_bytes, BYTES)
         w = load_stored(starts, bits)
         starts += tl.sum(count_bits(bits), axis=1)
-        # one tile ahead, so that its values do not wait for it
-        bits = load_bytes(lines, inside, byte + BYTES, row_bytes, BYTES)
         scaled = scale_tile(
             w, As, Bs, scalings, lengths, longer, m, n, row_tile, byte, y.dtype.element_ty, IDENTITY, DTYPE
-        ).to(tl.float32)
-        columns = (byte + tl.arange(0, BYTES))[:, None] * 8 + tl.arange(0, 8)[None, :]
-        for t in tl.static_range(TOKENS):
-            x_row = tl.load(x + t * n + columns, mask=(columns < n) & (t < tokens), other=0.0).to(tl.float32)
-            products = tl.reshape(scaled * x_row[None, :, :], (ROWS, BYTES * 8))
-            total += tl.where((token == t)[None, :], tl.sum(products, axis=1)[:, None], 0.0)
+        )
+        if GROUPS > 0:
+            WIDTH: tl.constexpr = BYTES * 8 // GROUPS
+            grouped = tl.permute(tl.reshape(scaled, (ROWS, GROUPS, WIDTH)), (1, 0, 2))
+            columns = byte * 8 + tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            pointers = x + columns[:, :, None] + token[None, None, :] * n
+            x_tile = tl.load(pointers, mask=(columns < n)[:, :, None] & (token < tokens)[None, None, :], other=0.0)
+            total = tl.dot(grouped.to(MATMUL), x_tile.to(MATMUL), total)
+        else:
+            columns = (byte + tl.arange(0, BYTES))[:, None] * 8 + tl.arange(0, 8)[None, :]
+            for t in tl.static_range(TOKENS):
+                x_row = tl.load(x + t * n + columns, mask=(columns < n) & (t < tokens), other=0.0).to(tl.float32)
+                products = scaled.to(tl.float32) * x_row[None, :, :]
+                if TOKENS == 1:
+                    total += products
+                else:
+                    sums = tl.sum(tl.reshape(products, (ROWS, BYTES * 8)), axis=1)
+                    total += tl.where((token == t)[None, :], sums[:, None], 0.0)
+    if GROUPS > 0:
+        sums = tl.sum(total, axis=0)
+    elif TOKENS == 1:
+        sums = tl.sum(tl.reshape(total, (ROWS, BYTES * 8)), axis=1)[:, None]
+    else:
+        sums = total
     if bias is not None:
-        total += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+        sums += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     pointers = y + token.to(tl.int64)[None, :] * m + rows[:, None]
-    tl.store(pointers, round_to(total, y.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])
+    tl.store(pointers, round_to(sums, y.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])
