@@ -61,7 +61,7 @@ def test_the_kernels_compile_for_a_gpu_and_move_the_weight_by_16_bytes(
 
 @needs_triton
 @pytest.mark.parametrize("adapters", [0, 1])
-@pytest.mark.parametrize("name", ["expand", "1 tokens", "16 tokens"])
+@pytest.mark.parametrize("name", ["expand", "1 tokens", "8 tokens"])
 @pytest.mark.parametrize("architecture", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (80, 100))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_the_kernels_for_compressed_weights_compile_and_load_each_stored_value_alone(

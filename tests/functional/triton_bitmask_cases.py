@@ -102,7 +102,7 @@ def test_special_numbers_give_what_the_dense_kernel_gives(identity):
         assert torch.equal(bits_of(out.nan_to_num(5.0)), bits_of(dense.nan_to_num(5.0)))
 
 
-@pytest.mark.parametrize("tokens", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16, 17))])
+@pytest.mark.parametrize("tokens", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8, 9, 16, 17))])
 @pytest.mark.parametrize("ranks", [[], pytest.param([4], marks=pytest.mark.slow), [7, 1]])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_tokens(dtype, ranks, tokens):
