@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels for compressed weights compute. `test_triton` runs these tests, too."""
 
+import numpy as np
 import pytest
 import torch
 from bitmask_cases import DTYPES, MASKS, bits_of, make_weight
@@ -40,6 +41,54 @@ def assert_linear(y, x, weight, factors, identity=True, bias=None):
     bound = 1.001 * unit(y.dtype) * expected.abs() + (1.01 * inner + operations * unit(torch.float32)) * magnitude
     assert y.shape == expected.shape
     assert ((y.double().cpu() - expected).abs() <= bound).all()
+
+
+@pytest.fixture
+def accesses(monkeypatch):
+    """Checks that every element the interpreter reads or writes is inside a tensor, and counts them."""
+    from triton.runtime import interpreter
+
+    tensors, count = [], {"load": 0, "store": 0}
+    convert = interpreter._implicit_cvt
+
+    def noted(arg):
+        if isinstance(arg, torch.Tensor):
+            tensors.append((arg.data_ptr(), arg.data_ptr() + arg.nbytes))
+        return convert(arg)
+
+    def checked(name):
+        access = getattr(interpreter._interpreter, name)
+
+        def check(pointers, *rest):
+            mask = rest[0] if name == "load" else rest[1]
+            addresses = pointers[mask.astype(bool)].astype(np.int64)
+            inside = np.zeros(len(addresses), dtype=bool)
+            for start, stop in tensors:
+                inside |= (addresses >= start) & (addresses < stop)
+            assert inside.all(), f"{name} outside all tensors"
+            count[name] += len(addresses)
+            return access(pointers, *rest)
+
+        return check
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", noted)
+    for name in count:
+        monkeypatch.setattr(interpreter._interpreter, name, checked(name))
+    return count
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="reads are seen in Triton's interpreter alone")
+@pytest.mark.parametrize("ranks", [[], [5]])
+@pytest.mark.parametrize("mask", ["rows", "none", "all", "few"])
+def test_nothing_is_read_or_written_outside_the_tensors(accesses, mask, ranks):
+    m, n, dtype = 21, 197, torch.float32
+    w = ScaledWeight(make_compressed(make_weight(m, n, dtype, mask)), make_factors(m, n, ranks), True, dtype)
+    triton.compressed_weight(w)
+    assert accesses["store"] == m * n and accesses["load"] >= len(w.weight.values) + w.weight.bitmask.numel()
+    for tokens, kind in ((1, dtype), (3, dtype), (3, torch.float16)):
+        stored = accesses["store"]
+        triton.compressed_linear(torch.ones(tokens, n, dtype=kind), w._replace(dtype=kind), torch.ones(m))
+        assert accesses["store"] == stored + tokens * m
 
 
 @pytest.mark.parametrize("mask", MASKS)
