@@ -3,11 +3,14 @@
 Whole models on compressed weights, on CPU: `python -m benchmarks.compressed_models`.
 
 Random Llamas in bfloat16 whose linear layers are pruned by magnitude, row by row: one of 1.1 billion parameters, and
-eight layers of the shapes of an 8B model. Three things are measured, the models taking turns in each round:
+eight layers of the shapes of an 8B model. The models take turns in each round. Measured are:
 
 - `generate`: a token through Transformers' `generate`, greedy, after a short prompt;
 - `prompt`: a forward pass over a prompt;
-- the bytes of the linear weights.
+- `training step`: SPP on the Llama of `benchmarks.training_step` (98 million parameters, 2:4), its weights dense and
+  compressed.
+
+The bytes of the linear weights are recorded as well.
 
 Next to PyTorch's dense layers stand dense ones with a kernel of our own, made as that of the compressed weights: what
 they gain is due to the kernel, and what is left is due to the zeros.
@@ -29,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_spp import CompressedLinear, compress
 from peft_spp.functional.kernels.cpu import bitmask
 
+from .competitors import COMPETITORS
 from .dense_tokens import TOKENS, dense_tokens
 from .harness import (
     BenchmarkResult,
@@ -41,11 +45,19 @@ from .harness import (
     print_table,
 )
 from .harness import options as opt
+from .models import PRECISIONS, build_llama
+from .training import TrainingStep, choose_size
 
 
 NAME = "compressed_models"
 REFERENCE = "dense"
-LABELS = {"dense": "dense, PyTorch", "own": "dense, own kernel", "50%": "compressed, 50 %", "75%": "compressed, 75 %"}
+LABELS = {
+    "dense": "dense, PyTorch",
+    "own": "dense, own kernel",
+    "50%": "compressed, 50 %",
+    "75%": "compressed, 75 %",
+    "2:4": "compressed, 2:4",
+}
 PROMPT = 8
 NEW_TOKENS = 24
 PROMPTS = [128, 512]
@@ -146,6 +158,20 @@ def main(
             result.cases.append(Case({"model": name, "task": task}, samples, values))
             result.save(run.json_path)
         del models, tasks, contestants
+    for precision in ("fp32", "bf16"):
+        training = choose_size(opt.Device.cpu, quick, None, None)
+        base = build_llama(training.config(), PRECISIONS[precision].dtype, run.device, seed)
+        result.settings["training"] = training.describe(base)
+        steps = {
+            name: TrainingStep(COMPETITORS[competitor], base, training, PRECISIONS[precision], seed)
+            for name, competitor in {"dense": "spp", "2:4": "spp_compressed"}.items()
+        }
+        contestants = [Contestant(name, step, step.drop_gradients) for name, step in steps.items()]
+        samples = measure_interleaved(contestants, run.device, schedule, seed)
+        values = {name: {"linear_bytes": float(linear_bytes(step.llama))} for name, step in steps.items()}
+        result.cases.append(Case({"model": f"98M, {precision}", "task": "training step"}, samples, values))
+        result.save(run.json_path)
+        del base, steps, contestants
     report(result)
     make_console().print(f"Written: {run.json_path}")
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The tables of `docs/performance.md` and of `docs/reliability.md`, from results:
+The tables of `docs/performance.md`, `docs/inference.md` and `docs/reliability.md`, from results:
 `python -m benchmarks.docs benchmarks/results/<machine>`.
 
 Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a page stands the table of the benchmark NAME.
@@ -24,6 +24,7 @@ from .passes import LABELS as PASSES
 
 
 PAGE = Path("docs/performance.md")
+INFERENCE = Path("docs/inference.md")
 RELIABILITY = Path("docs/reliability.md")
 
 app = typer.Typer(add_completion=False)
@@ -35,12 +36,15 @@ def main(
         Path, typer.Argument(help="The folder of one machine's results.", exists=True, file_okay=False)
     ],
     page: Annotated[Path, typer.Option(help="The page to write the tables of speed into.", exists=True)] = PAGE,
+    inference: Annotated[
+        Path, typer.Option(help="The page to write the tables of compressed weights into.", exists=True)
+    ] = INFERENCE,
     reliability: Annotated[
         Path, typer.Option(help="The page to write the table of the mask's record into.", exists=True)
     ] = RELIABILITY,
 ) -> None:
-    """Write the tables of results into the pages on performance and on reliability."""
-    for file, tables in ((page, TABLES), (reliability, RELIABILITY_TABLES)):
+    """Write the tables of results into the pages on performance, on running sparse models, and on reliability."""
+    for file, tables in ((page, TABLES), (inference, INFERENCE_TABLES), (reliability, RELIABILITY_TABLES)):
         text = file.read_text()
         for name, make in tables.items():
             path = results / f"{name}.json"
@@ -189,6 +193,64 @@ def mask_record_table(result: BenchmarkResult) -> str:
 
 
 RELIABILITY_TABLES: dict[str, Callable[[BenchmarkResult], str]] = {"mask_record": mask_record_table}
+
+
+def compressed_layers_table(result: BenchmarkResult) -> str:
+    rows = []
+    for precision in dict.fromkeys(case.parameters["precision"] for case in result.cases):
+        for case in result.cases:
+            parameters = case.parameters
+            if (parameters["precision"], parameters["clock"]) != (precision, "computing") or parameters["task"] == "2":
+                continue
+            if parameters["task"].startswith("w"):
+                continue
+            m, n = parameters["shape"]
+            names = ["compressed", "own dense", "prepacked", "compressed, adapter"]
+            cells = [
+                f"{case.ratio(name, result.reference).median:.2f}" if name in case.samples else "–" for name in names
+            ]
+            cells[0] = f"**{cells[0]}** ({_spread(case, 'compressed', result)})"
+            rows.append([f"{m}×{n}, {precision}", parameters["sparsity"], parameters["task"], *cells])
+    headings = [
+        "W",
+        "zeros",
+        "tokens",
+        "compressed",
+        "own dense kernel",
+        "prepacked dense",
+        "compressed, unmerged adapter",
+    ]
+    return _table(headings, rows, result)
+
+
+def compressed_models_table(result: BenchmarkResult) -> str:
+    rows = []
+    for case in result.cases:
+        tokens = result.settings["new_tokens"] if case.parameters["task"] == "generate" else 1
+        median = case.summary(result.reference).median
+        dense = f"{tokens / median:.2f} tokens/s" if tokens > 1 else f"{median:.2f} s"
+        cells = []
+        for name in ("own", "50%", "75%", "2:4"):
+            if name not in case.samples:
+                cells.append("")
+                continue
+            ratio = case.ratio(name, result.reference)
+            size = case.values[name]["linear_bytes"] / case.values[result.reference]["linear_bytes"]
+            cells.append(f"{ratio.median:.2f} ({_spread(case, name, result)}); {size:.2f} of the bytes")
+        rows.append([case.parameters["model"], case.parameters["task"], dense, *cells])
+    headings = ["model", "task", "PyTorch dense", "own dense kernel", "50 %", "75 %", "2:4"]
+    return _table(headings, rows, result)
+
+
+INFERENCE_TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
+    "compressed_layers": compressed_layers_table,
+    "compressed_models": compressed_models_table,
+}
+
+
+def _spread(case: Case, name: str, result: BenchmarkResult) -> str:
+    ratio = case.ratio(name, result.reference)
+    return f"{ratio.lower_quartile:.2f}–{ratio.upper_quartile:.2f}"
 
 
 def _ratios(case: Case, names: list[str], result: BenchmarkResult) -> list[str]:
