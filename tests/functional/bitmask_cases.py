@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights with zeros in all the ways that they can have them, for the tests of compressed weights."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
 from peft_spp.functional.bitmask import BITS
+from peft_spp.functional.factors import Factors
+from peft_spp.functional.kernels.cpu import bitmask
 
 
 DTYPES = tuple(BITS)
@@ -65,3 +68,18 @@ weights = st.builds(
     st.integers(0, 1000),
 )
 layouts = st.sampled_from(["contiguous", "transposed", "lines apart", "every other"])
+
+COMPILED = bitmask.tier() is not None
+compiled_only = pytest.mark.skipif(not COMPILED, reason="no C++ compiler that works with this PyTorch")
+
+# whole words and not, rows with nothing behind them and with much, strips of 512 and of 2048 columns and beyond
+SHAPES = [(1, 1), (3, 63), (64, 64), (61, 130), (130, 515), (9, 2500), (300, 576), (5, 4160)]
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def make_factors(m, n, ranks, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Factors(torch.randn(min(r, m), n, generator=generator), torch.randn(m, 1, generator=generator), 2.0 / (i + 1))
+        for i, r in enumerate(ranks)
+    ]

@@ -7,7 +7,20 @@ import sys
 
 import pytest
 import torch
-from bitmask_cases import DTYPES, MASKS, bits_of, layouts, make_weight, weights, with_strides
+from bitmask_cases import (
+    BOUNDS,
+    COMPILED,
+    DTYPES,
+    MASKS,
+    SHAPES,
+    bits_of,
+    compiled_only,
+    layouts,
+    make_factors,
+    make_weight,
+    weights,
+    with_strides,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,35 +29,18 @@ from peft_spp.functional import merged_weight
 from peft_spp.functional.bitmask import Compressed
 from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels.cpu import backend as cpu_backend
-from peft_spp.functional.kernels.cpu import bitmask, library
+from peft_spp.functional.kernels.cpu import bitmask, bitmask_calls, library
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-from helpers import reference
 from helpers.factored import relative_error
-
-
-COMPILED = bitmask.tier() is not None
-compiled_only = pytest.mark.skipif(not COMPILED, reason="no C++ compiler that works with this PyTorch")
-
-# whole words and not, rows with nothing behind them and with much, strips of 512 and of 2048 columns and beyond
-SHAPES = [(1, 1), (3, 63), (64, 64), (61, 130), (130, 515), (9, 2500), (300, 576), (5, 4160)]
-BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def make_factors(m, n, ranks, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Factors(torch.randn(min(r, m), n, generator=generator), torch.randn(m, 1, generator=generator), 2.0 / (i + 1))
-        for i, r in enumerate(ranks)
-    ]
 
 
 def dense_scaled(weight, factors, identity, dtype):
@@ -126,6 +122,30 @@ def test_scaling_has_the_bits_of_the_dense_pass(m, n, ranks, identity, dtype, ou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_without_factors_it_is_the_weight(dtype, out_dtype):
+    weight, x = make_weight(70, 200, dtype), torch.randn(9, 200).to(out_dtype)
+    compressed = bitmask.compress(weight)
+    assert torch.equal(cpu.compressed_weight(ScaledWeight(compressed, [], True, out_dtype)), weight.to(out_dtype))
+    y, expected = (
+        cpu.linear_by_weight(x, ScaledWeight(compressed, [], True, out_dtype), None),
+        x.double() @ weight.double().t(),
+    )
+    assert relative_error(y, expected) < BOUNDS[torch.bfloat16 if dtype != out_dtype else dtype]
+
+
+def test_what_does_not_fit_is_refused():
+    compressed = bitmask.compress(make_weight(6, 70, torch.float32))
+    for out in (torch.empty(6, 69), torch.empty(70, 6).t(), torch.empty(6, 70).half()):
+        with pytest.raises(ValueError, match="must have shape"):
+            bitmask.expand(compressed, out=out)
+    (factors,) = make_factors(6, 70, [2])
+    for out in (compressed.values[1:], compressed.values.half()):
+        with pytest.raises(ValueError, match="must be a contiguous vector"):
+            bitmask.scaled_values(compressed, [factors], out=out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_scaling_what_is_tiny_or_not_finite_is_as_in_the_dense_pass(dtype):
     weight = make_weight(24, 200, dtype, "random", special=True)
     weight[:8] = 0.0
@@ -169,53 +189,6 @@ def test_a_merge_keeps_zeros_and_has_none_that_is_negative(dtype):
     assert torch.equal(merged.isnan(), expected.isnan()) and merged.isnan().any()
     assert torch.equal(bits_of(merged[~merged.isnan()]), bits_of(expected[~expected.isnan()]))
     assert not torch.signbit(merged[merged == 0]).any()
-
-
-def magnitude(x, weight, bias, factors):
-    positive = [Factors(A.abs(), B.abs(), s) for A, B, s in factors]
-    return reference.linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), positive)
-
-
-@compiled_only
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, bitmask.MOST_TOKENS])
-@pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_few_tokens_are_within_the_rounding_of_the_formula(m, n, tokens, dtype):
-    weight = make_weight(m, n, dtype)
-    compressed, x, bias = bitmask.compress(weight), torch.randn(tokens, n).to(dtype), torch.randn(m).to(dtype)
-    lines = torch.full((tokens, n + 3), float("nan"), dtype=dtype)[:, 2 : n + 2].copy_(x)
-    for ranks, identity in (([], True), ([5], True), ([5], False), ([5, 3], True), ([3, 5, 1], False)):
-        factors = make_factors(m, n, ranks)
-        for own_bias in (bias, None):
-            y = bitmask.few_tokens(lines, compressed, own_bias, factors, identity, dtype)
-            assert y.dtype == dtype and y.shape == (tokens, m)
-            expected = reference.linear(x, weight, own_bias, factors, identity)
-            # the result is rounded, and A times x before it
-            assert ((y - expected).abs() <= BOUNDS[dtype] * magnitude(x, weight, own_bias, factors)).all()
-            # where there are many long sums, they do not cancel as a whole
-            assert m < 100 or relative_error(y, expected) < BOUNDS[dtype]
-
-
-@compiled_only
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_tokens_for_any_zeros(mask, dtype):
-    weight = make_weight(67, 190, dtype, mask)
-    x, factors = torch.randn(2, 190).to(dtype), make_factors(67, 190, [7])
-    y = bitmask.few_tokens(x.t().contiguous().t(), bitmask.compress(weight), None, factors, True, dtype)
-    assert relative_error(y, reference.linear(x, weight, None, factors)) < BOUNDS[dtype]
-
-
-def test_few_tokens_are_left_to_others_where_there_is_no_kernel():
-    weight = make_weight(8, 70, torch.float32)
-    compressed, (factors,) = bitmask.compress(weight), make_factors(8, 70, [2])
-    double = Factors(factors.A.double(), factors.B, 1.0)
-    for tokens, own, dtype in (
-        (bitmask.MOST_TOKENS + 1, factors, torch.float32),
-        (1, factors, torch.bfloat16),
-        (1, double, torch.float32),
-    ):
-        assert bitmask.few_tokens(torch.randn(tokens, 70), compressed, None, [own], True, dtype) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -333,10 +306,10 @@ def test_threads_do_not_change_a_bit(threads, dtype):
 @compiled_only
 def test_the_processor_and_pytorch_choose_the_kernels(monkeypatch):
     processor = library.load_library("bitmask").bitmask_tier()
-    assert 0 <= bitmask._TIERS.index(bitmask.tier()) <= processor <= 2
+    assert 0 <= bitmask_calls._TIERS.index(bitmask.tier()) <= processor <= 2
     for capability, most in (("AVX512", 2), ("AVX2", 1), ("DEFAULT", 0), ("NO AVX", 0)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert bitmask._TIERS.index(bitmask.tier.__wrapped__()) == min(most, processor)
+        assert bitmask_calls._TIERS.index(bitmask_calls.tier.__wrapped__()) == min(most, processor)
 
 
 @pytest.mark.slow
@@ -350,31 +323,11 @@ def test_the_processor_and_pytorch_choose_the_kernels(monkeypatch):
 )
 def test_all_of_this_on_lesser_processors(environment, expected):
     environment = {**os.environ, **environment}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider"]
+    files = [__file__, __file__.replace("kernels", "tokens")]
     tell = "from peft_spp.functional.kernels.cpu import bitmask; print(bitmask.tier())"
     told = subprocess.run([sys.executable, "-c", tell], env=environment, capture_output=True, text=True, check=True)
     best = {"avx2": ("avx2", "portable")}.get(expected, (expected,))
     assert told.stdout.split()[-1] in best
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, *files], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-@compiled_only
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 29, 48, 97, 200])
-def test_tokens_in_groups_and_all_at_once_agree(tokens, dtype, monkeypatch):
-    weight = make_weight(65, 130, dtype)
-    compressed, bias = bitmask.compress(weight), torch.randn(65).to(dtype)
-    x = torch.randn(2, tokens, 130).to(dtype)[:1]
-    w = ScaledWeight(compressed, [], True, dtype)
-    made = cpu.linear(x, w, bias)
-    assert made.shape == (1, tokens, 65) and made.dtype == dtype
-    if tokens:
-        assert relative_error(made, reference.linear(x, weight, bias, [])) < 2 * BOUNDS[dtype]
-    calls = []
-    few_tokens = bitmask.few_tokens
-    monkeypatch.setattr(bitmask, "few_tokens", lambda *args: calls.append(len(args[0])) or few_tokens(*args))
-    cpu.linear(x, w, bias)
-    stored = len(compressed.values) / weight.numel()
-    by_values = 0 < tokens <= 8 or 0 < tokens * stored <= (48 if dtype == torch.float32 else 24)
-    assert calls == ([8] * (tokens // 8) + [tokens % 8] * (tokens % 8 > 0) if by_values else [])

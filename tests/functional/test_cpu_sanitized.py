@@ -30,7 +30,7 @@ def runtimes(compiler):
 
 
 NATIVE = (["functional/test_cpu_native.py", "sparsity/test_mask_record.py"], "native and not without_a_compiler")
-BITMASK = (["functional/test_bitmask_kernels.py"], "not lesser_processors")
+BITMASK = (["functional/test_bitmask_kernels.py", "functional/test_bitmask_tokens.py"], "not lesser_processors")
 
 
 @pytest.mark.slow

@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import sys
-import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,49 +28,25 @@ from torch import Tensor
 from ...bitmask import BITS, WORD, Compressed, bitmask_bytes, decompress, unpack_bits
 from ...bitmask import compress as plain_compress
 from ...factors import Factors, compute_dtype
+from .bitmask_calls import (
+    LINE,
+    NAMES,
+    Tokens,
+    function_of,
+    gradient_parts,
+    part_of,
+    pointer_to,
+    scratch,
+    tier,
+    weight_of,
+)
 from .elementwise import Elementwise
-from .library import load_library
 from .native import make_adapters
 from .tiled import TiledElementwise
 
 
 MOST_TOKENS = 8
 """`few_tokens` takes so many: with more, expanding the weight costs less than these kernels lose to a matmul's."""
-
-# bytes of a line of the caches
-_LINE = 64
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_TIERS = ("portable", "avx2", "avx512")
-_CAPABILITIES = {"AVX2": 1, "AVX512": 2}
-
-
-def _structure(name: str, fields: str, pointers: str = "") -> type[ctypes.Structure]:
-    types = [(field, ctypes.c_void_p if field in pointers.split() else ctypes.c_int64) for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": types})
-
-
-_Weight = _structure("_Weight", "values bitmask row_offsets stored m n", "values bitmask row_offsets")
-_Part = _structure("_Part", "row rows column columns stride starts ends threads", "starts ends")
-_Tokens = _structure(
-    "_Tokens",
-    "x x_stride count A B r inputs bias y sums identity first last threads",
-    "x A B inputs bias y sums",
-)
-
-
-@cache
-def tier() -> str | None:
-    """
-    The kernels that run here.
-
-    Returns:
-        `str` or `None`: `"avx512"`, `"avx2"` or `"portable"`; `None` if nothing is compiled.
-    """
-    library = load_library("bitmask") if sys.byteorder == "little" else None
-    if library is None:
-        return None
-    capability = _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0)
-    return _TIERS[min(capability, library.bitmask_tier())]
 
 
 def supports(compressed: Compressed, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
@@ -87,8 +60,8 @@ def supports(compressed: Compressed, factors: Sequence[Factors], dtype: torch.dt
     """
     values, bitmask, row_offsets, _ = compressed
     return (
-        values.dtype in _NAMES
-        and dtype in _NAMES
+        values.dtype in NAMES
+        and dtype in NAMES
         and values.is_cpu
         and values.is_contiguous()
         and bitmask.is_contiguous()
@@ -108,13 +81,13 @@ def compress(weight: Tensor) -> Compressed:
         rows = rows.contiguous()
     bitmask = torch.empty(*weight.shape[:-1], bitmask_bytes(n), dtype=torch.uint8)
     row_offsets = torch.empty(len(rows) + 1, dtype=torch.int64)
-    dense, stride = _pointer(rows), ctypes.c_int64(rows.stride(0))
+    dense, stride = pointer_to(rows), ctypes.c_int64(rows.stride(0))
     threads = ctypes.c_int64(torch.get_num_threads())
     sizes = (ctypes.c_int64(len(rows)), ctypes.c_int64(n))
-    _function("count", weight.dtype)(dense, stride, *sizes, _pointer(bitmask), _pointer(row_offsets), threads)
+    function_of("count", weight.dtype)(dense, stride, *sizes, pointer_to(bitmask), pointer_to(row_offsets), threads)
     values = torch.empty(int(row_offsets[-1]), dtype=weight.dtype)
     compressed = Compressed(values, bitmask, row_offsets, n)
-    _function("take", weight.dtype)(dense, stride, ctypes.byref(_weight(compressed)), threads)
+    function_of("take", weight.dtype)(dense, stride, ctypes.byref(weight_of(compressed)), threads)
     return compressed
 
 
@@ -141,21 +114,29 @@ def expand(
 
     Returns:
         `torch.Tensor`: `out`, or a new tensor of shape `(rows, columns)`.
+
+    Raises:
+        ValueError: If `out` does not fit, or the columns cut a word of the bitmask.
     """
     matrix = _matrix(compressed)
     m, n = matrix.shape
     rows, columns = rows or slice(0, m), columns or slice(0, n)
     _check_columns(columns, n)
-    shape = rows.stop - rows.start, columns.stop - columns.start
-    out = torch.empty(shape, dtype=compressed.values.dtype) if out is None else out
-    if not supports(compressed, (), out.dtype):
+    shape, dtype = (rows.stop - rows.start, columns.stop - columns.start), compressed.values.dtype
+    out = torch.empty(shape, dtype=dtype) if out is None else out
+    if out.shape != shape or out.dtype != dtype or (out.numel() and out.stride(1) != 1):
+        raise ValueError(
+            f"expand: `out` has shape {tuple(out.shape)}, dtype {out.dtype} and strides {out.stride()}, and must have "
+            f"shape {shape}, dtype {dtype} and contiguous rows"
+        )
+    if not supports(compressed, (), dtype):
         dense = decompress(Compressed(matrix.values, *_rows_of(matrix, rows), n))[:, columns]
         if ends is not None:
             before = unpack_bits(matrix.bitmask[rows], n)[:, : columns.stop].sum(1)
             torch.add(matrix.row_offsets[rows], before, out=ends)
         return out.copy_(dense)
-    _function("expand", out.dtype)(
-        ctypes.byref(_weight(matrix)), ctypes.byref(_part(rows, columns, out, starts, ends)), _pointer(out)
+    function_of("expand", out.dtype)(
+        ctypes.byref(weight_of(matrix)), ctypes.byref(part_of(rows, columns, out, starts, ends)), pointer_to(out)
     )
     return out
 
@@ -177,6 +158,11 @@ def scaled_values(compressed: Compressed, factors: Sequence[Factors], out: Tenso
     """
     values, bitmask, row_offsets, n = compressed
     out = torch.empty_like(values) if out is None else out
+    if out.shape != values.shape or out.dtype != values.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"scaled_values: `out` has shape {tuple(out.shape)} and dtype {out.dtype}, and must be a contiguous "
+            f"vector of {len(values)} values of dtype {values.dtype}"
+        )
     m = len(bitmask)
     if not supports(compressed, factors, values.dtype):
         dense = decompress(compressed)
@@ -185,11 +171,15 @@ def scaled_values(compressed: Compressed, factors: Sequence[Factors], out: Tenso
         merged.add_(0.0).masked_fill_(dense == 0, 0.0)
         out[row_offsets[0] : row_offsets[-1]] = merged[unpack_bits(bitmask, n)]
         return out
-    part = _part(slice(0, m), slice(0, n))
+    part = part_of(slice(0, m), slice(0, n))
     scaled = _scaled_factors(factors)
     adapters = make_adapters(scaled)
-    _function("merge", values.dtype)(
-        ctypes.byref(_weight(compressed)), ctypes.byref(part), _pointer(out), adapters, ctypes.c_int64(len(factors))
+    function_of("merge", values.dtype)(
+        ctypes.byref(weight_of(compressed)),
+        ctypes.byref(part),
+        pointer_to(out),
+        adapters,
+        ctypes.c_int64(len(factors)),
     )
     return out
 
@@ -223,6 +213,11 @@ def few_tokens(
     """
     count, n = x.shape
     m = len(compressed.bitmask)
+    if n != compressed.columns or (bias is not None and bias.shape != (m,)):
+        raise ValueError(
+            f"few_tokens: x of shape {tuple(x.shape)} and a bias of shape "
+            f"{None if bias is None else tuple(bias.shape)} do not fit a weight of shape {tuple(compressed.shape)}"
+        )
     if count > MOST_TOKENS or compressed.values.dtype != dtype or not supports(compressed, factors, dtype):
         return None
     if not factors and not identity:
@@ -236,14 +231,14 @@ def few_tokens(
         bias = bias.to(dtype).contiguous()
     y = torch.empty(count, m, dtype=dtype)
     threads = torch.get_num_threads()
-    sums_size = -(-MOST_TOKENS * m * 4 // _LINE) * _LINE
-    scratch = _scratch(sums_size + 2 * threads * MOST_TOKENS * bitmask_bytes(n) * 8 * 4)
-    weight = ctypes.byref(_weight(compressed))
-    tokens = _Tokens(x.data_ptr(), x.stride(0), count, None, None, 0, scratch + sums_size, None, y.data_ptr(), scratch)
+    sums_size = -(-MOST_TOKENS * m * 4 // LINE) * LINE
+    buffer = scratch(sums_size + 2 * threads * MOST_TOKENS * bitmask_bytes(n) * 8 * 4)
+    weight = ctypes.byref(weight_of(compressed))
+    tokens = Tokens(x.data_ptr(), x.stride(0), count, None, None, 0, buffer + sums_size, None, y.data_ptr(), buffer)
     tokens.threads, tokens.identity, tokens.first = threads, identity, True
     if bias is not None:
         tokens.bias = bias.data_ptr()
-    multiply = _function("multiply", dtype)
+    multiply = function_of("multiply", dtype)
     if not factors:
         tokens.last = True
         multiply(weight, ctypes.byref(tokens))
@@ -270,25 +265,27 @@ class BitmaskElementwise(Elementwise):
         self._ends: dict[tuple[int, int, int], Tensor] = {}
 
     def write_scaled(self, out: Tensor, rows: slice, columns: slice, identity: bool) -> None:
-        weight = ctypes.byref(_weight(self.weight))
+        weight = ctypes.byref(weight_of(self.weight))
         part = ctypes.byref(self._part(out, rows, columns))
+        if not self.factors and identity and out.dtype == self.weight.values.dtype:
+            function_of("expand", out.dtype)(weight, part, pointer_to(out))
+            return
         adapters = make_adapters(self.scaled_factors)
         count, with_base = ctypes.c_int64(len(adapters)), ctypes.c_int64(identity)
-        self._function("scale", out)(weight, part, _pointer(out), adapters, count, with_base)
+        self._function("scale", out)(weight, part, pointer_to(out), adapters, count, with_base)
 
     def add_factor_gradients(self, product: Tensor, rows: slice, columns: slice) -> None:
-        weight, part = ctypes.byref(_weight(self.weight)), self._part(product, rows, columns, keep=False)
-        strips = getattr(_library(), f"bitmask_gradient_{tier()}_parts")(ctypes.byref(part))
-        parts = [torch.empty(strips, rows.stop - rows.start) for _ in self.factors]
+        weight, part = ctypes.byref(weight_of(self.weight)), self._part(product, rows, columns, keep=False)
+        parts = [torch.empty(gradient_parts(part), rows.stop - rows.start) for _ in self.factors]
         gradients = [(grad_A, own) for (grad_A, _), own in zip(self.gradients, parts, strict=True)]
         adapters = make_adapters(self.scaled_factors, gradients)
         count = ctypes.c_int64(len(adapters))
-        self._function("add_gradients", product)(weight, ctypes.byref(part), _pointer(product), adapters, count)
+        self._function("add_gradients", product)(weight, ctypes.byref(part), pointer_to(product), adapters, count)
         for (_, grad_B), own in zip(self.gradients, parts, strict=True):
             grad_B[rows] += own.sum(dim=0).unsqueeze(1)
 
     def _function(self, name: str, other: Tensor) -> Any:
-        return _function(name, self.weight.values.dtype, other.dtype)
+        return function_of(name, self.weight.values.dtype, other.dtype)
 
     def _part(self, other: Tensor, rows: slice, columns: slice, keep: bool = True) -> Any:
         n = self.weight.columns
@@ -298,19 +295,7 @@ class BitmaskElementwise(Elementwise):
         if keep and columns.stop < n:
             key = (rows.start, rows.stop, columns.stop)
             ends = self._ends[key] = torch.empty(rows.stop - rows.start, dtype=torch.int64)
-        return _part(rows, columns, other, starts, ends)
-
-
-_reused = threading.local()
-
-
-def _scratch(size: int) -> int:
-    """The address of a buffer of this thread: a new one costs page faults, which a small layer notices."""
-    if getattr(_reused, "size", 0) < size:
-        _reused.buffer, _reused.size = ctypes.create_string_buffer(size + _LINE), size
-        _reused.address = -(-ctypes.addressof(_reused.buffer) // _LINE) * _LINE
-    address: int = _reused.address
-    return address
+        return part_of(rows, columns, other, starts, ends)
 
 
 def _matrix(compressed: Compressed) -> Compressed:
@@ -332,39 +317,3 @@ def _check_columns(columns: slice, n: int) -> None:
 
 def _scaled_factors(factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
     return [(A.float().contiguous(), (B.float() * s).contiguous()) for A, B, s in factors]
-
-
-def _weight(compressed: Compressed) -> Any:
-    values, bitmask, row_offsets, n = compressed
-    pointers = (values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr())
-    return _Weight(*pointers, len(values), len(row_offsets) - 1, n)
-
-
-def _part(
-    rows: slice, columns: slice, other: Tensor | None = None, starts: Tensor | None = None, ends: Tensor | None = None
-) -> Any:
-    return _Part(
-        rows.start,
-        rows.stop - rows.start,
-        columns.start,
-        columns.stop - columns.start,
-        0 if other is None else other.stride(0),
-        None if starts is None else starts.data_ptr(),
-        None if ends is None else ends.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-@cache
-def _function(name: str, *dtypes: torch.dtype) -> Any:
-    return getattr(_library(), f"bitmask_{name}_{tier()}_{'_'.join(_NAMES[dtype] for dtype in dtypes)}")
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _library() -> ctypes.CDLL:
-    library = load_library("bitmask")
-    assert library is not None, "supports() is asked first"
-    return library

@@ -24,10 +24,13 @@ class TiledElementwise(Elementwise):
         super().__init__(weight, factors)
         # tiles are cut for the row blocks of the first adapter; the rows of another rank's P(A) are looked up
         ranks = [A.shape[0] for A, _ in self.scaled_factors]
-        self._tile_rank = ranks[0]
+        self._tile_rank = ranks[0] if ranks else 1
         self._block_index = {r: row_block_index(weight.shape[0], r) for r in set(ranks) - {self._tile_rank}}
 
     def write_scaled(self, out: torch.Tensor, rows: slice, columns: slice, identity: bool) -> None:
+        if not self.factors:
+            out.copy_(self.weight[rows, columns]) if identity else out.zero_()
+            return
         for tile in self._tiles(rows, columns):
             stored = self._by_block(self.weight[tile.rows, columns], tile)
             target = self._by_block(out[tile.rows.start - rows.start : tile.rows.stop - rows.start], tile)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few tokens straight from the compressed weight, against the formula in float64."""
+
+import pytest
+import torch
+from bitmask_cases import BOUNDS, DTYPES, MASKS, SHAPES, compiled_only, make_factors, make_weight
+
+from peft_spp.functional.factors import Factors
+from peft_spp.functional.kernels.cpu import bitmask
+from peft_spp.functional.kernels.cpu.backend import cpu
+from peft_spp.functional.kernels.scaled import ScaledWeight
+
+from helpers import reference
+from helpers.factored import relative_error
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def magnitude(x, weight, bias, factors):
+    positive = [Factors(A.abs(), B.abs(), s) for A, B, s in factors]
+    return reference.linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), positive)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, bitmask.MOST_TOKENS])
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_few_tokens_are_within_the_rounding_of_the_formula(m, n, tokens, dtype):
+    weight = make_weight(m, n, dtype)
+    compressed, x, bias = bitmask.compress(weight), torch.randn(tokens, n).to(dtype), torch.randn(m).to(dtype)
+    lines = torch.full((tokens, n + 3), float("nan"), dtype=dtype)[:, 2 : n + 2].copy_(x)
+    for ranks, identity in (([], True), ([5], True), ([5], False), ([5, 3], True), ([3, 5, 1], False)):
+        factors = make_factors(m, n, ranks)
+        for own_bias in (bias, None):
+            y = bitmask.few_tokens(lines, compressed, own_bias, factors, identity, dtype)
+            assert y.dtype == dtype and y.shape == (tokens, m)
+            expected = reference.linear(x, weight, own_bias, factors, identity)
+            # the result is rounded, and A times x before it
+            assert ((y - expected).abs() <= BOUNDS[dtype] * magnitude(x, weight, own_bias, factors)).all()
+            # where there are many long sums, they do not cancel as a whole
+            assert m < 100 or relative_error(y, expected) < BOUNDS[dtype]
+
+
+@compiled_only
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_for_any_zeros(mask, dtype):
+    weight = make_weight(67, 190, dtype, mask)
+    x, factors = torch.randn(2, 190).to(dtype), make_factors(67, 190, [7])
+    y = bitmask.few_tokens(x.t().contiguous().t(), bitmask.compress(weight), None, factors, True, dtype)
+    assert relative_error(y, reference.linear(x, weight, None, factors)) < BOUNDS[dtype]
+
+
+def test_few_tokens_are_left_to_others_where_there_is_no_kernel():
+    weight = make_weight(8, 70, torch.float32)
+    compressed, (factors,) = bitmask.compress(weight), make_factors(8, 70, [2])
+    double = Factors(factors.A.double(), factors.B, 1.0)
+    for tokens, own, dtype in (
+        (bitmask.MOST_TOKENS + 1, factors, torch.float32),
+        (1, factors, torch.bfloat16),
+        (1, double, torch.float32),
+    ):
+        assert bitmask.few_tokens(torch.randn(tokens, 70), compressed, None, [own], True, dtype) is None
+
+
+def test_tokens_and_a_bias_that_do_not_fit_are_refused():
+    compressed, factors = bitmask.compress(make_weight(6, 70, torch.float32)), make_factors(6, 70, [2])
+    for x, bias in ((torch.randn(1, 69), None), (torch.randn(1, 70), torch.randn(5))):
+        with pytest.raises(ValueError, match="do not fit"):
+            bitmask.few_tokens(x, compressed, bias, factors, True, torch.float32)
+    with pytest.raises(ValueError, match="identity must be True"):
+        bitmask.few_tokens(torch.randn(1, 70), compressed, None, [], False, torch.float32)
+
+
+@compiled_only
+def test_no_tokens_are_no_rows():
+    compressed = bitmask.compress(make_weight(6, 70, torch.float32))
+    assert bitmask.few_tokens(torch.empty(0, 70), compressed, None, [], True, torch.float32).shape == (0, 6)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 29, 48, 97, 200])
+def test_tokens_in_groups_and_all_at_once_agree(tokens, dtype, monkeypatch):
+    weight = make_weight(65, 130, dtype)
+    compressed, bias = bitmask.compress(weight), torch.randn(65).to(dtype)
+    x = torch.randn(2, tokens, 130).to(dtype)[:1]
+    w = ScaledWeight(compressed, [], True, dtype)
+    made = cpu.linear(x, w, bias)
+    assert made.shape == (1, tokens, 65) and made.dtype == dtype
+    if tokens:
+        assert relative_error(made, reference.linear(x, weight, bias, [])) < 2 * BOUNDS[dtype]
+    calls = []
+    few_tokens = bitmask.few_tokens
+    monkeypatch.setattr(bitmask, "few_tokens", lambda *args: calls.append(len(args[0])) or few_tokens(*args))
+    cpu.linear(x, w, bias)
+    stored = len(compressed.values) / weight.numel()
+    by_values = 0 < tokens <= 8 or 0 < tokens * stored <= (48 if dtype == torch.float32 else 24)
+    assert calls == ([8] * (tokens // 8) + [tokens % 8] * (tokens % 8 > 0) if by_values else [])
