@@ -39,6 +39,9 @@ class Largest(PruningMethod):
         mask = pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity, comparison_group="layer")
         apply_mask(layer, mask)
 
+    def comparison_size(self, out_features: int, in_features: int) -> int:
+        return out_features * in_features
+
 
 def test_a_line_in_the_registry_is_all_that_a_method_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "largest", Largest)
