@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,7 +325,7 @@ def test_the_processor_and_pytorch_choose_the_kernels(monkeypatch):
 def test_all_of_this_on_lesser_processors(environment, expected):
     environment = {**os.environ, **environment}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider"]
-    files = [__file__, __file__.replace("kernels", "tokens")]
+    files = [str(Path(__file__).with_name(f"test_bitmask_{part}.py")) for part in ("kernels", "tokens")]
     tell = "from peft_spp.functional.kernels.cpu import bitmask; print(bitmask.tier())"
     told = subprocess.run([sys.executable, "-c", tell], env=environment, capture_output=True, text=True, check=True)
     best = {"avx2": ("avx2", "portable")}.get(expected, (expected,))

@@ -210,6 +210,9 @@ def few_tokens(
     Returns:
         `torch.Tensor` or `None`: shape `(tokens, m)`. `None` if there are more than `MOST_TOKENS` tokens, the weight
         has another dtype, or nothing is compiled.
+
+    Raises:
+        ValueError: If x or the bias do not fit, or there is nothing to multiply with.
     """
     count, n = x.shape
     m = len(compressed.bitmask)
@@ -218,10 +221,10 @@ def few_tokens(
             f"few_tokens: x of shape {tuple(x.shape)} and a bias of shape "
             f"{None if bias is None else tuple(bias.shape)} do not fit a weight of shape {tuple(compressed.shape)}"
         )
-    if count > MOST_TOKENS or compressed.values.dtype != dtype or not supports(compressed, factors, dtype):
-        return None
     if not factors and not identity:
         raise ValueError("few_tokens: without factors W' is W itself, so identity must be True")
+    if count > MOST_TOKENS or compressed.values.dtype != dtype or not supports(compressed, factors, dtype):
+        return None
     # with the weights of a model in between, nothing of this is in a cache: each call that is not made saves 10 µs
     if x.dtype != dtype:
         x = x.to(dtype)
