@@ -20,6 +20,7 @@ from .config import SPPConfig
 from .loading import check_fits, check_is_spp, loading, loading_of, read_if_ours, take_record
 from .model import SPPModel
 from .saved_adapter import SavedAdapter, from_state_dict
+from .settings import check_patterns, expressions
 
 
 _settings_are_given: ContextVar[bool] = ContextVar("settings_are_given", default=False)
@@ -125,6 +126,9 @@ def _load_into_transformers(arguments: dict[str, Any], load: Callable[[], Any]) 
         saved = read_if_ours(source, options, config)
     if saved is None:
         return load()
+    if saved.config.is_from_file:
+        # Transformers makes a configuration of its own of the file, which does not tell where it comes from
+        check_patterns(expressions(vars(saved.config)), [module for module, _ in model.named_modules()])
     had_adapters = model._hf_peft_config_loaded
     with loading(saved, name, kwargs) as current:
         current.undo.append(lambda: setattr(model, "_hf_peft_config_loaded", had_adapters))
