@@ -4,7 +4,7 @@
 import pytest
 import torch
 from bitmask_cases import DTYPES, bits_of, layouts, make_weight, weights, with_strides
-from hypothesis import given
+from hypothesis import given, settings
 
 from peft_spp.functional import bitmask
 from peft_spp.functional.bitmask import Compressed, check_compressed, compress, count_row_offsets, decompress
@@ -21,6 +21,7 @@ def by_hand(weight):
     return rows, offsets, values
 
 
+@settings(deadline=None)
 @given(weights, layouts)
 def test_the_format_is_what_it_says(weight, layout):
     compressed = compress(with_strides(weight, layout))
@@ -34,6 +35,7 @@ def test_the_format_is_what_it_says(weight, layout):
     assert compressed.shape == weight.shape
 
 
+@settings(deadline=None)
 @given(weights, layouts)
 def test_nothing_is_lost(weight, layout):
     compressed = compress(with_strides(weight, layout))
@@ -44,6 +46,7 @@ def test_nothing_is_lost(weight, layout):
     assert torch.equal(count_row_offsets(compressed.bitmask), compressed.row_offsets)
 
 
+@settings(deadline=None)
 @given(weights)
 def test_compressing_what_was_decompressed_gives_the_same(weight):
     compressed = compress(weight)

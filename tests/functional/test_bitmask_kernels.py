@@ -52,6 +52,7 @@ def dense_scaled(weight, factors, identity, dtype):
     return out.to(dtype)
 
 
+@settings(deadline=None)
 @given(weights, layouts)
 def test_compressing_gives_the_format(weight, layout):
     compressed, expected = bitmask.compress(with_strides(weight, layout)), plain.compress(weight)

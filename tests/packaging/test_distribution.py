@@ -55,10 +55,13 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     metadata = {name for name in names if name.startswith(f"peft_spp-{__version__}.dist-info/")}
-    assert {"peft_spp/py.typed", "peft_spp/functional/kernels/cpu/native.cpp"} < names
+    cpu = "peft_spp/functional/kernels/cpu"
+    assert {"peft_spp/py.typed", f"{cpu}/native.cpp", f"{cpu}/bitmask_avx2.cpp", f"{cpu}/bitmask.h"} < names
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     sources = {
-        path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cpp") for path in (ROOT / "peft_spp").rglob(kind)
+        path.relative_to(ROOT).as_posix()
+        for kind in ("*.py", "*.cpp", "*.h")
+        for path in (ROOT / "peft_spp").rglob(kind)
     }
     assert names - metadata == sources | {"peft_spp/py.typed"}
 
