@@ -22,6 +22,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,7 @@ QUICK_SIZES = {"tiny": Size(64, 128, 2, 4, 2, 64)}
 
 @app.command()
 def main(
+    size: Annotated[list[str], typer.Option(help="1B or 8B-layers. May be repeated.")] = [*SIZES],  # noqa: B006
     rounds: opt.RoundsOption = None,
     seconds: opt.SecondsOption = 60.0,
     warmup: opt.WarmupOption = None,
@@ -136,18 +138,19 @@ def main(
     """Time whole models on compressed weights next to dense ones."""
     schedule = opt.make_rounds(opt.Device.cpu, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=5)
     run = opt.start_run(NAME, opt.Device.cpu, machine, output_dir, threads, quick)
-    sizes = QUICK_SIZES if quick else SIZES
+    chosen = opt.choose("--size", size, SIZES)
+    sizes = QUICK_SIZES if quick else {name: one for name, one in SIZES.items() if one in chosen}
     result = run.new_result(
         REFERENCE,
-        sizes={name: asdict(size) for name, size in sizes.items()},
+        sizes={name: asdict(one) for name, one in sizes.items()},
         weights="random, pruned by magnitude, row by row",
         prompt=PROMPT,
         new_tokens=NEW_TOKENS,
         seed=seed,
     )
-    for name, size in sizes.items():
-        models = build_models(size, seed)
-        ids = torch.randint(0, size.vocabulary, (1, 16 if quick else max(PROMPTS)))
+    for name, one in sizes.items():
+        models = build_models(one, seed)
+        ids = torch.randint(0, one.vocabulary, (1, 16 if quick else max(PROMPTS)))
         tasks: dict[str, Callable[[LlamaForCausalLM], object]] = {"generate": partial(generate, ids=ids[:, :PROMPT])}
         for tokens in [16] if quick else PROMPTS:
             tasks[f"prompt of {tokens}"] = partial(read_prompt, ids=ids[:, :tokens])
