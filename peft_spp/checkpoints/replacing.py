@@ -82,8 +82,15 @@ def exchange(working: Path, path: Path, old: Entries, aside: Path) -> list[Path]
         rename_into_place(working, path)
     except BaseException as error:
         if aside.exists():
-            with suppress(OSError):  # yet another folder has taken the place; this one stays next to it
+            try:
                 os.rename(aside, path)
+            except OSError as problem:  # such as yet another folder in its place
+                if isinstance(error, Exception):
+                    reason = problem.strerror or problem
+                    raise FileExistsError(
+                        f"the output folder {path} could not be put back ({reason}): its files are in {aside}"
+                    ) from error
+                raise error from problem
         if isinstance(error, FileNotFoundError):
             raise FileExistsError(f"another process is replacing the output folder {path}") from error
         raise
