@@ -33,6 +33,12 @@ SMALL = {"num_hidden_layers": 2}
 PREFIX = "base_model.model.model.layers."
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """PEFT writes files of offloaded weights below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A folder with a base model and an adapter of it."""
