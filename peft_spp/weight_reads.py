@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -31,16 +31,24 @@ def only_describes_weight(holders: Iterable[type[nn.Module]], child: str) -> boo
     be computed. Code that cannot be read, or that hands the layer on, is taken to compute with the weight.
     """
     reads = [read for holder in holders for read in _reads_of(cast(Any, holder), child)]
-    return bool(reads) and all(reads)
+    return bool(reads) and all(read.describes for read in reads)
 
 
-def may_compute_with_weight(holders: Iterable[type[nn.Module]], child: str) -> bool:
-    """Whether the code around a layer reads the numbers of its weight, as Mamba's time step does, or may do so."""
-    return any(not describes for holder in holders for describes in _reads_of(cast(Any, holder), child))
+def computes_with_weight(holders: Iterable[type[nn.Module]], child: str) -> bool:
+    """Whether the code around a layer reads the numbers of its weight, as Mamba's does for the time step."""
+    reads = (read for holder in holders for read in _reads_of(cast(Any, holder), child))
+    return any(read.is_direct and not read.describes for read in reads)
+
+
+class _Read(NamedTuple):
+    """A place that reads a layer's weight, or the layer without calling it."""
+
+    is_direct: bool
+    describes: bool
 
 
 @cache
-def _reads_of(holder: Any, child: str) -> tuple[bool, ...]:
+def _reads_of(holder: Any, child: str) -> tuple[_Read, ...]:
     return tuple(read for function in _functions(holder) for read in _reads(function, child))
 
 
@@ -54,14 +62,13 @@ def _functions(holder: type[nn.Module]) -> Iterator[FunctionType]:
                 yield function
 
 
-def _reads(function: FunctionType, child: str) -> Iterator[bool]:
-    """For each read of the weight in a function, whether it only describes it."""
+def _reads(function: FunctionType, child: str) -> Iterator[_Read]:
     if child not in _names(function.__code__):
         return
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):
-        yield False
+        yield _Read(False, False)
         return
     parents = {inner: outer for outer in ast.walk(tree) for inner in ast.iter_child_nodes(outer)}
     for node in ast.walk(tree):
@@ -69,9 +76,9 @@ def _reads(function: FunctionType, child: str) -> Iterator[bool]:
             outer = parents[node]
             if isinstance(outer, ast.Attribute):
                 if outer.attr == "weight":
-                    yield _describes(outer, parents)
+                    yield _Read(True, _describes(outer, parents))
             elif not (isinstance(outer, ast.Call) and outer.func is node) and not _describes(node, parents):
-                yield False  # under another name, or by another function, its weight may be read
+                yield _Read(False, False)  # under another name, or by another function, its weight may be read
 
 
 def _describes(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:

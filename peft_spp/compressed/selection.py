@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..architecture import has_plain_forward
 from ..functional.bitmask import BITS, is_worth_it
-from ..weight_reads import may_compute_with_weight
+from ..weight_reads import computes_with_weight
 
 
 def find_linear_layers(
@@ -136,10 +136,10 @@ def _skipped(module: nn.Module, skip: Sequence[str] | None) -> tuple[list[str], 
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
-    """Whether a module around a layer may compute with its weight, as `nn.TransformerEncoderLayer` does."""
+    """Whether a module around a layer computes with its weight, as `nn.TransformerEncoderLayer` does."""
     *parts, child = name.split(".")
     around = {type(model.get_submodule(".".join(parts[:at]))) for at in range(len(parts) + 1)}
-    return bool(name) and may_compute_with_weight(around, child)
+    return bool(name) and computes_with_weight(around, child)
 
 
 def _has_hooks(module: nn.Module) -> bool:

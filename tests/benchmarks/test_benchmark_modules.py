@@ -55,7 +55,7 @@ def test_layer(tmp_path):
 def test_training_step(tmp_path):
     result, path, _ = quick(training_step, tmp_path, "--precision", "bf16")
     assert [case["parameters"]["checkpointing"] for case in result["cases"]] == [False, True]
-    assert all(set(case["samples"]) == set(COMPETITORS) for case in result["cases"])
+    assert all(set(case["samples"]) == set(COMPETITORS) - {"spp_compressed"} for case in result["cases"])
     assert result["settings"]["size"]["parameters"] > 0
     assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
 
