@@ -69,12 +69,15 @@ def measure_steps(
     measured: dict[str, Any] = {}
     for name, (method, options) in contenders.items():
         set_seed(0)
-        model = base.load(pruning)
-        own = list(model.parameters())
-        adapted = METHODS[method].adapt(model, options).train()
-        added = storage_bytes([*adapted.parameters(), *adapted.buffers()]) - storage_bytes(own)
+        own = base.load(pruning)
+        pruned_bytes = storage_bytes(list(own.parameters()))
+        dtype = _training_dtype(base, METHODS[method], options)
+        adapted = METHODS[method].adapt(own if dtype == own.dtype else base.load(pruning, dtype), options).train()
+        added = storage_bytes([*adapted.parameters(), *adapted.buffers()]) - pruned_bytes
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        step = partial(_step, adapted, ids, torch.optim.AdamW(trained, fused=True))
+        autocast = dtype != own.dtype
+        del own
+        step = partial(_step, adapted, ids, torch.optim.AdamW(trained, fused=True), autocast)
         with _quiet():
             peak = trace_memory(step, base.accelerator.device).peak
         measured[name] = {"bytes": max(added, 0) + peak}
@@ -165,8 +168,9 @@ def _tune(
     """A fine-tuned model, and what is to be said of its training."""
     accelerator, device = base.accelerator, base.accelerator.device
     set_seed(seed)
+    dtype = _training_dtype(base, method, options)
     with _quiet():
-        adapted = method.adapt(base.load(pruning, _dtype(options)), options)
+        adapted = method.adapt(base.load(pruning, dtype), options)
     if isinstance(base.spec, Checkpoint) and device.type == "cuda":
         cast(PreTrainedModel, adapted).gradient_checkpointing_enable({"use_reentrant": False})
     settings = TuningSettings(
@@ -175,6 +179,7 @@ def _tune(
         batch or base.budget.batch,
         seed,
         micro_batch=base.budget.micro_batch,
+        autocast=dtype != base.load_dtype(_dtype(options)),
         **{name: options[name] for name in TUNING_OPTIONS if name in options},
     )
     if device.type == "cuda":
@@ -201,6 +206,13 @@ def _tune(
 
 def _dtype(options: Mapping[str, Any]) -> torch.dtype | None:
     return getattr(torch, options["dtype"]) if "dtype" in options else None
+
+
+def _training_dtype(base: BaseModel, method: Method, options: Mapping[str, Any]) -> torch.dtype:
+    """The dtype to load a model in that is to be trained; where it is not the model's, autocast computes in that."""
+    if method.trains_weights and "dtype" not in options:
+        return torch.float32
+    return base.load_dtype(_dtype(options))
 
 
 def _measure_deployment(
@@ -256,8 +268,10 @@ def _tasks(base: BaseModel, source: str, adapter: Path | None = None) -> dict[st
     return {"tasks": scores}
 
 
-def _step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    cast(PreTrainedModel, model)(input_ids=ids, labels=ids).loss.backward()
+def _step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer, autocast: bool) -> None:
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=autocast):
+        loss = cast(PreTrainedModel, model)(input_ids=ids, labels=ids).loss
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -45,12 +45,15 @@ class Method(ABC):
         rates (`tuple[float, ...]`): The grid of learning rates, ascending.
         deployments (`tuple[str, ...]`): What becomes of a trained model: `"merged"`, `"unmerged"` (the adapter next to
             the pruned weights) or `"remasked"` (merged, and what had been pruned set to zero again).
+        trains_weights (`bool`): Whether it trains the weights themselves. Small steps are lost in bfloat16, so they
+            are float32 in training, under autocast.
     """
 
     name: str
     style: Style
     rates: tuple[float, ...]
     deployments: tuple[str, ...] = ("merged",)
+    trains_weights: bool = False
 
     @abstractmethod
     def adapt(self, model: PreTrainedModel, options: Mapping[str, Any]) -> nn.Module:
@@ -214,7 +217,9 @@ LORA = PeftMethod(
     make_config=lora_config,
 )
 MASKED_LORA = MaskedMethod("masked_lora", Style("Masked LoRA", GREEN, "D"), (1e-3, 3e-3, 1e-2))
-MASKED_FULL = MaskedMethod("masked_full", Style("Masked full fine-tuning", PURPLE, "P"), (3e-4, 1e-3, 3e-3))
+MASKED_FULL = MaskedMethod(
+    "masked_full", Style("Masked full fine-tuning", PURPLE, "P"), (3e-4, 1e-3, 3e-3), trains_weights=True
+)
 
 SUPERTUNING = PeftMethod(
     "supertuning", Style("Supertuning", VERMILLION, "X"), (3e-4, 1e-3, 3e-3), make_config=supertuning_config

@@ -47,8 +47,8 @@ NAME = "pretrained"
 
 PRETRAINED = Suite(
     "pretrained",
-    # the folder is given on the command line; float32 is what most CPUs compute fast in
-    (Checkpoint(NAME, "", dtype="bfloat16", compute="float32"),),
+    # the folder is given on the command line
+    (Checkpoint(NAME, "", dtype="bfloat16"),),
     (
         Study(NAME, AT_2_4, FOUR),
         Study(NAME, AT_2_4, OTHERS[:4]),
@@ -61,16 +61,16 @@ PRETRAINED = Suite(
         Study(NAME, AT_50, (POSITIVE, SPP, distilled(POSITIVE, "both"), LORA), seeds=(0, 1), rates_from=AT_2_4),
     ),
     TuningBudget(
-        steps=100,
+        steps=300,
         batch=2,
         validation_blocks=8,
         test_blocks=0,
         calibration_blocks=64,
         timing_rounds=5,
-        rate_steps=20,
-        task_limit=150,
+        rate_steps=40,
+        task_limit=300,
         apart_blocks=12,
-        sampled_blocks=64,
+        sampled_blocks=192,
     ),
 )
 
