@@ -35,6 +35,9 @@ class SPPArguments:
         spp_modules_to_save (`list[str]`, *optional*): Modules to train and save in full.
         spp_bias (`str`): Which biases to train: 'none', 'all' or 'spp_only'.
         spp_check_base_steps (`int`): After how many steps [`SPPGuardCallback`] compares the base weights.
+        teacher_model_name_or_path (`str`, *optional*):
+            Learn this model's predictions of the text, usually those of the dense model that was pruned.
+        teacher_model_revision (`str`, *optional*): Its revision on the Hub.
         dry_run (`bool`): Check arguments, data, model and checkpoint, and write nothing.
     """
 
@@ -62,6 +65,14 @@ class SPPArguments:
         default=100,
         metadata={"help": "After how many steps SPPGuardCallback compares the base weights; 0: only when saving."},
     )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distill: learn the predictions of this model, usually the dense one that was pruned, instead of "
+            "the text's own next tokens."
+        },
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "The teacher's revision on the Hub."})
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check arguments, data, model and checkpoint; train nothing and write nothing."},
