@@ -84,9 +84,7 @@ def divergence(scores: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _divergence(scores: Tensor, wanted: Tensor) -> Tensor:
-    return F.kl_div(
-        scores.float().log_softmax(-1), wanted.float().log_softmax(-1), reduction="sum", log_target=True
-    )
+    return F.kl_div(scores.float().log_softmax(-1), wanted.float().log_softmax(-1), reduction="sum", log_target=True)
 
 
 def check_teacher(name: str, training: SFTConfig, student: PretrainedConfig, revision: str | None) -> None:
