@@ -36,7 +36,7 @@ def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def no_space(code: int | None, folder: Path) -> OSError:
     """The error to raise when nothing was changed because the disk is full."""
     reason = os.strerror(code) if code is not None else "the disk is full"
-    return OSError(code, f"no space to write to it ({reason}); what was there is as it was", str(folder))
+    return OSError(code, f"no space left to write to it ({reason}); the files in it are unchanged", str(folder))
 
 
 def publish(written: Path, path: Path) -> None:

@@ -14,12 +14,12 @@ from .terminal import print_text
 
 def compare(
     base: Annotated[str, typer.Argument(help="The pruned model: a folder, a safetensors file or a Hub id.")],
-    merged: Annotated[str, typer.Argument(help="What became of it, by fine-tuning and merging.")],
+    merged: Annotated[str, typer.Argument(help="The model after fine-tuning and merging.")],
     modules: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which layers to compare: names or their ends, one for each time the option is given, or one regular "
-            "expression for the whole name."
+            help="Linear layers to compare: names or suffixes (repeat the option for several), or one regular "
+            "expression for the full name."
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -13,8 +13,13 @@ from .console import JsonOption, print_report, progress_bar
 
 ModelArgument = Annotated[str, typer.Argument(help="The model: a folder, or the id of a repository on the Hub.")]
 OutArgument = Annotated[Path, typer.Argument(help="The folder to write to.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count, but write nothing.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+    ),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count without writing anything.")]
 
 
 def compress(
@@ -22,11 +27,15 @@ def compress(
     out: OutArgument,
     min_sparsity: Annotated[
         float | None,
-        typer.Option(help="Layers with a smaller share of zeros stay dense; by default those that would not shrink."),
+        typer.Option(
+            help="Keep layers with fewer zeros than this share dense. By default, those that would not shrink."
+        ),
     ] = None,
     exclude_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Layers that stay dense, instead of the head: a name or its end for each time it is given."),
+        typer.Option(
+            help="Layers to keep dense, instead of the head: names or suffixes (repeat the option for several)."
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,

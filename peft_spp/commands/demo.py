@@ -13,9 +13,12 @@ from .console import needs_train_extra
 
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for the models. An earlier demo in it is replaced, anything else is not.")
+        Path,
+        typer.Option(
+            help="Folder for the models. An earlier demo in it is replaced; a folder with other files is refused."
+        ),
     ] = Path("peft-spp-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the data split and all training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the data split and all training runs.")] = 0,
 ) -> None:
     """
     Prune a small Llama to 2:4, fine-tune it with SPP and with LoRA, and compare the merged models.

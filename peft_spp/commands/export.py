@@ -21,11 +21,15 @@ class ExportTarget(str, Enum):
 def export(
     adapter: Annotated[str, typer.Argument(help="The SPP adapter: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the exported adapter to.")],
-    to: Annotated[ExportTarget, typer.Option(help="The method to export to.")] = ExportTarget.hira,
+    to: Annotated[ExportTarget, typer.Option(help="The PEFT method to export to.")] = ExportTarget.hira,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter in the folder, and nothing else.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an existing adapter in the output folder; a folder with other files is refused.",
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check without writing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """

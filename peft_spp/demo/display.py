@@ -66,8 +66,8 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
     if checks["pruned"].perplexity > checks["dense"].perplexity:
         spp, lora, masked = (f"{recovered_share(checks, n):.0%}" for n in ("spp_merged", "lora_merged", "lora_masked"))
         console.print(
-            f"Of the log-perplexity that pruning cost, SPP recovers {spp} and stays 2:4. LoRA recovers {lora} with a "
-            f"dense model, and {masked} once it is 2:4 again.",
+            f"SPP recovers {spp} of the log-perplexity lost to pruning and stays 2:4. LoRA recovers {lora} with a "
+            f"dense model, and {masked} once it is masked to 2:4 again.",
             soft_wrap=True,
         )
     # A path may hold what Rich takes for markup.

@@ -108,7 +108,7 @@ def to_semi_structured(
     ```
     """
     if tokens < 1:
-        raise ValueError(f"tokens must be positive, but is {tokens}")
+        raise ValueError(f"`tokens` should be positive but the value passed is {tokens}")
     _check_merged(model)
     _check_devices(model)
     chosen, skipped = choose_layers(model, target_modules, exclude_modules)
@@ -219,11 +219,11 @@ def _matches(name: str, wanted: str | Iterable[str]) -> bool:
 def _check_merged(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SPPLayer):
-            raise ValueError(f"module {name!r} has an adapter: merge it first, with model.merge_and_unload()")
+            raise ValueError(f"module {name!r} has an adapter: merge it first with model.merge_and_unload()")
 
 
 def _check_devices(model: nn.Module) -> None:
-    instead = "On anything else use the merged model as it is: its weights are dense tensors with zeros."
+    instead = "On other hardware, use the merged model directly: its weights are dense tensors with zeros."
     devices = {parameter.device for parameter in model.parameters()}
     others = sorted(str(device) for device in devices if device.type != "cuda")
     if others:

@@ -106,8 +106,8 @@ def _hira_config(config: SPPConfig, rank: int) -> PeftConfig:
 def _check_settings(adapter: Adapter) -> None:
     for name, value in _other_settings(adapter.config).items():
         raise ValueError(
-            f"the adapter {adapter.folder} has {name}={value!r}, which HiRA has no counterpart for. Merge it into the "
-            "base model instead: peft-spp merge"
+            f"the adapter {adapter.folder} has {name}={value!r}, which HiRA does not support. Merge it into the base "
+            "model instead: peft-spp merge"
         )
 
 

@@ -123,7 +123,7 @@ class MergeReport(ModuleReport[MergedModule]):
             f"{len(self.files)} weight files and these"
         )
         if self.left_out:
-            lines.append(f"not copied, since they would be unmerged: {some(self.left_out, 3)}")
+            lines.append(f"not copied, since they hold unmerged weights: {some(self.left_out, 3)}")
         lines.append(f"masks of the base: {self.base_masks}")
         lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)

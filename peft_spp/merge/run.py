@@ -140,13 +140,13 @@ def _named_base(adapter_folder: Path, config: SPPConfig) -> Path:
     """The base model that an adapter names: a path in it may have been written in another working folder."""
     file, name = adapter_folder / CONFIG_NAME, config.base_model_name_or_path
     if not name:
-        raise ValueError(f"{file} does not name the base model. Name it with base (--base on the command line).")
+        raise ValueError(f"{file} does not name the base model. Pass it as base (--base on the command line).")
     try:
         return local_folder(name, revision=config.revision, ignore=OTHER_WEIGHTS)
     except OSError as error:
         raise FileNotFoundError(
-            f"{file} names {name!r} as the base model, and it was not found from {Path.cwd()}: {message(error)}. Name "
-            "the base model with base (--base on the command line)."
+            f"{file} names {name!r} as the base model, which was not found from {Path.cwd()}: {message(error)}. Pass "
+            "the base model as base (--base on the command line)."
         ) from error
 
 
@@ -201,7 +201,7 @@ def _check_written(file: TensorFile, path: Path) -> None:
     """Read the header back from disk with `safetensors` and compare it with that of the base."""
     written = {one.key: (one.dtype, one.shape) for one in read_header(path)}
     if written != {name: (one.dtype, one.shape) for name, one in file.tensors.items()}:
-        raise ValueError(f"{path.name} does not hold the tensors that were written to it. Nothing was merged.")
+        raise ValueError(f"{path.name} does not contain the tensors that were written to it. Nothing was merged.")
 
 
 def _report(

@@ -129,7 +129,7 @@ def prune_checkpoint(
     chosen = create_method(method, pattern, sparsity, options)
     if chosen.statistics is not None and calibration is None:
         raise ValueError(
-            f"method={method!r} needs calibration data: give a file of text or JSON lines as calibration, or use "
+            f"method={method!r} needs calibration data: pass a file of text or JSON lines as calibration, or use "
             "method='magnitude'"
         )
     where = usable_device(device)
@@ -153,7 +153,7 @@ def prune_checkpoint(
             config = skeleton.model.config
             batches, used = calibration_from_file(calibration, folder, config, samples, sequence_length, seed)
         else:
-            batches, used = calibration, {"calibration": "batches given in Python"}
+            batches, used = calibration, {"calibration": "batches passed in Python"}
         settings |= used
         data = list(calibration_inputs(batches))
         check_tokens(skeleton, data)
@@ -268,8 +268,8 @@ class _Run:
         if counts.non_finite:
             stored = self._stored(name)
             raise ValueError(
-                f"tensor {stored.name!r} of {stored.file} has {counts.non_finite} values that are NaN or infinite: "
-                "the model is broken"
+                f"tensor {stored.name!r} of {stored.file} contains {counts.non_finite} NaN or infinite values: the "
+                "model is broken"
             )
         return counts.zeros
 
@@ -278,7 +278,9 @@ class _Run:
         counts = self._counts(name)
         pattern = None if self.method.pattern is None else NMPattern.parse(self.method.pattern)
         if counts.non_finite or (pattern is not None and counts.fullest[pattern.m] > pattern.n):
-            raise ValueError(f"{name} is not {self.method.request} after pruning: this is an error in peft_spp")
+            raise ValueError(
+                f"{name} is not {self.method.request} after pruning: this is a bug in peft_spp, please report it"
+            )
         stored = self._stored(name)
         data = self.layers[name].weight.detach().cpu().contiguous().view(torch.uint8)
         with copies[stored.file].open("r+b") as file:

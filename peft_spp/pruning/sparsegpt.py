@@ -111,12 +111,14 @@ class SparseGPT(PruningMethod):
         # The negated form also rejects NaN.
         if not 0.0 < self.damping < float("inf"):
             raise ValueError(
-                f"damping must be positive and finite, but is {self.damping}: without it H may have no inverse."
+                f"damping should be positive and finite but the value passed is {self.damping}: H may not be "
+                "invertible without it."
             )
         multiple = 1 if self.pattern is None else NMPattern.parse(self.pattern).m
         if self.block_size < 1 or self.block_size % multiple:
             raise ValueError(
-                f"block_size must be a positive multiple of {multiple}, the pattern's M, but is {self.block_size}."
+                f"block_size should be a positive multiple of {multiple}, the pattern's M, but the value passed is "
+                f"{self.block_size}."
             )
 
     def comparison_size(self, out_features: int, in_features: int) -> int:

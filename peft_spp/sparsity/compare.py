@@ -148,7 +148,7 @@ class SparsityComparison(ModuleReport[ModuleComparison]):
         for title, names in (
             ("only before", [called(name) for name in self.missing_after]),
             ("only after", [called(name) for name in self.missing_before]),
-            ("of another shape", [f"{called(name)} {old} -> {new}" for name, (old, new) in self.reshaped.items()]),
+            ("of a different shape", [f"{called(name)} {old} -> {new}" for name, (old, new) in self.reshaped.items()]),
             ("unreadable", [f"{called(name)} ({why})" for name, why in self.unreadable.items()]),
         ):
             if names:

@@ -42,9 +42,9 @@ class NMPattern:
     def __post_init__(self) -> None:
         for value in (self.n, self.m):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"an N:M pattern needs two integers, not {self.n!r}:{self.m!r}")
+                raise ValueError(f"an N:M pattern needs two integers, got {self.n!r}:{self.m!r}")
         if not 0 < self.n <= self.m:
-            raise ValueError(f"an N:M pattern needs 0 < N <= M, which {self.n}:{self.m} does not hold")
+            raise ValueError(f"an N:M pattern needs 0 < N <= M, got {self.n}:{self.m}")
 
     @classmethod
     def parse(cls, text: str | NMPattern) -> NMPattern:

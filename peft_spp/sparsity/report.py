@@ -88,7 +88,7 @@ class ModuleSparsity(PlainData):
         """
         pattern = NMPattern.parse(pattern)
         if pattern.m not in self.fullest_group:
-            raise ValueError(f"the report did not look for {pattern}: pass patterns=({str(pattern)!r}, ...)")
+            raise ValueError(f"the report has no counts for {pattern}: pass patterns=({str(pattern)!r}, ...)")
         return self.fullest_group[pattern.m] <= pattern.n
 
 

@@ -107,7 +107,9 @@ class SPPConfig(PeftConfig):
         ValueError: If a value cannot be used; the message names the field and the value.
     """
 
-    r: int = field(default=16, metadata={"help": "The number of row blocks, that is the rows of the factor A."})
+    r: int = field(
+        default=16, metadata={"help": "The number of row blocks, which is the number of rows of the factor A."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
@@ -124,8 +126,8 @@ class SPPConfig(PeftConfig):
     target_parameters: list[str] | set[str] | None = field(
         default=None,
         metadata={
-            "help": "List of parameter names to apply SPP to, on top of `target_modules`. This is for weights that "
-            "are no linear layer's, as the fused experts of mixtures. For example, "
+            "help": "List of parameter names to apply SPP to, on top of `target_modules`. This is for weights that do "
+            "not belong to a linear layer, such as the fused experts of mixtures. For example, "
             "`['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']`. Passing a string for regex matching is not "
             "implemented. With torch.compile, graph breaks are expected."
         },
@@ -150,16 +152,16 @@ class SPPConfig(PeftConfig):
     init_weights: bool | Literal["positive"] = field(
         default=True,
         metadata={
-            "help": "Whether to set B to zero, so that the adapter is a no-op before training. False draws it at "
-            "random, for debugging purposes. 'positive' starts A from absolute values."
+            "help": "Whether to initialize B to zero, so that the adapter is a no-op before training. False "
+            "initializes it randomly, for debugging only. 'positive' initializes A to absolute values."
         },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
         metadata={
-            "help": "The layer indexes to transform, is this argument is specified, PEFT will transform only the "
-            "layers indexes that are specified inside this list. If a single integer is passed, PEFT will transform "
-            "only the layer at this index. This only works when target_modules is a list of str or None."
+            "help": "The layer indexes to transform. If this argument is specified, PEFT will transform only the "
+            "layers at the indexes in this list. If a single integer is passed, PEFT will transform only the layer at "
+            "this index. This only works when target_modules is a list of str or None."
         },
     )
     layers_pattern: list[str] | str | None = field(
@@ -196,8 +198,8 @@ class SPPConfig(PeftConfig):
     check_base: Literal["warn", "error", "off"] = field(
         default="warn",
         metadata={
-            "help": "What to do if a saved adapter is loaded onto a base model that is pruned in other places than "
-            "the one it was trained on. Can be 'warn', 'error' or 'off'"
+            "help": "What to do if a saved adapter is loaded onto a base model with other masks than the one it was "
+            "trained on. Can be 'warn', 'error' or 'off'"
         },
     )
     format_version: int = field(
@@ -329,15 +331,15 @@ class SPPConfig(PeftConfig):
         settings = read_json(file, strict=True)
         if "peft_type" in settings and settings["peft_type"] not in list(PeftType):
             raise ValueError(
-                f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not know: "
-                "upgrade it, or copy the file again"
+                f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not support: "
+                "upgrade PEFT, or copy the file again"
             )
         if settings.get("peft_type") == "SPP":
             try:
                 check_format_version(settings.get("format_version", FORMAT_VERSION))
                 check_settings(settings)
             except ValueError as error:
-                raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+                raise ValueError(f"{file} has settings that are not valid: {error}") from error
         settings = super().from_json_file(path_json_file, **kwargs)
         settings.pop(WEIGHTS_ID, None)
         return settings

@@ -72,13 +72,13 @@ class Linear(MergeableLayer):
             return weight
         if self.mixed_batch_threads and threading.get_ident() in self.mixed_batch_threads:
             raise RuntimeError(
-                f"The module that holds {self.module_name!r} reads its weight and does not call it, so that a batch "
-                "with several adapters cannot pass through it. Call the model once for each adapter."
+                f"The parent of {self.module_name!r} reads its weight instead of calling it, so it does not support "
+                "mixed adapter batches. Call the model once for each adapter."
             )
         if any(self._dropout_is_active(name) for name in names):
             warnings.warn(
-                f"The module that holds {self.module_name!r} reads its weight and does not call it: `spp_dropout` has "
-                "no effect there.",
+                f"The parent of {self.module_name!r} reads its weight instead of calling it, so `spp_dropout` has no "
+                "effect there.",
                 stacklevel=2,
             )
         read = [module for name in names for module in (self.spp_A[name], self.spp_B[name])]

@@ -129,8 +129,8 @@ def untie_adapted_weights(model: nn.Module) -> None:
             copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             setattr(base_layer, name, copy)
             warnings.warn(
-                f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
-                "which the adapter is merged into.",
+                f"The weight of {module.module_name!r} is shared with another module. The adapter is merged into a "
+                "separate copy of it.",
                 stacklevel=2,
             )
 

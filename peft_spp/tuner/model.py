@@ -165,7 +165,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         if injection.one_block_a_row:
             r = config.r
             warnings.warn(
-                f"These layers have fewer output rows than row blocks (r={r}) and get one block a row: "
+                f"These layers have fewer output rows than row blocks (r={r}) and get one block per row: "
                 f"{', '.join(injection.one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` "
                 "if this is not intended.",
                 stacklevel=2,
@@ -266,7 +266,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         if isinstance(parent, ParamWrapper) and not isinstance(target, ParamWrapper):
             # a wrapper inside of it would be saved under names that no other model has
             raise ValueError(
-                f"{current_key!r} is inside a wrapper that an adapter with other `target_parameters` has left. Call "
+                f"{current_key!r} is inside a wrapper left by an adapter with other `target_parameters`. Call "
                 "`unload()` and add the adapter to the base model."
             )
 

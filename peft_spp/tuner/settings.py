@@ -134,7 +134,7 @@ def check_patterns(expressions: Sequence[Expression], names: Iterable[str]) -> N
         pattern = culprit.pattern if len(culprit.pattern) <= 200 else f"{culprit.pattern[:200]}..."
         raise ValueError(
             f"`{culprit.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
-            "with the names of the modules. Write it without a repetition inside of a repetition, or list the names."
+            "against the module names. Rewrite it without nested repetitions, or list the names."
         )
 
 
@@ -163,18 +163,18 @@ def _try(expressions: Sequence[Expression], names: list[str]) -> Expression | No
     if process.returncode == 0:
         return None
     if not output or errors:
-        raise ValueError(f"the regular expressions of the adapter could not be tried: {errors.strip()[-300:]}")
+        raise ValueError(f"the regular expressions of the adapter could not be checked: {errors.strip()[-300:]}")
     return expressions[int(output.split()[-1])]
 
 
 def _check_compiles(expression: Expression) -> None:
     name, pattern, _ = expression
     if len(pattern) > MAX_PATTERN:
-        raise ValueError(f"`{name}` has a regular expression of {len(pattern)} characters; use {MAX_PATTERN} at most")
+        raise ValueError(f"`{name}` has a regular expression of {len(pattern)} characters; use at most {MAX_PATTERN}")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"`{name}` has the regular expression {_shown(pattern)}, which is none: {error}") from error
+        raise ValueError(f"`{name}` is not a valid regular expression: {_shown(pattern)} ({error})") from error
 
 
 def _shown(value: Any) -> str:

@@ -35,8 +35,8 @@ class AdapterStateDict(BaseTuner):
                 for key in misfits[:3]
             )
             raise RuntimeError(
-                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a base "
-                "model of other shapes, or with another `r`. Nothing was loaded."
+                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a "
+                "base model with other shapes, or with another `r`. Nothing was loaded."
             )
 
     @classmethod
