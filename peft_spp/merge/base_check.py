@@ -30,7 +30,7 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> st
     if mismatch is None:
         return f"those that the adapter was trained on, in {len(masks)} modules"
     message = (
-        f"The adapter in {adapter.folder} was trained on a base model with different masks than  "
+        f"The adapter in {adapter.folder} was trained on a base model with different masks than "
         f"{checkpoint.folder}, in {mismatch}. Merge into the model that it was trained on "
         f"({adapter.config.base_model_name_or_path}), or use --check-base off (check_base='off') to merge anyway."
     )
