@@ -174,7 +174,7 @@ def compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:The new adapter does not adapt")
+@pytest.mark.filterwarnings("ignore:The new adapter does not cover")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_prepared_model_is_not_compiled_again_for_other_ranks_and_scalings(tmp_path, compiler, grad):
     torch.manual_seed(0)
