@@ -86,8 +86,8 @@ def _spp(one: Comparison) -> list[Entry]:
 def _pruned_sentence(store: Store, one: Comparison) -> str:
     lost, error = one.pruned.gain(one.dense)
     return (
-        f"{one.pruning.label}: pruning takes the perplexity on {_text_names(store)} from {_perplexities(one.dense)} to "
-        f"{_perplexities(one.pruned)}, and the mean accuracy from {one.dense.accuracy:.1%} to "
+        f"{one.pruning.label}: pruning takes the perplexity on {_text_names(store)} from {_perplexities(one.dense)} "
+        f"to {_perplexities(one.pruned)}, and the mean accuracy from {one.dense.accuracy:.1%} to "
         f"{one.pruned.accuracy:.1%} ({points(lost, error)} points)."
     )
 
@@ -102,8 +102,8 @@ def _perplexity_sentence(one: Comparison, spp: Entry) -> str:
     )
     return (
         f"After {spp.tuned['tokens']:,} tokens {spp.label} has a perplexity of {spp.perplexity(MAIN_TEXT).mean:.1f} "
-        f"on text like the tuning text. It wins back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity there, and "
-        f"{one.won_back(spp, UNLIKE):.0%} on other text." + (f" On the former: {compared}." if compared else "")
+        f"on text like the tuning text. It wins back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity there, "
+        f"and {one.won_back(spp, UNLIKE):.0%} on other text." + (f" On the former: {compared}." if compared else "")
     )
 
 

@@ -86,8 +86,8 @@ local task.
 """
 
 PEFT = """
-`benchmarks/quality/metamathqa` has settings for PEFT's `method_comparison/MetaMathQA`, to run SPP next to LoRA and HiRA
-there. That needs a GPU and has not been done yet.
+`benchmarks/quality/metamathqa` has settings for PEFT's `method_comparison/MetaMathQA`, to run SPP next to LoRA and
+HiRA there. That needs a GPU and has not been done yet.
 """
 
 PRETRAINED_OPENING = """

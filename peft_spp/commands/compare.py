@@ -25,10 +25,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Check that no pruned place of a model was lost: which zeros of BASE are no zeros in MERGED, and which are new.
+    Check that a model kept all zeros: which zeros of BASE are lost in MERGED, and which are new.
 
-    The exit code is 0 if every zero was kept, 1 if one was lost or a layer could not be compared, and 2 if something
-    could not be read.
+    The exit code is 0 if every zero was kept, 1 if one was lost or a layer could not be compared, and 2 if a file could
+    not be read.
     """
     import json
 

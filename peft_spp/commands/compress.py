@@ -42,9 +42,9 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Stop storing the zeros of a pruned model's linear layers, from disk to disk, without losing a bit.
+    Convert a pruned model to compressed weights, which do not store zeros, from disk to disk and without loss.
 
-    The result loads with Transformers after `import peft_spp`. Either all of it is written, or nothing.
+    The result loads with Transformers after `import peft_spp`. The output is written completely or not at all.
     """
     from ..compressed.on_disk import compress_checkpoint
 
@@ -69,9 +69,9 @@ def decompress(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Make plain safetensors of a compressed model again, bit for bit, from disk to disk.
+    Convert a compressed model back to plain safetensors, bit for bit, from disk to disk.
 
-    Either all of it is written, or nothing.
+    The output is written completely or not at all.
     """
     from ..compressed.on_disk import decompress_checkpoint
 

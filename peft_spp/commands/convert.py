@@ -31,7 +31,7 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Write a checkpoint of the SPP authors' code (lora_A.weight, lora_A.weight_col) as an SPP adapter.
+    Convert an adapter from the SPP authors' code (lora_A.weight, lora_A.weight_col) to an SPP adapter.
 
     The factors are copied bit for bit, from either layout of the column factor.
     """

@@ -24,8 +24,8 @@ def demo(
     Prune a small Llama to 2:4, fine-tune it with SPP and with LoRA, and compare the merged models.
 
     Works offline and takes about two minutes on two CPU cores. A small tokenizer and a small Llama are trained on a
-    part of Python's own documentation; the perplexity is that on the rest. As Python versions differ in that text,
-    they differ a little in the results.
+    part of Python's own documentation, and the perplexity is measured on the rest. The documentation differs between
+    Python versions, so the results differ a little too.
     """
     from ..demo.config import DemoConfig
     from ..demo.output import OutputFolder

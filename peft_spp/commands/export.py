@@ -33,9 +33,9 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Write an SPP adapter as one of another PEFT method, which plain PEFT loads.
+    Convert an SPP adapter to an equivalent adapter of another PEFT method, which plain PEFT loads.
 
-    It computes the same. As HiRA it takes r · (m + n) numbers a layer instead of r · n + m.
+    A HiRA adapter has r · (m + n) parameters per layer instead of r · n + m.
     """
     from ..interchange import export_adapter
 

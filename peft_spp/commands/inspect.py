@@ -35,10 +35,10 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Show how sparse a model is and where its zeros sit, or what training has made of an adapter.
+    Show how sparse a model is and where its zeros are, or what an adapter learned.
 
-    The model is not built: tensors are read from its files, one at a time. Of a model, a picture shows the sparsity
-    by layer and kind of module, and one mask; of an adapter, how much it changes the weights.
+    The model is not built: tensors are read from its files, one at a time. The plot of a model shows the sparsity by
+    layer and kind of module, and one mask; the plot of an adapter shows how much it changes the weights.
     """
     from ..inspection import AdapterInspection, CheckpointInspection, inspect_adapter, inspect_checkpoint
     from .sources import local_source

@@ -43,8 +43,8 @@ def merge(
     """
     Merge an SPP adapter into a checkpoint, from disk to disk, in a few hundred megabytes of memory.
 
-    The result has the bits of `merge_and_unload`, the base model's files and its zeros. Either all of it is written,
-    or nothing. The merged model's config.json lists the adapter, which is not merged into it a second time.
+    The result has the same bits as `merge_and_unload`, and the base model's files and zeros. It is written completely
+    or not at all. The merged model's config.json lists the adapter, so that it is not merged a second time.
     """
     from ..merge import merge_checkpoint
 

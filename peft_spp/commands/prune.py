@@ -94,8 +94,8 @@ def prune(
     """
     Prune a dense model to 2:4 or another pattern, with one of its blocks in memory at a time.
 
-    By default all linear layers inside the transformer blocks are pruned; embeddings and the language model head are
-    left as they are. Either the whole pruned model is written, or nothing.
+    By default all linear layers inside the transformer blocks are pruned; embeddings and the language model head stay
+    dense. The output is written completely or not at all.
     """
     from ..pruning import prune_checkpoint
 

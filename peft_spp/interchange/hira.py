@@ -32,8 +32,8 @@ from .report import ExchangedModule
 _CARD = """# HiRA adapter, exported from SPP
 
 Exported by `peft-spp export` from an SPP adapter ([Lu et al. 2024](https://arxiv.org/abs/2405.16057)) of a pruned
-model. It computes what that one does, and merging it keeps every zero. PEFT 0.20 or newer loads it; nothing else is
-needed."""
+model. It is equivalent to that adapter, and merging it keeps every zero. PEFT 0.20 or newer loads it without other
+packages."""
 # fields of SPPConfig that HiRA's configuration has as well
 _SAME = (
     "auto_mapping",
