@@ -44,7 +44,7 @@ class SPPGuardCallback(TrainerCallback):
     In a distributed run a parameter that is not finite in one process stops all of them. Where DeepSpeed ZeRO-3 or
     FSDP2 have sharded the weights, every process compares its own shards, without gathering them, and the process with
     the changed shard stops; the launcher ends the others. Weights that FSDP1 has sharded, or that are offloaded, are
-    not compared, which a warning says.
+    not compared, with a warning.
 
     Example:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either complete or as they were: written aside, brought to the disk, and renamed into place."""
+"""Files that are either complete or unchanged: written aside, brought to the disk, and renamed into place."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def publish(written: Path, path: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a function write a file that is either complete or as it was."""
+    """Let a function write a file that is either complete or unchanged."""
     with working_folder(path.parent) as working:
         write(working / path.name)
         publish(working / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either complete or as it was."""
+    """Write a text file that is either complete or unchanged."""
     write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 

@@ -52,8 +52,8 @@ def hotswap_adapter(
         **kwargs (`optional`): Additional keyword arguments used for loading the configuration and the weights.
 
     Raises:
-        ValueError: If one of the two is no SPP adapter, the loaded one is merged, they have different dropout, or the
-            new one is broken.
+        ValueError: If one of the two is not an SPP adapter, the loaded one is merged, they have different dropout, or
+            the new one is broken.
         RuntimeError: If the new adapter does not fit.
     """
     saved = read_if_ours(model_name_or_path, kwargs)
@@ -135,15 +135,15 @@ def prepare_model_for_compiled_hotswap(
     tensors; and with a `target_rank` the adapter is written with more row blocks, which changes nothing that it
     computes. (Trained further, it has the freedom of all these blocks.)
 
-    An SPP adapter is no special case of every one with more row blocks: its blocks have to be made up of whole blocks
-    of the other one. The safe choice for `target_rank` is a common multiple of the `r` of all adapters that divides
-    the output rows of all layers; `r` of 4, 8 and 16 go together with 16. Whatever does not fit is refused.
+    An SPP adapter is not a special case of every one with more row blocks: its blocks have to be made up of whole
+    blocks of the other one. The safe choice for `target_rank` is a common multiple of the `r` of all adapters that
+    divides the output rows of all layers; `r` of 4, 8 and 16 go together with 16. Whatever does not fit is refused.
 
     Args:
         model (`nn.Module`): The model with the loaded adapter, before compilation.
         target_rank (`int`, *optional*):
             The number of row blocks that the adapters get; in layers with fewer output rows one block a row. If not
-            specified, the row blocks stay as they are.
+            specified, the row blocks are unchanged.
         config (`SPPConfig` or `dict[str, SPPConfig]`, *optional*):
             The configurations of the model's adapters. They are updated also if they are not passed, so that a saved
             adapter can be loaded.

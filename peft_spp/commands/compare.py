@@ -27,8 +27,8 @@ def compare(
     """
     Check that a model kept all zeros: which zeros of BASE are lost in MERGED, and which are new.
 
-    The exit code is 0 if every zero was kept, 1 if one was lost or a layer could not be compared, and 2 if a file could
-    not be read.
+    The exit code is 0 if every zero was kept, 1 if one was lost or a layer could not be compared, and 2 if a file
+    could not be read.
     """
     import json
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Measure saved models with plain Transformers: a script of its own, which the demo runs in a new process.
+Measure saved models with plain Transformers: a separate script, which the demo runs in a new process.
 
     python check_saved_models.py HELD_OUT_TEXT BLOCK_SIZE MODEL_FOLDER...
 

@@ -16,7 +16,7 @@ from .output import OutputFolder
 
 
 def make_progress(console: Console) -> Progress:
-    """A display of bars, each with a note behind it; only of their names where the console is no terminal."""
+    """A display of bars, each with a note behind it; only of their names where the console is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -36,7 +36,7 @@ def add_bar(progress: Progress, description: str, total: int | None) -> TaskID:
 
 @contextmanager
 def show_step(progress: Progress, description: str) -> Iterator[None]:
-    """Show a step that has no steps of its own."""
+    """Show a step without steps inside."""
     task = add_bar(progress, description, total=1)
     yield
     progress.update(task, completed=1)

@@ -48,7 +48,7 @@ class AdaptedModuleInspection(PlainData):
 
 @dataclass(frozen=True)
 class AdapterInspection(ModuleReport[AdaptedModuleInspection]):
-    """What an adapter holds. `str()` gives a table, iteration the modules, `inspection[name]` one of them.
+    """The content of an adapter. `str()` gives a table, iteration the modules, `inspection[name]` one of them.
 
     Args:
         source (`str`): The folder of the adapter.
@@ -119,7 +119,7 @@ def inspect_adapter(source: str | PathLike[str]) -> AdapterInspection:
         `AdapterInspection`: The data, with a table as `str()`.
 
     Raises:
-        FileNotFoundError: If it is no adapter.
+        FileNotFoundError: If it is not an adapter.
         ValueError: If it is one of another method, or is damaged or not finite.
     """
     folder = Path(source)

@@ -7,7 +7,7 @@ of i's row block.
 
 What is exact: B A has one non-zero product a row, and adding zeros does not round, so B A is bit for bit the
 `P(A) ⊙ (s · B)` of SPP's own kernels, which scale B first as well. s · B is rounded once, to float32 (not at all if s
-is a power of two). What HiRA does with B A after that rounds in other places than SPP does: the weights and logits
+is a power of two). What HiRA does with B A after that rounds at other points than SPP does: the weights and logits
 agree to the rounding of the base model's dtype.
 """
 

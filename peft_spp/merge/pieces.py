@@ -104,7 +104,7 @@ def merged_pieces(workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> 
 
 
 def _cut(file: TensorFile, plan: Plan) -> Iterator[Piece]:
-    """Cover the whole file, its header included: what lies between changed tensors is copied as it is."""
+    """Cover the whole file, its header included: what lies between changed tensors is copied unchanged."""
     copied_to = 0
     for name, tensor in file.tensors.items():
         merge, trained = plan.merges.get(name), plan.replaced.get(name)

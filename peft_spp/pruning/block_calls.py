@@ -26,8 +26,8 @@ class CalibrationBatch:
     Args:
         hidden_states (`torch.Tensor`): The inputs of the block that is next.
         block_arguments (`list`):
-            What each block is called with besides the hidden states, positional and by keyword: attention masks,
-            position embeddings and so on.
+            What each block is called with in addition to the hidden states, positional and by keyword: attention
+            masks, position embeddings and so on.
     """
 
     hidden_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))

@@ -76,8 +76,8 @@ def prune_checkpoint(
 
     The files of the model are copied, its weight files included, and pruned weights written into their places in the
     copies: the shards, the index, the configuration, the tokenizer and the generation settings are those of the model,
-    and its card tells what was done. Weights in other formats are left out: they would be unpruned. The output folder
-    is changed in one step at the end, as a whole or not at all.
+    and its card describes the pruning. Weights in other formats are left out: they would be unpruned. The output
+    folder is changed in one step at the end, as a whole or not at all.
 
     Args:
         model (`str` or `os.PathLike`): The model, as a local folder or the id of a repository on the Hub.
@@ -103,7 +103,7 @@ def prune_checkpoint(
             Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to check everything that a run checks before it prunes, with a pass of the first calibration batch
-            through the dense model, and to say what would be pruned and which files replaced, but write nothing.
+            through the dense model, and to report what would be pruned and which files replaced, but write nothing.
         progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
         **options (`Any`): The method's own: `damping` and `block_size` of [`prune_sparsegpt`].
 

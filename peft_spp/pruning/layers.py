@@ -95,7 +95,7 @@ def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | No
 
 
 def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
-    """Raise a `ValueError` that names the first layer whose inputs are no multiple of the M of `pattern`."""
+    """Raise a `ValueError` that names the first layer whose inputs are not a multiple of the M of `pattern`."""
     for name, layer in layers.items():
         in_features = weight_matrix(layer).shape[1]
         if pattern is not None and in_features % NMPattern.parse(pattern).m != 0:

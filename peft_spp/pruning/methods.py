@@ -17,7 +17,7 @@ from .mask import check_pruning_request, num_to_prune
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of a method: an option of its own, with the help that the command prints."""
+    """A field of a method: its own option, with the help that the command prints."""
     return field(default=default, metadata={"help": help})
 
 

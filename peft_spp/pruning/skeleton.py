@@ -127,7 +127,7 @@ class Skeleton:
                 self.drop(name)
 
     def load(self, name: str) -> None:
-        """Load a tensor by its name in the model, or move it to the device if it is no part of the checkpoint."""
+        """Load a tensor by its name in the model, or move it to the device if it is not part of the checkpoint."""
         if self._state[name].is_meta:
             value = self.stored(name).load()
             set_module_tensor_to_device(

@@ -44,9 +44,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 def incompleteness(checkpoint: Path) -> str | None:
     """
-    What a checkpoint lacks for training to go on from it.
+    Why training cannot resume from a checkpoint.
 
-    `Trainer` writes its state last, so that a file which is missing or cut short shows a run that was killed. The
+    `Trainer` writes its state last, so that a file which is missing or truncated shows a run that was killed. The
     other files are looked at too, as the order of writing does not hold for a machine that lost power.
     """
     if not checkpoint.is_dir():

@@ -110,7 +110,7 @@ class BaseRecord:
 
     def mismatch(self, masks: Mapping[str, MaskRecord], quantization: str | None = None) -> str | None:
         """
-        Describe where another base model is pruned in other places.
+        Describe where the masks of another base model differ.
 
         A base model in full precision passes for a quantized one if it has a part of its zeros: rounding makes zeros.
 

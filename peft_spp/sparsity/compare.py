@@ -194,7 +194,7 @@ def compare_sparsity(
     Raises:
         TypeError: If a source is of another kind.
         FileNotFoundError: If there is nothing at a path.
-        ValueError: If a source cannot be read; the message names the culprit.
+        ValueError: If a source cannot be read; the message names the file or module.
     """
     old, new = open_weights(before, modules=modules), open_weights(after, modules=modules)
     compared: dict[str, ModuleComparison] = {}

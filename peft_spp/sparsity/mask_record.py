@@ -54,7 +54,7 @@ class MaskRecord:
             every bit depends on all, and the words of a row are added up modulo 2^64; the sum is mixed with a number
             of the row, and these are added up. So masks that differ within one word of one row, in one place or in
             many, differ in both halves for certain; others agree in a half with a probability of about 2^-64, and in
-            both of 2^-128, as far as mixed words behave like random ones. It is no cryptographic hash.
+            both of 2^-128, as far as mixed words behave like random ones. It is not a cryptographic hash.
         sample (`str`):
             The mask at `SAMPLES` evenly spread places (or all, if there are no more), in base64, a bit each.
     """

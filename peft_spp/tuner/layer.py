@@ -90,7 +90,7 @@ class Linear(MergeableLayer):
         return result
 
     def _is_computed_with(self) -> bool:
-        """Whether the one who reads `weight` may compute with it."""
+        """Whether the code that reads `weight` may compute with it."""
         return self.parameter_name == "weight" and not self.weight_is_only_described
 
     def _effective_weight(self, names: Sequence[str]) -> torch.Tensor:
@@ -145,7 +145,7 @@ class Linear(MergeableLayer):
             result = base_forward(x, *args, **kwargs)
             if without_dropout:
                 result = result + self._spp_linear(x, without_dropout, None, identity=False)
-        # dropout acts on the input of the SPP branch alone, so the branch needs a matmul of its own
+        # dropout acts on the input of the SPP branch alone, so the branch needs a separate matmul
         for name in with_dropout:
             result = result + self._spp_linear(self.spp_dropout[name](x), [name], None, identity=False)
         return result

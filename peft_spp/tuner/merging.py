@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging the adapters of a model: checked in all layers first, and listed in the configuration afterwards."""
+"""Merging the adapters of a model: checked in all layers first, and listed in the configuration afterward."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class MergingModel(BaseTuner):
 
 def untie_adapted_weights(model: nn.Module) -> None:
     """
-    Give adapted layers that share their weight with another module a weight of their own.
+    Give adapted layers that share their weight with another module their own weight.
 
     A merge writes W' where W was. Other users of W, and other adapters on it, must not see that.
     """

@@ -30,7 +30,7 @@ class ParamWrapper(Linear):
     """
     SPP on an `nn.Parameter`, chosen with `target_parameters`: a weight, or a stack of the weights of all experts.
 
-    Every expert of a stack is a layer of its own: its output rows are split into r blocks, whatever the way the stack
+    Every expert of a stack is a separate layer: its output rows are split into r blocks, whatever the way the stack
     is stored. A has the shape `(num_experts · r, in_features)` and B `(num_experts · out_features, 1)`, expert after
     expert. The adapted weight of all experts is made once a forward pass, as LoRA's is.
 

@@ -28,7 +28,7 @@ MAX_PATTERN = 100_000
 SECONDS = 0.5
 """How long the expressions of a configuration from a file may take to match, in seconds of the CPU."""
 
-# Beside what PEFT puts around an expression, one quantifier costs at most the square of the length of a name.
+# Apart from what PEFT puts around an expression, one quantifier costs at most the square of the length of a name.
 _HARMLESS_QUANTIFIERS = 1
 _QUANTIFIER = re.compile(r"[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
@@ -129,11 +129,11 @@ def check_patterns(expressions: Sequence[Expression], names: Iterable[str]) -> N
     anybody waits. So one that could be of them is first tried in a process that the system ends after half a second.
     """
     suspects = [expression for expression in expressions if _could_take_long(expression)]
-    culprit = _try(suspects, list(names)) if suspects else None
-    if culprit is not None:
-        pattern = culprit.pattern if len(culprit.pattern) <= 200 else f"{culprit.pattern[:200]}..."
+    slow = _try(suspects, list(names)) if suspects else None
+    if slow is not None:
+        pattern = slow.pattern if len(slow.pattern) <= 200 else f"{slow.pattern[:200]}..."
         raise ValueError(
-            f"`{culprit.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
+            f"`{slow.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
             "against the module names. Rewrite it without nested repetitions, or list the names."
         )
 

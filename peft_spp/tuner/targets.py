@@ -52,7 +52,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """The parameters that hold the weights of all experts of a mixture, which are no linear layers."""
+    """The parameters that hold the weights of all experts of a mixture, which are not linear layers."""
     names = []
     for name, parameter in model.named_parameters():
         plain = plain_name(name)

@@ -87,7 +87,7 @@ class QuantizedLinear(Linear):
 
         Args:
             adapter_names (`list[str]`, *optional*):
-                The adapters to merge besides those that are merged already, by default the active ones.
+                The adapters to merge in addition to those already merged, by default the active ones.
             safe_merge (`bool`): Whether to check that the result is finite.
 
         Returns:
