@@ -103,8 +103,8 @@ class SparseGPT(PruningMethod):
     paper = "https://huggingface.co/papers/2301.00774"
     statistics = InputHessians
 
-    damping: float = option(DAMPING, "SparseGPT: what is added to the Hessian's diagonal.")
-    block_size: int = option(BLOCK_SIZE, "SparseGPT: the inputs between two updates.")
+    damping: float = option(DAMPING, "SparseGPT: damping, as a fraction of the mean of the Hessian's diagonal.")
+    block_size: int = option(BLOCK_SIZE, "SparseGPT: number of inputs between two weight updates.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
