@@ -47,7 +47,7 @@ class Run:
 
 
 def main(args: Sequence[str], prog: str = "peft-spp sft") -> None:
-    """Fine-tune a model with SPP, as the command line says."""
+    """Fine-tune a model with SPP, as set on the command line."""
     with without_their_future_warnings():
         run = prepare(parse_arguments(args, prog))
         if is_first_process():
