@@ -22,7 +22,7 @@ from torch import nn
 from ..sparsity import NMPattern
 from .by_block import prune_model
 from .input_statistics import InputHessians
-from .layers import LinearLayer, weight_matrix
+from .layers import PrunableLayer, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod, option
 
@@ -125,7 +125,7 @@ class SparseGPT(PruningMethod):
         return out_features * min(self.block_size, in_features)
 
     @torch.no_grad()
-    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+    def prune(self, name: str, layer: PrunableLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None
         weight = weight_matrix(layer)
         try:

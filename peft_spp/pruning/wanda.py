@@ -10,7 +10,7 @@ from torch import nn
 from ..sparsity import NMPattern
 from .by_block import prune_model
 from .input_statistics import InputNorms
-from .layers import LinearLayer, apply_mask, weight_matrix
+from .layers import PrunableLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
 
@@ -89,7 +89,7 @@ class Wanda(PruningMethod):
     def comparison_size(self, out_features: int, in_features: int) -> int:
         return in_features
 
-    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+    def prune(self, name: str, layer: PrunableLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None
         scores = weight_matrix(layer).abs().to(statistic.dtype) * statistic
         apply_mask(layer, pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity))

@@ -17,19 +17,21 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..architecture import is_stored_transposed
 from ..checkpoints.layout import model_types
 from ..sparsity.mask_record import MaskRelation
 from ..weight_reads import only_describes_weight
 from .adapter_tensors import check_can_be_saved
 from .base_record import check_not_merged, record_base, relate_base
 from .config import SPPConfig
+from .engines import whole_shape
 from .injection import Injection
 from .layer import Linear
 from .layer_factors import SPPLayer
 from .loading import check_fits, loading_of, take_record
 from .merging import MergingModel
 from .module_names import put_module, wrapped_parameters
-from .param_wrapper import ParamWrapper, is_stored_transposed
+from .param_wrapper import ParamWrapper
 from .quantized import QuantizedLinear, find_backend
 from .settings import check_patterns, expressions
 from .several_adapters import SeveralAdapters
@@ -314,7 +316,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                 adapter_name,
                 parameter_name=parameter_name,
                 config=spp_config,
-                is_transposed=is_stored_transposed(base_layer, parameter, types),
+                is_transposed=is_stored_transposed(base_layer, len(whole_shape(parameter)), types),
                 module_name=module_name,
                 **kwargs,
             )
