@@ -220,11 +220,12 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
                     _join(name, "weight"), partial(getattr, module, "weight"), transposed=conv1d, linear=True
                 )
             continue
+        told = says_transposed(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             yield _listed(
                 _join(name, parameter_name),
                 partial(getattr, module, parameter_name),
-                transposed=says_transposed(module) if parameter.dim() == 3 else None,
+                transposed=told if told is not None and parameter.dim() == 3 else None,
                 linear=False,
             )
 

@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from plain_wanda import SEED, plain_wanda, squared_norms, weights_of, without_cache
+from plain_wanda import SEED, plain_wanda, squared_norms, stack_of, weights_of, without_cache
 
 from peft_spp.pruning import prune_magnitude, prune_wanda
 from peft_spp.pruning.layers import find_target_layers
@@ -131,7 +131,11 @@ def _magnitude_faults(model: nn.Module, names: list[str]) -> list[str]:
         if not torch.equal(after[name], (groups * keep).reshape(before[name].shape)):
             wrong.append(f"wrong by magnitude: {name}")
     reported = {one.name for one in sparsity_report(pruned)}
-    return wrong + [f"pruned, but not in the report: {name}" for name in names if name not in reported]
+    return wrong + [
+        f"pruned, but not in the report: {name}"
+        for name in names
+        if name not in reported and (stack_of(model, name) is None or name.rpartition(".")[0] not in reported)
+    ]
 
 
 def _refusal_faults(model: nn.Module, batches: list[Inputs], names: list[str]) -> list[str]:
