@@ -18,7 +18,7 @@ from ..architecture import (
     what_computes,
     why_not_linear_map,
 )
-from ..checkpoints.names import matches
+from ..checkpoints.names import is_fused_experts, matches
 from ..compressed import CompressedLinear
 from ..sparsity import NMPattern
 from .experts import Expert, find_experts
@@ -163,9 +163,16 @@ def _matches(name: str, layer: PrunableLayer, wanted: str | Iterable[str]) -> bo
 
 
 def _warn_about_stacked_weights(name: str, blocks: nn.Module, experts: Iterable[Expert]) -> None:
-    prunable = {expert.stack_name for expert in experts}
-    parameters = blocks.named_parameters(prefix=name)
-    stacked = [name for name, parameter in parameters if parameter.ndim > 2 and name not in prunable]
+    prunable = {id(getattr(*_holder(expert))) for expert in experts}
+    stacked = [
+        parameter_name
+        for module_name, module in blocks.named_modules(prefix=name)
+        if not is_linear_layer(module)
+        for parameter_name, parameter in module.named_parameters(prefix=module_name, recurse=False)
+        # DBRX has its experts one below another in a matrix
+        if parameter.ndim > 2 or (parameter.ndim == 2 and is_fused_experts(parameter_name))
+        if id(parameter) not in prunable
+    ]
     if stacked:
         warnings.warn(
             f"{len(stacked)} weights in the blocks, such as {stacked[0]}, are not in linear layers and stay dense.",
