@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,30 +143,60 @@ def find_origins(model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> dic
     Returns:
         `dict[str, Origin]`: By the name of the parameter. What cannot be made is left out.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state = model.state_dict()
-    prefix = model.base_model_prefix
+    rules, by_name = _Rules(model), {one.name: one for one in tensors}
     groups: dict[str, list[Part]] = {}
-    # in the order of Transformers, which is that of the experts in a stack
-    for tensor in sorted(tensors, key=lambda one: dot_natural_key(one.name)):
-        renamed, pattern = rename_source_key(tensor.name, renamings, converters, prefix, state)
-        if renamed not in state and tensor.name in state:
-            renamed, pattern = rename_source_key(tensor.name, [], [], prefix, state)
-        if renamed in state:
-            name = tensor.name if pattern is None else apply_renamings(tensor.name, renamings)
-            groups.setdefault(renamed, []).append(Part(tensor, name, pattern or ""))
+    for name, parameter, pattern in rules.taken_up(by_name):
+        renamed = apply_renamings(name, rules.renamings) if pattern else name
+        groups.setdefault(parameter, []).append(Part(by_name[name], renamed, pattern))
     found: dict[str, Origin] = {}
     for first, parts in groups.items():
-        origin = Origin(model, first, tuple(parts), _converter(parts, of_pattern))
+        origin = Origin(model, first, tuple(parts), _converter(parts, rules.of_pattern))
         try:
             names: Sequence[str] = list(origin.shapes)
         except Exception:  # whatever an operation raises that does not fit what is stored
             continue
-        found |= {name: origin for name in names if name in state}
+        found |= {name: origin for name in names if name in rules.state}
     return found
+
+
+def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """
+    Find how a checkpoint calls the parameters of a model that it has as they are.
+
+    Args:
+        model (`PreTrainedModel`): The model, which may be on the meta device.
+        names (`Iterable[str]`): The names of the tensors in the checkpoint.
+
+    Returns:
+        `dict[str, str]`: Those names, by the names in the model.
+    """
+    found: dict[str, str] = {}
+    for name, parameter, pattern in _Rules(model).taken_up(names):
+        if not pattern:
+            found.setdefault(parameter, name)
+    return found
+
+
+class _Rules:
+    """The rules by which Transformers loads a model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self.converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self.of_pattern = {pattern: one for one in self.converters for pattern in one.source_patterns}
+        self.state = model.state_dict()
+        self._prefix = model.base_model_prefix
+
+    def taken_up(self, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+        """The stored tensors that are loaded, each with the (first) parameter it makes and its part in a converter."""
+        # in the order of Transformers, which is that of the experts in a stack
+        for name in sorted(names, key=dot_natural_key):
+            renamed, pattern = rename_source_key(name, self.renamings, self.converters, self._prefix, self.state)
+            if renamed not in self.state and name in self.state:
+                renamed, pattern = rename_source_key(name, [], [], self._prefix, self.state)
+            if renamed in self.state:
+                yield name, renamed, pattern or ""
 
 
 def _converter(parts: Sequence[Part], of_pattern: Mapping[str, WeightConverter]) -> WeightConverter | None:

@@ -13,10 +13,11 @@ import torch
 import transformers
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.conversion import Origin, find_origins
+from ..checkpoints.empty_model import empty_model
 from ..checkpoints.ties import TiedNames
 from .layers import PrunableLayer, find_blocks, find_target_layers, weight_name
 
@@ -183,13 +184,9 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         )
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
-    named = checkpoint.config.get("architectures") or []
-    cls = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     try:
-        # without the question on the terminal whether the model's code may be run
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        with _default_dtype(dtype), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+        with _default_dtype(dtype):
+            model = empty_model(checkpoint.folder, checkpoint.config)
     except (ValueError, KeyError) as error:
         if "auto_map" in checkpoint.config:
             raise ValueError(
