@@ -88,7 +88,8 @@ def prune_checkpoint(
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+            one must be the layer's name or its end. By default all linear layers in the transformer blocks, experts
+            included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
         compress (`bool`, *optional*, defaults to `False`):

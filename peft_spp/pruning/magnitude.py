@@ -37,7 +37,8 @@ def prune_magnitude(
             but at least one weight is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+            one must be the layer's name or its end. By default all linear layers in the transformer blocks, experts
+            included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Example:

@@ -37,8 +37,11 @@ def prune_wanda(
 
     No cache is kept and dropout is off, whatever the model's settings, which are restored.
 
+    The experts of a mixture are pruned as linear layers, each by the tokens that are routed to it, and by magnitude
+    if these are fewer than 16. A warning names those.
+
     Everything is checked on the dense model, with one forward pass of the data, before the model is changed. Only if
-    a block's inputs are not finite, or no token is routed to an expert any more, because of the pruning of the blocks
+    a block's inputs are not finite, or no token reaches a layer any more, because of the pruning of the blocks
     before it does the `ValueError` come when those have been pruned.
 
     Args:
@@ -53,7 +56,7 @@ def prune_wanda(
             but at least one weight of each output is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or
-            names of which one must be the layer's name or its end. By default all of them.
+            names of which one must be the layer's name or its end. By default all of them, experts included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Raises:

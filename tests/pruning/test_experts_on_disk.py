@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_prune_checkpoint import peak_of_tensors
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
@@ -16,7 +17,9 @@ from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt,
 from peft_spp.pruning.skeleton import Skeleton
 from peft_spp.sparsity import sparsity_report
 
+from helpers.every_model import build
 from helpers.mixtures import SAVED_ONE_BY_ONE, batches, expert_weights, mixture, most_in_a_group
+from helpers.tiny_moe import tiny_moe
 
 
 PRUNERS = {
@@ -184,3 +187,47 @@ def test_a_missing_expert_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gate_up_proj"):
         prune_checkpoint(tmp_path / "dense", tmp_path / "out", method="magnitude", pattern="2:4")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Fewer than 16 calibration tokens")
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_one_block_of_a_mixture_is_in_memory_at_a_time(tmp_path: Path, method: str) -> None:
+    peaks, sizes = [], []
+    for layers in (2, 6):
+        folder = tmp_path / str(layers)
+        tiny_moe("mixtral", num_hidden_layers=layers, hidden_size=128, intermediate_size=256).save_pretrained(
+            folder, max_shard_size="700KB"
+        )
+        sizes.append(sum(tensor.nbytes for tensor in tensors(folder).values()))
+        request = {
+            "method": method,
+            "pattern": "2:4",
+            "calibration": [torch.randint(0, 64, (1, 16)) for _ in range(3)],
+        }
+        peaks.append(
+            peak_of_tensors(
+                lambda folder=folder, request=request: prune_checkpoint(folder, f"{folder}-out", **request)
+            )
+        )
+    block = (sizes[1] - sizes[0]) // 4
+    assert peaks[1] - peaks[0] < block // 5, (peaks, block)
+    assert peaks[1] < 3.5 * block, (peaks, block)
+
+
+def test_a_pruned_mixture_can_be_compressed(tmp_path: Path) -> None:
+    dense = mixture("mixtral", torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    request = {"method": "magnitude", "pattern": "2:4"}
+    prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "small", compress=True, **request)
+    one, other = (type(dense).from_pretrained(tmp_path / name, dtype=torch.bfloat16) for name in ("out", "small"))
+    with torch.no_grad():
+        torch.testing.assert_close(other(batches()[0]).logits, one(batches()[0]).logits)
+
+
+def test_experts_in_a_matrix_stay_dense_with_a_warning(tmp_path: Path) -> None:
+    """DBRX has its experts one below another."""
+    build("dbrx").save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match=r"6 weights in the blocks, such as \S+experts\S+, .* stay dense"):
+        report = prune_checkpoint(tmp_path / "dense", tmp_path / "out", method="magnitude", pattern="2:4")
+    assert not any("experts" in name for name in report.modules)
