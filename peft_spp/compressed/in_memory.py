@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from ..functional.bitmask import count_stored
 from .config import BitmaskConfig
 from .layer import CompressedLinear, put_dense_layers
+from .other_adapters import is_spp
 from .quantizer import BitmaskHfQuantizer
 from .selection import (
     converted_names,
@@ -83,7 +84,7 @@ def compress(
 
 def decompress(module: M) -> M | nn.Linear:
     """
-    Make the weights of a model dense again, bit for bit.
+    Make the weights of a model dense again, bit for bit. Adapters of methods other than SPP stay in place.
 
     Args:
         module (`nn.Module`): Any module, changed in place.
@@ -92,10 +93,10 @@ def decompress(module: M) -> M | nn.Linear:
         `nn.Module`: The module, or its replacement if it is a [`CompressedLinear`] itself.
 
     Raises:
-        ValueError: If the model has adapters. Nothing is changed.
+        ValueError: If the model has SPP adapters, or is quantized in another way. Nothing is changed.
     """
     models = transformers_models(module)
-    _check(module, models)
+    _check(module, models, is_spp)
     if isinstance(module, CompressedLinear):
         return module.to_linear()
     put_dense_layers(module)
@@ -106,9 +107,13 @@ def decompress(module: M) -> M | nn.Linear:
     return module
 
 
-def _check(module: nn.Module, models: Mapping[str, PreTrainedModel]) -> None:
+def _check(
+    module: nn.Module,
+    models: Mapping[str, PreTrainedModel],
+    is_in_the_way: Callable[[BaseTunerLayer], bool] = lambda layer: True,
+) -> None:
     for name, inner in module.named_modules():
-        if isinstance(inner, BaseTunerLayer):
+        if isinstance(inner, BaseTunerLayer) and is_in_the_way(inner):
             raise ValueError(
                 f"{name} has an adapter, which is made for the weight that is there: compress or decompress the model "
                 "before adapters are added, or after merge_and_unload()"

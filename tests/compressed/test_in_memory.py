@@ -182,9 +182,13 @@ def test_compressing_twice_changes_nothing():
     assert same_tensors(model.state_dict(), values)
 
 
-@pytest.mark.parametrize("function", [peft_spp.compress, peft_spp.decompress])
-def test_a_model_with_adapters_is_refused(function):
-    model = get_peft_model(pruned_llama(), LoraConfig(task_type="CAUSAL_LM"))
+@pytest.mark.parametrize(
+    ("function", "config"),
+    [(peft_spp.compress, LoraConfig), (peft_spp.compress, SPPConfig), (peft_spp.decompress, SPPConfig)],
+)
+def test_a_model_with_adapters_is_refused(function, config):
+    base = pruned_llama() if function is peft_spp.compress else peft_spp.compress(pruned_llama())
+    model = get_peft_model(base, config(task_type="CAUSAL_LM"))
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has an adapter"):
         function(model)
