@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -26,6 +27,11 @@ from .selection import (
 
 
 M = TypeVar("M", bound=nn.Module)
+
+_NOT_WHOLE = (
+    "not whole in memory: its weight {}. Compress the model before it is sharded. Tensor parallelism and DeepSpeed "
+    "ZeRO-3 cannot shard compressed weights; FSDP2, ZeRO-2 and DDP train them"
+)
 
 
 def compress(
@@ -60,11 +66,10 @@ def compress(
         if layer.weight.is_meta:
             raise ValueError(f"{name} has no data (it is on the meta device): load the model into memory first")
         if layer.weight.shape != (layer.out_features, layer.in_features):
-            raise ValueError(
-                f"{name} is not whole in memory: its weight has shape {tuple(layer.weight.shape)}. Compress the model "
-                "before it is sharded. DeepSpeed ZeRO-3 cannot shard compressed weights; FSDP2, ZeRO-2 and DDP train "
-                "them"
-            )
+            raise ValueError(f"{name} is {_NOT_WHOLE.format(f'has shape {tuple(layer.weight.shape)}')}")
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), DTensor):
+            raise ValueError(f"{name} is {_NOT_WHOLE.format('is a DTensor')}")
     for name in list(layers):
         layer = layers.pop(name)  # and so its memory is free once it is replaced
         reason = why_not_worth_it(count_stored(layer.weight), layer.weight.shape, layer.weight.dtype, min_sparsity)

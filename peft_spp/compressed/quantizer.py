@@ -23,6 +23,10 @@ from .layer import CompressedLinear, put_dense_layers
 from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
 
 
+_SPLIT_SIZES = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+"""The sizes in Transformers' `DistributedConfig`; where all are 1, nothing is split."""
+
+
 class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """
     Loads and saves compressed weights, through Transformers' own loader.
@@ -55,11 +59,13 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "compressed weights cannot be split by DeepSpeed ZeRO-3, since each rank would have other places. Use "
                 "ZeRO-2 or DDP, or load the model without BitmaskConfig (`peft-spp decompress`)."
             )
-        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+        devices = device_map if isinstance(device_map, Mapping) else {}
+        away = next((name for name, device in devices.items() if str(device) in ("disk", "meta")), None)
+        if away is not None:
             raise ValueError(
-                "compressed weights cannot be offloaded to disk: device_map has 'disk' for "
-                f"{next(name for name, device in device_map.items() if device == 'disk')!r}. Give the CPU more memory "
-                "with max_memory, or load the model without BitmaskConfig (`peft-spp decompress`)."
+                f"compressed weights cannot be offloaded to disk, nor to the meta device: device_map has "
+                f"'{devices[away]}' for {away!r}. Give the CPU more memory with max_memory, or load the model without "
+                "BitmaskConfig (`peft-spp decompress`)."
             )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -75,6 +81,15 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype if stored.startswith(("F", "BF", "torch.float", "torch.bfloat")) else None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        parallel = getattr(model.config, "distributed_config", None)
+        sizes = {name: getattr(parallel, name, None) or 1 for name in _SPLIT_SIZES}
+        split = next((name for name, size in sizes.items() if size > 1), None)
+        if split is not None:
+            raise ValueError(
+                f"compressed weights cannot be split between processes by Transformers: {split}={sizes[split]}. Leave "
+                "out tp_plan and distributed_config (DDP, and FSDP2 of accelerate, take the whole model), or load the "
+                "model without BitmaskConfig (`peft-spp decompress`)."
+            )
         if not self.pre_quantized:
             self._files = kwargs.get("checkpoint_files") or []
             layers, self._kept = find_linear_layers(model, self.quantization_config.modules_to_not_convert)
@@ -187,8 +202,6 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, row_offsets in self._row_offsets.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, CompressedLinear)
-            if layer.row_offsets.is_meta:
-                raise ValueError("offload_buffers=True does not work with compressed weights: leave it out.")
             # Transformers leaves buffers that are not saved without a value
             layer.row_offsets = row_offsets.to(layer.row_offsets.device)
         self._row_offsets.clear()
