@@ -20,6 +20,7 @@ from ..functional.compressed import compress
 from .config import BitmaskConfig
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers
+from .old_formats import check_names, converter, find_old_weights, read_weight, save_in_our_format
 from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
 
 
@@ -33,7 +34,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     The model is built dense, without data. A layer becomes a [`CompressedLinear`] when its weight comes: as values and
     bitmask from a compressed checkpoint, which so needs no list of its layers; or dense, and then it is compressed
-    before the next one is read.
+    before the next one is read. Dense it is too when it comes in a format that compressed-tensors had.
 
     Args:
         quantization_config ([`BitmaskConfig`]): The configuration, of which a copy is kept.
@@ -52,6 +53,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._row_offsets: dict[str, Tensor] = {}
         self._problems: list[str] = []
         self._files: list[str] = []
+        self._old: set[str] = set()
+        self.old_format: str | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
@@ -94,6 +97,12 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._files = kwargs.get("checkpoint_files") or []
             layers, self._kept = find_linear_layers(model, self.quantization_config.modules_to_not_convert)
             self._waiting = {f"{name}.weight" for name in layers}
+            self._old = find_old_weights(self._files)
+            if self.old_format is not None and not self._files:
+                raise ValueError(
+                    f"the model's configuration names the format {self.old_format!r} of compressed-tensors, which is "
+                    "only read from files: load the folder, without state_dict"
+                )
         return model
 
     def update_weight_conversions(
@@ -102,8 +111,9 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in converted_names(sorted(self._waiting), weight_conversions):
             self._waiting.discard(name)
             self._kept[name.removesuffix(".weight")] = "stored in another form"
+        check_names(self._old, model, weight_conversions)
         updated: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
-        return updated
+        return [*updated, converter(_ReadOld(self))] if self._old else updated
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Compress(self)
@@ -166,6 +176,24 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             bitmask = bitmask.clone()  # a view of the file, and kernels read words of 8 bytes
         return self._put(model, module, values, bitmask, row_offsets)
 
+    def read_old(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+        """
+        Make a dense weight of the tensors of an old format.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the weight.
+            tensors (`dict[str, Any]`): What has come.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The weight, by name.
+        """
+        try:
+            return {name: read_weight(model.get_parameter(name), name, tensors)}
+        except ValueError as error:
+            self._problems.append(str(error))
+            return {}
+
     def read_alone(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
         """
         Pass on a weight that has come without a bitmask.
@@ -205,6 +233,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             # Transformers leaves buffers that are not saved without a value
             layer.row_offsets = row_offsets.to(layer.row_offsets.device)
         self._row_offsets.clear()
+        if self._old:
+            save_in_our_format(model)
         if not self.pre_quantized:
             warn_of_dense_layers(self._kept)
             self.quantization_config.modules_to_not_convert = list(self._kept)
@@ -264,6 +294,11 @@ class _Read(_Operation):
     @property
     def reverse_op(self) -> ConversionOps:
         return _Write()
+
+
+class _ReadOld(_Operation):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.hf_quantizer.read_old(kwargs["model"], kwargs["full_layer_name"], input_dict)
 
 
 class _Write(ConversionOps):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from transformers.quantizers.auto import (
 )
 
 from .config import METHOD, BitmaskConfig
+from .old_formats import load_old_formats
 from .other_adapters import guard_other_adapters
 from .quantizer import BitmaskHfQuantizer
 
@@ -33,6 +34,7 @@ def register() -> None:
             f"{owner.__module__}, so peft_spp cannot register its own: import only one of the two packages"
         )
     guard_other_adapters()
+    load_old_formats()
     if owner is not None:
         # imported once more in one process (importlib.reload, a purged sys.modules)
         AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitmaskConfig
