@@ -20,6 +20,7 @@ from .quantizer import BitmaskHfQuantizer
 from .selection import (
     converted_names,
     find_linear_layers,
+    names_of_layers,
     transformers_models,
     warn_of_dense_layers,
     why_not_worth_it,
@@ -82,7 +83,8 @@ def compress(
     warn_of_dense_layers(kept)
     for prefix, model in models.items():
         start = f"{prefix}." if prefix else ""
-        its_own = BitmaskConfig([name.removeprefix(start) for name in kept if name.startswith(start)], min_sparsity)
+        names = [name.removeprefix(start) for name in names_of_layers(kept) if name.startswith(start)]
+        its_own = BitmaskConfig(names, min_sparsity)
         _mark(model, its_own)
     return module
 

@@ -21,7 +21,7 @@ from .config import BitmaskConfig
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers
 from .old_formats import check_names, converter, find_old_weights, read_weight, save_in_our_format
-from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
+from .selection import converted_names, find_linear_layers, names_of_layers, warn_of_dense_layers, why_not_worth_it
 
 
 _SPLIT_SIZES = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
@@ -237,7 +237,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             save_in_our_format(model)
         if not self.pre_quantized:
             warn_of_dense_layers(self._kept)
-            self.quantization_config.modules_to_not_convert = list(self._kept)
+            self.quantization_config.modules_to_not_convert = names_of_layers(self._kept)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`peft-spp compress` and `decompress`: from disk to disk, and back to the same bits."""
 
+import copy
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from peft_spp.functional.bitmask import bitmask_bytes
 
 from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears, prune_, tiny
-from helpers.tiny_moe import tiny_moe
+from helpers.tiny_moe import experts, tiny_moe
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -197,6 +198,12 @@ def test_mixtures_keep_their_experts_dense(name, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
     assert len(report) == 8
+    assert {one for one, reason in report.kept.items() if reason == "fused experts"} == experts(model).keys()
+    assert "4 stay dense (fused experts): model.layers.0.mlp.experts" in str(report)
+    with pytest.warns(UserWarning, match="4 parameters stay dense, since they are fused experts"):
+        in_memory = peft_spp.compress(copy.deepcopy(model))
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert config == in_memory.config.quantization_config.to_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
     assert same_tensors(loaded.dequantize().state_dict(), model.state_dict())
