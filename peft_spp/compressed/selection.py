@@ -86,7 +86,9 @@ def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_
         `str` or `None`: The reason, or `None` if it is to be compressed.
     """
     numel = math.prod(shape)
-    zeros = 1 - stored / numel if numel else 0.0
+    if not numel:
+        return "it is empty"
+    zeros = 1 - stored / numel
     worth_it = is_worth_it(stored, shape, dtype) if min_sparsity is None else zeros >= min_sparsity
     return None if worth_it else f"{math.floor(zeros * 1000) / 10}% zeros"
 

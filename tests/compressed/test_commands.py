@@ -4,6 +4,7 @@
 import copy
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_a_damaged_checkpoint_is_not_decompressed(dense, tmp_path, damage):
         assert name in result.stderr
     assert not (tmp_path / "out").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 0), (0, 1 << 29, 1 << 33)], ids=["rows", "columns"])
+def test_a_file_of_a_few_bytes_does_not_ask_for_all_memory(tmp_path, shape):
+    columns = json.dumps({"a.weight": 8 * shape[-1]})
+    header = {"__metadata__": {"bitmask_columns": columns}}
+    for name, dtype, size in (("a.weight", "F16", [0]), ("a.bitmask", "U8", shape)):
+        header[name] = {"dtype": dtype, "shape": size, "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    for command in ("decompress", "inspect"):
+        result = run(command, tmp_path / "small", *([tmp_path / "out"] if command == "decompress" else []))
+        assert result.exit_code == 2
+        assert "model.safetensors" in result.stderr or "a.weight" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])

@@ -145,7 +145,10 @@ def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message)
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["values", "bitmask", "narrow", "shape", "negative", "huge", "missing", "beyond"])
+@pytest.mark.parametrize(
+    "damage",
+    "values bitmask narrow shape negative huge missing beyond words integers short twice".split(),
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, damage):
     write(tmp_path / "old", name)
@@ -166,6 +169,14 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
         tensors[shape] = torch.tensor([1 << 62, 4])
     elif damage == "missing":
         del tensors[bitmask]
+    elif damage == "words":
+        tensors[bitmask] = tensors[bitmask].int()
+    elif damage == "integers":
+        tensors[values] = tensors[values].int()
+    elif damage == "short":
+        tensors[shape] = torch.tensor([36, 0, 52, 0], dtype=torch.int32)  # the bytes of two numbers of 64 bits
+    elif damage == "twice":
+        tensors[f"{NAME}.weight"] = torch.ones(36, 52)
     else:
         tensors[bitmask][5, -1] |= 128
     save_file(tensors, file)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parent
-NAMES = ("config", "header", "index", "adapter", "mask_record")
+NAMES = ("config", "header", "index", "adapter", "mask_record", "compressed", "old_compressed")
 
 
 def main() -> int:
