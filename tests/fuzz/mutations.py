@@ -81,7 +81,10 @@ def _mutate_tensors(data: bytes, rng: random.Random) -> bytes | None:
 
 def _tensor(entry: Any, data: bytes) -> list[Any]:
     start, stop = entry["data_offsets"]
-    return [entry["dtype"], list(entry["shape"]), bytearray(data[start:stop])]
+    shape = list(entry["shape"])
+    if len(shape) > 8 or not all(type(size) is int and 0 <= size < 1 << 62 for size in (*shape, start, stop)):
+        raise ValueError("left to the other mutations")
+    return [entry["dtype"], shape, bytearray(data[start:stop])]
 
 
 def _write(tensors: dict[str, list[Any]], metadata: Any) -> bytes:
