@@ -124,9 +124,9 @@ PRETRAINED_METHOD = """
 {model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of
 the tuning text ({text}; of each a test part is held out), and tuned for {steps} steps of {batch} such sequences:
 AdamW, 10% warm-up, cosine to zero, gradients clipped to 1, no dropout, no weight decay. Files are in {dtype} and
-computation in {compute}; factors, the weights that full fine-tuning trains, and the optimizer are in float32. Measured
-is what is deployed: the adapter saved, merged into the pruned model from disk, saved, and loaded by plain Transformers.
-{machine}, Python {python}, PEFT {peft}, Transformers
+computation in {compute}; factors, the weights that full fine-tuning trains, and the optimizer are in float32. What is
+measured is what is deployed: the adapter saved, merged into the pruned model from disk, saved, and loaded by plain
+Transformers. {machine}, Python {python}, PEFT {peft}, Transformers
 {transformers}; all {count} runs of tuning took {hours:.1f} hours of processor time, on a machine with other work, so
 no time of a single run is given. Command: `{command}`; results: `{results}`.
 """
