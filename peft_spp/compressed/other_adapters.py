@@ -76,8 +76,9 @@ def _check_merge(tuner: BaseTuner, *args: Any, **kwargs: Any) -> None:
             continue
         if not all(one.startswith(_MERGE) for one in layer.adapter_layer_names):
             raise ValueError(
-                f"cannot merge the adapter of {name}: the weight of this layer is compressed, and a merge would fill "
-                "its zeros. Keep the adapter unmerged, or make the model dense first with peft_spp.decompress(model)"
+                f"cannot merge the adapter of {name}: the weight of this layer is compressed, and the method "
+                "merges into dense weights only. Keep the adapter unmerged, or make the model dense first with "
+                "peft_spp.decompress(model)"
             )
 
 
