@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from ..functional.bitmask import count_stored
 from .config import BitmaskConfig
 from .layer import CompressedLinear, put_dense_layers
-from .other_adapters import is_spp
+from .other_adapters import allow_merges, is_spp
 from .quantizer import BitmaskHfQuantizer
 from .selection import (
     converted_names,
@@ -107,6 +107,7 @@ def decompress(module: M) -> M | nn.Linear:
     if isinstance(module, CompressedLinear):
         return module.to_linear()
     put_dense_layers(module)
+    allow_merges(module)
     for model in models.values():
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:

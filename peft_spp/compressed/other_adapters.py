@@ -31,12 +31,9 @@ def guard_other_adapters() -> None:
     """Check adapters on compressed layers before they are added and before they are merged. Again, it does nothing."""
     if hasattr(BaseTuner.inject_adapter, "checks_compressed"):
         return
-    for name, check in (
-        ("inject_adapter", check_adapter),
-        ("merge_adapter", _check_merge),
-        ("merge_and_unload", _check_merge),
-    ):
-        setattr(BaseTuner, name, _checked(getattr(BaseTuner, name), check))
+    setattr(BaseTuner, "inject_adapter", _inject_adapter(BaseTuner.inject_adapter))  # noqa: B010  (for mypy)
+    for name in ("merge_adapter", "merge_and_unload"):
+        setattr(BaseTuner, name, _checked(getattr(BaseTuner, name)))
 
 
 def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -65,30 +62,60 @@ def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: 
         )
 
 
+def allow_merges(module: nn.Module) -> None:
+    """Let adapters merge into layers that are dense again."""
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer) and getattr(layer.__dict__.get("merge"), "func", None) is _refuse_merge:
+            del layer.merge
+
+
 def is_spp(layer: BaseTunerLayer) -> bool:
     """Whether an adapter's layer is one of SPP, which is made for the kind of weight that it finds."""
     return any(name.startswith("spp_") for name in layer.adapter_layer_names)
 
 
-def _check_merge(tuner: BaseTuner, *args: Any, **kwargs: Any) -> None:
-    for name, layer in tuner.model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or not isinstance(layer.get_base_layer(), CompressedLinear):
-            continue
-        if not all(one.startswith(_MERGE) for one in layer.adapter_layer_names):
-            raise ValueError(
-                f"cannot merge the adapter of {name}: the weight of this layer is compressed, and the method "
-                "merges into dense weights only. Keep the adapter unmerged, or make the model dense first with "
-                "peft_spp.decompress(model)"
-            )
+def _check_merge(tuner: BaseTuner) -> None:
+    name = next(iter(_cannot_merge(tuner.model)), None)
+    if name is not None:
+        _refuse_merge(name)
 
 
-def _checked(original: Any, check: Any) -> Any:
+def _cannot_merge(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        and isinstance(layer.get_base_layer(), CompressedLinear)
+        and not all(one.startswith(_MERGE) for one in layer.adapter_layer_names)
+    }
+
+
+def _refuse_merge(name: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"cannot merge the adapter of {name}: the weight of this layer is compressed, and the method merges into "
+        "dense weights only. Keep the adapter unmerged, or make the model dense first with peft_spp.decompress(model)"
+    )
+
+
+def _inject_adapter(original: Any) -> Any:
     @functools.wraps(original)
-    def checked(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-        check(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+    def inject_adapter(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter(self, model, adapter_name, *args, **kwargs)
+        original(self, model, adapter_name, *args, **kwargs)
+        for name, layer in _cannot_merge(model).items():
+            # some, such as diffusers' fuse_lora, merge layer by layer
+            layer.merge = functools.partial(_refuse_merge, name)  # type: ignore[method-assign]
 
-    checked.checks_compressed = True  # type: ignore[attr-defined]
+    inject_adapter.checks_compressed = True  # type: ignore[attr-defined]
+    return inject_adapter
+
+
+def _checked(merge: Any) -> Any:
+    @functools.wraps(merge)
+    def checked(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        _check_merge(self)
+        return merge(self, *args, **kwargs)
+
     return checked
 
 

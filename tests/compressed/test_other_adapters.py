@@ -150,7 +150,13 @@ def test_norms_are_tuned_and_merged_around_compressed_layers():
     torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected)
 
 
+def merge_layer(model, **settings):
+    # as diffusers' fuse_lora does
+    model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").merge(**settings)
+
+
 MERGES = {
+    "layer": merge_layer,
     "merge_and_unload": lambda model, **settings: model.merge_and_unload(**settings),
     "merge_adapter": lambda model, **settings: model.merge_adapter(**settings),
 }
