@@ -35,6 +35,9 @@ class SPPArguments:
         spp_modules_to_save (`list[str]`, *optional*): Modules to train and save in full.
         spp_bias (`str`): Which biases to train: 'none', 'all' or 'spp_only'.
         spp_check_base_steps (`int`): After how many steps [`SPPGuardCallback`] compares the base weights.
+        teacher_model_name_or_path (`str`, *optional*):
+            Learn this model's predictions of the text, usually those of the dense model that was pruned.
+        teacher_model_revision (`str`, *optional*): Its revision on the Hub.
         dry_run (`bool`): Check arguments, data, model and checkpoint, and write nothing.
     """
 
@@ -44,27 +47,37 @@ class SPPArguments:
     spp_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules to adapt: names, one regular expression, or 'all-linear'. By default every linear layer "
+            "help": "Modules to adapt: names, one regular expression, or 'all-linear'. By default, every linear layer "
             "inside the transformer blocks."
         },
     )
     spp_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules not to adapt: names, or one regular expression."}
+        default=None, metadata={"help": "Modules to exclude: names, or one regular expression."}
     )
     spp_layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the transformer blocks to adapt. By default all."}
+        default=None, metadata={"help": "Indices of the transformer blocks to adapt. By default, all of them."}
     )
     spp_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save in full, besides the adapter."}
+        default=None, metadata={"help": "Modules to train and save in full, in addition to the adapter."}
     )
-    spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Biases to train."})
+    spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Which biases to train."})
     spp_check_base_steps: int = field(
         default=100,
-        metadata={"help": "After how many steps SPPGuardCallback compares the base weights; 0: only when saving."},
+        metadata={
+            "help": "How often SPPGuardCallback compares the base weights, in steps; 0 compares only when saving."
+        },
     )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distill: learn the predictions of this model, usually the dense one that was pruned, instead of "
+            "the text's own next tokens."
+        },
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "The teacher's revision on the Hub."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check arguments, data, model and checkpoint; train nothing and write nothing."},
+        metadata={"help": "Check the arguments, data, model and checkpoint without training or writing anything."},
     )
 
     def to_config(self) -> SPPConfig:
@@ -96,10 +109,12 @@ def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
     """Read arguments from a command line and from the YAML file that its `--config` names."""
     types: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SPPArguments]
     parser = TrlParser(types, prog=prog)
-    parser.add_argument("--config", metavar="FILE", help="A YAML file of arguments; the command line goes before it.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="A YAML file with arguments. Arguments on the command line override it."
+    )
     words = _split_config_option(args)
     if "--config" in words and words.index("--config") == len(words) - 1:
-        raise InputError("--config wants the path of a YAML file.")
+        raise InputError("--config needs the path of a YAML file.")
     try:
         # the last is the namespace of --config, which TrlParser has taken out of the words by then
         *parsed, _ = parser.parse_args_and_config(words)
@@ -118,17 +133,17 @@ def _check(arguments: Arguments) -> None:
     if bool(script.dataset_name) is bool(mixture.datasets):
         found = "Both are" if script.dataset_name else "None is"
         raise InputError(
-            f"Training wants one source of data: --dataset_name with a file, a folder or a Hub id, or `datasets` in "
-            f"the YAML file. {found} given."
+            "Pass one source of data: --dataset_name with a file, a folder or a Hub id, or `datasets` in the YAML "
+            f"file. {found} given."
         )
     if (script.dataset_streaming or mixture.streaming) and arguments.training.max_steps <= 0:
         raise InputError("Streamed data has no length. Pass --max_steps.")
     if arguments.spp.spp_check_base_steps < 0:
-        raise InputError("--spp_check_base_steps is a number of steps, or 0.")
+        raise InputError("--spp_check_base_steps should be a number of steps, or 0.")
     try:
         arguments.spp.to_config()
     except ValueError as error:
-        raise InputError(f"The SPP arguments cannot be used: {one_line(error)}") from error
+        raise InputError(f"The SPP arguments are not valid: {one_line(error)}") from error
 
 
 def _refuse_lora(model: ModelConfig) -> None:
@@ -141,8 +156,8 @@ def _refuse_lora(model: ModelConfig) -> None:
     ]
     if set_flags:
         raise InputError(
-            f"{', '.join(set_flags)}: for LoRA. Here the adapter is always SPP's; its flags begin with --spp_, as "
-            "--spp_r. Use `trl sft` to train a LoRA."
+            f"{', '.join(set_flags)}: only for LoRA. This command trains an SPP adapter; its flags begin with "
+            "--spp_, such as --spp_r. Use `trl sft` to train a LoRA adapter."
         )
 
 

@@ -48,9 +48,9 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
     if mismatch is None:
         return
     message = (
-        f"Adapter {adapter_name!r} was trained on a base model that is pruned in other places, in {mismatch}. Load "
-        f"the base model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps "
-        "the zeros of this one. Set `check_base='off'` if that is what you want."
+        f"Adapter {adapter_name!r} was trained on a base model with different masks, in {mismatch}. Load the base "
+        f"model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps the zeros "
+        "of this one. Set `check_base='off'` if this is intended."
     )
     warn_or_raise(message, config.check_base)
 
@@ -63,8 +63,9 @@ def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, a
     if not is_merged(saved.identity, vars(model.config)):
         return
     message = (
-        f"Adapter {adapter_name!r} was merged into this model before, and is applied twice now. Load the base model "
-        f"that it was trained on ({config.base_model_name_or_path}), or use the merged model without the adapter."
+        f"Adapter {adapter_name!r} is already merged into this model, so it is applied twice now. Load the base "
+        f"model that it was trained on ({config.base_model_name_or_path}), or use the merged model without the "
+        "adapter."
     )
     warn_or_raise(message, config.check_base)
 
