@@ -25,7 +25,7 @@ from ..functional.compressed import compress
 from .config import BitmaskConfig
 from .models_on_disk import find_layers, plain_config
 from .report import CompressedModule, CompressionReport
-from .selection import why_not_worth_it
+from .selection import names_of_layers, why_not_worth_it
 
 
 NOTE = (
@@ -181,7 +181,7 @@ class Compressing(Change):
         return {**read_metadata(file), **({COLUMNS: columns_text(columns)} if columns else {})}
 
     def config(self) -> dict[str, Any]:
-        config = BitmaskConfig(list(self.kept), self._config.min_sparsity)
+        config = BitmaskConfig(names_of_layers(self.kept), self._config.min_sparsity)
         return {**plain_config(self.checkpoint), "quantization_config": config.to_dict()}
 
     def card(self, text: str) -> str:
