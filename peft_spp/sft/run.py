@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -79,15 +80,18 @@ def train(run: Run) -> None:
         **(given or {}),
     }
     guard = SPPGuardCallback(spp.spp_check_base_steps)
-    trainer = CardedSFTTrainer(
-        model=str(model.model_name_or_path),
-        args=training,
-        train_dataset=run.train_dataset,
-        eval_dataset=run.eval_dataset,
-        quantization_config=get_quantization_config(model),
-        peft_config=spp.to_config(),
-        callbacks=[guard, SparsityCallback(guard)],
-    )
+    with warnings.catch_warnings():
+        # the callback says the same, next to what is sparse
+        warnings.filterwarnings("ignore", message=".*so SPP has nothing to keep")
+        trainer = CardedSFTTrainer(
+            model=str(model.model_name_or_path),
+            args=training,
+            train_dataset=run.train_dataset,
+            eval_dataset=run.eval_dataset,
+            quantization_config=get_quantization_config(model),
+            peft_config=spp.to_config(),
+            callbacks=[guard, SparsityCallback(guard)],
+        )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The adapter is in {training.output_dir}.", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
     others = [name for name in modules if name not in targets]
     suffixes: set[str] = set()
     for inner_name in sorted(set(targets.values())):
-        suffix = _shortest_unambiguous_suffix(inner_name, others)
+        suffix = shortest_unambiguous_suffix(inner_name, others)
         if suffix is not None:
             suffixes.add(suffix)
         else:
@@ -96,7 +96,8 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         yield name, module
 
 
-def _shortest_unambiguous_suffix(name: str, others: list[str]) -> str | None:
+def shortest_unambiguous_suffix(name: str, others: Iterable[str]) -> str | None:
+    """The least of a name's last parts that none of the others ends with."""
     parts = name.split(".")
     for start in range(len(parts) - 1, -1, -1):
         suffix = ".".join(parts[start:])
