@@ -68,6 +68,10 @@ def __dir__() -> list[str]:
 def register_methods() -> None:
     """Register SPP with PEFT, and compressed weights with Transformers. Calling it again is a no-op."""
     with quiet_imports():
+        from .peft_version import check_peft
+
+        # before the parts of PEFT that it looks for are imported
+        check_peft()
         from .compressed import register as register_compressed
         from .registration import register
         from .tuner import SPPConfig, SPPModel
