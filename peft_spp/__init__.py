@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .compressed import BitmaskConfig, CompressedLinear, compress, decompress
     from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
     from .hub import push_to_hub
+    from .optimizers import spp_parameter_groups
     from .tuner import SPPConfig, SPPLayer, SPPModel
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "prepare_model_for_compiled_hotswap",
     "push_to_hub",
+    "spp_parameter_groups",
 ]
 
 # imported when they are asked for: Transformers' trainer, for one, is a slow import that only training needs
@@ -52,6 +54,7 @@ _MODULES = {
     "hotswap_adapter_from_state_dict": "hotswap",
     "prepare_model_for_compiled_hotswap": "hotswap",
     "push_to_hub": "hub",
+    "spp_parameter_groups": "optimizers",
 }
 
 
