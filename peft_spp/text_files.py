@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
 from .error_text import one_line
+from .installing import how_to_install
 
 
 TEXT_FIELD = "text"
@@ -85,8 +86,8 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
         if error.name != "datasets":
             raise
         raise ImportError(
-            f"reading {file} needs datasets, which is not installed. Install it with: pip install "
-            '"peft-spp[train]". A file of plain text does without.',
+            f"reading {file} needs datasets, which is not installed. Install it with: "
+            f"{how_to_install('train')}. A file of plain text does without.",
             name="datasets",
         ) from error
     with TemporaryDirectory() as cache, _quiet_datasets():

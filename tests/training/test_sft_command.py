@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import peft_spp
 from peft_spp.cli import app
+from peft_spp.installing import how_to_install
 from peft_spp.sft import last_complete_checkpoint
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
@@ -307,7 +308,7 @@ def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.Mon
             monkeypatch.delitem(sys.modules, module)
     result = CliRunner().invoke(app, ["sft", "--help-all"])
     assert result.exit_code == 2
-    assert f'{package} is not installed. Install it with: pip install "peft-spp[train]"' in result.output
+    assert f"{package} is not installed. Install it with: {how_to_install('train')}" in result.output
 
 
 def logged_losses(folder: Path) -> dict[int, float]:
