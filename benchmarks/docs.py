@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The tables of `docs/performance.md`, `docs/inference.md` and `docs/reliability.md`, from results:
+The tables of `docs/performance.md` and `docs/inference.md`, from results:
 `python -m benchmarks.docs benchmarks/results/<machine>`.
 
 Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a page stands the table of the benchmark NAME.
@@ -25,7 +25,6 @@ from .passes import LABELS as PASSES
 
 PAGE = Path("docs/performance.md")
 INFERENCE = Path("docs/inference.md")
-RELIABILITY = Path("docs/reliability.md")
 
 app = typer.Typer(add_completion=False)
 
@@ -39,12 +38,9 @@ def main(
     inference: Annotated[
         Path, typer.Option(help="The page to write the tables of compressed weights into.", exists=True)
     ] = INFERENCE,
-    reliability: Annotated[
-        Path, typer.Option(help="The page to write the table of the mask's record into.", exists=True)
-    ] = RELIABILITY,
 ) -> None:
-    """Write the tables of results into the pages on performance, on running sparse models, and on reliability."""
-    for file, tables in ((page, TABLES), (inference, INFERENCE_TABLES), (reliability, RELIABILITY_TABLES)):
+    """Write the tables of results into the pages on performance and on running sparse models."""
+    for file, tables in ((page, TABLES), (inference, INFERENCE_TABLES)):
         text = file.read_text()
         for name, make in tables.items():
             path = results / f"{name}.json"
@@ -164,18 +160,6 @@ def merge_table(result: BenchmarkResult) -> str:
     return _table([f"{size}, {largest}", "median (min–max)", "", "peak memory"], rows, result)
 
 
-TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
-    "layer": layer_table,
-    "layer_long": layer_table,
-    "passes": passes_table,
-    "training_step": training_step_table,
-    "step_profile": step_profile_table,
-    "memory": memory_table,
-    "decode": decode_table,
-    "merge": merge_table,
-}
-
-
 def mask_record_table(result: BenchmarkResult) -> str:
     rows = []
     for case in result.cases:
@@ -192,7 +176,17 @@ def mask_record_table(result: BenchmarkResult) -> str:
     return _table(["", "stored as", "speed", "time ÷ copying it", "Llama-7B"], rows, result)
 
 
-RELIABILITY_TABLES: dict[str, Callable[[BenchmarkResult], str]] = {"mask_record": mask_record_table}
+TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
+    "layer": layer_table,
+    "layer_long": layer_table,
+    "passes": passes_table,
+    "training_step": training_step_table,
+    "step_profile": step_profile_table,
+    "memory": memory_table,
+    "decode": decode_table,
+    "merge": merge_table,
+    "mask_record": mask_record_table,
+}
 
 
 def compressed_layers_table(result: BenchmarkResult) -> str:

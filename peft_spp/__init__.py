@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPP (sparsity-preserved parameter-efficient fine-tuning) for Hugging Face PEFT.
 
-Importing this package registers the method: afterwards [`SPPConfig`] works wherever PEFT takes a configuration, and
+Importing this package registers the method: afterward [`SPPConfig`] works wherever PEFT takes a configuration, and
 Transformers loads models with compressed weights.
 """
 

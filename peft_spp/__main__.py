@@ -29,7 +29,7 @@ def main() -> None:
     name = sys.argv[0]
     if name.endswith(".py") or Path(name).is_file():
         if not Path(name).is_file():
-            raise SystemExit(f"There is no script {name!r}.")
+            raise SystemExit(f"The script {name!r} does not exist.")
         # where `python script.py` looks for modules first, in place of the current folder
         sys.path[0] = str(Path(name).resolve().parent)
         runpy.run_path(name, run_name="__main__")

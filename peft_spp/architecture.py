@@ -96,7 +96,7 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     if weight is None or has_plain_forward(layer) or weight.dtype not in FLOATING or weight.ndim != 2:
         return None
     if _has_own_call(layer):
-        return "its class has its own `__call__`"
+        return "its class overrides `__call__`"
     inputs = weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
     # no random numbers, which would change those of the run that asks
     x = torch.arange(2 * inputs, device=weight.device, dtype=torch.float32).cos().reshape(2, inputs)
@@ -109,13 +109,13 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     if not isinstance(actual, torch.Tensor):
         return f"it returns a {type(actual).__name__}"
     if actual.shape != expected.shape:
-        return f"it makes a result of shape {tuple(actual.shape)} where `x @ weight.T` has {tuple(expected.shape)}"
+        return f"its output has shape {tuple(actual.shape)}, and `x @ weight.T` has {tuple(expected.shape)}"
     if weight.is_meta:
         return None
     off = (actual.double() - expected.double()).norm(dim=1)
     tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
     if not bool((off <= tolerance * expected.double().norm(dim=1)).all()):
-        return "its result is not `x @ weight.T + bias`"
+        return "its output is not `x @ weight.T + bias`"
     return None
 
 

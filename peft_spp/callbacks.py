@@ -44,7 +44,7 @@ class SPPGuardCallback(TrainerCallback):
     In a distributed run a parameter that is not finite in one process stops all of them. Where DeepSpeed ZeRO-3 or
     FSDP2 have sharded the weights, every process compares its own shards, without gathering them, and the process with
     the changed shard stops; the launcher ends the others. Weights that FSDP1 has sharded, or that are offloaded, are
-    not compared, which a warning says.
+    not compared, with a warning.
 
     Example:
 
@@ -65,7 +65,9 @@ class SPPGuardCallback(TrainerCallback):
 
     def __init__(self, check_base_steps: int = 100) -> None:
         if check_base_steps < 0:
-            raise ValueError(f"`check_base_steps` should be a number of steps or 0, got {check_base_steps}.")
+            raise ValueError(
+                f"`check_base_steps` should be a number of steps or 0 but the value passed is {check_base_steps}."
+            )
         self.check_base_steps = check_base_steps
         self._trained: dict[str, nn.Parameter] = {}
         self._layers: dict[str, Linear] = {}
@@ -82,14 +84,17 @@ class SPPGuardCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         layers = [module for module in model.modules() if isinstance(module, Linear)]
         if not layers:
-            raise ValueError("SPPGuardCallback guards SPP adapters, and the model to train has none.")
+            raise ValueError(
+                "SPPGuardCallback needs a model with an SPP adapter, and the model to train has none. Call "
+                "`get_peft_model` with an `SPPConfig` first, or remove the callback."
+            )
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._layers = {layer.module_name: layer for layer in layers if _base_part(layer) is not None}
         if len(self._layers) < len(layers):
             unseen = [layer.module_name for layer in layers if layer.module_name not in self._layers]
             warnings.warn(
-                f"SPPGuardCallback cannot see the weights of {len(unseen)} modules, {unseen[0]} the first of them: "
-                "FSDP1 has sharded them, or they are offloaded. It watches what is trained, and not these weights.",
+                f"SPPGuardCallback cannot read the weights of {len(unseen)} modules, such as {unseen[0]}: FSDP1 has "
+                "sharded them, or they are offloaded. It checks the trained parameters, but not these weights.",
                 stacklevel=2,
             )
         self._base = {name: _look_at_base(layer) for name, layer in self._layers.items()}
@@ -129,8 +134,8 @@ class SPPGuardCallback(TrainerCallback):
         broken = _of_all_processes([name for name, part in parts.items() if not torch.isfinite(part).all()], args)
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise RuntimeError(
-            f"Step {step}: {broken[0].removeprefix(PREFIX)}{more} went infinite or NaN. Load the last "
-            "checkpoint, and train with a lower learning rate, with gradient clipping, or in bfloat16."
+            f"Step {step}: {broken[0].removeprefix(PREFIX)}{more} became infinite or NaN. Load the last checkpoint "
+            "and train with a lower learning rate, with gradient clipping, or in bfloat16."
         )
 
     def _check_base(self, step: int, names: list[str]) -> None:
@@ -138,14 +143,14 @@ class SPPGuardCallback(TrainerCallback):
             now, then = _look_at_base(self._layers[name]), self._base[name]
             if now.mask != then.mask:
                 raise RuntimeError(
-                    f"Step {step}: pruned places of the weight of module {name} changed ({then.mask.zeros:,} zeros at "
-                    f"the start of the training, {now.mask.zeros:,} now). Something other than SPP writes to it; load "
-                    "the base model again."
+                    f"Step {step}: the zeros in the weight of module {name} changed ({then.mask.zeros:,} when "
+                    f"training started, {now.mask.zeros:,} now). Something other than SPP writes to this weight; "
+                    "reload the base model."
                 )
             if now.values != then.values:
                 raise RuntimeError(
-                    f"Step {step}: the frozen weight of module {name} changed. The adapter is trained for another "
-                    "base model than it says; find what writes to the weight, and load the base model again."
+                    f"Step {step}: the frozen weight of module {name} changed, so the adapter no longer fits its "
+                    "base model. Find the code that writes to this weight, and reload the base model."
                 )
             self._base[name] = now
 

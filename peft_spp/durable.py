@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either complete or as they were: written aside, brought to the disk, and renamed into place."""
+"""Files that are either complete or unchanged: written aside, brought to the disk, and renamed into place."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def no_space(code: int | None, folder: Path) -> OSError:
     """The error to raise when nothing was changed because the disk is full."""
     reason = os.strerror(code) if code is not None else "the disk is full"
-    return OSError(code, f"no space to write to it ({reason}); what was there is as it was", str(folder))
+    return OSError(code, f"no space left to write to it ({reason}); the files in it are unchanged", str(folder))
 
 
 def publish(written: Path, path: Path) -> None:
@@ -47,14 +47,14 @@ def publish(written: Path, path: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a function write a file that is either complete or as it was."""
+    """Let a function write a file that is either complete or unchanged."""
     with working_folder(path.parent) as working:
         write(working / path.name)
         publish(working / path.name, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either complete or as it was."""
+    """Write a text file that is either complete or unchanged."""
     write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 

@@ -52,8 +52,8 @@ def hotswap_adapter(
         **kwargs (`optional`): Additional keyword arguments used for loading the configuration and the weights.
 
     Raises:
-        ValueError: If one of the two is no SPP adapter, the loaded one is merged, they have different dropout, or the
-            new one is broken.
+        ValueError: If one of the two is not an SPP adapter, the loaded one is merged, they have different dropout, or
+            the new one is broken.
         RuntimeError: If the new adapter does not fit.
     """
     saved = read_if_ours(model_name_or_path, kwargs)
@@ -135,15 +135,15 @@ def prepare_model_for_compiled_hotswap(
     tensors; and with a `target_rank` the adapter is written with more row blocks, which changes nothing that it
     computes. (Trained further, it has the freedom of all these blocks.)
 
-    An SPP adapter is no special case of every one with more row blocks: its blocks have to be made up of whole blocks
-    of the other one. The safe choice for `target_rank` is a common multiple of the `r` of all adapters that divides
-    the output rows of all layers; `r` of 4, 8 and 16 go together with 16. Whatever does not fit is refused.
+    An SPP adapter is not a special case of every one with more row blocks: its blocks have to be made up of whole
+    blocks of the other one. The safe choice for `target_rank` is a common multiple of the `r` of all adapters that
+    divides the output rows of all layers; `r` of 4, 8 and 16 go together with 16. Whatever does not fit is refused.
 
     Args:
         model (`nn.Module`): The model with the loaded adapter, before compilation.
         target_rank (`int`, *optional*):
             The number of row blocks that the adapters get; in layers with fewer output rows one block a row. If not
-            specified, the row blocks stay as they are.
+            specified, the row blocks are unchanged.
         config (`SPPConfig` or `dict[str, SPPConfig]`, *optional*):
             The configurations of the model's adapters. They are updated also if they are not passed, so that a saved
             adapter can be loaded.
@@ -178,7 +178,9 @@ def prepare_model_for_compiled_hotswap(
         raise ValueError("No SPP layers found: call prepare_model_for_compiled_hotswap after loading an adapter.")
     passed = config.values() if isinstance(config, Mapping) else [config] if config is not None else []
     if any(all(one is not theirs for theirs in own.values()) for one in passed):
-        raise ValueError("`config` is not of an adapter of the model. Pass `model.peft_config`, or leave it out.")
+        raise ValueError(
+            "`config` does not belong to an adapter of the model. Pass `model.peft_config`, or leave it out."
+        )
     refined = []
     if target_rank is not None:
         check_rank("target_rank", target_rank)
@@ -236,8 +238,8 @@ def _refine(A: torch.Tensor, layer: SPPLayer, adapter_name: str) -> torch.Tensor
     except ValueError as error:
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed: spp_A of {layer.module_name!r} has {own_r} row blocks in the "
-            f"new adapter and {r} in the loaded one, and {error}. Load an adapter with another `r` first, or call "
-            "`prepare_model_for_compiled_hotswap` with a `target_rank` that suits both."
+            f"new adapter and {r} in the loaded one, and {error}. Load an adapter with a different `r` first, or "
+            "call `prepare_model_for_compiled_hotswap` with a `target_rank` that fits both."
         ) from error
 
 
@@ -256,7 +258,7 @@ def _check_configs(model: nn.Module, layers: Collection[SPPLayer], adapter_name:
     loaded = configs.get(adapter_name)
     if not isinstance(loaded, SPPConfig) or not isinstance(config, SPPConfig):
         raise ValueError(
-            f"An SPP adapter can only take the place of an SPP adapter: {adapter_name!r} is "
+            f"Only an SPP adapter can be swapped for an SPP adapter: {adapter_name!r} is "
             f"{type(loaded).__name__ if loaded else 'not loaded'}, the new one is {type(config).__name__}. The model "
             f"has the adapters {sorted(configs)}."
         )
@@ -267,8 +269,8 @@ def _check_configs(model: nn.Module, layers: Collection[SPPLayer], adapter_name:
         )
     if loaded.spp_dropout != config.spp_dropout:
         raise ValueError(
-            f"Configs are incompatible: for spp_dropout, {loaded.spp_dropout} != {config.spp_dropout}. Set "
-            "`spp_dropout` of the new configuration, or load the new adapter next to the old one."
+            f"Configs are incompatible: for spp_dropout, {loaded.spp_dropout} != {config.spp_dropout}. Change "
+            "`spp_dropout` in the new configuration, or load the new adapter as a separate one."
         )
     return loaded
 
@@ -281,29 +283,30 @@ def _check_tensors(
     if unexpected:
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:_SHOWN])} "
-            f"({len(unexpected)} in all). The new adapter adapts what the loaded one does not: load it next to it."
+            f"({len(unexpected)} in all). The new adapter has tensors that the loaded one does not have: load it as "
+            "a separate adapter."
         )
     missing = set(current) - set(state_dict)
     halves = sorted(key for key in missing if not _is_whole_layer(key, missing))
     if halves:
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, missing keys: {', '.join(halves[:_SHOWN])} ({len(halves)} in "
-            "all). The new adapter was saved without what the loaded one has trained."
+            "all). The new adapter was saved without tensors that the loaded one trained."
         )
     for key, tensor in state_dict.items():
         if tensor.shape != current[key].shape:
             raise RuntimeError(
                 f"Hot swapping the adapter did not succeed: {key} is {tuple(tensor.shape)} in the new adapter and "
                 f"{tuple(current[key].shape)} in the loaded one. Load the one with the larger `r` first, or call "
-                "`prepare_model_for_compiled_hotswap` with a `target_rank` that suits both."
+                "`prepare_model_for_compiled_hotswap` with a `target_rank` that fits both."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"The new adapter is broken: {key} has values that are NaN or infinite.")
+            raise ValueError(f"The new adapter is broken: {key} contains NaN or infinite values.")
     zeros = {key: torch.zeros_like(current[key]) for key in missing if key.endswith(".spp_B.weight")}
     if zeros:
         warnings.warn(
-            f"The new adapter does not adapt {len(zeros)} of the layers of the loaded one; they become those of the "
-            "base model.",
+            f"The new adapter does not cover {len(zeros)} of the loaded adapter's layers; they go back to the base "
+            "model's weights.",
             stacklevel=3,
         )
     return {**current, **state_dict, **zeros}

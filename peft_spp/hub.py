@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharing an adapter on the Hub, with a model card that says what it is."""
+"""Sharing an adapter on the Hub, with a model card that describes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def push_to_hub(
     """
     Upload the adapters of a model to the Hub, and with them the model card that `save_pretrained` writes.
 
-    `model.push_to_hub(repo_id)` uploads the same files but the card: in Transformers 5 it puts a card of its own, made
+    `model.push_to_hub(repo_id)` uploads the same files but the card: in Transformers 5 it puts its own card, made
     for whole models, over the one that `save_pretrained` has written.
 
     Args:

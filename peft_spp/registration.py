@@ -34,7 +34,7 @@ def register(config_cls: type, model_cls: type) -> None:
         model_cls (`type`): The tuner class, [`SPPModel`].
 
     Raises:
-        ImportError: If the installed PEFT has a method of this name itself. PEFT is left as it was.
+        ImportError: If the installed PEFT already has a method of this name. PEFT is not changed then.
     """
     owner = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(MEMBER)  # type: ignore[call-overload]
     if owner is not None and owner.__module__.partition(".")[0] == config_cls.__module__.partition(".")[0]:

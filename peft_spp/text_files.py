@@ -62,7 +62,7 @@ def kinds() -> str:
 def read_texts(file: Path) -> list[str]:
     """Read the texts of a file."""
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {str(file)!r}")
+        raise FileNotFoundError(f"the file {str(file)!r} does not exist")
     builder = builder_of(file)
     if builder in (None, "text"):
         try:
@@ -86,8 +86,8 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
         if error.name != "datasets":
             raise
         raise ImportError(
-            f"reading {file} needs datasets, which is not installed. Install it with: "
-            f"{how_to_install('train')}. A file of plain text does without.",
+            f"reading {file} needs datasets, which is not installed. Install it with: {how_to_install('train')}. "
+            "Plain text files do not need it.",
             name="datasets",
         ) from error
     with TemporaryDirectory() as cache, _quiet_datasets():
@@ -102,7 +102,7 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
             fault = find_fault(file, TEXT_FIELD) or f"the file {file} cannot be read as {builder}: {one_line(error)}"
             raise ValueError(fault) from error
     raise ValueError(
-        f"the file {file} has no {TEXT_FIELD!r}; its columns are {', '.join(map(repr, rows.column_names))}"
+        f"the file {file} has no column {TEXT_FIELD!r}; its columns are {', '.join(map(repr, rows.column_names))}"
     )
 
 
@@ -163,7 +163,7 @@ def _fault(data: bytes, field: str | None) -> str | None:
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return "has half of a surrogate pair (\\ud800 to \\udfff), which is not a character. Remove it"
+        return "contains an unpaired surrogate (\\ud800 to \\udfff), which is not a character. Remove it"
     return None
 
 

@@ -171,7 +171,7 @@ def test_a_class_of_linear_layers_is_asked_what_it_computes(layer, linear, dtype
 
 
 def test_a_small_difference_counts():
-    assert why_not_linear_map(Rescaled(32, 48)) == "its result is not `x @ weight.T + bias`"
+    assert why_not_linear_map(Rescaled(32, 48)) == "its output is not `x @ weight.T + bias`"
 
 
 def test_on_the_meta_device_the_shapes_tell():

@@ -157,7 +157,7 @@ def test_weights_that_cannot_be_seen_are_told(tmp_path):
     model = get_peft_model(pruned_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
     layer_of(model).base_layer.to("meta")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.warns(UserWarning, match=r"1 modules, model\.layers\.1\.mlp\.up_proj"):
+    with pytest.warns(UserWarning, match=r"1 modules, such as model\.layers\.1\.mlp\.up_proj"):
         SPPGuardCallback().on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 

@@ -15,7 +15,8 @@ from peft_spp.peft_version import _RELIED_ON
 
 
 TEXT = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| `([\w.]+)` \| (`[^|]+) \|", TEXT.partition("## What we rely on in others")[2], re.MULTILINE)
+TABLE = TEXT.partition("## Private names that we rely on")[2]
+ROWS = re.findall(r"^\| `([\w.]+)` \| (`[^|]+) \|", TABLE, re.MULTILINE)
 NAMES = [(module, name) for module, names in ROWS for name in re.findall(r"`([\w.]+)`", names)]
 
 

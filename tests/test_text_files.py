@@ -108,7 +108,7 @@ GOOD = lines("good", "also good") + b"\n"
         ("a.jsonl", GOOD + b'{"text": 5}\n', "line 4 .* no 'text' that is a string"),
         ("a.jsonl", GOOD + b'{"text": null}\n', "line 4 .* no 'text'"),
         ("a.jsonl", GOOD + b'{"body": "b"}\n', "line 4 .* no 'text'"),
-        ("a.jsonl", b'{"body": "b"}\n', "has no 'text'; its columns are 'body'"),
+        ("a.jsonl", b'{"body": "b"}\n', "has no column 'text'; its columns are 'body'"),
         ("a.jsonl", lines("a").decode().encode("utf-16"), "not text in UTF-8"),
         ("a.jsonl.gz", gzip.compress(GOOD + b'{"text": \n', mtime=0), "line 4 .* not valid JSON"),
         ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], "damaged"),

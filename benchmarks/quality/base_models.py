@@ -70,7 +70,7 @@ class BaseModel:
 
     def load(self, pruning: Pruning | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """
-        Load the model anew, from the disk onto the device.
+        Load the model again, from the disk onto the device.
 
         Args:
             pruning (`Pruning`, *optional*): How it is pruned; `None` for the dense one.

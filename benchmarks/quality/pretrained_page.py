@@ -86,8 +86,8 @@ def _spp(one: Comparison) -> list[Entry]:
 def _pruned_sentence(store: Store, one: Comparison) -> str:
     lost, error = one.pruned.gain(one.dense)
     return (
-        f"{one.pruning.label}: {_perplexities(one.dense)} become {_perplexities(one.pruned)} "
-        f"(perplexity on {_text_names(store)}), and the mean accuracy goes from {one.dense.accuracy:.1%} to "
+        f"{one.pruning.label}: pruning takes the perplexity on {_text_names(store)} from {_perplexities(one.dense)} "
+        f"to {_perplexities(one.pruned)}, and the mean accuracy from {one.dense.accuracy:.1%} to "
         f"{one.pruned.accuracy:.1%} ({points(lost, error)} points)."
     )
 
@@ -102,8 +102,8 @@ def _perplexity_sentence(one: Comparison, spp: Entry) -> str:
     )
     return (
         f"After {spp.tuned['tokens']:,} tokens {spp.label} has a perplexity of {spp.perplexity(MAIN_TEXT).mean:.1f} "
-        f"on text like that of the tuning and has won back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity, "
-        f"on text unlike it {one.won_back(spp, UNLIKE):.0%}" + (f"; on the former, {compared}." if compared else ".")
+        f"on text like the tuning text. It wins back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity there, "
+        f"and {one.won_back(spp, UNLIKE):.0%} on other text." + (f" On the former: {compared}." if compared else "")
     )
 
 
@@ -111,14 +111,14 @@ def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
     own, own_error = best.gain(one.pruned)
     recipe = "" if best is spp else f"; the best of SPP's recipes, {best.label}: {points(own, own_error)}"
     share = one.tasks_won_back(best)
-    verdict = f"of what pruning took from the tasks, {share:.0%} is back at best"
+    verdict = f"the best recipe recovers {share:.0%} of the accuracy lost by pruning"
     if abs(own) < 2 * own_error:
         verdict += ", a difference of less than two standard errors: not distinguishable from zero"
     elif share < 0.5:
         verdict += ", less than half"
     return (
-        "Perplexity on the tuning text shows adaptation, the tasks show recovery: against the pruned model the mean "
-        f"accuracy of {spp.label} is {points(*spp.gain(one.pruned))} points{recipe}; {verdict}."
+        "Perplexity on the tuning text shows adaptation, the tasks show recovery: compared with the pruned model, the "
+        f"mean accuracy of {spp.label} changes by {points(*spp.gain(one.pruned))} points{recipe}; {verdict}."
     )
 
 
@@ -128,8 +128,8 @@ def _probability_sentence(one: Comparison) -> str:
     compared = "".join(f", {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
     return (
         "The probability of the right choice, which shows smaller changes, moved by "
-        f"{points(*one.pruned.probability_gain(one.dense))} points with pruning, and from there {best.label}, SPP's "
-        f"best, moved it by {points(*best.probability_gain(one.pruned))}{compared}."
+        f"{points(*one.pruned.probability_gain(one.dense))} points with pruning. From there {best.label}, the best of "
+        f"SPP's recipes, moved it by {points(*best.probability_gain(one.pruned))}{compared}."
     )
 
 
@@ -137,7 +137,7 @@ def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
     pairs = [(one, one.find("spp_positive"), one.find("spp")) for one in comparisons]
     said = [
         f"{one.pruning.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
-        f"{default.perplexity(MAIN_TEXT).mean:.2f} and, on text unlike that of the tuning, "
+        f"{default.perplexity(MAIN_TEXT).mean:.2f} and, on other text, "
         f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}"
         for one, positive, default in pairs
         if positive is not None and default is not None

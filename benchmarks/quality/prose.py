@@ -2,38 +2,37 @@
 """The sentences of the page that do not depend on results. Line breaks do not matter: they are filled again."""
 
 OPENING = """
-Pruning costs a model quality. How much of it does SPP win back, with the zeros kept, and how much do the methods that
-it competes with? This page is written by `python -m benchmarks.quality` from the JSON files that it names; nothing on
-it is written by hand.
+Pruning costs a model quality. This page shows how much of it SPP wins back with the zeros kept, next to the methods it
+competes with. `python -m benchmarks.quality` writes the whole page from the JSON files that it names.
 """
 
 INCOMPLETE = """
-**The suite has not run to its end yet.** What follows is what has been measured so far; the command below measures
-what is missing and writes this page anew.
+**The suite has not run to its end yet.** The page has what was measured so far; the command below measures the rest
+and rewrites the page.
 """
 
 NOT_MEASURED = """
-The suite has these as well, which have not been run yet: {names}.
+Also in the suite, but not run yet: {names}.
 """
 
 HOW_TO_READ = """
 *Won back*: the share of the log-perplexity lost by pruning, 100% being the dense model. ± is the standard deviation
-over the seeds. *Step*: the median of the ratios of single steps, measured side by side in interleaved rounds. Of
-HiRA, masked LoRA and Supertuning there is each a variant with SPP's number of parameters, as near as it goes; of the
-first two one with as many steps as fit in SPP's time, at the learning rate chosen for the method without this. *SPP,
-positive start* is `SPPConfig(init_weights="positive")`, which draws A without negative values. Sizes of adapters,
-sparsities and the memory of a step are in the JSON.
+over the seeds. *Step*: the median ratio of single steps, measured side by side in interleaved rounds. HiRA, masked
+LoRA and Supertuning each have a variant with about SPP's number of parameters. HiRA and masked LoRA also have one with
+as many steps as fit in SPP's time, at the learning rate chosen for the method without this limit. *SPP, positive
+start* is `SPPConfig(init_weights="positive")`, which draws A without negative values. The JSON has adapter sizes,
+sparsities and the memory of a step.
 """
 
 ALL_PRUNINGS = """
-Perplexity, and in brackets what was won back. Wanda's 2:4 and 75% have three seeds and learning rates of their own;
-the others have one seed, at the rates of whichever of these two is closer in sparsity.
+Perplexity, with the share won back in brackets. Wanda's 2:4 and 75% have three seeds and their own learning rates. The
+others have one seed, and the rates of whichever of these two is closer in sparsity.
 """
 
 RATES = """
-Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. Where the best
-was at the edge of the grid, the grid was extended, up to twice; *(edge)* says that it still is at the edge. Then the
-rates halfway between the best and its neighbors were tried.
+Each method's rate is the one with the lowest perplexity on the validation text, with the first seed. If the best rate
+was at the edge of the grid, the grid was extended, up to twice; *(edge)* marks rates that are still at the edge. Then
+the rates halfway between the best and its neighbors were tried.
 The rate of LoRA is chosen before merging, and serves all its deployments.
 """
 
@@ -48,25 +47,25 @@ All seeds share one base model: they differ in the factors and the order of the 
 TUNING = """
 Every method gets the same {tokens:,} tokens in the same order ({steps} steps of {batch} sequences, in float32; AdamW,
 10% warm-up, cosine to zero, gradients clipped to 1, no weight decay, no dropout). It adapts all linear layers inside
-the transformer blocks; embeddings, norms and head stay as they are. The text is that of the base model's training, so
+the transformer blocks; embeddings, norms and head are unchanged. The text is that of the base model's training, so
 this measures recovery and not the learning of something new.
 """
 
 DEPLOYED = """
-Measured is the deployed model: the adapter is saved, merged into the pruned model from disk, the result saved as
-safetensors and loaded again by plain Transformers. LoRA is trained once and deployed in three ways.
+The deployed model is measured: the adapter is saved, merged into the pruned model from disk, and the result saved as
+safetensors and loaded by plain Transformers. LoRA is trained once and deployed in three ways.
 """
 
 PERPLEXITY = "Perplexity is over {test} sequences of test text."
 
 NO_ANSWERS = """
-GSM8K answers are not scored: models of this size get none right, so an exact match would say nothing.
+GSM8K answers are not scored: models of this size get none right, so exact match would not tell them apart.
 """
 
 MACHINE = """
-{machine}, Python {python}, PEFT {peft}, Transformers {transformers}. All {count} runs of fine-tuning took {cpu:.0f}
-minutes of processor time over all cores, and {wall:.0f} minutes of wall time, which other work on the machine
-lengthens; the evaluations come on top. Ratios of steps are from interleaved rounds, which meet such noise alike.
+{machine}, Python {python}, PEFT {peft}, Transformers {transformers}. All {count} fine-tuning runs took {cpu:.0f}
+minutes of processor time over all cores and {wall:.0f} minutes of wall time, on a machine with other work; evaluation
+is extra. Ratios of steps are from interleaved rounds, which share that noise.
 """
 
 SETTINGS = """
@@ -74,63 +73,63 @@ One setting changed at a time, each at the best of its learning rates on the val
 {batch} sequences. `scaling` is s = alpha / r (2 by default); `B_rate_ratio` is the learning rate of B over that of A,
 as in LoRA+; `A=ones` and `A=positive` start A as ones, or as the absolute values of the usual draws; `dtype` is that
 of the base model and `factors` that of A and B (float32 by default); `B=random` is an adapter that does not start as
-the identity. With ± there are three seeds, otherwise it is one. *Largest loss* is over all steps at all rates: an
-explosion would show there.
+the identity. Rows with ± have three seeds, others one. *Largest loss* is over all steps at all rates, and would show
+an explosion.
 """
 
 NOT_RUN = """
 `accelerate launch -m benchmarks.quality --suite llama --device cuda --data FOLDER` fine-tunes published pruned
-checkpoints (Llama-3.1-8B by Wanda at 2:4 and at 50%, Sparse-Llama-3.1-8B-2of4, Llama-2-7b-pruned70-retrained) by SPP,
-HiRA, LoRA and masked LoRA, and evaluates them on the tasks of the paper by lm-evaluation-harness (`pip install
-".[quality]"`). **It has not been run on these checkpoints yet**; the tests run it on a tiny local model with a
+checkpoints (Llama-3.1-8B by Wanda at 2:4 and at 50%, Sparse-Llama-3.1-8B-2of4, Llama-2-7b-pruned70-retrained) with
+SPP, HiRA, LoRA and masked LoRA, and evaluates them on the tasks of the paper with lm-evaluation-harness (`pip install
+".[quality]"`). **It has not been run on these checkpoints yet.** The tests run it on a tiny local model with a
 local task.
 """
 
 PEFT = """
-`benchmarks/quality/metamathqa` holds settings for PEFT's `method_comparison/MetaMathQA`, to run SPP next to LoRA and
+`benchmarks/quality/metamathqa` has settings for PEFT's `method_comparison/MetaMathQA`, to run SPP next to LoRA and
 HiRA there. That needs a GPU and has not been done yet.
 """
 
 PRETRAINED_OPENING = """
-What tuning wins back of a pruned {model}, with the zeros kept: perplexity on text like that of the tuning and unlike
-it, and accuracy on tasks that nobody tuned on. This page is written by `python -m benchmarks.quality --suite
-pretrained`.
+This page shows what tuning wins back of a pruned {model} with the zeros kept: perplexity on text like the tuning text
+and unlike it, and accuracy on tasks that were not tuned on. `python -m benchmarks.quality --suite pretrained` writes
+the page.
 """
 
 PRETRAINED_READING = """
-*Accuracy*: the mean of acc_norm by lm-evaluation-harness, zero-shot, over the first questions of each test part
-({counts}), ± its standard error by the questions. *Against pruned*: the difference on the same questions, in points,
-± its standard error. *Probability*: of the right choice among all, each taken to be of their mean length; it moves
-with every question, where accuracy moves with the few that are close. Perplexities are over {blocks} sequences of
+*Accuracy*: the mean of acc_norm from lm-evaluation-harness, zero-shot, over the first questions of each test part
+({counts}), ± its standard error over the questions. *Against pruned*: the difference on the same questions, in points,
+± its standard error. *Probability*: of the right choice among all choices, each scored as if it had their mean length;
+it moves with every question, where accuracy moves only with close ones. Perplexities are over {blocks} sequences of
 each text; ± is the standard deviation over seeds where there are several. No training part of any task was tuned on.
 *Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
-samples*: on text that the dense model wrote itself; *on mixed text*: half that and half the tuning text. The dense
-model has {dense}.
+samples*: on text that the dense model wrote; *on mixed text*: half that and half the tuning text. The dense model has
+{dense}.
 """
 
 PRETRAINED_PUBLISHED = """
 For comparison, [others report](https://huggingface.co/lldois/SmolLM2-135M-Reasoning-SLERP-Champion) 54.1 (acc) on
-ARC-easy and 27.7 (acc_norm) on ARC-challenge for SmolLM2-135M-Instruct by the same harness, zero-shot, on all
-questions; the one here was dequantized from 4 bits.
+ARC-easy and 27.7 (acc_norm) on ARC-challenge for SmolLM2-135M-Instruct with the same harness, zero-shot, on all
+questions; the model here was dequantized from 4 bits.
 """
 
 PRETRAINED_RATES = """
-Each contender's rate is the one of a stated grid with the lowest perplexity on the validation text after {rate_steps}
-steps of one sequence; *(edge)* says that it is at the edge of the grid. Prunings without a line here take the rates of
-the first.
+Each contender's rate is the one of a fixed grid with the lowest perplexity on the validation text after {rate_steps}
+steps of one sequence; *(edge)* marks rates at the edge of the grid. Prunings without a line here use the rates of the
+first.
 """
 
 PRETRAINED_METHOD = """
 {model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of
-the tuning text ({text}; of each a test part is held out), and tuned for {steps} steps of {batch} such sequences:
+the tuning text ({text}; a test part of each is held out), and tuned for {steps} steps of {batch} such sequences:
 AdamW, 10% warm-up, cosine to zero, gradients clipped to 1, no dropout, no weight decay. Files are in {dtype} and
-computation in {compute}; factors, the weights that full fine-tuning trains, and the optimizer are in float32. Measured
-is what is deployed: the adapter saved, merged into the pruned model from disk, saved, and loaded by plain Transformers.
-{machine}, Python {python}, PEFT {peft}, Transformers
-{transformers}; all {count} runs of tuning took {hours:.1f} hours of processor time, on a machine with other work, so
+computation in {compute}; factors, the weights that full fine-tuning trains, and the optimizer are in float32. The
+deployed model is measured: the adapter saved, merged into the pruned model from disk, saved, and loaded by plain
+Transformers. {machine}, Python {python}, PEFT {peft}, Transformers
+{transformers}; all {count} tuning runs took {hours:.1f} hours of processor time, on a machine with other work, so
 no time of a single run is given. Command: `{command}`; results: `{results}`.
 """
 
 PRETRAINED_MISSING = """
-The same command continues where it was stopped. Not measured yet:
+The same command resumes where it stopped. Not measured yet:
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements that are done: one JSON file, written anew and whole after each of them."""
+"""The measurements that are done: one JSON file, rewritten as a whole after each of them."""
 
 from __future__ import annotations
 

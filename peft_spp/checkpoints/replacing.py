@@ -111,9 +111,7 @@ def put_inside(working: Path, path: Path, old: Entries, aside: Path) -> list[Pat
     try:
         for name in sorted(old, key=_arrival, reverse=True):
             _move(path / name, aside / name, moved)
-        for folder in _folders(old):
-            with suppress(OSError):
-                (path / folder).rmdir()
+        _remove_empty_folders(path, old)
         for name in sorted(scan(working), key=_arrival):
             _move(working / name, path / name, moved)
     except BaseException:
@@ -122,7 +120,7 @@ def put_inside(working: Path, path: Path, old: Entries, aside: Path) -> list[Pat
             os.rename(target, source)
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return remove(aside, old)
+    return remove(aside, old) + _remove_empty_folders(path, old)
 
 
 def _move(source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:
@@ -142,6 +140,15 @@ def _folders(entries: Entries) -> list[Path]:
     """The folders that entries lie in, the deepest first."""
     found = {parent for name in entries for parent in name.parents if parent != Path()}
     return sorted(found, key=lambda folder: len(folder.parts), reverse=True)
+
+
+def _remove_empty_folders(path: Path, entries: Entries) -> list[Path]:
+    """Remove the folders that entries have left empty; those that cannot be removed are returned."""
+    folders = [path / one for one in _folders(entries)]
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+    return [one for one in folders if one.is_dir() and not any(one.iterdir())]
 
 
 def remove(folder: Path, entries: Entries) -> list[Path]:

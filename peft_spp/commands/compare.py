@@ -14,20 +14,20 @@ from .terminal import print_text
 
 def compare(
     base: Annotated[str, typer.Argument(help="The pruned model: a folder, a safetensors file or a Hub id.")],
-    merged: Annotated[str, typer.Argument(help="What became of it, by fine-tuning and merging.")],
+    merged: Annotated[str, typer.Argument(help="The model after fine-tuning and merging.")],
     modules: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which layers to compare: names or their ends, one for each time the option is given, or one regular "
-            "expression for the whole name."
+            help="Linear layers to compare: names or suffixes (repeat the option for several), or one regular "
+            "expression for the full name."
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
-    Check that no pruned place of a model was lost: which zeros of BASE are no zeros in MERGED, and which are new.
+    Check that a model kept all zeros: which zeros of BASE are lost in MERGED, and which are new.
 
-    The exit code is 0 if every zero was kept, 1 if one was lost or a layer could not be compared, and 2 if something
+    The exit code is 0 if every zero was kept, 1 if one was lost or a layer could not be compared, and 2 if a file
     could not be read.
     """
     import json

@@ -13,8 +13,13 @@ from .console import JsonOption, print_report, progress_bar
 
 ModelArgument = Annotated[str, typer.Argument(help="The model: a folder, or the id of a repository on the Hub.")]
 OutArgument = Annotated[Path, typer.Argument(help="The folder to write to.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count, but write nothing.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+    ),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count without writing anything.")]
 
 
 def compress(
@@ -22,20 +27,24 @@ def compress(
     out: OutArgument,
     min_sparsity: Annotated[
         float | None,
-        typer.Option(help="Layers with a smaller share of zeros stay dense; by default those that would not shrink."),
+        typer.Option(
+            help="Keep layers with fewer zeros than this share dense. By default, those that would not shrink."
+        ),
     ] = None,
     exclude_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Layers that stay dense, instead of the head: a name or its end for each time it is given."),
+        typer.Option(
+            help="Layers to keep dense, instead of the head: names or suffixes (repeat the option for several)."
+        ),
     ] = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """
-    Stop storing the zeros of a pruned model's linear layers, from disk to disk, without losing a bit.
+    Convert a pruned model to compressed weights, which do not store zeros, from disk to disk and without loss.
 
-    The result loads with Transformers after `import peft_spp`. Either all of it is written, or nothing.
+    The result loads with Transformers after `import peft_spp`. The output is written completely or not at all.
     """
     from ..compressed.on_disk import compress_checkpoint
 
@@ -60,9 +69,9 @@ def decompress(
     as_json: JsonOption = False,
 ) -> None:
     """
-    Make plain safetensors of a compressed model again, bit for bit, from disk to disk.
+    Convert a compressed model back to plain safetensors, bit for bit, from disk to disk.
 
-    Either all of it is written, or nothing.
+    The output is written completely or not at all.
     """
     from ..compressed.on_disk import decompress_checkpoint
 

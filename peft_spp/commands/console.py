@@ -19,11 +19,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JS
 TargetModulesOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Which linear layers: names or their ends, one for each time the option is given, or one regular "
-        "expression for the whole name, as in PEFT."
+        help="Linear layers to include: names or suffixes (repeat the option for several), or one regular expression "
+        "for the full name, as in PEFT."
     ),
 ]
-ExcludeModulesOption = Annotated[list[str] | None, typer.Option(help="Which of them not, told in the same way.")]
+ExcludeModulesOption = Annotated[list[str] | None, typer.Option(help="Layers to skip, in the same format.")]
 
 
 class Report(Protocol):

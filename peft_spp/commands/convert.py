@@ -15,16 +15,23 @@ def convert(
     adapter: Annotated[str, typer.Argument(help="The authors' adapter: a folder, or the id of a Hub repository.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the SPP adapter to.")],
     base: Annotated[
-        str | None, typer.Option(help="The base model to name in it. By default the one that the adapter names.")
+        str | None,
+        typer.Option(
+            help="The base model to record in the adapter. By default, the one that the authors' adapter names."
+        ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter in the folder, and nothing else.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an existing adapter in the output folder; a folder with other files is refused.",
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check without writing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """
-    Write a checkpoint of the SPP authors' code (lora_A.weight, lora_A.weight_col) as an SPP adapter.
+    Convert an adapter from the SPP authors' code (lora_A.weight, lora_A.weight_col) to an SPP adapter.
 
     The factors are copied bit for bit, from either layout of the column factor.
     """

@@ -13,16 +13,19 @@ from .console import needs_train_extra
 
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for the models. An earlier demo in it is replaced, anything else is not.")
+        Path,
+        typer.Option(
+            help="Folder for the models. An earlier demo in it is replaced; a folder with other files is refused."
+        ),
     ] = Path("peft-spp-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the data split and all training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the data split and all training runs.")] = 0,
 ) -> None:
     """
     Prune a small Llama to 2:4, fine-tune it with SPP and with LoRA, and compare the merged models.
 
     Works offline and takes about two minutes on two CPU cores. A small tokenizer and a small Llama are trained on a
-    part of Python's own documentation; the perplexity is that on the rest. As Python versions differ in that text,
-    they differ a little in the results.
+    part of Python's own documentation, and the perplexity is measured on the rest. The documentation differs between
+    Python versions, so the results differ a little too.
     """
     from ..demo.config import DemoConfig
     from ..demo.output import OutputFolder

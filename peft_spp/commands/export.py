@@ -21,17 +21,21 @@ class ExportTarget(StrEnum):
 def export(
     adapter: Annotated[str, typer.Argument(help="The SPP adapter: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the exported adapter to.")],
-    to: Annotated[ExportTarget, typer.Option(help="The method to export to.")] = ExportTarget.hira,
+    to: Annotated[ExportTarget, typer.Option(help="The PEFT method to export to.")] = ExportTarget.hira,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter in the folder, and nothing else.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an existing adapter in the output folder; a folder with other files is refused.",
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check, but write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check without writing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """
-    Write an SPP adapter as one of another PEFT method, which plain PEFT loads.
+    Convert an SPP adapter to an equivalent adapter of another PEFT method, which plain PEFT loads.
 
-    It computes the same. As HiRA it takes r · (m + n) numbers a layer instead of r · n + m.
+    A HiRA adapter has r · (m + n) parameters per layer instead of r · n + m.
     """
     from ..interchange import export_adapter
 

@@ -17,26 +17,29 @@ def inspect(
         str, typer.Argument(help="A model, an SPP adapter or a folder of safetensors: a path or a Hub id.")
     ],
     pattern: Annotated[
-        list[str] | None, typer.Option(help="A pattern to look for, such as 2:4. May be repeated.")
+        list[str] | None, typer.Option(help="A pattern to look for, such as 2:4 (repeat the option for several).")
     ] = None,
     modules: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which layers of a model to look at: names or their ends, one for each time the option is given, or "
-            "one regular expression for the whole name."
+            help="Linear layers of a model to inspect: names or suffixes (repeat the option for several), or one "
+            "regular expression for the full name."
         ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw a picture. It needs the extra `plot`.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Draw a plot to this file (.png, .svg or .pdf). Needs the extra `plot`."
+        ),
     ] = None,
-    plot_module: Annotated[str | None, typer.Option(help="The layer whose weight is drawn.")] = None,
+    plot_module: Annotated[str | None, typer.Option(help="The layer whose weight is plotted.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """
-    Show how sparse a model is and where its zeros sit, or what training has made of an adapter.
+    Show how sparse a model is and where its zeros are, or what an adapter learned.
 
-    The model is not built: tensors are read from its files, one at a time. Of a model, a picture shows the sparsity
-    by layer and kind of module, and one mask; of an adapter, how much it changes the weights.
+    The model is not built: tensors are read from its files, one at a time. The plot of a model shows the sparsity by
+    layer and kind of module, and one mask; the plot of an adapter shows how much it changes the weights.
     """
     from ..inspection import AdapterInspection, CheckpointInspection, inspect_adapter, inspect_checkpoint
     from .sources import local_source
@@ -48,7 +51,7 @@ def inspect(
     found: AdapterInspection | CheckpointInspection
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         if pattern or modules:
-            raise ValueError(f"--pattern and --modules are for models, and {source} is an adapter")
+            raise ValueError(f"--pattern and --modules apply to models, and {source} is an adapter")
         found = inspect_adapter(path)
     else:
         patterns = pattern or ("2:4", "4:8", "2:8")
@@ -73,4 +76,4 @@ def _check_plot(plot: Path) -> None:
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {plot} must end in .png, .svg or .pdf")
     if not plot.parent.is_dir():
-        raise ValueError(f"--plot {plot}: there is no folder {plot.parent}")
+        raise ValueError(f"--plot {plot}: the folder {plot.parent} does not exist")

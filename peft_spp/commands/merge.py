@@ -23,23 +23,28 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The folder to write the merged model to.")],
     base: Annotated[
         str | None,
-        typer.Option(help="The base model: a folder or a Hub id. By default the one that the adapter names."),
+        typer.Option(help="The base model: a folder or a Hub id. By default, the one that the adapter names."),
     ] = None,
     check_base: Annotated[
         CheckBase,
-        typer.Option(help="What to do if the base model is pruned in other places than that of the training."),
+        typer.Option(help="What to do if the base model's masks differ from those that the adapter was trained on."),
     ] = CheckBase.warn,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+        ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Merge, check and count, but write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Merge, check and count without writing anything.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """
     Merge an SPP adapter into a checkpoint, from disk to disk, in a few hundred megabytes of memory.
 
-    The result has the bits of `merge_and_unload`, the base model's files and its zeros. Either all of it is written,
-    or nothing. The merged model's config.json lists the adapter, which is not merged into it a second time.
+    The result has the same bits as `merge_and_unload`, and the base model's files and zeros. It is written completely
+    or not at all. The merged model's config.json lists the adapter, so that it is not merged a second time.
     """
     from ..merge import merge_checkpoint
 

@@ -49,7 +49,7 @@ def _method_options() -> Iterator[Parameter]:
         from ..pruning.registry import METHODS, option_names
 
     names = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
-    yield option("method", names, names["wanda"], help="How to choose what to prune.")
+    yield option("method", names, names["wanda"], help="The pruning method.")
     for method in METHODS.values():
         types = get_type_hints(method)
         for field in fields(method):
@@ -62,42 +62,52 @@ def prune(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="The dense model: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the pruned model to.")],
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="Keep N of M weights in a row, as 2:4.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Keep N of every M weights in a row, such as 2:4.")
+    ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="The share of the weights to prune, as 0.5, where no pattern is given.")
+        float | None, typer.Option(help="The share of weights to prune, such as 0.5. Use this or --pattern.")
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help='A file of plain text, or of JSON, CSV or Parquet with a "text" in each row, which needs the extra '
-            "`train`. Magnitude pruning does without."
+            help='Calibration data: a plain text file, or a JSON, CSV or Parquet file with a "text" column (needs '
+            "the extra `train`). Magnitude pruning needs none."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many sequences to draw from it.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Number of sequences to draw from the calibration data.")] = 128,
     sequence_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in each; by default 2048, or the model's context if it is shorter."),
+        typer.Option(
+            min=1, help="Tokens per sequence. By default 2048, or the model's context length if it is shorter."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for drawing the sequences.")] = 0,
     target_modules: TargetModulesOption = None,
     exclude_modules: ExcludeModulesOption = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute; by default on a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to compute on. By default, a GPU if there is one.")
+    ] = None,
     compress: Annotated[
-        bool, typer.Option("--compress", help="Write the pruned model without its zeros; see `peft-spp compress`.")
+        bool, typer.Option("--compress", help="Write compressed weights, without the zeros; see `peft-spp compress`.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model in the folder, and nothing else.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be pruned, but write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check everything and report what would be pruned, without writing anything."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """
     Prune a dense model to 2:4 or another pattern, with one of its blocks in memory at a time.
 
-    By default all linear layers inside the transformer blocks are pruned; embeddings and the language model head are
-    left as they are. Either the whole pruned model is written, or nothing.
+    By default all linear layers inside the transformer blocks are pruned; embeddings and the language model head stay
+    dense. The output is written completely or not at all.
     """
     from ..pruning import prune_checkpoint
     from ..pruning.registry import METHODS, option_names

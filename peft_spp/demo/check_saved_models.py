@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Measure saved models with plain Transformers: a script of its own, which the demo runs in a new process.
+Measure saved models with plain Transformers: a separate script, which the demo runs in a new process.
 
     python check_saved_models.py HELD_OUT_TEXT BLOCK_SIZE MODEL_FOLDER...
 
@@ -45,7 +45,7 @@ def main(text_file: str, block_size: int, folders: list[str]) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         model, loading_info = loaded
         if any(loading_info.values()):
-            raise RuntimeError(f"The files of {folder} do not fit the model: {loading_info}")
+            raise RuntimeError(f"The files of {folder} do not match the model: {loading_info}")
         token_ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
         blocks = token_ids[: len(token_ids) // block_size * block_size].reshape(-1, block_size)
         checks.append({"perplexity": perplexity(model, blocks), **sparsity(model)})

@@ -16,7 +16,7 @@ from .output import OutputFolder
 
 
 def make_progress(console: Console) -> Progress:
-    """A display of bars, each with a note behind it; only of their names where the console is no terminal."""
+    """A display of bars, each with a note behind it; only of their names where the console is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -36,7 +36,7 @@ def add_bar(progress: Progress, description: str, total: int | None) -> TaskID:
 
 @contextmanager
 def show_step(progress: Progress, description: str) -> Iterator[None]:
-    """Show a step that has no steps of its own."""
+    """Show a step without steps inside."""
     task = add_bar(progress, description, total=1)
     yield
     progress.update(task, completed=1)
@@ -66,8 +66,8 @@ def show_results(console: Console, output: OutputFolder, checks: dict[str, Saved
     if checks["pruned"].perplexity > checks["dense"].perplexity:
         spp, lora, masked = (f"{recovered_share(checks, n):.0%}" for n in ("spp_merged", "lora_merged", "lora_masked"))
         console.print(
-            f"Of the log-perplexity that pruning cost, SPP recovers {spp} and stays 2:4. LoRA recovers {lora} with a "
-            f"dense model, and {masked} once it is 2:4 again.",
+            f"SPP recovers {spp} of the log-perplexity lost to pruning and stays 2:4. LoRA recovers {lora} with a "
+            f"dense model, and {masked} once it is masked to 2:4 again.",
             soft_wrap=True,
         )
     # A path may hold what Rich takes for markup.

@@ -52,12 +52,12 @@ class OutputFolder:
         if self.root.exists() and not self.root.is_dir():
             raise FileExistsError(f"{self.root} is not a folder.")
         if self.root.exists() and any(self.root.iterdir()) and not (self.root / MARKER).is_file():
-            raise FileExistsError(f"{self.root} has files that are not the demo's. Name another folder.")
+            raise FileExistsError(f"{self.root} contains files that are not from the demo. Choose another folder.")
         foreign = [name for folder in self.folders for name in self._foreign(folder)]
         if foreign:
             raise FileExistsError(
-                f"{self.root} has files that are not the demo's, and would be lost: {some(foreign)}. Move them "
-                "elsewhere, or name another folder."
+                f"{self.root} contains files that are not from the demo and would be lost: {some(foreign)}. Move "
+                "them, or choose another folder."
             )
 
     def _foreign(self, folder: Path) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SPP maths on plain tensors: no module, no PEFT.
+"""The SPP math on plain tensors: no module, no PEFT.
 
 `W' = W ⊙ (1 + Σ s · P(A) ⊙ B)` (SPP, Lu et al. 2024, https://arxiv.org/abs/2405.16057, equation 4).
 """

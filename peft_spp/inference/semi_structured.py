@@ -36,7 +36,7 @@ _TIMED_SECONDS = 0.05
 
 @dataclass
 class SemiStructuredReport(PlainData):
-    """What was packed, and what was not. `str()` tells it in a few lines.
+    """The packed and the skipped layers. `str()` summarizes them in a few lines.
 
     Args:
         tokens (`int`): The tokens of the forward pass that was timed.
@@ -75,7 +75,7 @@ def to_semi_structured(
     A packed layer takes 9/16 of the memory in half precision. Whether it is faster depends on its shape, the number
     of tokens and the GPU, and with few tokens it is often slower. So one layer of each shape is timed with `tokens`
     tokens, dense and packed, and a layer is packed if the packed one is at least `min_speedup` times as fast. What is
-    not 2:4, or of a shape or dtype that the kernels do not know, stays dense; the report tells why.
+    not 2:4, or has a shape or dtype that the kernels do not support, stays dense; the report gives the reason.
 
     The packed model is for inference: it cannot be trained or saved. Save the merged model before.
 
@@ -87,7 +87,7 @@ def to_semi_structured(
             How many times as fast a packed layer must be. With 0 nothing is timed, and all that can be is packed.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression for the whole name, or names or their ends.
-        exclude_modules (`str` or `Iterable[str]`, *optional*): Which of them not, told in the same way.
+        exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Returns:
         `SemiStructuredReport`: What was packed, and why the rest was not.
@@ -108,7 +108,7 @@ def to_semi_structured(
     ```
     """
     if tokens < 1:
-        raise ValueError(f"tokens must be positive, but is {tokens}")
+        raise ValueError(f"`tokens` should be positive but the value passed is {tokens}")
     _check_merged(model)
     _check_devices(model)
     chosen, skipped = choose_layers(model, target_modules, exclude_modules)
@@ -219,11 +219,11 @@ def _matches(name: str, wanted: str | Iterable[str]) -> bool:
 def _check_merged(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SPPLayer):
-            raise ValueError(f"module {name!r} has an adapter: merge it first, with model.merge_and_unload()")
+            raise ValueError(f"module {name!r} has an adapter: merge it first with model.merge_and_unload()")
 
 
 def _check_devices(model: nn.Module) -> None:
-    instead = "On anything else use the merged model as it is: its weights are dense tensors with zeros."
+    instead = "On other hardware, use the merged model directly: its weights are dense tensors with zeros."
     devices = {parameter.device for parameter in model.parameters()}
     others = sorted(str(device) for device in devices if device.type != "cuda")
     if others:

@@ -48,7 +48,7 @@ class AdaptedModuleInspection(PlainData):
 
 @dataclass(frozen=True)
 class AdapterInspection(ModuleReport[AdaptedModuleInspection]):
-    """What an adapter holds. `str()` gives a table, iteration the modules, `inspection[name]` one of them.
+    """The content of an adapter. `str()` gives a table, iteration the modules, `inspection[name]` one of them.
 
     Args:
         source (`str`): The folder of the adapter.
@@ -88,22 +88,22 @@ class AdapterInspection(ModuleReport[AdaptedModuleInspection]):
             ValueError: If the adapter has no such module.
         """
         if name not in self:
-            raise ValueError(f"{self.source} adapts no module {name!r}; it adapts {some(list(self.modules), 3)}")
+            raise ValueError(f"{self.source} does not adapt module {name!r}; it adapts {some(list(self.modules), 3)}")
         factors = _load(self.factors[name])
         return factors.scaling * expand_row_blocks(factors.A, factors.B.shape[0]) * factors.B
 
     def __str__(self) -> str:
         quantized = f", quantized with {self.quantization}" if self.quantization else ""
-        lines = [f"SPP adapter {self.source}", f"of {self.base_model or 'a base model without name'}{quantized}"]
+        lines = [f"SPP adapter {self.source}", f"of {self.base_model or 'an unnamed base model'}{quantized}"]
         if self.modules:
             columns = ("module", "shape", "trained on", "r", "s", "change (rms)", "largest", "|A|", "|B|")
             lines += ["", self.module_table(columns, _cells, right=columns[3:]), ""]
         untouched = sum(1 for module in self if module.norm_B == 0)
         lines.append(f"{len(self)} modules adapted; their weights change by {_share(self.change)} (root mean square)")
         if untouched:
-            lines.append(f"{untouched} of them are as they were: their B is zero")
+            lines.append(f"{untouched} of them are unchanged: their B is zero")
         if self.trained:
-            lines.append(f"{len(self.trained)} trained tensors besides them: {some(self.trained, 3)}")
+            lines.append(f"{len(self.trained)} other trained tensors: {some(self.trained, 3)}")
         if self.modules and all(module.mask is None for module in self):
             lines.append("no record of the masks of the base model")
         return "\n".join(lines)
@@ -119,7 +119,7 @@ def inspect_adapter(source: str | PathLike[str]) -> AdapterInspection:
         `AdapterInspection`: The data, with a table as `str()`.
 
     Raises:
-        FileNotFoundError: If it is no adapter.
+        FileNotFoundError: If it is not an adapter.
         ValueError: If it is one of another method, or is damaged or not finite.
     """
     folder = Path(source)

@@ -40,7 +40,7 @@ def read_authors_adapter(folder: Path, base: str | None = None) -> AdapterConten
     """Read an adapter that the authors' code has saved."""
     file = folder / CONFIG_NAME
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not an adapter: it holds no {CONFIG_NAME}")
+        raise FileNotFoundError(f"{folder} is not an adapter: it has no {CONFIG_NAME}")
     settings = read_json(file)
     scaling = _check_settings(file, settings)
     weights, stored = _load_tensors(folder)
@@ -67,14 +67,14 @@ def read_authors_adapter(folder: Path, base: str | None = None) -> AdapterConten
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> float:
     """Check that the settings are what the authors' code writes, and return the scaling."""
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{file} is of peft_type {settings.get('peft_type')!r}; the authors' code writes 'LORA'")
+        raise ValueError(f"{file} has peft_type {settings.get('peft_type')!r}; the authors' code writes 'LORA'")
     for name, expected in _UNUSED.items():
         if settings.get(name, expected) != expected:
             raise ValueError(f"{file} has {name}={settings[name]!r}, and only {expected!r} can be converted")
     r, alpha = settings.get("r"), settings.get("lora_alpha")
     numbers = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in (r, alpha))
     if not numbers or r <= 0 or not math.isfinite(alpha):  # type: ignore[operator,arg-type]
-        raise ValueError(f"{file} has r={r!r} and lora_alpha={alpha!r}, which give no scaling")
+        raise ValueError(f"{file} has r={r!r} and lora_alpha={alpha!r}, which do not define a scaling")
     return float(alpha / r)  # type: ignore[operator]
 
 
@@ -90,11 +90,11 @@ def _load_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
         except (SafetensorError, *NOT_A_PICKLE) as error:
-            raise ValueError(f"{file} cannot be read as tensors (cut short or damaged): {error}") from error
+            raise ValueError(f"{file} cannot be read as tensors (truncated or damaged): {error}") from error
         if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
-            raise ValueError(f"{file} does not hold a dictionary of tensors")
+            raise ValueError(f"{file} does not contain a dictionary of tensors")
         return file, stored
-    raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}")
+    raise FileNotFoundError(f"{folder} has neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}")
 
 
 def _pair_factors(file: Path, stored: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -103,21 +103,21 @@ def _pair_factors(file: Path, stored: Mapping[str, Tensor]) -> dict[str, tuple[T
         match = _FACTOR.fullmatch(key.removeprefix(PREFIX))
         if match is None or not key.startswith(PREFIX):
             raise ValueError(
-                f"{file} holds tensor {key!r}, which no adapter of the SPP authors' code has. A LoRA adapter cannot "
-                "be converted: its update does not keep zeros."
+                f"{file} contains tensor {key!r}, which is not in adapters of the SPP authors' code. A LoRA adapter "
+                "cannot be converted: its update does not keep zeros."
             )
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: tensor {key!r} has values that are not finite floating-point numbers")
         found.setdefault(match[1], {})[match[2]] = tensor
     if not found:
-        raise ValueError(f"{file} holds no tensors: there is nothing to convert")
+        raise ValueError(f"{file} contains no tensors: there is nothing to convert")
     return {name: _factors(file, name, pair) for name, pair in found.items()}
 
 
 def _factors(file: Path, name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if len(pair) < 2:
         missing = "lora_A.weight" if "weight_col" in pair else "lora_A.weight_col"
-        raise ValueError(f"{file} holds only half of the adapter of module {name!r}: {missing} is missing")
+        raise ValueError(f"{file} contains only half of the adapter of module {name!r}: {missing} is missing")
     A, column = pair["weight"], pair["weight_col"]
     if A.ndim != 2 or column.ndim != 2 or 1 not in column.shape:
         raise ValueError(
@@ -128,7 +128,7 @@ def _factors(file: Path, name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor,
     if B.shape[0] % A.shape[0]:
         raise ValueError(
             f"{file}: module {name!r} has {B.shape[0]} output rows, which its {A.shape[0]} row blocks do not divide. "
-            "The authors' code cuts such rows into blocks in another way in training than in merging."
+            "For such a module the authors' code uses different blocks in training and in merging."
         )
     # pickled tensors may share their memory, which safetensors does not write
     return tuple(one.detach().clone(memory_format=torch.contiguous_format) for one in (A, B))  # type: ignore[return-value]
@@ -138,7 +138,9 @@ def _common_rank(file: Path, factors: Mapping[str, tuple[Tensor, Tensor]]) -> in
     ranks = {A.shape[0]: name for name, (A, _) in factors.items()}
     if len(ranks) > 1:
         shown = ", ".join(f"{r} in {name}" for r, name in ranks.items())
-        raise ValueError(f"{file}: all input factors of the authors' code have the same rows, here there are {shown}")
+        raise ValueError(
+            f"{file}: in the authors' code all input factors have the same number of rows, but found {shown}"
+        )
     return next(iter(ranks))
 
 

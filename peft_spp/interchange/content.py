@@ -28,8 +28,8 @@ class AdapterContent:
         config (`PeftConfig`): Its settings.
         tensors (`Mapping[str, torch.Tensor]`): Its tensors, under the names that PEFT saves them by.
         modules (`tuple[ExchangedModule, ...]`): The adapted modules.
-        others (`tuple[str, ...]`): The names of the tensors that are no factors.
-        text (`str`): What its model card says, besides what an SPP configuration adds when it is saved.
+        others (`tuple[str, ...]`): The names of the tensors that are not factors.
+        text (`str`): The text of its model card, without what an SPP configuration adds when it is saved.
     """
 
     config: PeftConfig

@@ -7,7 +7,7 @@ of i's row block.
 
 What is exact: B A has one non-zero product a row, and adding zeros does not round, so B A is bit for bit the
 `P(A) ⊙ (s · B)` of SPP's own kernels, which scale B first as well. s · B is rounded once, to float32 (not at all if s
-is a power of two). What HiRA does with B A after that rounds in other places than SPP does: the weights and logits
+is a power of two). What HiRA does with B A after that rounds at other points than SPP does: the weights and logits
 agree to the rounding of the base model's dtype.
 """
 
@@ -32,8 +32,8 @@ from .report import ExchangedModule
 _CARD = """# HiRA adapter, exported from SPP
 
 Exported by `peft-spp export` from an SPP adapter ([Lu et al. 2024](https://arxiv.org/abs/2405.16057)) of a pruned
-model. It computes what that one does, and merging it keeps every zero. PEFT 0.20 or newer loads it; nothing else is
-needed."""
+model. It is equivalent to that adapter, and merging it keeps every zero. PEFT 0.20 or newer loads it without other
+packages."""
 # fields of SPPConfig that HiRA's configuration has as well
 _SAME = (
     "auto_mapping",
@@ -106,8 +106,8 @@ def _hira_config(config: SPPConfig, rank: int) -> PeftConfig:
 def _check_settings(adapter: Adapter) -> None:
     for name, value in _other_settings(adapter.config).items():
         raise ValueError(
-            f"the adapter {adapter.folder} has {name}={value!r}, which HiRA has no counterpart for. Merge it into the "
-            "base model instead: peft-spp merge"
+            f"the adapter {adapter.folder} has {name}={value!r}, which HiRA does not support. Merge it into the base "
+            "model instead: peft-spp merge"
         )
 
 

@@ -42,7 +42,7 @@ class InterchangeReport(ModuleReport[ExchangedModule]):
         method (`str`): The method of the one that was written, as PEFT calls it.
         dry_run (`bool`): Whether nothing was written.
         modules (`Mapping[str, ExchangedModule]`): The adapted modules, by name.
-        others (`tuple[str, ...]`): The tensors besides the factors, which were copied (`modules_to_save`).
+        others (`tuple[str, ...]`): The other tensors, which were copied (`modules_to_save`).
         overwritten (`tuple[str, ...]`): The files of an old adapter in the output folder that gave way to the new one.
         size (`int`): How many bytes the tensors take.
     """

@@ -90,9 +90,9 @@ def take_apart(saved: SavedAdapter) -> Adapter:
     assert saved.folder is not None and saved.weights is not None
     config, file = saved.config, saved.folder / CONFIG_NAME
     if config.target_parameters:
-        raise ValueError(f"{file} has target_parameters, which are not merged here. {INSTEAD}")
+        raise ValueError(f"{file} has target_parameters, which are not supported here. {INSTEAD}")
     if config.trainable_token_indices:
-        raise ValueError(f"{file} has trainable_token_indices, which are not read here. {INSTEAD}")
+        raise ValueError(f"{file} has trainable_token_indices, which are not supported here. {INSTEAD}")
     stored = open_tensor_file(saved.weights).tensors
     trained: dict[str, StoredTensor] = {}
     for name, one in saved.others.items():
@@ -101,7 +101,7 @@ def take_apart(saved: SavedAdapter) -> Adapter:
             continue
         if name == one.key or is_adapter(name, frozenset()) or "token_adapter" in name.split("."):
             raise ValueError(
-                f"{saved.origin} holds tensor {one.key!r}, which is not a part of a single SPP adapter. {INSTEAD}"
+                f"{saved.origin} contains tensor {one.key!r}, which is not part of a single SPP adapter. {INSTEAD}"
             )
         trained[re.sub(r"\.base_layer\.bias$", ".bias", name)] = stored[one.key]
     modules = {
@@ -111,7 +111,7 @@ def take_apart(saved: SavedAdapter) -> Adapter:
     for module in modules.values():
         if not module.A.name.startswith(PREFIX):
             raise ValueError(
-                f"{saved.origin} holds tensor {module.A.name!r}, which is not a part of a single SPP adapter. "
+                f"{saved.origin} contains tensor {module.A.name!r}, which is not part of a single SPP adapter. "
                 f"{INSTEAD}"
             )
     return Adapter(saved.folder, config, modules, trained, saved.base, saved)

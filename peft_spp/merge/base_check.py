@@ -30,10 +30,9 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> st
     if mismatch is None:
         return f"those that the adapter was trained on, in {len(masks)} modules"
     message = (
-        f"The adapter in {adapter.folder} was trained on a base model that is pruned in other places than "
+        f"The adapter in {adapter.folder} was trained on a base model with different masks than "
         f"{checkpoint.folder}, in {mismatch}. Merge into the model that it was trained on "
-        f"({adapter.config.base_model_name_or_path}), or use --check-base off (check_base='off') if that is what you "
-        "want."
+        f"({adapter.config.base_model_name_or_path}), or use --check-base off (check_base='off') to merge anyway."
     )
     warn_or_raise(message, check, stacklevel=3)
     return f"different from those that the adapter was trained on, in {mismatch}"
@@ -49,9 +48,9 @@ def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
     identity = adapter.saved.identity
     if adapter.modules and is_merged(identity, checkpoint.config):
         raise ValueError(
-            f"the adapter in {adapter.folder} was merged into {checkpoint.folder} before, and would be applied twice: "
+            f"the adapter in {adapter.folder} is already merged into {checkpoint.folder} and would be applied twice: "
             f"config.json lists its id {identity} under {MERGED!r}. Merge into the model that it was trained on "
-            f"({adapter.config.base_model_name_or_path}); name it with --base"
+            f"({adapter.config.base_model_name_or_path}); pass it as base (--base on the command line)"
         )
     return identity
 

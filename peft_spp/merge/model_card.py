@@ -26,7 +26,7 @@ def merged_card(base: Card, report: MergeReport, base_name: str | None, adapter_
     parts = [f"# {Path(report.output).name}", HEADING, _facts(report, base_name, adapter_name)]
     text = without_invitation(base.text).strip()
     if text:
-        parts += [_OF_BASE, "The card of the base model says:", text]
+        parts += [_OF_BASE, "From the card of the base model:", text]
     card.text = "\n\n".join(parts)
     return card
 

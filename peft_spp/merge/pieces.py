@@ -104,7 +104,7 @@ def merged_pieces(workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> 
 
 
 def _cut(file: TensorFile, plan: Plan) -> Iterator[Piece]:
-    """Cover the whole file, its header included: what lies between changed tensors is copied as it is."""
+    """Cover the whole file, its header included: what lies between changed tensors is copied unchanged."""
     copied_to = 0
     for name, tensor in file.tensors.items():
         merge, trained = plan.merges.get(name), plan.replaced.get(name)
@@ -200,8 +200,8 @@ def _make(piece: Piece) -> Written:
 def _check(merge: Merge, stored: Tensor, counts: PairCounts) -> None:
     if counts.non_finite and look_at(stored).non_finite:
         raise ValueError(
-            f"tensor {merge.weight.name!r} of {merge.weight.file} has values that are NaN or infinite before anything "
-            "is merged into it: the base model is broken. Nothing was merged."
+            f"tensor {merge.weight.name!r} of {merge.weight.file} contains NaN or infinite values before the merge: "
+            "the base model is broken. Nothing was merged."
         )
     if counts.non_finite:
         raise ValueError(
@@ -210,6 +210,6 @@ def _check(merge: Merge, stored: Tensor, counts: PairCounts) -> None:
         )
     if counts.lost:
         raise ValueError(
-            f"merging into {merge.weight.name!r} lost {counts.lost} zeros: this is an error in peft_spp, please "
-            "report it. Nothing was merged."
+            f"merging into {merge.weight.name!r} lost {counts.lost} zeros: this is a bug in peft_spp, please report "
+            "it. Nothing was merged."
         )

@@ -55,8 +55,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     for name, stored in found.items():
         if name in tied or stored in tied:
             raise ValueError(
-                f"{adapter.folder} changes {name!r}, which the model ties to another module: in {checkpoint.folder} "
-                f"one tensor serves both. {INSTEAD}"
+                f"{adapter.folder} adapts {name!r}, whose weight is tied to another module: {checkpoint.folder} "
+                f"stores one tensor for both. {INSTEAD}"
             )
     layout = checkpoint.layout
     merges = {}
@@ -91,13 +91,13 @@ def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) ->
     ]
     if len(matches) > 1:
         raise ValueError(
-            f"{adapter.folder} changes {first!r}, and in {checkpoint.folder} it could be any of "
+            f"{adapter.folder} adapts {first!r}, and several tensors of {checkpoint.folder} match it: "
             f"{', '.join(sorted(repr(match[first]) for match in matches))}. {INSTEAD}"
         )
     if not matches:
         raise ValueError(
-            f"{adapter.folder} changes {first!r}, which {checkpoint.folder} does not hold. Either the adapter belongs "
-            "to another base model, or Transformers makes this tensor of others when it loads the model (tied "
+            f"{adapter.folder} adapts {first!r}, which is not in {checkpoint.folder}. Either the adapter belongs to "
+            "another base model, or Transformers builds this tensor from others when it loads the model (tied "
             f"weights, fused experts, renamed modules). {INSTEAD}"
         )
     return matches[0]
@@ -108,19 +108,17 @@ def _is_transposed(
 ) -> bool:
     where = f"tensor {weight.name!r} of {weight.file}"
     if isinstance(weight, CompressedTensor) and weight.old:
-        raise ValueError(
-            f"{where} is in a format of compressed-tensors: run `peft-spp decompress` or `compress` first"
-        )
+        raise ValueError(f"{where} is in a compressed-tensors format: run `peft-spp decompress` or `compress` first")
     if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(
             f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "
-            f"float32, bfloat16 or float16; a quantized model cannot be merged into."
+            "float32, bfloat16 or float16, and not into quantized ones."
         )
     shape = (module.B.shape[0], module.A.shape[1])
     if weight.shape not in (shape, shape[::-1]):
         raise ValueError(
-            f"{where} has shape {weight.shape}, and the adapter in {adapter.folder} is for one of shape {shape} "
-            f"(out, in): it belongs to another base model"
+            f"{where} has shape {weight.shape}, but the adapter in {adapter.folder} is for shape {shape} (out, in): "
+            "it belongs to another base model"
         )
     check_row_blocks(shape[0], module.r)
     if shape[0] != shape[1]:
@@ -135,6 +133,6 @@ def _check_same_kind(stored: StoredTensor | CompressedTensor, trained: StoredTen
     compressed = isinstance(stored, CompressedTensor)
     if compressed or (stored.dtype, stored.shape) != (trained.dtype, trained.shape):
         raise ValueError(
-            f"the adapter has {trained.name!r} as {trained.describe()}, and {stored.file} has {stored.name!r} as "
-            f"{stored.describe()}: it cannot take its place as it is. {INSTEAD}"
+            f"the adapter has {trained.name!r} as {trained.describe()}, but {stored.name!r} in {stored.file} is "
+            f"{stored.describe()}: it cannot be replaced directly. {INSTEAD}"
         )

@@ -64,7 +64,7 @@ class MergeReport(ModuleReport[MergedModule]):
         dry_run (`bool`): Whether nothing was written.
         modules (`Mapping[str, MergedModule]`): The merged modules, by name.
         replaced (`tuple[str, ...]`): The tensors that trained ones took the place of (biases, `modules_to_save`).
-        copied (`int`): How many other tensors were copied as they were.
+        copied (`int`): How many other tensors were copied unchanged.
         files (`tuple[str, ...]`): The weight files.
         carried (`tuple[str, ...]`): The other files that were copied.
         left_out (`tuple[str, ...]`): Weights in the base model's folder that were not copied: they are not merged.
@@ -123,7 +123,7 @@ class MergeReport(ModuleReport[MergedModule]):
             f"{len(self.files)} weight files and these"
         )
         if self.left_out:
-            lines.append(f"not copied, since they would be unmerged: {some(self.left_out, 3)}")
+            lines.append(f"not copied, since they hold unmerged weights: {some(self.left_out, 3)}")
         lines.append(f"masks of the base: {self.base_masks}")
         lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)

@@ -56,7 +56,7 @@ def merge_checkpoint(
     Every tensor of the output is bit for bit what `PeftModel.from_pretrained(...).merge_and_unload()` and
     `save_pretrained` give of a model that is loaded in the dtypes of its checkpoint. A weight file is read and written
     once, in pieces, so the merge needs a few hundred megabytes, however large the model is. The header of each file
-    stays as it is, and so do all tensors that the adapter does not change.
+    is unchanged, and so are all tensors that the adapter does not change.
 
     The base model should be the one that the adapter was trained on: its masks are compared with those that the
     adapter remembers. The merged model's `config.json` lists the adapter, which is not merged into it again.
@@ -64,7 +64,7 @@ def merge_checkpoint(
     Of the base model's folder everything is copied but hidden files and folders, weights in other formats (pickled,
     GGUF, ONNX, ...) and safetensors that are not part of the checkpoint: they would be unmerged.
 
-    The output folder is changed in one step at the end: if anything goes wrong before, it is as it was, and if the
+    The output folder is changed in one step at the end: if anything goes wrong before, it is unchanged, and if the
     process is killed, a hidden folder next to it is all that is left.
 
     Args:
@@ -75,7 +75,7 @@ def merge_checkpoint(
         output (`str` or `os.PathLike`): The folder to write the merged model to.
         adapter_subfolder (`str`, *optional*): The folder inside of `adapter` that holds the adapter.
         check_base (`str`, *optional*, defaults to `"warn"`):
-            What to do if the base model is pruned in other places than the one that the adapter was trained on:
+            What to do if the base model has other masks than the one that the adapter was trained on:
             `"warn"`, `"error"`, or `"off"` to compare nothing.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
@@ -140,13 +140,13 @@ def _named_base(adapter_folder: Path, config: SPPConfig) -> Path:
     """The base model that an adapter names: a path in it may have been written in another working folder."""
     file, name = adapter_folder / CONFIG_NAME, config.base_model_name_or_path
     if not name:
-        raise ValueError(f"{file} does not name the base model. Name it with base (--base on the command line).")
+        raise ValueError(f"{file} does not name the base model. Pass it as base (--base on the command line).")
     try:
         return local_folder(name, revision=config.revision, ignore=OTHER_WEIGHTS)
     except OSError as error:
         raise FileNotFoundError(
-            f"{file} names {name!r} as the base model, and it was not found from {Path.cwd()}: {message(error)}. Name "
-            "the base model with base (--base on the command line)."
+            f"{file} names {name!r} as the base model, which was not found from {Path.cwd()}: {message(error)}. Pass "
+            "the base model as base (--base on the command line)."
         ) from error
 
 
@@ -201,7 +201,7 @@ def _check_written(file: TensorFile, path: Path) -> None:
     """Read the header back from disk with `safetensors` and compare it with that of the base."""
     written = {one.key: (one.dtype, one.shape) for one in read_header(path)}
     if written != {name: (one.dtype, one.shape) for name, one in file.tensors.items()}:
-        raise ValueError(f"{path.name} does not hold the tensors that were written to it. Nothing was merged.")
+        raise ValueError(f"{path.name} does not contain the tensors that were written to it. Nothing was merged.")
 
 
 def _report(

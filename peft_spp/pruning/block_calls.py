@@ -26,8 +26,8 @@ class CalibrationBatch:
     Args:
         hidden_states (`torch.Tensor`): The inputs of the block that is next.
         block_arguments (`list`):
-            What each block is called with besides the hidden states, positional and by keyword: attention masks,
-            position embeddings and so on.
+            What each block is called with in addition to the hidden states, positional and by keyword: attention
+            masks, position embeddings and so on.
     """
 
     hidden_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -80,10 +80,11 @@ def record_block_calls(blocks: nn.ModuleList, batch: CalibrationBatch) -> Iterat
             batch.hidden_states = hidden_states
         elif hidden_states is not outputs[0]:
             raise ValueError(
-                f"The model changes the hidden states between its blocks: cannot go block by block. {BY_MAGNITUDE}"
+                "The model changes the hidden states between its blocks, so it cannot be pruned block by block. "
+                f"{BY_MAGNITUDE}"
             )
         if any(isinstance(value, Cache) for value in _leaves((args, kwargs))):
-            raise ValueError(f"The model gives block {index} a cache although use_cache is False. {BY_MAGNITUDE}")
+            raise ValueError(f"The model passes a cache to block {index} although use_cache is False. {BY_MAGNITUDE}")
         batch.block_arguments.append((args, kwargs))
 
     def after_block(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -124,8 +125,8 @@ def check_independent(calls: CalibrationBatch, others: CalibrationBatch) -> None
     for index, (leaves, other_leaves) in enumerate(pairs):
         if len(leaves) != len(other_leaves) or not all(map(_same, leaves, other_leaves)):
             raise ValueError(
-                f"Block {index} is called with what the model computes from the outputs of the blocks before it: "
-                f"cannot go block by block. {BY_MAGNITUDE}"
+                f"Block {index} takes an input that the model computes from the outputs of earlier blocks, so the "
+                f"model cannot be pruned block by block. {BY_MAGNITUDE}"
             )
 
 
@@ -169,7 +170,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _not_each_once() -> ValueError:
     return ValueError(
-        f"The model's forward does not run each of its blocks once, in their order: cannot go block by block. "
-        f"{BY_MAGNITUDE} If it has several stacks of blocks, name the layers of one that the data runs through with "
-        "target_modules."
+        "The model's forward does not run each of its blocks once and in order, so it cannot be pruned block by "
+        f"block. {BY_MAGNITUDE} If it has several stacks of blocks, pass the layers of one that the data runs "
+        "through as target_modules."
     )

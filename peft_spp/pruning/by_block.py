@@ -59,8 +59,8 @@ def check_in_blocks(names: Iterable[str], blocks_name: str, method: PruningMetho
     for name in names:
         if not name.startswith(f"{blocks_name}."):
             raise ValueError(
-                f"{name} is not in the transformer blocks ({blocks_name}), which is all that {method.name} prunes. "
-                "Leave it out, or prune it by magnitude."
+                f"{name} is outside the transformer blocks ({blocks_name}), and {method.name} prunes only layers "
+                "inside them. Remove it from target_modules, or prune it by magnitude."
             )
 
 

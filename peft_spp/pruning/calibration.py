@@ -49,7 +49,7 @@ def run_calibration(
                 again = batch.rerun(blocks)
             if not same_output(again, outputs[0]):
                 raise ValueError(
-                    "The model's blocks, run one by one, give another output than in the model's forward: they keep "
+                    "The model's blocks, run one by one, do not give the output of the model's forward: they keep "
                     f"state between calls, or are random. {BY_MAGNITUDE}"
                 )
             _check_arguments(model, blocks, arguments, batch, device)
@@ -93,7 +93,7 @@ def check_repeatable(index: int, block: nn.Module, batch: CalibrationBatch) -> N
     """Raise a `ValueError` if `block`, the one numbered `index`, gives another output when it is run again."""
     if not same_output(batch.run_block(index, block), batch.run_block(index, block)):
         raise ValueError(
-            f"Block {index} gives another output when it is run again on the same data: it keeps state between "
+            f"Block {index} gives a different output when it runs again on the same data: it keeps state between "
             f"calls, or is random. {BY_MAGNITUDE}"
         )
 
@@ -156,7 +156,7 @@ def _model_arguments(
             if same_output(entering, expected):
                 return choice
     raise ValueError(
-        f"Padding on the left changes what {type(model).__name__} makes of the tokens of a calibration batch. Pad on "
+        f"Left padding changes the output of {type(model).__name__} for the tokens of a calibration batch. Pad on "
         "the right, or pass sequences without padding."
     )
 
@@ -191,9 +191,9 @@ class _SkippedBlocks:
         for index, (args, kwargs) in enumerate(batch.block_arguments):
             if any(value is self._unknown for value in (*args, *kwargs.values())):
                 raise ValueError(
-                    f"Block {index} is called with what the block before it computes besides the hidden states: "
-                    "cannot go block by block from disk. Load the model with from_pretrained, prune it in memory, "
-                    "and save it with save_pretrained instead."
+                    f"Block {index} takes an output of the previous block other than the hidden states, so the model "
+                    "cannot be pruned block by block from disk. Load the model with from_pretrained, prune it in "
+                    "memory, and save it with save_pretrained instead."
                 )
 
     @contextmanager

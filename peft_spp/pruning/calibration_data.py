@@ -53,8 +53,8 @@ def calibration_inputs(
         for name, value in arguments.items():
             if isinstance(value, Cache) or (name in _CACHES and value is not None):
                 raise ValueError(
-                    f"Calibration batch {number} passes {name}. Pass whole sequences without it: calibration keeps "
-                    "nothing between batches."
+                    f"Calibration batch {number} contains {name}. Pass whole sequences without it: no state is kept "
+                    "between batches."
                 )
         for inputs in _without_padding(number, arguments):
             empty = False
@@ -86,7 +86,7 @@ def _real_tokens(number: int, mask: Any, arguments: dict[str, Any]) -> torch.Ten
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
         what = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask of calibration batch {number} ({what}) does not tell which tokens are padding. Pass a "
+            f"attention_mask of calibration batch {number} ({what}) does not mark which tokens are padding. Pass a "
             "mask of shape (batch, tokens) with 1 for tokens and 0 for padding, or sequences without padding."
         )
     for name in ("input_ids", "inputs_embeds"):
@@ -136,6 +136,6 @@ def _cut(number: int, name: str, value: Any, shape: tuple[int, ...], rows: list[
 
 def _indivisible(number: int, name: str, what: str) -> ValueError:
     return ValueError(
-        f"Calibration batch {number} has padding, and its {name} ({what}) cannot be divided into sequences. Pass "
+        f"Calibration batch {number} has padding, and its {name} ({what}) cannot be split into sequences. Pass "
         "batches of one sequence each, without padding."
     )

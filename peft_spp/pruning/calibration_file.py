@@ -21,7 +21,7 @@ def read_documents(file: Path) -> list[str]:
     """Read the texts of a file."""
     documents = [document for document in read_texts(file) if document.strip()]
     if not documents:
-        raise ValueError(f"the calibration file {file} holds no text")
+        raise ValueError(f"the calibration file {file} contains no text")
     return documents
 
 
@@ -42,8 +42,7 @@ def calibration_sequences(
     if available < samples:
         raise ValueError(
             f"the calibration file {file} has {len(ids):,} tokens, enough for {available} sequences of "
-            f"{sequence_length:,}, and samples={samples} are asked for: give more text, or lower samples or "
-            "sequence_length"
+            f"{sequence_length:,}, but samples={samples}: provide more text, or lower samples or sequence_length"
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
     return [ids[None, start : start + sequence_length] for start in (drawn * sequence_length).tolist()]
@@ -65,15 +64,17 @@ def calibration_from_file(
     if sequence_length is None:
         sequence_length = min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
     if samples < 1 or sequence_length < 1:
-        raise ValueError(f"samples and sequence_length must be positive, but are {samples} and {sequence_length}")
+        raise ValueError(
+            f"samples and sequence_length should be positive but the values passed are {samples} and {sequence_length}"
+        )
     if limit is not None and sequence_length > limit:
-        raise ValueError(f"sequence_length={sequence_length} is more than the model's context of {limit} tokens")
+        raise ValueError(f"sequence_length={sequence_length} exceeds the model's context of {limit} tokens")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{model} has no tokenizer that can be loaded ({error}): put the model's tokenizer there, or give "
-            "batches of token ids as calibration"
+            f"the tokenizer of {model} cannot be loaded ({error}): save the tokenizer there, or pass batches of "
+            "token ids as calibration"
         ) from error
     path = Path(file).expanduser()
     data = calibration_sequences(path, tokenizer, samples, sequence_length, seed)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """While active, the model is in eval mode and keeps no cache; afterwards, its state is restored."""
+    """While active, the model is in eval mode and keeps no cache; afterward, its state is restored."""
     was_training = {module: module.training for module in model.modules()}
     use_cache = [(config, config.use_cache) for config in _configs(model) if hasattr(config, "use_cache")]
     model.eval()
@@ -33,7 +33,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def draws_restored(device: torch.device) -> Iterator[None]:
     """
-    While active, random numbers may be drawn on the CPU and on `device`; afterwards, their generators are restored.
+    While active, random numbers may be drawn on the CPU and on `device`; afterward, their generators are restored.
 
     Models such as ViTMAE draw patches in each forward pass. With the checks inside this, they draw the same numbers
     for the calibration data as in plain passes over it.

@@ -76,8 +76,8 @@ def prune_checkpoint(
 
     The files of the model are copied, its weight files included, and pruned weights written into their places in the
     copies: the shards, the index, the configuration, the tokenizer and the generation settings are those of the model,
-    and its card tells what was done. Weights in other formats are left out: they would be unpruned. The output folder
-    is changed in one step at the end, as a whole or not at all.
+    and its card describes the pruning. Weights in other formats are left out: they would be unpruned. The output
+    folder is changed in one step at the end, as a whole or not at all.
 
     Args:
         model (`str` or `os.PathLike`): The model, as a local folder or the id of a repository on the Hub.
@@ -103,7 +103,7 @@ def prune_checkpoint(
             Whether a model that is in `output` may be replaced. Files that are not known to be a model's are refused.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to check everything that a run checks before it prunes, with a pass of the first calibration batch
-            through the dense model, and to say what would be pruned and which files replaced, but write nothing.
+            through the dense model, and to report what would be pruned and which files replaced, but write nothing.
         progress (`Callable[[int, int], object]`, *optional*): Called with the steps done and all there are.
         **options (`Any`): The method's own: `damping` and `block_size` of [`prune_sparsegpt`].
 
@@ -129,7 +129,7 @@ def prune_checkpoint(
     chosen = create_method(method, pattern, sparsity, options)
     if chosen.statistics is not None and calibration is None:
         raise ValueError(
-            f"method={method!r} needs calibration data: give a file of text or JSON lines as calibration, or use "
+            f"method={method!r} needs calibration data: pass a file of text or JSON lines as calibration, or use "
             "method='magnitude'"
         )
     where = usable_device(device)
@@ -153,7 +153,7 @@ def prune_checkpoint(
             config = skeleton.model.config
             batches, used = calibration_from_file(calibration, folder, config, samples, sequence_length, seed)
         else:
-            batches, used = calibration, {"calibration": "batches given in Python"}
+            batches, used = calibration, {"calibration": "batches passed in Python"}
         settings |= used
         data = list(calibration_inputs(batches))
         check_tokens(skeleton, data)
@@ -268,8 +268,8 @@ class _Run:
         if counts.non_finite:
             stored = self._stored(name)
             raise ValueError(
-                f"tensor {stored.name!r} of {stored.file} has {counts.non_finite} values that are NaN or infinite: "
-                "the model is broken"
+                f"tensor {stored.name!r} of {stored.file} contains {counts.non_finite} NaN or infinite values: the "
+                "model is broken"
             )
         return counts.zeros
 
@@ -278,7 +278,9 @@ class _Run:
         counts = self._counts(name)
         pattern = None if self.method.pattern is None else NMPattern.parse(self.method.pattern)
         if counts.non_finite or (pattern is not None and counts.fullest[pattern.m] > pattern.n):
-            raise ValueError(f"{name} is not {self.method.request} after pruning: this is an error in peft_spp")
+            raise ValueError(
+                f"{name} is not {self.method.request} after pruning: this is a bug in peft_spp, please report it"
+            )
         stored = self._stored(name)
         data = self.layers[name].weight.detach().cpu().contiguous().view(torch.uint8)
         with copies[stored.file].open("r+b") as file:

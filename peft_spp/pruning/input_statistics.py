@@ -64,18 +64,18 @@ class InputStatistics(ABC):
         for name in self._layers:
             if not self._tokens[name]:
                 raise ValueError(
-                    f"No calibration data reached {name}: cannot tell the importance of its weights. Calibrate with "
-                    "other data, or leave the layer out with exclude_modules."
+                    f"No calibration data reached {name}, so the importance of its weights is unknown. Calibrate "
+                    "with other data, or exclude the layer with exclude_modules."
                 )
             if not self._sums[name].isfinite().all():
                 raise ValueError(
-                    f"The calibration inputs of {name} are not finite, or too large to be squared. Load the model in "
-                    "bfloat16 or float32 if it is in float16, or leave the layer out with exclude_modules."
+                    f"The calibration inputs of {name} are not finite, or too large to square. Load the model in "
+                    "bfloat16 or float32 if it is in float16, or exclude the layer with exclude_modules."
                 )
             if not self._sums[name].any():
                 raise ValueError(
-                    f"The calibration inputs of {name} are all zero: cannot tell the importance of its weights. "
-                    "Calibrate with other data, or leave the layer out with exclude_modules."
+                    f"The calibration inputs of {name} are all zero, so the importance of its weights is unknown. "
+                    "Calibrate with other data, or exclude the layer with exclude_modules."
                 )
         return dict(self._sums)
 

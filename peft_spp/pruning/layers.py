@@ -85,19 +85,20 @@ def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | No
         if computed is not None:
             what, remedy = computed
             raise ValueError(
-                f"The weight of {name} is computed from other tensors by {what}: pruning it would not last. {remedy}"
+                f"The weight of {name} is computed from other tensors by {what}, so pruning it would not last. "
+                f"{remedy}"
             )
         weight = getattr(layer, "weight", None)  # compressed-tensors has it packed under another name
         if weight is None or weight.dtype not in FLOATING:
             stored = "packed" if weight is None else f"stored as {weight.dtype}"
             raise ValueError(f"The weight of {name} is {stored}: prune before quantizing.")
         if not layer.weight.isfinite().all():
-            raise ValueError(f"The weight of {name} has values that are not finite.")
+            raise ValueError(f"The weight of {name} contains NaN or infinite values.")
     check_divisible(layers, pattern)
 
 
 def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
-    """Raise a `ValueError` that names the first layer whose inputs are no multiple of the M of `pattern`."""
+    """Raise a `ValueError` that names the first layer whose inputs are not a multiple of the M of `pattern`."""
     for name, layer in layers.items():
         in_features = weight_matrix(layer).shape[1]
         if pattern is not None and in_features % NMPattern.parse(pattern).m != 0:
@@ -118,7 +119,7 @@ def check_unshared(model: nn.Module, layers: dict[str, LinearLayer]) -> None:
         others = [other for other in users.get(id(layer.weight), ()) if other != name]
         if others:
             raise ValueError(
-                f"{name} shares its weight with {others[0]}, which gets other inputs. Leave it out with "
+                f"{name} shares its weight with {others[0]}, which has different inputs. Exclude it with "
                 "exclude_modules, or prune the model by magnitude."
             )
 

@@ -16,7 +16,7 @@ def check_pruning_request(pattern: str | NMPattern | None, sparsity: float | Non
         NMPattern.parse(pattern)
     # The negated form also rejects NaN.
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity must be in [0, 1), but is {sparsity}.")
+        raise ValueError(f"sparsity should be in [0, 1) but the value passed is {sparsity}.")
 
 
 def num_to_prune(sparsity: float, size: int) -> int:

@@ -17,7 +17,7 @@ from .mask import check_pruning_request, num_to_prune
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of a method: an option of its own, with the help that the command prints."""
+    """A field of a method: its own option, with the help that the command prints."""
     return field(default=default, metadata={"help": help})
 
 
@@ -79,7 +79,7 @@ class PruningMethod(ABC):
             return
         size = sizes[dense[0]]
         message = (
-            f"sparsity={self.sparsity:g} rounds to none of the {size} weights that {self.name} compares at once in "
+            f"sparsity={self.sparsity:g} of the {size} weights that {self.name} compares at once rounds to 0 in "
             f"{dense[0]}, so {len(dense)} of {len(layers)} layers stay dense. "
             + (f"One of {size} is sparsity={1 / size:.2g}." if size > 1 else "Exclude it with exclude_modules.")
         )

@@ -30,7 +30,9 @@ def needed_tensors(skeleton: Skeleton, layers: dict[str, LinearLayer], method: P
         if name.removesuffix(".weight") not in layers and skeleton.is_stored(name):
             stored = skeleton.stored(name)
             if not isinstance(stored.dtype, torch.dtype):
-                raise ValueError(f"tensor {stored.name!r} of {stored.file} is {stored.describe()}, which is not read")
+                raise ValueError(
+                    f"tensor {stored.name!r} of {stored.file} is {stored.describe()}, which is not supported"
+                )
             found[stored.name] = stored
     return list(found.values())
 
@@ -46,8 +48,7 @@ def check_finite(tensor: StoredTensor) -> None:
     broken = int((~tensor.load().isfinite()).sum())
     if broken:
         raise ValueError(
-            f"tensor {tensor.name!r} of {tensor.file} has {broken} values that are NaN or infinite: "
-            "the model is broken"
+            f"tensor {tensor.name!r} of {tensor.file} contains {broken} NaN or infinite values: the model is broken"
         )
 
 
@@ -61,7 +62,7 @@ def check_tokens(skeleton: Skeleton, data: Iterable[CalibrationInputs]) -> None:
         ids = inputs.arguments.get("input_ids")
         if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
             raise ValueError(
-                f"the calibration data have the token {int(ids.max())}, and the model has embeddings for "
-                f"{len(weight)}: the tokenizer does not belong to the model, or was extended without "
+                f"the calibration data contains token {int(ids.max())}, but the model has embeddings for only "
+                f"{len(weight)} tokens: the tokenizer does not belong to the model, or was extended without "
                 "resize_token_embeddings"
             )

@@ -117,9 +117,9 @@ class PruneReport(ModuleReport[PrunedModule]):
             + ("" if self.sparsity is None else f", {percent(self.sparsity)} after")
         )
         if self.left_dense:
-            lines.append(f"left as they are: {some(self.left_dense, 3)}")
+            lines.append(f"left dense: {some(self.left_dense, 3)}")
         if self.left_out:
-            lines.append(f"not copied, since they would be unpruned: {some(self.left_out, 3)}")
+            lines.append(f"not copied, since they hold unpruned weights: {some(self.left_out, 3)}")
         lines += overwritten_line(self.overwritten, self.dry_run)
         return "\n".join(lines)
 

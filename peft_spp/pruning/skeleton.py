@@ -76,20 +76,20 @@ class Skeleton:
         for name in layers:
             weight = self.stored(f"{name}.weight")
             if f"{name}.weight" in tied:
-                raise ValueError(f"{name} shares its weight with the embeddings, which pruning would change as well.")
+                raise ValueError(f"{name} shares its weight with the embeddings, which pruning would change too.")
             if weight.dtype not in _DTYPES:
                 raise ValueError(
                     f"tensor {weight.name!r} of {weight.file} is {weight.describe()}: prune before quantizing."
                 )
             if weight.dtype != self.dtype:
                 raise ValueError(
-                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, and most others are "
+                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, but most others are "
                     f"{self.dtype}: save the model in one dtype first."
                 )
             if self._dtype_of(f"{name}.weight") != weight.dtype:
                 raise ValueError(
-                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, and Transformers loads it in "
-                    f"{self._dtype_of(f'{name}.weight')}: leave {name} out with exclude_modules. {INSTEAD}"
+                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, but Transformers loads it in "
+                    f"{self._dtype_of(f'{name}.weight')}: exclude {name} with exclude_modules. {INSTEAD}"
                 )
         return layers
 
@@ -104,12 +104,12 @@ class Skeleton:
         )
         if found is None:
             raise ValueError(
-                f"{self.checkpoint.folder} does not hold {name!r}, which Transformers makes of other tensors when it "
-                f"loads the model. {INSTEAD}"
+                f"{self.checkpoint.folder} has no tensor {name!r}, which Transformers builds from other tensors when "
+                f"it loads the model. {INSTEAD}"
             )
         if found.shape != tuple(self._state[name].shape):
             raise ValueError(
-                f"tensor {found.name!r} of {found.file} has shape {found.shape}, and by config.json it is "
+                f"tensor {found.name!r} of {found.file} has shape {found.shape}, but config.json implies "
                 f"{tuple(self._state[name].shape)}"
             )
         return found
@@ -127,7 +127,7 @@ class Skeleton:
                 self.drop(name)
 
     def load(self, name: str) -> None:
-        """Load a tensor by its name in the model, or move it to the device if it is no part of the checkpoint."""
+        """Load a tensor by its name in the model, or move it to the device if it is not part of the checkpoint."""
         if self._state[name].is_meta:
             value = self.stored(name).load()
             set_module_tensor_to_device(
@@ -180,9 +180,11 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if "model_type" not in checkpoint.config:
-        raise ValueError(f"{checkpoint.folder} has no config.json that names a model_type: it is no model to prune.")
+        raise ValueError(f"{checkpoint.folder} is not a model: it has no config.json with a model_type.")
     if checkpoint.compressed:
-        raise ValueError(f"the model in {checkpoint.folder} is compressed: `peft-spp decompress` it before pruning.")
+        raise ValueError(
+            f"the model in {checkpoint.folder} is compressed: run `peft-spp decompress` on it before pruning."
+        )
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
     named = checkpoint.config.get("architectures") or []
@@ -195,8 +197,9 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     except (ValueError, KeyError) as error:
         if "auto_map" in checkpoint.config:
             raise ValueError(
-                f"the model in {checkpoint.folder} comes with its own code, which is not run here. Load it with "
-                "trust_remote_code=True, and prune it in memory with prune_wanda, prune_sparsegpt or prune_magnitude."
+                f"the model in {checkpoint.folder} needs its own code, which is not run here. Load it with "
+                "trust_remote_code=True, and prune it in memory with prune_wanda, prune_sparsegpt or "
+                "prune_magnitude."
             ) from error
         raise ValueError(
             f"Transformers {transformers.__version__} cannot build the model in {checkpoint.folder} (model_type "

@@ -103,20 +103,22 @@ class SparseGPT(PruningMethod):
     paper = "https://huggingface.co/papers/2301.00774"
     statistics = InputHessians
 
-    damping: float = option(DAMPING, "SparseGPT: what is added to the Hessian's diagonal.")
-    block_size: int = option(BLOCK_SIZE, "SparseGPT: the inputs between two updates.")
+    damping: float = option(DAMPING, "SparseGPT: damping, as a fraction of the mean of the Hessian's diagonal.")
+    block_size: int = option(BLOCK_SIZE, "SparseGPT: number of inputs between two weight updates.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # The negated form also rejects NaN.
         if not 0.0 < self.damping < float("inf"):
             raise ValueError(
-                f"damping must be positive and finite, but is {self.damping}: without it H may have no inverse."
+                f"damping should be positive and finite but the value passed is {self.damping}: H may not be "
+                "invertible without it."
             )
         multiple = 1 if self.pattern is None else NMPattern.parse(self.pattern).m
         if self.block_size < 1 or self.block_size % multiple:
             raise ValueError(
-                f"block_size must be a positive multiple of {multiple}, the pattern's M, but is {self.block_size}."
+                f"block_size should be a positive multiple of {multiple}, the pattern's M, but the value passed is "
+                f"{self.block_size}."
             )
 
     def comparison_size(self, out_features: int, in_features: int) -> int:

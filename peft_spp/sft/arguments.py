@@ -31,10 +31,12 @@ def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
     """Read arguments from a command line and from the YAML file that its `--config` names."""
     types: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SPPArguments]
     parser = Parser(types, prog=prog)
-    parser.add_argument("--config", metavar="FILE", help="A YAML file of arguments; the command line goes before it.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="A YAML file with arguments. Arguments on the command line override it."
+    )
     words = _split_config_option(args)
     if "--config" in words and words.index("--config") == len(words) - 1:
-        raise InputError("--config wants the path of a YAML file.")
+        raise InputError("--config needs the path of a YAML file.")
     try:
         # the last is the namespace of --config, which TrlParser has taken out of the words by then
         *parsed, _ = parser.parse_args_and_config(words)
@@ -53,17 +55,17 @@ def _check(arguments: Arguments) -> None:
     if bool(script.dataset_name) is bool(mixture.datasets):
         found = "Both are" if script.dataset_name else "None is"
         raise InputError(
-            f"Training wants one source of data: --dataset_name with a file, a folder or a Hub id, or `datasets` in "
-            f"the YAML file. {found} given."
+            "Pass one source of data: --dataset_name with a file, a folder or a Hub id, or `datasets` in the YAML "
+            f"file. {found} given."
         )
     if (script.dataset_streaming or mixture.streaming) and arguments.training.max_steps <= 0:
         raise InputError("Streamed data has no length. Pass --max_steps.")
     if arguments.spp.spp_check_base_steps < 0:
-        raise InputError("--spp_check_base_steps is a number of steps, or 0.")
+        raise InputError("--spp_check_base_steps should be a number of steps, or 0.")
     try:
         arguments.spp.to_config()
     except ValueError as error:
-        raise InputError(f"The SPP arguments cannot be used: {one_line(error)}") from error
+        raise InputError(f"The SPP arguments are not valid: {one_line(error)}") from error
 
 
 def _refuse_lora(model: ModelConfig) -> None:
@@ -76,8 +78,8 @@ def _refuse_lora(model: ModelConfig) -> None:
     ]
     if set_flags:
         raise InputError(
-            f"{', '.join(set_flags)}: for LoRA. Here the adapter is always SPP's; its flags begin with --spp_, as "
-            "--spp_r. Use `trl sft` to train a LoRA."
+            f"{', '.join(set_flags)}: only for LoRA. This command trains an SPP adapter; its flags begin with "
+            "--spp_, such as --spp_r. Use `trl sft` to train a LoRA adapter."
         )
 
 

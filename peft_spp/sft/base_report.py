@@ -59,7 +59,7 @@ class BaseReport:
         lines = [f"Base:       {patterns}, {percent(self.zeros / self.numel).replace('.00 %', ' %')} zero"]
         if self.dense:
             lines.append(
-                f"Warning: {self.dense} of {layers} adapted layers hold no zeros, so that SPP has nothing to keep "
+                f"Warning: {self.dense} of {layers} adapted layers have no zeros, so SPP has nothing to preserve "
                 "there. Prune the model first (`peft-spp prune`)."
             )
         return lines

@@ -44,23 +44,23 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 def incompleteness(checkpoint: Path) -> str | None:
     """
-    What a checkpoint lacks for training to go on from it.
+    Why training cannot resume from a checkpoint.
 
-    `Trainer` writes its state last, so that a file which is missing or cut short shows a run that was killed. The
+    `Trainer` writes its state last, so that a file which is missing or truncated shows a run that was killed. The
     other files are looked at too, as the order of writing does not hold for a machine that lost power.
     """
     if not checkpoint.is_dir():
-        return "there is no such folder"
+        return "the folder does not exist"
     state = checkpoint / TRAINER_STATE_NAME
     try:
         step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
     except FileNotFoundError:
         return f"{TRAINER_STATE_NAME}, which is written last, is missing"
     except (ValueError, KeyError, TypeError):
-        return f"{TRAINER_STATE_NAME} is cut short"
+        return f"{TRAINER_STATE_NAME} is truncated"
     match = _NAME.fullmatch(checkpoint.name)
     if match and step != int(match[1]):
-        return f"{TRAINER_STATE_NAME} is of step {step}"
+        return f"{TRAINER_STATE_NAME} belongs to step {step}"
     try:
         read_adapter(checkpoint, pickled=True)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def incompleteness(checkpoint: Path) -> str | None:
     # torch.save writes zip archives, whose directory comes at the end
     for path in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
         if not zipfile.is_zipfile(path):
-            return f"{path.name} is cut short"
+            return f"{path.name} is truncated"
     return None
 
 
@@ -84,12 +84,12 @@ def find_checkpoint(request: str | None, output_dir: str | Path) -> str | None:
         if found is None and word == "true":
             raise InputError(
                 f"There is no complete checkpoint in {str(output_dir)!r} to resume from. Leave out "
-                "--resume_from_checkpoint, or pass 'auto' to begin anew where there is none."
+                "--resume_from_checkpoint, or pass 'auto' to start from scratch if there is none."
             )
         return found
     lack = incompleteness(Path(request))
     if lack is not None:
         raise InputError(
-            f"Training cannot go on from the checkpoint {request!r}: {lack}. Pass 'true' for the last complete one."
+            f"Cannot resume from the checkpoint {request!r}: {lack}. Pass 'true' to resume from the last complete one."
         )
     return request

@@ -77,7 +77,7 @@ def _unreadable(error: Exception, script: ScriptArguments, mixture: DatasetMixtu
     sources = _sources(script, mixture)
     faults = (find_fault(file) for file in _local_files(script, mixture))
     reason = next((fault for fault in faults if fault), None) or one_line(error)
-    return InputError(f"The data set {', '.join(map(repr, sources))} cannot be loaded: {reason}")
+    return InputError(f"The dataset {', '.join(map(repr, sources))} cannot be loaded: {reason}")
 
 
 def _sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
@@ -104,11 +104,13 @@ def _files(path: Path) -> list[Path]:
 
 def _split(dataset: Any, test_size: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     if not isinstance(dataset, datasets.Dataset):
-        raise InputError("Streamed data cannot be split by --test_split_size. Name a split, --dataset_test_split.")
+        raise InputError(
+            "Streamed data cannot be split by --test_split_size. Pass --dataset_test_split with the name of a split."
+        )
     try:
         parts = dataset.train_test_split(test_size=test_size, seed=seed)
     except ValueError as error:
-        raise InputError(f"--test_split_size cannot be used: {one_line(error)}") from error
+        raise InputError(f"--test_split_size is not valid: {one_line(error)}") from error
     return parts["train"], parts["test"]
 
 
@@ -134,7 +136,8 @@ def _load_mixture(mixture: DatasetMixtureConfig) -> dict[str, Any]:
         builder, path = _local_source(config.path) if config.data_files is None else (config.path, None)
         if builder == "disk":
             raise InputError(
-                f"{config.path!r} was written by save_to_disk, which a mixture does not take. Use Parquet."
+                f"{config.path!r} was written by save_to_disk, which a mixture does not support. Convert it to "
+                "Parquet."
             )
         is_file = path is not None and path.is_file()
         configs.append(dataclasses.replace(config, path=builder, data_files=str(path)) if is_file else config)
@@ -148,7 +151,7 @@ def _local_source(name: str) -> tuple[str, Path | None]:
     if path.is_file():
         builder = builder_of(path)
         if builder is None:
-            raise InputError(f"The data file {name!r} is not of a known kind. It should be {kinds()}.")
+            raise InputError(f"The data file {name!r} has an unsupported format. It should be {kinds()}.")
         if path.stat().st_size == 0:
             raise InputError(f"The data file {name!r} is empty.")
         return builder, path
@@ -159,7 +162,7 @@ def _local_source(name: str) -> tuple[str, Path | None]:
             raise InputError(f"The folder {name!r} has no data files. They should be {kinds()}.")
         return str(path), path
     if looks_like_path(name) or builder_of(path):
-        raise InputError(f"There is no data file or folder {name!r}.")
+        raise InputError(f"The data file or folder {name!r} does not exist.")
     return name, None
 
 
@@ -174,8 +177,8 @@ def _check_rows(dataset: Any, split: str, training: SFTConfig) -> None:
     accepted: Sequence[set[str]] = ({text}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
     if not any(columns <= row.keys() for columns in accepted):
         raise InputError(
-            f"The split {split!r} of the data has the columns {', '.join(map(repr, row))}. Training wants {text!r} "
-            "(another name: --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'."
+            f"The split {split!r} of the data has the columns {', '.join(map(repr, row))}. Training needs {text!r} "
+            "(or another name, with --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'."
         )
     for column in _used_columns(row, text):
         wanted = type(row[column]) if column in ("prompt", "completion") and row[column] is not None else None
@@ -186,8 +189,8 @@ def _check_rows(dataset: Any, split: str, training: SFTConfig) -> None:
             if wanted not in (str, list) or not isinstance(value, wanted):
                 found = "null" if value is None else f"of type {type(value).__name__}"
                 raise InputError(
-                    f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training wants "
-                    f"{'a list of messages' if wanted is list else 'text'}. Correct the row, or take it out."
+                    f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training needs "
+                    f"{'a list of messages' if wanted is list else 'text'}. Correct the row, or remove it."
                 )
 
 

@@ -23,14 +23,14 @@ def check_machine(training: SFTConfig) -> None:
         raise InputError("--fp16 needs a GPU, and this run is on the CPU. Pass --fp16 false.")
     check_output(Path(str(training.output_dir)))
     if training.push_to_hub and not (training.hub_token or get_token()):
-        raise InputError("--push_to_hub needs a token of the Hub. Run `hf auth login`, or set HF_TOKEN.")
+        raise InputError("--push_to_hub needs a Hub token. Run `hf auth login`, or set HF_TOKEN.")
 
 
 def check_output(folder: Path) -> None:
     """Check that a folder can be written to, without making it."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
-        raise InputError(f"--output_dir {str(folder)!r} cannot be made: {place} is not a folder.")
+        raise InputError(f"--output_dir {str(folder)!r} cannot be created: {place} is not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {str(folder)!r} cannot be written to: no permission for {place}.")
 
@@ -41,7 +41,7 @@ def no_gpu_hint(error: BaseException) -> str | None:
         return None
     if torch.cuda.is_available():
         return "This GPU cannot train in bfloat16, which is the default. Pass --bf16 false."
-    return "PyTorch finds no GPU here. Pass --use_cpu to train on the CPU, and --bf16 false to train in float32."
+    return "PyTorch does not find a GPU. Pass --use_cpu to train on the CPU, and --bf16 false to train in float32."
 
 
 def check_quantization(model: ModelConfig, config: PretrainedConfig) -> None:

@@ -94,13 +94,19 @@ def _check_weights(name: str) -> None:
         raise InputError(f"The weights of {name!r} cannot be loaded: {one_line(error)}") from error
 
 
+def model_class(config: PretrainedConfig) -> Any:
+    """The class that a configuration names, or the automatic one where Transformers does not have it."""
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    return getattr(transformers, name, None) or AutoModelForCausalLM
+
+
 def _build_empty(model: ModelConfig, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     if model.attn_implementation is not None:
         config._attn_implementation = model.attn_implementation
-    architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0], None)
+    architecture = model_class(config)
     try:
         with torch.device("meta"):
-            if architecture is None or architecture is AutoModelForCausalLM:
+            if architecture is AutoModelForCausalLM:
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return architecture(config)
     except (ImportError, ValueError) as error:

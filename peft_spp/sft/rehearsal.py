@@ -68,21 +68,21 @@ def _check_tokenizer(model: BaseModel, training: SFTConfig, row: dict[str, Any])
     is_chat = any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt"))
     if is_chat and training.chat_template_path is None and not tokenizer.chat_template:
         raise InputError(
-            "The data is a chat, and the tokenizer of the model has no chat template. Pass --chat_template_path with "
-            "a file of Jinja or a model that has one, or data with a text."
+            "The data is conversational, but the model's tokenizer has no chat template. Pass --chat_template_path "
+            "with a Jinja file or a model that has one, or use data with a text column."
         )
     if not is_chat and training.eos_token is None and tokenizer.eos_token is None:
         raise InputError(
-            "The tokenizer of the model has no end-of-text token, which closes each text. Pass --eos_token with a "
-            "token of its vocabulary."
+            "The model's tokenizer has no end-of-text token to end each text with. Pass --eos_token with a token of "
+            "its vocabulary."
         )
 
 
 def _check_prepared(name: str, prepared: Dataset, model: PeftModel, processor: Any, training: SFTConfig) -> None:
     if not len(prepared):
         raise InputError(
-            f"No row of the data to {name} on is left once it is prepared: each is empty, or has nothing to learn in "
-            f"its first {training.max_length} tokens (--max_length)."
+            f"No rows of the data to {name} on are left after preparation: every row is empty, or has nothing to "
+            f"learn in its first {training.max_length} tokens (--max_length)."
         )
     if "input_ids" not in prepared.column_names:
         return  # it was not to be prepared
@@ -99,13 +99,13 @@ def _check_prepared(name: str, prepared: Dataset, model: PeftModel, processor: A
     if rows is not None and largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(
-            f"The tokenizer makes token {largest} ({token!r}) of the data, and the model has embeddings for {rows} "
-            "tokens. Use the tokenizer that the model was trained with, or resize the model's embeddings."
+            f"The tokenizer produces token {largest} ({token!r}) for the data, but the model has embeddings for only "
+            f"{rows} tokens. Use the tokenizer that the model was trained with, or resize the model's embeddings."
         )
     if positions is not None and longest > positions:
         raise InputError(
-            f"The data to {name} on has sequences of {longest} tokens, and the model has {positions} positions. Pass "
-            f"--max_length {positions}."
+            f"The data to {name} on has sequences of {longest} tokens, but the model has only {positions} positions. "
+            f"Pass --max_length {positions}."
         )
 
 

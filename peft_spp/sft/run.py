@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]
@@ -22,6 +23,7 @@ from .machine import check_machine
 from .model import BaseModel, check_model
 from .processes import is_first_process
 from .rehearsal import rehearse
+from .teacher import DistillationSFTTrainer, check_teacher, load_teacher
 from .trainer import CardedSFTTrainer
 
 
@@ -46,7 +48,7 @@ class Run:
 
 
 def main(args: Sequence[str], prog: str = "peft-spp sft") -> None:
-    """Fine-tune a model with SPP, as the command line says."""
+    """Fine-tune a model with SPP, as set on the command line."""
     with without_their_future_warnings():
         run = prepare(parse_arguments(args, prog))
         if is_first_process():
@@ -62,6 +64,9 @@ def prepare(arguments: Arguments) -> Run:
     check_sources(arguments.script, arguments.mixture)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, str(training.output_dir))
     model = check_model(arguments.model, arguments.spp.to_config(), training.trust_remote_code)
+    if arguments.spp.teacher_model_name_or_path:
+        name, revision = arguments.spp.teacher_model_name_or_path, arguments.spp.teacher_model_revision
+        check_teacher(name, training, model.adapted.config, revision)
     train_dataset, eval_dataset = load_data(arguments.script, arguments.mixture, training)
     rehearse(model, training, train_dataset, eval_dataset)
     return Run(arguments, model, train_dataset, eval_dataset, checkpoint)
@@ -80,10 +85,16 @@ def train(run: Run) -> None:
         **(given or {}),
     }
     guard = SPPGuardCallback(spp.spp_check_base_steps)
+    trainer_class: Any = CardedSFTTrainer
+    if spp.teacher_model_name_or_path:
+        settings = {"trust_remote_code": training.trust_remote_code, "attn_implementation": model.attn_implementation}
+        settings |= {"dtype": training.model_init_kwargs["dtype"]}
+        teacher = load_teacher(spp.teacher_model_name_or_path, spp.teacher_model_revision, settings)
+        trainer_class = partial(DistillationSFTTrainer, teacher=teacher)
     with warnings.catch_warnings():
-        # the callback says the same, next to what is sparse
-        warnings.filterwarnings("ignore", message=".*so SPP has nothing to keep")
-        trainer = CardedSFTTrainer(
+        # the callback reports the same, next to what is sparse
+        warnings.filterwarnings("ignore", message=".*so SPP has nothing to preserve")
+        trainer = trainer_class(
             model=str(model.model_name_or_path),
             args=training,
             train_dataset=run.train_dataset,
@@ -110,6 +121,7 @@ def _describe(run: Run) -> str:
         f"Model:      {name}",
         f"Adapter:    SPP on {len(run.model.layers)} layers, {trainable:,} trainable parameters of {total:,}",
         f"Data:       {rows} rows",
+        *([f"Teacher:    {teacher}"] if (teacher := run.arguments.spp.teacher_model_name_or_path) else []),
         f"Checkpoint: {run.checkpoint or 'none, from the first step'}",
         f"Output:     {run.arguments.training.output_dir}",
     ]

@@ -30,6 +30,9 @@ class SPPArguments:
         spp_modules_to_save (`list[str]`, *optional*): Modules to train and save in full.
         spp_bias (`str`): Which biases to train: 'none', 'all' or 'spp_only'.
         spp_check_base_steps (`int`): After how many steps [`SPPGuardCallback`] compares the base weights.
+        teacher_model_name_or_path (`str`, *optional*):
+            Learn this model's predictions of the text, usually those of the dense model that was pruned.
+        teacher_model_revision (`str`, *optional*): Its revision on the Hub.
         dry_run (`bool`): Check arguments, data, model and checkpoint, and write nothing.
     """
 
@@ -39,27 +42,37 @@ class SPPArguments:
     spp_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules to adapt: names, one regular expression, or 'all-linear'. By default every linear layer "
+            "help": "Modules to adapt: names, one regular expression, or 'all-linear'. By default, every linear layer "
             "inside the transformer blocks."
         },
     )
     spp_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules not to adapt: names, or one regular expression."}
+        default=None, metadata={"help": "Modules to exclude: names, or one regular expression."}
     )
     spp_layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the transformer blocks to adapt. By default all."}
+        default=None, metadata={"help": "Indices of the transformer blocks to adapt. By default, all of them."}
     )
     spp_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save in full, besides the adapter."}
+        default=None, metadata={"help": "Modules to train and save in full, in addition to the adapter."}
     )
-    spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Biases to train."})
+    spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Which biases to train."})
     spp_check_base_steps: int = field(
         default=100,
-        metadata={"help": "After how many steps SPPGuardCallback compares the base weights; 0: only when saving."},
+        metadata={
+            "help": "How often SPPGuardCallback compares the base weights, in steps; 0 compares only when saving."
+        },
     )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distill: learn the predictions of this model, usually the dense one that was pruned, instead of "
+            "the text's own next tokens."
+        },
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "The teacher's revision on the Hub."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check arguments, data, model and checkpoint; train nothing and write nothing."},
+        metadata={"help": "Check the arguments, data, model and checkpoint without training or writing anything."},
     )
 
     def to_config(self) -> SPPConfig:

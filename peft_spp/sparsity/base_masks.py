@@ -38,8 +38,8 @@ def warn_or_raise(message: str, check_base: str, *, stacklevel: int = 2) -> None
 def no_record(adapter: str) -> str:
     """The message of `check_base="error"` about an adapter without a record."""
     return (
-        f"{adapter} has no record of the base model that it was trained on, so check_base='error' cannot compare the "
-        f"two. Copy its {BASE_MASKS} next to its adapter_config.json, or use check_base='warn' or 'off'."
+        f"{adapter} has no record of its base model, so check_base='error' cannot compare the two. Copy its "
+        f"{BASE_MASKS} next to its adapter_config.json, or use check_base='warn' or 'off'."
     )
 
 
@@ -110,7 +110,7 @@ class BaseRecord:
 
     def mismatch(self, masks: Mapping[str, MaskRecord], quantization: str | None = None) -> str | None:
         """
-        Describe where another base model is pruned in other places.
+        Describe where the masks of another base model differ.
 
         A base model in full precision passes for a quantized one if it has a part of its zeros: rounding makes zeros.
 
@@ -240,6 +240,6 @@ def read_base_masks(file: Path) -> tuple[BaseRecord | None, str | None]:
         return BaseRecord.from_dict(content), weights_id
     except ValueError as error:
         raise ValueError(
-            f"{file} is damaged: {error}. Copy it again, or delete it to load the adapter without a check of its base "
+            f"{file} is damaged: {error}. Copy it again, or delete it to load the adapter without checking its base "
             "model"
         ) from error

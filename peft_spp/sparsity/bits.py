@@ -67,7 +67,7 @@ class Look(NamedTuple):
 def look_at(piece: Tensor) -> Look:
     """Tell zeros, negative zeros and non-finite values apart, on the device where the weight lives."""
     if piece.dtype not in FORMATS:
-        raise ValueError(f"cannot tell zeros in a weight of dtype {piece.dtype}")
+        raise ValueError(f"cannot count the zeros in a weight of dtype {piece.dtype}")
     if piece.is_meta:
         raise ValueError("the weight is on the meta device and holds no data")
     written = FORMATS[piece.dtype]

@@ -148,7 +148,7 @@ class SparsityComparison(ModuleReport[ModuleComparison]):
         for title, names in (
             ("only before", [called(name) for name in self.missing_after]),
             ("only after", [called(name) for name in self.missing_before]),
-            ("of another shape", [f"{called(name)} {old} -> {new}" for name, (old, new) in self.reshaped.items()]),
+            ("of a different shape", [f"{called(name)} {old} -> {new}" for name, (old, new) in self.reshaped.items()]),
             ("unreadable", [f"{called(name)} ({why})" for name, why in self.unreadable.items()]),
         ):
             if names:
@@ -194,7 +194,7 @@ def compare_sparsity(
     Raises:
         TypeError: If a source is of another kind.
         FileNotFoundError: If there is nothing at a path.
-        ValueError: If a source cannot be read; the message names the culprit.
+        ValueError: If a source cannot be read; the message names the file or module.
     """
     old, new = open_weights(before, modules=modules), open_weights(after, modules=modules)
     compared: dict[str, ModuleComparison] = {}

@@ -54,7 +54,7 @@ class MaskRecord:
             every bit depends on all, and the words of a row are added up modulo 2^64; the sum is mixed with a number
             of the row, and these are added up. So masks that differ within one word of one row, in one place or in
             many, differ in both halves for certain; others agree in a half with a probability of about 2^-64, and in
-            both of 2^-128, as far as mixed words behave like random ones. It is no cryptographic hash.
+            both of 2^-128, as far as mixed words behave like random ones. It is not a cryptographic hash.
         sample (`str`):
             The mask at `SAMPLES` evenly spread places (or all, if there are no more), in base64, a bit each.
     """
@@ -121,10 +121,12 @@ class MaskRecord:
             or len(shape) != 2
             or not all(isinstance(size, int) and size >= 0 for size in shape)
         ):
-            raise ValueError(f"the mask record has no shape of two sizes but {shape!r}")
+            raise ValueError(f"the mask record's 'shape' should be two sizes but is {shape!r}")
         for name, kind in (("zeros", int), ("pattern", str), ("fingerprint", str), ("sample", str)):
             if not isinstance(data.get(name), kind):
-                raise ValueError(f"the mask record's {name!r} is not {kind.__name__} but {data.get(name)!r}")
+                raise ValueError(
+                    f"the mask record's {name!r} should be of type {kind.__name__} but is {data.get(name)!r}"
+                )
         if not 0 <= data["zeros"] <= shape[0] * shape[1]:
             raise ValueError(f"the mask record has {data['zeros']} zeros in a shape of {shape[0]}x{shape[1]}")
         try:
@@ -156,9 +158,9 @@ def record_mask(weight: Tensor | Compressed) -> MaskRecord:
             return record_mask(decompress(weight))
         return _record_compressed(weight)
     if weight.is_meta:
-        raise ValueError("a mask is recorded of a weight that is in memory, not of one on the meta device")
+        raise ValueError("a mask can be recorded only for a weight in memory, not on the meta device")
     if weight.dim() != 2:
-        raise ValueError(f"a mask is recorded of a weight of shape (out, in), not {tuple(weight.shape)}")
+        raise ValueError(f"a mask can be recorded only for a weight of shape (out, in), got {tuple(weight.shape)}")
     with torch.no_grad():
         return _record(weight.detach())
 

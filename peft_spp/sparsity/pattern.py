@@ -25,7 +25,7 @@ _PACKED_GROUPS = {
 class NMPattern:
     """An N:M pattern: at most `n` non-zeros in every group of `m` consecutive input weights.
 
-    Groups start at input 0. Where the number of inputs is no multiple of `m`, the last, incomplete group may hold at
+    Groups start at input 0. If the number of inputs is not a multiple of `m`, the last, incomplete group may hold at
     most `n` non-zeros as well.
 
     Args:
@@ -42,16 +42,16 @@ class NMPattern:
     def __post_init__(self) -> None:
         for value in (self.n, self.m):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"an N:M pattern needs two integers, not {self.n!r}:{self.m!r}")
+                raise ValueError(f"an N:M pattern needs two integers, got {self.n!r}:{self.m!r}")
         if not 0 < self.n <= self.m:
-            raise ValueError(f"an N:M pattern needs 0 < N <= M, which {self.n}:{self.m} does not hold")
+            raise ValueError(f"an N:M pattern needs 0 < N <= M, got {self.n}:{self.m}")
 
     @classmethod
     def parse(cls, text: str | NMPattern) -> NMPattern:
         """Read a pattern such as `"2:4"`.
 
         Args:
-            text (`str` or `NMPattern`): The pattern; an `NMPattern` is returned as it is.
+            text (`str` or `NMPattern`): The pattern; an `NMPattern` is returned unchanged.
 
         Returns:
             `NMPattern`: The pattern.
@@ -111,7 +111,7 @@ def fullest_group(nonzero: Tensor, group_size: int) -> int:
         nonzero = torch.nn.functional.pad(nonzero, (0, group_size - inputs % group_size))
     if group_size == 1:
         return int(nonzero.any())
-    # A slice of a larger tensor may start at an address that is no multiple of the integer's size.
+    # A slice of a larger tensor may start at an address that is not a multiple of the integer's size.
     if group_size in _PACKED_GROUPS and nonzero.storage_offset() % group_size == 0:
         integer, factor = _PACKED_GROUPS[group_size]
         return int(((nonzero.reshape(-1).view(integer) * factor) >> 8 * (group_size - 1)).max())
@@ -121,7 +121,7 @@ def fullest_group(nonzero: Tensor, group_size: int) -> int:
 def satisfies_n_m(weight_rows_by_inputs: Tensor, pattern: str | NMPattern) -> bool:
     """Whether every group of M consecutive inputs of every row holds at most N non-zeros.
 
-    `-0.0` counts as zero and NaN as non-zero. Where the number of inputs is no multiple of M, the last, incomplete
+    `-0.0` counts as zero and NaN as non-zero. If the number of inputs is not a multiple of M, the last, incomplete
     group must hold at most N non-zeros too. An empty weight holds every pattern.
 
     Args:

@@ -88,7 +88,7 @@ class ModuleSparsity(PlainData):
         """
         pattern = NMPattern.parse(pattern)
         if pattern.m not in self.fullest_group:
-            raise ValueError(f"the report did not look for {pattern}: pass patterns=({str(pattern)!r}, ...)")
+            raise ValueError(f"the report has no counts for {pattern}: pass patterns=({str(pattern)!r}, ...)")
         return self.fullest_group[pattern.m] <= pattern.n
 
 
@@ -214,12 +214,12 @@ def sparsity_report(
     state dict or checkpoint, 2-D floating tensors named `*.weight` that are not named like an embedding or a norm; in
     both, fused 3-D expert weights. Heads (`lm_head`, `score`, `classifier`, ...) and the routers of mixtures are
     linear layers that pruning leaves alone: they count only if `modules` asks for them. Names are those of the model
-    without PEFT's wrappers, and adapters do not count: of a `PeftModel`, the base layers are reported as they are
+    without PEFT's wrappers, and adapters do not count: of a `PeftModel`, the base layers are reported as
     stored, whatever an unmerged adapter would add to them. `skipped` lists what was not counted, and why.
 
     The pattern of a layer is `"dense"` if less than 1 % of it is zero; else the tightest of `patterns` that every
-    group of consecutive inputs holds (2:8 before 2:4 before 4:8); else `"unstructured"`. Where the number of inputs
-    is no multiple of M, the last, incomplete group must hold at most N non-zeros too.
+    group of consecutive inputs holds (2:8 before 2:4 before 4:8); else `"unstructured"`. If the number of inputs is
+    not a multiple of M, the last, incomplete group must hold at most N non-zeros too.
 
     Args:
         source (`nn.Module`, `Mapping[str, torch.Tensor]`, `str` or `PathLike`):
@@ -241,7 +241,8 @@ def sparsity_report(
         TypeError: If `source` is of another kind.
         FileNotFoundError: If there is nothing at the path.
         ValueError: If a pattern is malformed, nothing matches `modules`, a weight is on the meta device, or a file
-            cannot be read (not safetensors, cut short, missing or outside the folder); the message names the culprit.
+            cannot be read (not safetensors, truncated, missing or outside the folder); the message names the file or
+            module.
     """
     wanted = parse_patterns(patterns)
     weights = open_weights(source, modules=modules, conv1d=conv1d)

@@ -119,12 +119,12 @@ def select(
             found[one.key] = _weight(one, one.key, transposed=False, left_out="adapter")
             continue
         if name in keys:
-            raise ValueError(f"{label} holds two weights for module {called(name)!r}: {keys[name]!r} and {one.key!r}")
+            raise ValueError(f"{label} has two weights for module {called(name)!r}: {keys[name]!r} and {one.key!r}")
         keys[name] = one.key
         left_out = _left_out(one, name, is_weight, chosen=modules is not None)
         if one.no_data and left_out is None:
             raise ValueError(
-                f"module {called(name)!r} of {label} is on the meta device and holds no data: load the model without "
+                f"module {called(name)!r} of {label} is on the meta device and has no data: load the model without "
                 "offloading, or read its checkpoint folder instead"
             )
         transposed = one.transposed if one.transposed is not None else layout.is_transposed(name, len(one.shape))

@@ -84,9 +84,8 @@ def check_same_save(file: Path, its_id: str | None, weights_id: str | None) -> N
     """Check that a file was saved with the settings next to it: an interrupted save may have left older ones."""
     if None not in (its_id, weights_id) and its_id != weights_id:
         raise ValueError(
-            f"{file} was saved with other settings than those in the {CONFIG_NAME} next to it: a save was "
-            "interrupted, or one of the two was copied from elsewhere. Save the adapter again, or load an earlier "
-            "checkpoint."
+            f"{file} was saved with different settings than the {CONFIG_NAME} next to it: a save was interrupted, or "
+            "one of the two was copied from elsewhere. Save the adapter again, or load an earlier checkpoint."
         )
 
 
@@ -117,9 +116,9 @@ def list_tensors(file: Path, pickled: bool) -> tuple[dict[str, Stored], str | No
     if file.name != SAFETENSORS_WEIGHTS_NAME:
         if not pickled:
             raise ValueError(
-                f"{file} is pickled, which can run code when it is read, so it is not read. Ask for the adapter in "
-                f"safetensors (`save_pretrained` writes {SAFETENSORS_WEIGHTS_NAME}), or load it into a model with "
-                "`weights_only=True`, which unpickles only weights."
+                f"{file} is a pickle file, which can run code when it is loaded, so it is not read. Ask for the "
+                f"adapter in safetensors (`save_pretrained` writes {SAFETENSORS_WEIGHTS_NAME}), or load it into a "
+                "model with `weights_only=True`, which unpickles only weights."
             )
         return list_loaded(file, _unpickle(file)), None
     try:
@@ -137,7 +136,7 @@ def list_loaded(origin: object, content: object) -> dict[str, Stored]:
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
-        raise ValueError(f"{origin} does not hold a dictionary of tensors")
+        raise ValueError(f"{origin} does not contain a dictionary of tensors")
     for name, tensor in content.items():
         if tensor.layout is not torch.strided or tensor.is_meta:
             kind = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
@@ -153,6 +152,6 @@ def _unpickle(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
     except NOT_A_PICKLE as error:
         raise ValueError(
-            f"The adapter file {file} cannot be read ({error}), at least not without running code that is in it, "
-            "which is never done. Ask for the adapter in safetensors."
+            f"The adapter file {file} cannot be read without running code in it, which peft_spp does not do "
+            f"({error}). Ask for the adapter in safetensors."
         ) from error

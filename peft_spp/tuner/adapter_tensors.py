@@ -113,12 +113,12 @@ def check_count(
         return
     problems = []
     if missing:
-        problems.append(f"lacks {len(missing)} of the {len(want)} tensors of the adapter ({_listed(missing)})")
+        problems.append(f"is missing {len(missing)} of the {len(want)} tensors of the adapter ({_listed(missing)})")
     if left:
-        problems.append(f"has {len(left)} tensors that the model has no place for ({_listed(left)})")
+        problems.append(f"has {len(left)} tensors that do not belong to any module of the model ({_listed(left)})")
     raise ValueError(
-        f"{origin} {' and '.join(problems)}. The adapter was made for another model or with other settings, or "
-        "the file is not whole: load an earlier checkpoint, or the base model that it was trained on."
+        f"{origin} {' and '.join(problems)}. The adapter was made for another model or with other settings, or the "
+        "file is incomplete: load an earlier checkpoint, or the base model that it was trained on."
     )
 
 
@@ -157,7 +157,7 @@ def check_saved(written: Iterable[str], model: nn.Module, config: SPPConfig, ada
     if missing:
         raise RuntimeError(
             f"{len(missing)} of the {len(want)} tensors of adapter {adapter_name!r} would not be saved: "
-            f"{_listed(missing)}. Nothing was written. If you pass a `state_dict`, it has to hold all of them."
+            f"{_listed(missing)}. Nothing was written. If you pass a `state_dict`, it must contain all of them."
         )
 
 
@@ -178,9 +178,9 @@ def restore_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, t
             state_dict[key] = tensor
         elif belongs_to(key, adapter_name):
             raise RuntimeError(
-                f"The tensor {key} cannot be saved: it is sharded, and PEFT takes it for one of another adapter, "
-                f"which has the name of a module (of {', '.join(map(repr, others))}). Delete that adapter, and "
-                "add it again under another name."
+                f"The tensor {key} cannot be saved: it is sharded, and PEFT would mistake it for a tensor of another "
+                f"adapter whose name is also a module's name (one of {', '.join(map(repr, others))}). Delete that "
+                "adapter, and add it again under another name."
             )
 
 
@@ -215,6 +215,6 @@ def check_can_be_saved(model: nn.Module, adapter_name: str) -> None:
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     if adapter_name in BY_ADAPTER.union(WRAPPER_PARTS, parameters, ["base_layer"]):
         raise ValueError(
-            f"An adapter cannot have the name {adapter_name!r}, which is that of a parameter, of a wrapper or of a "
-            "part of an adapted layer: PEFT would save its tensors under other names. Choose another name."
+            f"The adapter name {adapter_name!r} is also the name of a parameter, of a wrapper or of a part of an "
+            "adapted layer, so PEFT would save its tensors under other names. Choose another name."
         )

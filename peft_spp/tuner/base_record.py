@@ -53,9 +53,9 @@ def check_base(config: SPPConfig, model: nn.Module, adapter_name: str) -> None:
     if mismatch is None:
         return
     message = (
-        f"Adapter {adapter_name!r} was trained on a base model that is pruned in other places, in {mismatch}. Load "
-        f"the base model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps "
-        "the zeros of this one. Set `check_base='off'` if that is what you want."
+        f"Adapter {adapter_name!r} was trained on a base model with different masks, in {mismatch}. Load the base "
+        f"model that it was trained on ({config.base_model_name_or_path}); merged into this one, it keeps the zeros "
+        "of this one. Set `check_base='off'` if this is intended."
     )
     warn_or_raise(message, config.check_base)
 
@@ -68,8 +68,9 @@ def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, a
     if not is_merged(saved.identity, vars(model.config)):
         return
     message = (
-        f"Adapter {adapter_name!r} was merged into this model before, and is applied twice now. Load the base model "
-        f"that it was trained on ({config.base_model_name_or_path}), or use the merged model without the adapter."
+        f"Adapter {adapter_name!r} is already merged into this model, so it is applied twice now. Load the base "
+        f"model that it was trained on ({config.base_model_name_or_path}), or use the merged model without the "
+        "adapter."
     )
     warn_or_raise(message, config.check_base)
 
@@ -84,8 +85,8 @@ def warn_of_dense_layers(record: BaseRecord, model: nn.Module, adapter_name: str
         return
     if len(dense) == len(masks):
         warnings.warn(
-            f"None of the {len(dense)} adapted layers holds a zero, so SPP has nothing to keep. Prune the base model "
-            "first (`peft-spp prune`); a dense one is better tuned with LoRA.",
+            f"None of the {len(dense)} adapted layers holds a zero, so SPP has nothing to preserve. Prune the base "
+            "model first (`peft-spp prune`); a dense one is better tuned with LoRA.",
             stacklevel=4,
         )
         return
@@ -94,7 +95,7 @@ def warn_of_dense_layers(record: BaseRecord, model: nn.Module, adapter_name: str
     shown = f"{endings}" if len(endings) <= _SHOWN_ENDINGS else "..."
     more = f" and {len(dense) - _SHOWN} more" if len(dense) > _SHOWN else ""
     warnings.warn(
-        f"{len(dense)} of {len(masks)} adapted layers hold no zeros, so SPP has nothing to keep there: "
+        f"{len(dense)} of {len(masks)} adapted layers hold no zeros, so SPP has nothing to preserve there: "
         f"{', '.join(dense[:_SHOWN])}{more}. To leave them out, set `exclude_modules={shown}`.",
         stacklevel=4,
     )

@@ -49,13 +49,13 @@ class SPPConfig(PeftConfig):
             When passing a list of strings, either an exact match will be performed or it is checked if the name of the
             module ends with any of the passed strings.
         target_parameters (`List[str]`, *optional*):
-            The names of parameters to apply the adapter to, full or their ends. This is for weights that are no linear
-            layer's, as the experts of mixtures in Transformers 5, where one parameter holds those of all experts:
-            `target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']`. Every expert gets factors of its
-            own, with r row blocks. It is on top of `target_modules`: set `target_modules=[]` to adapt nothing else.
-            Experts are never adapted unless they are named here; an empty list says that this is intended. The
-            orientation of the weights is read off the attribute `is_transposed` of the module, which Transformers
-            sets where experts are stored like (experts, in, out). It does not work with `spp_dropout`.
+            The names of parameters to apply the adapter to, in full or by suffix, on top of `target_modules`. This is
+            for weights that do not belong to a linear layer, such as the experts of a mixture in Transformers 5, where
+            one parameter holds all experts: `target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']`.
+            Every expert gets its own factors, with r row blocks. Set `target_modules=[]` to adapt only these. Experts
+            are adapted only if they are named here; an empty list silences the warning about them. The layout of the
+            weights is read from the attribute `is_transposed` of the module, which Transformers sets where experts are
+            stored as (experts, in, out). It does not work with `spp_dropout`.
         spp_alpha (`float`):
             The alpha parameter for SPP scaling: the update is multiplied by `spp_alpha / r`.
         spp_dropout (`float`):
@@ -96,7 +96,7 @@ class SPPConfig(PeftConfig):
             embedding matrix, using the `peft.TrainableTokensModel` method: a list of indices for the model's input
             embedding layer, or a dictionary from the name of an embedding module to such a list.
         check_base (`str`):
-            What to do if a saved adapter is loaded onto a base model that is pruned in other places than the one it
+            What to do if a saved adapter is loaded onto a base model with other masks than the one it
             was trained on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
             places and more, as after rounding to NF4, is accepted silently. With 'error', an adapter without a record
             of its base model is refused too.
@@ -107,7 +107,9 @@ class SPPConfig(PeftConfig):
         ValueError: If a value cannot be used; the message names the field and the value.
     """
 
-    r: int = field(default=16, metadata={"help": "The number of row blocks, that is the rows of the factor A."})
+    r: int = field(
+        default=16, metadata={"help": "The number of row blocks, which is the number of rows of the factor A."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
@@ -124,8 +126,8 @@ class SPPConfig(PeftConfig):
     target_parameters: list[str] | set[str] | None = field(
         default=None,
         metadata={
-            "help": "List of parameter names to apply SPP to, on top of `target_modules`. This is for weights that "
-            "are no linear layer's, as the fused experts of mixtures. For example, "
+            "help": "List of parameter names to apply SPP to, on top of `target_modules`. This is for weights that do "
+            "not belong to a linear layer, such as the fused experts of mixtures. For example, "
             "`['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']`. Passing a string for regex matching is not "
             "implemented. With torch.compile, graph breaks are expected."
         },
@@ -150,16 +152,16 @@ class SPPConfig(PeftConfig):
     init_weights: bool | Literal["positive"] = field(
         default=True,
         metadata={
-            "help": "Whether to set B to zero, so that the adapter is a no-op before training. False draws it at "
-            "random, for debugging purposes. 'positive' starts A from absolute values."
+            "help": "Whether to initialize B to zero, so that the adapter is a no-op before training. False "
+            "initializes it randomly, for debugging only. 'positive' initializes A to absolute values."
         },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
         metadata={
-            "help": "The layer indexes to transform, is this argument is specified, PEFT will transform only the "
-            "layers indexes that are specified inside this list. If a single integer is passed, PEFT will transform "
-            "only the layer at this index. This only works when target_modules is a list of str or None."
+            "help": "The layer indexes to transform. If this argument is specified, PEFT will transform only the "
+            "layers at the indexes in this list. If a single integer is passed, PEFT will transform only the layer at "
+            "this index. This only works when target_modules is a list of str or None."
         },
     )
     layers_pattern: list[str] | str | None = field(
@@ -196,8 +198,8 @@ class SPPConfig(PeftConfig):
     check_base: Literal["warn", "error", "off"] = field(
         default="warn",
         metadata={
-            "help": "What to do if a saved adapter is loaded onto a base model that is pruned in other places than "
-            "the one it was trained on. Can be 'warn', 'error' or 'off'"
+            "help": "What to do if a saved adapter is loaded onto a base model with other masks than the one it was "
+            "trained on. Can be 'warn', 'error' or 'off'"
         },
     )
     format_version: int = field(
@@ -238,8 +240,8 @@ class SPPConfig(PeftConfig):
         2, and a dropout of 0.05 on the input of the SPP branch.
 
         It differs from the defaults in the dropout alone, which costs a second matmul in training and changed little
-        in our ablation (docs/quality.md). What no configuration of an adapter holds is up to the trainer: the authors
-        train with AdamW for 3 epochs with a learning rate of 4e-3, batches of 128 and a weight decay of 0.001.
+        in our ablation (docs/quality.md). What an adapter's configuration does not cover is up to the trainer: the
+        authors train with AdamW for 3 epochs with a learning rate of 4e-3, batches of 128 and a weight decay of 0.001.
 
         Args:
             settings (additional keyword arguments, *optional*): Other fields, or other values for these.
@@ -329,15 +331,15 @@ class SPPConfig(PeftConfig):
         settings = read_json(file, strict=True)
         if "peft_type" in settings and settings["peft_type"] not in list(PeftType):
             raise ValueError(
-                f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not know: "
-                "upgrade it, or copy the file again"
+                f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not support: "
+                "upgrade PEFT, or copy the file again"
             )
         if settings.get("peft_type") == "SPP":
             try:
                 check_format_version(settings.get("format_version", FORMAT_VERSION))
                 check_settings(settings)
             except ValueError as error:
-                raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+                raise ValueError(f"{file} has settings that are not valid: {error}") from error
         settings = super().from_json_file(path_json_file, **kwargs)
         settings.pop(WEIGHTS_ID, None)
         return settings

@@ -140,7 +140,7 @@ def _checked(result: Any, saved: SavedAdapter, adapter_name: str) -> Any:
     missing = sorted(key for key in result.missing_keys if belongs_to(key, adapter_name))
     if missing:
         raise ValueError(
-            f"{saved.origin} lacks {len(missing)} tensors of the adapter under the names that this model has for "
-            f"them, the first of them {missing[0]}. Load the base model that the adapter was trained on."
+            f"{saved.origin} is missing {len(missing)} tensors of the adapter under the names that this model uses, "
+            f"such as {missing[0]}. Load the base model that the adapter was trained on."
         )
     return result

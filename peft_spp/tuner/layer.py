@@ -72,13 +72,13 @@ class Linear(MergeableLayer):
             return weight
         if self.mixed_batch_threads and threading.get_ident() in self.mixed_batch_threads:
             raise RuntimeError(
-                f"The module that holds {self.module_name!r} reads its weight and does not call it, so that a batch "
-                "with several adapters cannot pass through it. Call the model once for each adapter."
+                f"The parent of {self.module_name!r} reads its weight instead of calling it, so it does not support "
+                "mixed adapter batches. Call the model once for each adapter."
             )
         if any(self._dropout_is_active(name) for name in names):
             warnings.warn(
-                f"The module that holds {self.module_name!r} reads its weight and does not call it: `spp_dropout` has "
-                "no effect there.",
+                f"The parent of {self.module_name!r} reads its weight instead of calling it, so `spp_dropout` has no "
+                "effect there.",
                 stacklevel=2,
             )
         read = [module for name in names for module in (self.spp_A[name], self.spp_B[name])]
@@ -90,7 +90,7 @@ class Linear(MergeableLayer):
         return result
 
     def _is_computed_with(self) -> bool:
-        """Whether the one who reads `weight` may compute with it."""
+        """Whether the code that reads `weight` may compute with it."""
         return self.parameter_name == "weight" and not self.weight_is_only_described
 
     def _effective_weight(self, names: Sequence[str]) -> torch.Tensor:
@@ -145,7 +145,7 @@ class Linear(MergeableLayer):
             result = base_forward(x, *args, **kwargs)
             if without_dropout:
                 result = result + self._spp_linear(x, without_dropout, None, identity=False)
-        # dropout acts on the input of the SPP branch alone, so the branch needs a matmul of its own
+        # dropout acts on the input of the SPP branch alone, so the branch needs a separate matmul
         for name in with_dropout:
             result = result + self._spp_linear(self.spp_dropout[name](x), [name], None, identity=False)
         return result

@@ -141,7 +141,7 @@ class SPPLayer(BaseTunerLayer):
         Set the scaling of an adapter to the one of its configuration, `spp_alpha / r`, times a factor.
 
         Args:
-            adapter (`str`): The name of the adapter; a layer that does not have it is left as it is.
+            adapter (`str`): The name of the adapter; a layer that does not have it is unchanged.
             scale (`float`): The factor.
         """
         if adapter in self.scaling:

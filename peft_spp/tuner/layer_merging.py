@@ -127,7 +127,7 @@ class MergeableLayer(nn.Module, SPPLayer):
             what, remedy = found
             raise ValueError(
                 f"Cannot merge into {self.module_name!r} or unmerge it: {what} computes its {self.parameter_name}, "
-                f"and would overwrite what is written there. {remedy}"
+                f"and would overwrite the result. {remedy}"
             )
 
     def _unmerge_once(self) -> None:
@@ -160,8 +160,8 @@ class MergeableLayer(nn.Module, SPPLayer):
         self.prove_merge()
         if is_unsharded(self._base_weight()):
             raise RuntimeError(
-                f"FSDP2 has unsharded the weight of module {self.module_name!r}, and discards what is written to it "
-                "at `reshard()`. Call `reshard()` first: `merge_and_unload` merges into the shards."
+                f"FSDP2 has unsharded the weight of module {self.module_name!r}, and `reshard()` discards what is "
+                "written to it. Call `reshard()` first: `merge_and_unload` merges into the shards."
             )
 
     def prove_merge(self) -> None:
@@ -176,8 +176,9 @@ class MergeableLayer(nn.Module, SPPLayer):
         if self._is_merge_lost():
             raise RuntimeError(
                 f"The merge into module {self.module_name!r} was lost at the end of "
-                "`deepspeed.zero.GatheredParameters` or at FSDP2's `reshard()`. Pass the former `modifier_rank=0`, or "
-                "call `unmerge_adapter` before. Call `unmerge_adapter` now to go on with the unmerged adapter."
+                "`deepspeed.zero.GatheredParameters` or at FSDP2's `reshard()`. Pass `modifier_rank=0` to the "
+                "former, or call `unmerge_adapter` before the latter. Call `unmerge_adapter` now to continue with "
+                "the unmerged adapter."
             )
         if is_zero3(self._base_weight()) and is_sharded(self._base_weight()):
             self._unproven_place = None
@@ -237,7 +238,7 @@ class MergeableLayer(nn.Module, SPPLayer):
         weight = self.unmerged_weight()
         if weight.shape[-2:] != (self.out_features, self.in_features):
             raise RuntimeError(
-                f"The weight of module {self.module_name!r} is not in memory as a whole: its shape is "
+                f"The weight of module {self.module_name!r} is not fully in memory: its shape is "
                 f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "
                 "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
                 "process, for example with `peft-spp merge`."

@@ -109,11 +109,13 @@ def check_is_spp(source: Any, kwargs: dict[str, Any], adapter_name: str) -> None
         return  # neither a folder nor a repository, which PEFT reports
     if file is None and weights is not None:
         raise ValueError(
-            f"{weights.parent} has no {CONFIG_NAME}, so it is unknown which settings belong to the weights that would "
-            f"be loaded into adapter {adapter_name!r}. Copy the file again, or load an earlier checkpoint."
+            f"{weights.parent} has no {CONFIG_NAME}, so the settings of the weights to load into adapter "
+            f"{adapter_name!r} are unknown. Copy the file again, or load an earlier checkpoint."
         )
     if file is not None and (method := read_json(file).get("peft_type")) != "SPP":
-        raise ValueError(f"{file} is of peft_type {method!r}, and adapter {adapter_name!r} of this model is of SPP.")
+        raise ValueError(
+            f"{file} has peft_type {method!r}, but adapter {adapter_name!r} of this model is an SPP adapter."
+        )
 
 
 def _of_hub(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -138,7 +140,7 @@ def check_fits(
             other = saved.alpha(layer.module_name) / max(rows, 1)
             if abs(own - other) > 1e-9 * max(abs(own), abs(other)):
                 raise ValueError(
-                    f"{saved.origin} was saved with other settings than those of adapter {adapter_name!r}: in module "
+                    f"{saved.origin} was saved with different settings than adapter {adapter_name!r}: in module "
                     f"{layer.module_name!r} alpha / r is {other:g} there and {own:g} here. Load it under another "
                     "name, or without a `config`, so that it keeps its own settings."
                 )
@@ -154,7 +156,7 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], model: nn.Module, config: S
     if misfits:
         raise RuntimeError(
             f"size mismatch for {len(misfits)} tensors of the adapter: {'; '.join(misfits[:3])}. The adapter was "
-            "trained on a base model of other shapes, or with another `r`. Nothing was loaded."
+            "trained on a base model with other shapes, or with another `r`. Nothing was loaded."
         )
 
 
@@ -202,7 +204,7 @@ def check_dtypes(origin: str, tensors: Mapping[str, Stored], model: nn.Module, a
             continue
         if not isinstance(one.dtype, torch.dtype) or not one.dtype.is_floating_point:
             raise ValueError(
-                f"{origin}: tensor {name!r} has dtype {one.dtype}, and {dtype} in the model. Save the adapter again."
+                f"{origin}: tensor {name!r} has dtype {one.dtype}, but {dtype} in the model. Save the adapter again."
             )
         if torch.finfo(one.dtype).max > torch.finfo(dtype).max:
             check_finite_as(origin, name, one.load(), dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging the adapters of a model: checked in all layers first, and listed in the configuration afterwards."""
+"""Merging the adapters of a model: checked in all layers first, and listed in the configuration afterward."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class MergingModel(BaseTuner):
 
 def untie_adapted_weights(model: nn.Module) -> None:
     """
-    Give adapted layers that share their weight with another module a weight of their own.
+    Give adapted layers that share their weight with another module their own weight.
 
     A merge writes W' where W was. Other users of W, and other adapters on it, must not see that.
     """
@@ -129,8 +129,8 @@ def untie_adapted_weights(model: nn.Module) -> None:
             copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             setattr(base_layer, name, copy)
             warnings.warn(
-                f"The weight of {module.module_name!r} is shared with another module. It gets a copy of its own, "
-                "which the adapter is merged into.",
+                f"The weight of {module.module_name!r} is shared with another module. The adapter is merged into a "
+                "separate copy of it.",
                 stacklevel=2,
             )
 

@@ -112,8 +112,8 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         super()._check_new_adapter_config(config)
         if not config.target_parameters:
             return
-        # Which parameter a factor belongs to is told by its place in the nested wrappers, so all adapters need the
-        # same nesting.
+        # Which parameter a factor belongs to is identified by its place in the nested wrappers, so all adapters need
+        # the same nesting.
         for adapter_name, other in self.peft_config.items():
             others = getattr(other, "target_parameters", None)
             if other is not config and others and set(others) != set(config.target_parameters):
@@ -165,7 +165,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         if injection.one_block_a_row:
             r = config.r
             warnings.warn(
-                f"These layers have fewer output rows than row blocks (r={r}) and get one block a row: "
+                f"These layers have fewer output rows than row blocks (r={r}) and get one block per row: "
                 f"{', '.join(injection.one_block_a_row)}. Exclude them with `exclude_modules` or set `rank_pattern` "
                 "if this is not intended.",
                 stacklevel=2,
@@ -228,7 +228,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         Returns:
             `dict[str, str]`: For each adapted module: `"same"`; `"refined"` if the same places are zero and more are;
             or `"different"`. A module that the adapter has no record of, or whose weight is not in memory, is left
-            out. Without any record the result is empty, and a warning says so.
+            out. Without any record the result is empty, with a warning.
         """
         config = cast(SPPConfig, self.peft_config[adapter_name])
         return relate_base(config.base_record, self.model, adapter_name)
@@ -267,7 +267,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
         if isinstance(parent, ParamWrapper) and not isinstance(target, ParamWrapper):
             # a wrapper inside of it would be saved under names that no other model has
             raise ValueError(
-                f"{current_key!r} is inside a wrapper that an adapter with other `target_parameters` has left. Call "
+                f"{current_key!r} is inside a wrapper left by an adapter with other `target_parameters`. Call "
                 "`unload()` and add the adapter to the base model."
             )
 

@@ -30,7 +30,7 @@ class ParamWrapper(Linear):
     """
     SPP on an `nn.Parameter`, chosen with `target_parameters`: a weight, or a stack of the weights of all experts.
 
-    Every expert of a stack is a layer of its own: its output rows are split into r blocks, whatever the way the stack
+    Every expert of a stack is a separate layer: its output rows are split into r blocks, whatever the way the stack
     is stored. A has the shape `(num_experts · r, in_features)` and B `(num_experts · out_features, 1)`, expert after
     expert. The adapted weight of all experts is made once a forward pass, as LoRA's is.
 
@@ -144,8 +144,8 @@ class ParamWrapper(Linear):
     def _check_computed_once(self, module: nn.Module) -> None:
         if any(hasattr(part, "_checkpoint_wrapped_module") for part in module.modules() if part is not self):
             raise RuntimeError(
-                f"The module that holds {self.module_name!r} is wrapped for activation checkpointing inside the "
-                "adapter, and its backward pass would compute without the adapter. Wrap the block around it instead."
+                f"The parent of {self.module_name!r} is wrapped for activation checkpointing inside the adapter, so "
+                "its backward pass would skip the adapter. Wrap the block around it instead."
             )
 
     def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
@@ -303,7 +303,7 @@ def _with_replaced(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
                 return replacement.of(parameter, lambda: read(self))
             except AttributeError as error:
                 # nn.Module would take it for a missing attribute, and give the parameter as it is
-                raise RuntimeError(f"The adapted parameter {name!r} of {cls.__name__} cannot be computed.") from error
+                raise RuntimeError(f"Computing the adapted parameter {name!r} of {cls.__name__} failed.") from error
 
         def put(self: Any, value: Any) -> None:
             self.__dict__[name] = value

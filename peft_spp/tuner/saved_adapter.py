@@ -120,10 +120,10 @@ def read_settings(
     """Read the settings of a saved adapter. It returns the file, and the settings."""
     file = find_file(source, CONFIG_NAME, subfolder, hub)
     if file is None:
-        raise FileNotFoundError(f"{Path(source, subfolder or '')} is not a PEFT adapter: it holds no {CONFIG_NAME}")
+        raise FileNotFoundError(f"{Path(source, subfolder or '')} is not a PEFT adapter: it has no {CONFIG_NAME}")
     method = read_json(file, strict=True).get("peft_type")
     if method != "SPP":
-        raise ValueError(f"{file} is of peft_type {method!r}, and only SPP adapters are read here")
+        raise ValueError(f"{file} has peft_type {method!r}, and only SPP adapters are supported here")
     try:
         settings = SPPConfig.from_json_file(str(file))
         known = inspect.signature(SPPConfig).parameters
@@ -131,7 +131,7 @@ def read_settings(
     except ValueError as error:
         if str(file) in str(error):
             raise
-        raise ValueError(f"{file} has settings that cannot be used: {error}") from error
+        raise ValueError(f"{file} has settings that are not valid: {error}") from error
     config.is_from_file = True
     return file, config
 
@@ -168,7 +168,7 @@ def read_adapter(
     config.base_record, weights_id = read_record(config_file, masks_file)
     weights = find_weights(source, subfolder, hub)
     if weights is None:
-        raise FileNotFoundError(f"{config_file.parent} holds no {SAFETENSORS_WEIGHTS_NAME}")
+        raise FileNotFoundError(f"{config_file.parent} has no {SAFETENSORS_WEIGHTS_NAME}")
     tensors, its_id = list_tensors(weights, pickled)
     check_same_save(weights, its_id, weights_id)
     saved = SavedAdapter(str(weights), weights.parent, config, tensors, weights_id, config.base_record)
@@ -188,18 +188,18 @@ def check_adapter(saved: SavedAdapter) -> None:
     """Check that an adapter is whole, fits its settings and has only finite values."""
     if not saved.tensors:
         raise ValueError(
-            f"{saved.origin} holds no tensors. Save the adapter again, or load an earlier checkpoint of it."
+            f"{saved.origin} contains no tensors. Save the adapter again, or load an earlier checkpoint of it."
         )
     twice = [name for name in saved.tensors if f"{PREFIX}{name}" in saved.tensors]
     if twice:
-        raise ValueError(f"{saved.origin} holds tensor {twice[0]!r} twice, once with the prefix {PREFIX!r}")
+        raise ValueError(f"{saved.origin} contains tensor {twice[0]!r} twice, once with the prefix {PREFIX!r}")
     check_factors(saved.origin, saved.factors, saved.config)
     recorded = saved.base.masks if saved.base is not None and not saved.config.target_parameters else {}
     missing = [module for module in recorded if module not in saved.factors]
     if missing:
         raise ValueError(
-            f"{saved.origin} lacks the factors of {len(missing)} of {len(recorded)} modules that the adapter was "
-            f"trained in, the first of them {missing[0]!r}. Copy it again, or load an earlier checkpoint."
+            f"{saved.origin} is missing the factors of {len(missing)} of the {len(recorded)} modules that the "
+            f"adapter was trained in, such as {missing[0]!r}. Copy it again, or load an earlier checkpoint."
         )
     for name, one in saved.tensors.items():
         check_finite(saved.origin, name, one)
@@ -226,7 +226,7 @@ def check_factors(origin: str, factors: Mapping[str, Mapping[str, HasKind]], con
         missing = {"A", "B"} - found.keys()
         if missing:
             raise ValueError(
-                f"{origin} holds only half of the adapter of module {module!r}: spp_{missing.pop()} is missing. "
+                f"{origin} contains only half of the adapter of module {module!r}: spp_{missing.pop()} is missing. "
                 "Load an earlier checkpoint of the adapter."
             )
         A, B = found["A"], found["B"]
@@ -235,7 +235,7 @@ def check_factors(origin: str, factors: Mapping[str, Mapping[str, HasKind]], con
                 name = str(kind.dtype).removeprefix("torch.")
                 raise ValueError(
                     f"{origin}: tensor '{PREFIX}{module}.spp_{factor}.weight' has dtype {name}, which is not "
-                    "floating, or too short. Save the adapter in float32, bfloat16 or float16."
+                    "supported. Save the adapter in float32, bfloat16 or float16."
                 )
         if len(A.shape) != 2 or len(B.shape) != 2 or B.shape[1] != 1:
             raise ValueError(
@@ -247,8 +247,8 @@ def check_factors(origin: str, factors: Mapping[str, Mapping[str, HasKind]], con
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), module), config.r)
         if A.shape[0] != min(r, B.shape[0]):
             raise ValueError(
-                f"{origin}: A of module {module!r} has {A.shape[0]} rows, and the settings of the adapter say "
-                f"{min(r, B.shape[0])}: they do not belong together."
+                f"{origin}: A of module {module!r} has {A.shape[0]} rows, but {min(r, B.shape[0])} in the adapter's "
+                "settings: the weights and the settings do not belong together."
             )
 
 
@@ -264,8 +264,8 @@ def check_finite(origin: str, name: str, stored: Stored) -> None:
             piece = piece.float()  # PyTorch does not test float8
         if (piece.is_floating_point() or piece.is_complex()) and not torch.isfinite(piece).all():
             raise ValueError(
-                f"The adapter file {origin} is broken: tensor {name!r} has values that are NaN or infinite. "
-                "Load an earlier checkpoint of the adapter."
+                f"The adapter file {origin} is broken: tensor {name!r} contains NaN or infinite values. Load an "
+                "earlier checkpoint of the adapter."
             )
 
 
@@ -273,6 +273,6 @@ def check_finite_as(origin: str, name: str, tensor: torch.Tensor, dtype: torch.d
     """Raise a `ValueError` if a value of a finite tensor is too large for the dtype of the model's parameter."""
     if any(not torch.isfinite(piece.to(dtype)).all() for piece in tensor.reshape(-1).split(_PIECE)):
         raise ValueError(
-            f"{origin}: tensor {name!r} has values that are too large for {dtype}, the dtype of the model's "
+            f"{origin}: tensor {name!r} contains values that are too large for {dtype}, the dtype of the model's "
             "parameter. Load the model in a wider dtype, or an earlier checkpoint of the adapter."
         )

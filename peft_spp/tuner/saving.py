@@ -85,7 +85,7 @@ def _errors_of_the_disk(folder: Path) -> Iterator[None]:
 def _check_all_saved(folder: Path, model: PeftModel, adapter_name: str) -> None:
     weights = find_weights(folder)
     if weights is None:
-        raise RuntimeError(f"PEFT has not written the weights of adapter {adapter_name!r}. Nothing was saved.")
+        raise RuntimeError(f"PEFT did not write the weights of adapter {adapter_name!r}. Nothing was saved.")
     tensors, _ = list_tensors(weights, pickled=True)
     check_saved(tensors, model, cast(SPPConfig, model.peft_config[adapter_name]), adapter_name)
 

@@ -28,7 +28,7 @@ MAX_PATTERN = 100_000
 SECONDS = 0.5
 """How long the expressions of a configuration from a file may take to match, in seconds of the CPU."""
 
-# Beside what PEFT puts around an expression, one quantifier costs at most the square of the length of a name.
+# Apart from what PEFT puts around an expression, one quantifier costs at most the square of the length of a name.
 _HARMLESS_QUANTIFIERS = 1
 _QUANTIFIER = re.compile(r"[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
@@ -129,12 +129,12 @@ def check_patterns(expressions: Sequence[Expression], names: Iterable[str]) -> N
     anybody waits. So one that could be of them is first tried in a process that the system ends after half a second.
     """
     suspects = [expression for expression in expressions if _could_take_long(expression)]
-    culprit = _try(suspects, list(names)) if suspects else None
-    if culprit is not None:
-        pattern = culprit.pattern if len(culprit.pattern) <= 200 else f"{culprit.pattern[:200]}..."
+    slow = _try(suspects, list(names)) if suspects else None
+    if slow is not None:
+        pattern = slow.pattern if len(slow.pattern) <= 200 else f"{slow.pattern[:200]}..."
         raise ValueError(
-            f"`{culprit.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
-            "with the names of the modules. Write it without a repetition inside of a repetition, or list the names."
+            f"`{slow.field}` has the regular expression {pattern!r}, which takes more than {SECONDS} s to match "
+            "against the module names. Rewrite it without nested repetitions, or list the names."
         )
 
 
@@ -163,18 +163,18 @@ def _try(expressions: Sequence[Expression], names: list[str]) -> Expression | No
     if process.returncode == 0:
         return None
     if not output or errors:
-        raise ValueError(f"the regular expressions of the adapter could not be tried: {errors.strip()[-300:]}")
+        raise ValueError(f"the regular expressions of the adapter could not be checked: {errors.strip()[-300:]}")
     return expressions[int(output.split()[-1])]
 
 
 def _check_compiles(expression: Expression) -> None:
     name, pattern, _ = expression
     if len(pattern) > MAX_PATTERN:
-        raise ValueError(f"`{name}` has a regular expression of {len(pattern)} characters; use {MAX_PATTERN} at most")
+        raise ValueError(f"`{name}` has a regular expression of {len(pattern)} characters; use at most {MAX_PATTERN}")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"`{name}` has the regular expression {_shown(pattern)}, which is none: {error}") from error
+        raise ValueError(f"`{name}` is not a valid regular expression: {_shown(pattern)} ({error})") from error
 
 
 def _shown(value: Any) -> str:

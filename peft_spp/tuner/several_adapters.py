@@ -111,7 +111,7 @@ def activate_weighted_adapters(
         merged = [name for name in adapters if name in layer.merged_adapters]
         if merged:
             raise ValueError(
-                f"Adapter {merged[0]!r} is merged into {layer.module_name!r}, where its weight is fixed. Call "
+                f"Adapter {merged[0]!r} is merged into {layer.module_name!r}, so its scale cannot change. Call "
                 "`unmerge_adapter()` first."
             )
     for layer in _layers(model):
@@ -132,16 +132,16 @@ def add_weighted_adapter(
     _check_adapters(model, adapters, weights)
     configs = {name: cast(SPPConfig, model.peft_config[name]) for name in adapters}
     if adapter_name in model.peft_config:
-        raise ValueError(f"There is an adapter {adapter_name!r} already: choose another name, or delete it first.")
+        raise ValueError(f"Adapter {adapter_name!r} already exists. Choose another name, or delete it first.")
     if combination_type not in COMBINATION_TYPES:
         raise ValueError(
-            f"SPP adapters are combined by {' or '.join(map(repr, COMBINATION_TYPES))}, and not by "
-            f"{combination_type!r}: their sum is not an SPP adapter. For the exact sum use `set_weighted_adapters`."
+            f"`combination_type` should be {' or '.join(map(repr, COMBINATION_TYPES))} but the value passed is "
+            f"{combination_type!r}. For the exact sum, which is not an SPP adapter, use `set_weighted_adapters`."
         )
     for name, config in configs.items():
         if config.modules_to_save or config.trainable_token_indices:
             raise ValueError(
-                f"Adapter {name!r} has `modules_to_save` or `trainable_token_indices`, which cannot be added up. For "
+                f"Adapter {name!r} has `modules_to_save` or `trainable_token_indices`, which cannot be combined. For "
                 "the exact sum of the adapters use `set_weighted_adapters`."
             )
     r = svd_rank or max(max(config.r, *config.rank_pattern.values(), 0) for config in configs.values())
@@ -188,7 +188,7 @@ def _combine(layer: SPPLayer, adapters: Sequence[str], weights: Sequence[float],
         for A, B, _ in layer.get_factors([name]):
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise ValueError(
-                    f"Adapter {name!r} has values that are NaN or infinite in {layer.module_name!r}. Load an earlier "
+                    f"Adapter {name!r} contains NaN or infinite values in {layer.module_name!r}. Load an earlier "
                     "checkpoint of it."
                 )
             # the scaling that the adapter was trained with: a weight that is set for the exact sum does not count
@@ -207,12 +207,10 @@ def _write(layer: SPPLayer, adapter_name: str, combined: RankOneBlocks) -> None:
 
 def _check_adapters(model: BaseTuner, adapters: Sequence[str], weights: Sequence[float]) -> None:
     if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
-        raise ValueError(
-            f"Different adapters are needed, and a weight for each, not {list(adapters)} and {list(weights)}."
-        )
+        raise ValueError(f"Pass different adapters and one weight for each, got {list(adapters)} and {list(weights)}.")
     for name, weight in zip(adapters, weights, strict=True):
         if name not in model.peft_config:
-            raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(model.peft_config)}.")
+            raise ValueError(f"Adapter {name!r} does not exist; the model has {', '.join(model.peft_config)}.")
         if not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {name!r} is {weight}, which is not finite.")
 

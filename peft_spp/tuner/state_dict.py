@@ -35,8 +35,8 @@ class AdapterStateDict(BaseTuner):
                 for key in misfits[:3]
             )
             raise RuntimeError(
-                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a base "
-                "model of other shapes, or with another `r`. Nothing was loaded."
+                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a "
+                "base model with other shapes, or with another `r`. Nothing was loaded."
             )
 
     @classmethod
@@ -50,7 +50,7 @@ class AdapterStateDict(BaseTuner):
         selected = super()._get_adapter_state_dict(
             model=model, state_dict={name: state_dict[key] for name, key in keys.items()}, **kwargs
         )
-        # PEFT reads `modules_to_save` and the like out of the same dictionary afterwards
+        # PEFT reads `modules_to_save` and the like out of the same dictionary afterward
         state_dict.update({name: state_dict[key] for name, key in keys.items() if name != key})
         others = other_adapters(model, adapter_name)
         selected = {key: tensor for key, tensor in selected.items() if not any(belongs_to(key, one) for one in others)}

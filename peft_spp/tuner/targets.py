@@ -52,7 +52,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """The parameters that hold the weights of all experts of a mixture, which are no linear layers."""
+    """The parameters that hold the weights of all experts of a mixture, which are not linear layers."""
     names = []
     for name, parameter in model.named_parameters():
         plain = plain_name(name)
@@ -131,7 +131,7 @@ def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> 
         raise ValueError(
             f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
             "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantized linear layers of "
-            "bitsandbytes, torchao, HQQ and others. For the layers of another quantization package see "
+            "bitsandbytes, torchao, HQQ and others. To support another quantization package, see "
             "`peft_spp.tuner.quantized.register_backend`."
         )
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
@@ -150,8 +150,8 @@ def warn_of_other_maps(others: Mapping[str, str]) -> None:
         return
     shown = "; ".join(f"{name}: {reason}" for name, reason in list(others.items())[:3])
     warnings.warn(
-        f"{len(others)} layers are linear by their class, but do not compute `x @ weight.T + bias`, and are not "
-        f"adapted: {shown}.",
+        f"{len(others)} layers have the class of a linear layer, but do not compute `x @ weight.T + bias`, and are "
+        f"not adapted: {shown}.",
         stacklevel=2,
     )
 
@@ -170,8 +170,8 @@ def check_not_saved_whole(module_name: str, modules_to_save: Sequence[str] | Non
         if end is not None:
             where = "is" if name == module_name else f"is in {name!r}, which is"
             raise ValueError(
-                f"Target module {module_name!r} {where} also trained and saved as a whole, because its name ends with "
-                f"{end!r} of `modules_to_save`. Write the name there in full, or leave the target out with "
+                f"Target module {module_name!r} {where} also trained and saved in full, because its name ends with "
+                f"{end!r} from `modules_to_save`. Use the full name there, or exclude the target with "
                 "`exclude_modules`."
             )
 
@@ -192,8 +192,8 @@ def check_weight(
         wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
         raise ValueError(
             f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: "
-            f"{instead or 'load the base model in one of these'}, leave it out of the targets, or, for a quantization "
-            "that is not supported, tell how its weights are read with `peft_spp.tuner.quantized.register_backend`."
+            f"{instead or 'load the base model in one of these'}, leave it out of the targets, or, for an unsupported "
+            "quantization format, add a reader with `peft_spp.tuner.quantized.register_backend`."
         )
 
 
@@ -204,7 +204,7 @@ def warn_of_fused_experts(model: nn.Module) -> None:
         return
     kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
     warnings.warn(
-        f"The default targets are linear layers. The model has {len(experts)} parameters that hold the weights of "
+        f"The default targets are linear layers. The model also has {len(experts)} parameters with the weights of "
         f"experts, which are not adapted: {', '.join(kinds)}. Pass `target_parameters={kinds}` to adapt them too, or "
         "`target_parameters=[]` if this is intended.",
         stacklevel=2,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.docs import INFERENCE_TABLES, RELIABILITY_TABLES, TABLES, app, put
+from benchmarks.docs import INFERENCE_TABLES, TABLES, app, put
 
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +16,6 @@ def test_the_tables_of_the_pages_are_those_of_the_committed_results(tmp_path):
     for option, name, tables in (
         ("--page", "performance.md", TABLES),
         ("--inference", "inference.md", INFERENCE_TABLES),
-        ("--reliability", "reliability.md", RELIABILITY_TABLES),
     ):
         page = tmp_path / name
         text = committed[page] = (ROOT / "docs" / name).read_text()

@@ -151,6 +151,7 @@ def place(folder: Path, foreign: tuple[list[str], list[str], bool]) -> dict[str,
 
 @settings(max_examples=100, deadline=None)
 @example(kind=MODEL, foreign=([], ["README.md"], True), late=True, in_place=False, at=13, kill=False)
+@example(kind=MODEL, foreign=([], [], False), late=False, in_place=True, at=20, kill=False)
 @given(
     kind=st.sampled_from([MODEL, ADAPTER]),
     foreign=foreign_entries(),

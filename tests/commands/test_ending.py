@@ -47,7 +47,7 @@ def test_a_terminal_without_utf8_changes_no_exit_code(model: Path, charset: str)
     shown = run("inspect", model, charset=charset)
     assert shown.exit_code == 0 and "up_proj" in shown.stdout
     helped = run("export", "--help", charset=charset)
-    assert helped.exit_code == 0 and "numbers a layer" in " ".join(helped.stdout.replace("|", " ").split())
+    assert helped.exit_code == 0 and "parameters per layer" in " ".join(helped.stdout.replace("|", " ").split())
 
 
 @pytest.mark.parametrize("errors", ["strict", "backslashreplace", "surrogateescape"])

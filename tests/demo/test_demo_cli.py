@@ -44,7 +44,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "dense" / "mine.txt").write_text("mine")
     result = runner.invoke(app, ["demo", "--output", str(tmp_path)], env={"COLUMNS": "300"})
     assert result.exit_code == 2
-    assert "has files that are not the demo's" in result.output
+    assert "contains files that are not from the demo" in result.output
     assert [path.name for path in tmp_path.rglob("*")] == ["dense", "mine.txt"]
 
 

@@ -107,7 +107,7 @@ def test_a_missing_weight_on_disk_is_an_error(smoke_run: SmokeRun, tmp_path: Pat
     weights = load_file(file)
     del weights["model.layers.0.mlp.down_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"spp-merged do not fit the model.*down_proj"):
+    with pytest.raises(RuntimeError, match=r"spp-merged do not match the model.*down_proj"):
         check_saved_models(output, smoke_run.config)
 
 

@@ -55,7 +55,7 @@ def spoil_a_factor(layer: torch.nn.Module) -> None:
 
 CASES = {
     "sound": (nothing, []),
-    "zeros": (fill_zeros, ["2", "up_proj", "pruned places"]),
+    "zeros": (fill_zeros, ["2", "up_proj", "zeros in the weight"]),
     "values": (change_values, ["2", "up_proj", "frozen weight"]),
     "factor": (spoil_a_factor, ["2", "layers.1.mlp.up_proj.spp_B"]),
 }

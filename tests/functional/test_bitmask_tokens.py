@@ -4,7 +4,9 @@
 import pytest
 import torch
 from bitmask_cases import BOUNDS, DTYPES, MASKS, SHAPES, compiled_only, make_factors, make_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_spp.functional.compressed import compressed_linear
 from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels.cpu import bitmask
 from peft_spp.functional.kernels.cpu.backend import cpu
@@ -95,8 +97,47 @@ def test_tokens_in_groups_and_all_at_once_agree(tokens, dtype, monkeypatch):
         assert relative_error(made, reference.linear(x, weight, bias, [])) < 2 * BOUNDS[dtype]
     calls = []
     few_tokens = bitmask.few_tokens
-    monkeypatch.setattr(bitmask, "few_tokens", lambda *args: calls.append(len(args[0])) or few_tokens(*args))
+    monkeypatch.setattr(bitmask, "few_tokens", lambda x, **rest: calls.append(len(x)) or few_tokens(x, **rest))
     cpu.linear(x, w, bias)
     stored = len(compressed.values) / weight.numel()
     by_values = 0 < tokens <= 8 or 0 < tokens * stored <= (48 if dtype == torch.float32 else 24)
     assert calls == ([8] * (tokens // 8) + [tokens % 8] * (tokens % 8 > 0) if by_values else [])
+
+
+class SeenOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@compiled_only
+@pytest.mark.parametrize("adapters", [0, 2])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_calls_past_the_dispatcher_give_the_operators_bits(tokens, adapters, monkeypatch):
+    weight = make_weight(65, 130, torch.bfloat16)
+    compressed, x = bitmask.compress(weight), torch.randn(2, tokens, 130).bfloat16()
+    factors = make_factors(65, 130, [5, 13][:adapters])
+    direct = compressed_linear(x, compressed, None, factors)
+    with SeenOperators() as seen:
+        watched = compressed_linear(x, compressed, None, factors)
+    assert "peft_spp.compressed_linear.default" in seen.names
+    assert torch.equal(direct, watched)
+    # the other way around: with nobody to see it, the operator is not called
+    monkeypatch.setattr(torch.ops.peft_spp, "compressed_linear", None)
+    assert torch.equal(direct, compressed_linear(x, compressed, None, factors))
+
+
+@compiled_only
+def test_a_profiler_and_a_trace_see_the_operator():
+    compressed, x = bitmask.compress(make_weight(65, 130, torch.bfloat16)), torch.randn(3, 130).bfloat16()
+    with torch.profiler.profile() as profile:
+        compressed_linear(x, compressed)
+    assert any("compressed_linear" in event.name for event in profile.events())
+    traced = torch.jit.trace(lambda x: compressed_linear(x, compressed), x)
+    assert "peft_spp::compressed_linear" in str(traced.graph)
+    other = torch.randn(3, 130).bfloat16()
+    assert torch.equal(traced(other), compressed_linear(other, compressed))

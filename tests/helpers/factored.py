@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pruned weight with factors, for tests of the maths."""
+"""A pruned weight with factors, for tests of the math."""
 
 import torch
 

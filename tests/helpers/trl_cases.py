@@ -14,6 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -22,6 +24,8 @@ from trl import (
     KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -38,9 +42,11 @@ TRAINERS: dict[str, tuple[type[Trainer], type]] = {
     "reward": (RewardTrainer, RewardConfig),
     "grpo": (GRPOTrainer, GRPOConfig),
     "kto": (KTOTrainer, KTOConfig),
+    "rloo": (RLOOTrainer, RLOOConfig),
+    "distillation": (DistillationTrainer, DistillationConfig),
 }
 # those that compare the policy with a reference
-WITH_REFERENCE = ("dpo", "grpo", "kto")
+WITH_REFERENCE = ("dpo", "grpo", "kto", "rloo")
 
 _TOPICS = (
     "a zero stays a zero",
@@ -126,9 +132,12 @@ def make_trainer(kind: str, output_dir: Path, model: nn.Module | None = None, **
         "disable_tqdm": True,
         "seed": 3,
     }
-    if kind == "grpo":
+    if kind in ("grpo", "rloo"):
         arguments |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
         extra["reward_funcs"] = count_vowels
+    elif kind == "distillation":
+        arguments["max_completion_length"] = 6
+        extra["teacher_model"] = pruned_model(seed=1)
     else:
         arguments["max_length"] = 32
     arguments |= settings

@@ -97,7 +97,7 @@ def test_an_adapter_must_be_merged_first() -> None:
 
 @pytest.mark.parametrize("tokens", [0, -1])
 def test_tokens_must_be_positive(merged: nn.Module, tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"but is {tokens}"):
+    with pytest.raises(ValueError, match=f"value passed is {tokens}"):
         to_semi_structured(merged, tokens=tokens)
 
 

@@ -91,7 +91,7 @@ def test_the_change_is_that_of_the_factors(adapter: Path) -> None:
         assert one.largest == pytest.approx(float(D.abs().max()))
         total += float(D.square().sum())
     assert inspection.change == pytest.approx(math.sqrt(total / sum(math.prod(one.shape) for one in inspection)))
-    assert inspection["model.layers.1.mlp.up_proj"].change == 0 and "1 of them are as they were" in str(inspection)
+    assert inspection["model.layers.1.mlp.up_proj"].change == 0 and "1 of them are unchanged" in str(inspection)
 
 
 def test_an_adapter_tells_the_base_it_was_trained_on(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path, model: Pat
     ("arguments", "message"),
     [
         (["--plot", "out.txt"], "must end in .png"),
-        (["--plot", "missing/out.png"], "there is no folder"),
+        (["--plot", "missing/out.png"], "the folder missing does not exist"),
         (["--pattern", "4:2"], "4:2"),
         (["--modules", "nothing"], "nothing"),
     ],

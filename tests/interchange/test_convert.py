@@ -145,7 +145,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A."
     [
         ({f"{Q}weight_col": None}, {}, "q_proj.*weight_col is missing"),
         ({f"{Q}weight": torch.zeros(5, 32)}, {}, "q_proj.*32 output rows.*5"),
-        ({f"{Q}weight": torch.zeros(8, 32)}, {}, "same rows"),
+        ({f"{Q}weight": torch.zeros(8, 32)}, {}, "same number of rows"),
         ({f"{Q}weight_col": torch.zeros(4, 8)}, {}, "shapes"),
         ({f"{Q}weight": torch.full((ROWS, 32), float("nan"))}, {}, "q_proj.*finite"),
         ({Q.replace("lora_A", "lora_B") + "weight": torch.zeros(32, 8)}, {}, "lora_B.*LoRA"),

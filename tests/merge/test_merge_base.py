@@ -58,7 +58,7 @@ def test_another_base_is_told_or_refused(tmp_path, case, pattern):
         with pytest.raises(ValueError, match=r"21 of 21 modules: model\.layers\.0\."):
             merge_checkpoint(base, case.adapter, tmp_path / "out", check_base="error", dry_run=dry_run)
         assert not (tmp_path / "out").exists()
-    with pytest.warns(UserWarning, match=r"pruned in other places .* 21 of 21 modules: model\.layers\.0\."):
+    with pytest.warns(UserWarning, match=r"with different masks .* 21 of 21 modules: model\.layers\.0\."):
         dry = merge_checkpoint(base, case.adapter, tmp_path / "out", dry_run=True)
     assert dry.base_masks.startswith("different")
     with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def test_the_command_warns_refuses_and_keeps_quiet(tmp_path, case):
     base = other_base(tmp_path / "other", "2:4")
     refused = merge(case.adapter, tmp_path / "out", "--base", base, "--check-base", "error")
     assert refused.exit_code == 2 and "21 of 21 modules" in refused.stderr and not (tmp_path / "out").exists()
-    with pytest.warns(UserWarning, match="pruned in other places"):
+    with pytest.warns(UserWarning, match="with different masks"):
         told = merge(case.adapter, tmp_path / "out", "--base", base, "--dry-run", "--json")
     assert told.exit_code == 0 and json.loads(told.stdout)["base_masks"].startswith("different")
     quiet = merge(case.adapter, tmp_path / "out", "--base", base, "--check-base", "off")
@@ -101,7 +101,7 @@ def test_the_command_warns_refuses_and_keeps_quiet(tmp_path, case):
 def test_an_adapter_without_a_record_is_merged_and_the_report_says_so_or_is_refused(tmp_path, case):
     (case.adapter / "base_masks.json").unlink()
     for dry_run in (True, False):
-        with pytest.raises(ValueError, match=r"no record of the base model.*base_masks\.json"):
+        with pytest.raises(ValueError, match=r"no record of its base model.*base_masks\.json"):
             merge_checkpoint(case.base, case.adapter, tmp_path / "out", check_base="error", dry_run=dry_run)
         assert not (tmp_path / "out").exists()
     refused = merge(case.adapter, tmp_path / "out", "--base", case.base, "--check-base", "error")
@@ -206,9 +206,9 @@ def test_a_model_that_was_merged_in_memory_says_so_too(tmp_path, case):
 
 def test_an_adapter_is_not_loaded_silently_onto_a_model_that_it_was_merged_into(tmp_path, case):
     merge_checkpoint(case.base, case.adapter, tmp_path / "merged")
-    with pytest.warns(UserWarning, match="merged into this model before"):
+    with pytest.warns(UserWarning, match="already merged into this model"):
         PeftModel.from_pretrained(case.model_class.from_pretrained(tmp_path / "merged"), case.adapter)
-    with pytest.raises(ValueError, match="merged into this model before"):
+    with pytest.raises(ValueError, match="already merged into this model"):
         PeftModel.from_pretrained(
             case.model_class.from_pretrained(tmp_path / "merged"), case.adapter, check_base="error"
         )

@@ -160,7 +160,7 @@ def runs_a_block_twice(model: nn.Module) -> None:
     [
         (remembers, "keep state between calls, or are random"),
         (draws_at_random, "keep state between calls, or are random"),
-        (passes_outputs_on, "Block 1 is called with what the model computes from the outputs of the blocks before"),
+        (passes_outputs_on, "Block 1 takes an input that the model computes from the outputs of earlier blocks"),
         (runs_a_block_twice, "does not run each of its blocks once|shares its weight"),
         (shares_a_layer, r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"),
         (shares_a_weight, r"model\.layers\.0\.mlp\.up_proj shares its weight with model\.layers\.1\.mlp\.up_proj"),
@@ -249,7 +249,7 @@ def test_positions_that_cannot_be_kept_are_refused() -> None:
         return forward(input_ids=input_ids, attention_mask=attention_mask)
 
     model.forward = without_position_ids
-    with pytest.raises(ValueError, match="Padding on the left changes what GPT2LMHeadModel makes"):
+    with pytest.raises(ValueError, match="Left padding changes the output of GPT2LMHeadModel"):
         prune_wanda(model, padded_batches("left")[0], pattern="2:4")
     prune_wanda(model, padded_batches("right")[0], pattern="2:4")
 
@@ -270,15 +270,15 @@ SHORT = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
         ({"input_ids": ids(2, 0)}, "no calibration data"),
         ({"input_ids": ids(2, 12), "attention_mask": HOLE}, "batch 1 has padding between the tokens of sequence 0"),
         ({"input_ids": ids(2, 12), "attention_mask": torch.ones(2, 1, 12, 12)}, r"batch 1 \(shape \(2, 1, 12, 12\)\)"),
-        ({"input_ids": ids(2, 12), "attention_mask": {"full": SHORT}}, r"batch 1 \(dict\) does not tell"),
-        ({"input_ids": ids(2, 12), "attention_mask": -SHORT}, "does not tell which tokens are padding"),
+        ({"input_ids": ids(2, 12), "attention_mask": {"full": SHORT}}, r"batch 1 \(dict\) does not mark"),
+        ({"input_ids": ids(2, 12), "attention_mask": -SHORT}, "does not mark which tokens are padding"),
         ({"input_ids": ids(2, 12), "attention_mask": SHORT[:, :8]}, r"shape \(2, 8\), and input_ids has \(2, 12\)"),
         (
             {"input_ids": ids(2, 12), "attention_mask": SHORT, "pixel_values": torch.rand(3, 3, 8, 8)},
-            r"batch 1 has padding, and its pixel_values \(shape \(3, 3, 8, 8\)\) cannot be divided",
+            r"batch 1 has padding, and its pixel_values \(shape \(3, 3, 8, 8\)\) cannot be split",
         ),
-        ({"input_ids": ids(2, 12), "past_key_values": DynamicCache()}, "batch 1 passes past_key_values"),
-        ({"input_ids": ids(2, 12), "memory": DynamicCache()}, "batch 1 passes memory"),
+        ({"input_ids": ids(2, 12), "past_key_values": DynamicCache()}, "batch 1 contains past_key_values"),
+        ({"input_ids": ids(2, 12), "memory": DynamicCache()}, "batch 1 contains memory"),
     ],
 )
 @pytest.mark.parametrize("prune_it", [prune_wanda, prune_sparsegpt])

@@ -98,12 +98,12 @@ def with_a_sparsity_that_rounds_to_nothing(model: Path, options: dict) -> None:
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (without_a_norm, r"does not hold 'model\.layers\.2\.input_layernorm\.weight'"),
+        (without_a_norm, r"has no tensor 'model\.layers\.2\.input_layernorm\.weight'"),
         (with_an_integer_norm, r"'model\.layers\.2\.input_layernorm\.weight'.*I8"),
-        (with_nan_in_a_norm, r"'model\.layers\.2\.input_layernorm\.weight'.* 32 values that are NaN"),
+        (with_nan_in_a_norm, r"'model\.layers\.2\.input_layernorm\.weight'.* 32 NaN or infinite values"),
         (with_nan_in_the_embeddings, r"'model\.embed_tokens\.weight'.*infinite"),
         (with_nan_in_the_last_weight, r"'model\.layers\.2\.mlp\.down_proj\.weight'.*NaN"),
-        (with_fewer_embeddings, "embeddings for 20"),
+        (with_fewer_embeddings, "embeddings for only 20"),
         (on_a_device_that_is_not_there, "device='cuda:99' cannot be used"),
         (on_a_device_of_another_name, "device='gpu' cannot be used"),
         (over_foreign_files, r"notes\.txt"),

@@ -61,7 +61,7 @@ def test_bad_patterns(pattern: str) -> None:
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
 def test_bad_sparsity(sparsity: float) -> None:
-    with pytest.raises(ValueError, match="sparsity must be in"):
+    with pytest.raises(ValueError, match="sparsity should be in"):
         check_pruning_request(None, sparsity)
 
 

@@ -47,7 +47,7 @@ def test_tensors_are_those_of_from_pretrained_bit_for_bit(tmp_path: Path, kind: 
         try:
             skeleton.load(name)
         except ValueError as error:  # fused tensors, which are refused where they are needed
-            assert "Transformers makes of other tensors" in str(error)
+            assert "Transformers builds from other tensors" in str(error)
             continue
         actual = skeleton.model.get_parameter_or_buffer(name)
         assert actual.dtype == tensor.dtype, name

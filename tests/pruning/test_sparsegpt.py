@@ -224,9 +224,9 @@ def test_bfloat16_is_computed_in_float32(llama: LlamaForCausalLM, calibration_ba
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"damping": 0.0}, "damping must be positive"),
-        ({"damping": float("nan")}, "damping must be positive"),
-        ({"damping": float("inf")}, "damping must be positive and finite"),
+        ({"damping": 0.0}, "damping should be positive"),
+        ({"damping": float("nan")}, "damping should be positive"),
+        ({"damping": float("inf")}, "damping should be positive and finite"),
         ({"block_size": 0}, "multiple of 4"),
         ({"block_size": 6}, "multiple of 4"),
     ],

@@ -164,7 +164,7 @@ def test_no_calibration_data(llama: LlamaForCausalLM) -> None:
 
 
 def test_only_blocks_are_pruned(llama: LlamaForCausalLM, calibration_batches: list[torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match="lm_head is not in the transformer blocks"):
+    with pytest.raises(ValueError, match="lm_head is outside the transformer blocks"):
         prune_wanda(llama, calibration_batches, pattern="2:4", target_modules=["lm_head"])
 
 

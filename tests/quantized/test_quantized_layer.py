@@ -47,7 +47,7 @@ def test_a_layer_without_zeros_is_warned_of_only_where_rounding_makes_none(kind,
     linear = nn.Linear(IN, OUT)
     nn.init.constant_(linear.weight, 0.5)
     spp_on(kind, linear=linear)
-    assert any("has nothing to keep" in str(one.message) for one in recwarn) == (kind == "bitmask")
+    assert any("has nothing to preserve" in str(one.message) for one in recwarn) == (kind == "bitmask")
 
 
 @pytest.mark.parametrize("kind", ALL)

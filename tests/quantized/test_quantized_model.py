@@ -183,7 +183,7 @@ def test_an_adapter_of_the_float_base_finds_its_masks_refined(checkpoint, kind, 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), SPPConfig(r=4, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*pruned in other places")
+        warnings.filterwarnings("error", message=".*with different masks")
         loaded = PeftModel.from_pretrained(load_quantized(checkpoint, kind), tmp_path)
     relations = set(loaded.base_model.relate_base().values())
     # FP4 rounds few weights to zero: none in some layers
@@ -195,7 +195,7 @@ def test_an_adapter_of_a_quantized_base_records_it_and_loads_onto_the_float_base
     model = get_peft_model(load_quantized(checkpoint, kind), SPPConfig(r=4, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*pruned in other places")
+        warnings.filterwarnings("error", message=".*with different masks")
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path)
         again = PeftModel.from_pretrained(load_quantized(checkpoint, kind), tmp_path)
     recorded = loaded.peft_config["default"].base_record.quantization

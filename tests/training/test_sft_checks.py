@@ -82,14 +82,14 @@ def refused(monkeypatch: pytest.MonkeyPatch, model: Path | str, data: Path, *ext
         ([chat("a", "b")] * 3, [], "no chat template. Pass --chat_template_path"),
         ([{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "a", "content": "b"}]}], [], "chat"),
         ([chat("a"), chat("b", role="bad")], ["--chat_template_path", "{template}"], "a bad role"),
-        ([{"prompt": "a" * 40, "completion": "b"}] * 3, ["--max_length", "4"], "No row .*--max_length"),
+        ([{"prompt": "a" * 40, "completion": "b"}] * 3, ["--max_length", "4"], "No rows .*--max_length"),
         (text_rows(), ["--eos_token", "<nope>"], "<nope>"),
         (text_rows(), ["--assistant_only_loss"], "not conversational"),
         (text_rows(), ["--padding_free"], "max_length"),
         (text_rows(), ["--report_to", "wandb"], "wandb"),
         (text_rows(), ["--eval_strategy", "epoch", "--save_strategy", "best", "--test_split_size", "0.2"], "metric"),
         (text_rows(), ["--fp16"], "--fp16 needs a GPU"),
-        (text_rows(), ["--push_to_hub"], "token of the Hub"),
+        (text_rows(), ["--push_to_hub"], "Hub token"),
         (text_rows(), ["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
         (text_rows(), ["--spp_target_modules", "("], r"--spp_target_modules: '\(' is not a valid"),
         (text_rows(), ["--spp_exclude_modules", "*x"], r"--spp_exclude_modules: '\*x' is not a valid"),
@@ -154,7 +154,7 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused_where_the_data_needs_
     model = save(tmp_path / "model", pruned_model(), tokenizer)
     plain, extra = write(tmp_path / "plain.jsonl", text_rows()), write(tmp_path / "extra.jsonl", text_rows("<extra>"))
     message = refused(monkeypatch, model, extra)
-    assert "'<extra>'" in message and f"embeddings for {len(tokenizer) - 1}" in message
+    assert "'<extra>'" in message and f"embeddings for only {len(tokenizer) - 1}" in message
     main(["--model_name_or_path", str(model), "--dataset_name", str(plain), *SMALL, "--dry_run"])
 
 
@@ -246,7 +246,7 @@ def test_a_refusal_ends_with_2_and_only_the_first_process_prints_it(
 ) -> None:
     arguments = ["sft", "--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "absent.jsonl"), *SMALL]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("Error: There is no data file")
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("Error: The data file or folder")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("transformers.TrainingArguments.world_size", 1, raising=False)
     result = CliRunner().invoke(app, ["sft", "--config"])
@@ -255,7 +255,7 @@ def test_a_refusal_ends_with_2_and_only_the_first_process_prints_it(
 
 @pytest.mark.parametrize(
     ("dense", "said"),
-    [(0, None), (1, "Warning: 1 of 14 adapted layers hold no zeros"), (14, "14 of 14 adapted layers hold no zeros")],
+    [(0, None), (1, "Warning: 1 of 14 adapted layers have no zeros"), (14, "14 of 14 adapted layers have no zeros")],
 )
 def test_the_header_says_how_sparse_the_base_is(
     dense: int, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -296,6 +296,6 @@ def test_a_run_stops_when_something_writes_to_the_base(
     monkeypatch.setattr(sft_run, "CardedSFTTrainer", with_vandal)
     data = write(tmp_path / "data.jsonl", text_rows())
     arguments = ["--model_name_or_path", str(base), "--dataset_name", str(data), *SMALL, "--max_steps", "2"]
-    with pytest.raises(RuntimeError, match=r"pruned places of the weight of module model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(RuntimeError, match=r"zeros in the weight of module model\.layers\.0\.mlp\.up_proj"):
         main([*arguments, "--output_dir", str(tmp_path / "out"), "--spp_check_base_steps", "1"])
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

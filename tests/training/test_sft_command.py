@@ -126,7 +126,7 @@ def test_trains_from_yaml_and_command_line_and_resumes(base: str, data: str, tmp
     assert card.count("import peft_spp") == 1 and "None" not in card
     assert f"fine-tuned version of `{base}`" in card
     # the layers are 2:4, and the run says so; other libraries' plans are not for its readers
-    assert "Base:       2:4, 50 % zero" in result.stderr and "hold no zeros" not in result.stderr
+    assert "Base:       2:4, 50 % zero" in result.stderr and "have no zeros" not in result.stderr
     assert "FutureWarning" not in result.stderr
 
     # as if killed while the last checkpoint was written

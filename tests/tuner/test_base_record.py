@@ -39,7 +39,7 @@ def save_adapter(tmp_path, base, **settings):
 @contextmanager
 def no_warning_of_the_base():
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*pruned in other places")
+        warnings.filterwarnings("error", message=".*with different masks")
         yield
 
 
@@ -159,7 +159,7 @@ def test_models_that_share_a_configuration_have_records_of_their_own_bases(tmp_p
         model.save_pretrained(tmp_path / str(number))
     for number in range(3):
         PeftModel.from_pretrained(pruned_llama(seed=number), tmp_path / str(number), check_base="error")
-        with pytest.raises(ValueError, match="other places"):
+        with pytest.raises(ValueError, match="different masks"):
             PeftModel.from_pretrained(pruned_llama(seed=number + 1), tmp_path / str(number), check_base="error")
 
 
@@ -170,7 +170,7 @@ def test_a_loaded_configuration_of_a_new_adapter_has_the_record_of_the_new_base(
     with no_warning_of_the_base():
         get_peft_model(pruned_llama(seed=1), config).save_pretrained(tmp_path / "new")
         PeftModel.from_pretrained(pruned_llama(seed=1), tmp_path / "new", check_base="error")
-    with pytest.raises(ValueError, match="other places"):
+    with pytest.raises(ValueError, match="different masks"):
         PeftModel.from_pretrained(pruned_llama(), tmp_path / "new", check_base="error")
     # and the configuration still describes the saved adapter
     PeftModel.from_pretrained(pruned_llama(), tmp_path / "old", config=config)
@@ -182,7 +182,7 @@ def test_weights_that_are_loaded_by_hand_bring_the_record_of_their_configuration
     save_adapter(tmp_path, pruned_llama())
     model = inject_adapter_in_model(SPPConfig.from_pretrained(tmp_path), pruned_llama(seed=1))
     state_dict = load_file(tmp_path / "adapter_model.safetensors")
-    with pytest.warns(UserWarning, match="pruned in other places"):
+    with pytest.warns(UserWarning, match="with different masks"):
         set_peft_model_state_dict(model, state_dict)
     assert model.peft_config["default"].base_record.to_dict()["masks"] == saved_masks(tmp_path)["masks"]
 
@@ -191,7 +191,7 @@ def test_loading_over_an_adapter_checks_the_base_and_takes_the_record(tmp_path):
     save_adapter(tmp_path, pruned_llama())
     model = get_peft_model(pruned_llama(seed=1), SPPConfig(r=4, task_type="CAUSAL_LM"))
     own = model.peft_config["default"].base_record
-    with pytest.raises(ValueError, match="other places"):
+    with pytest.raises(ValueError, match="different masks"):
         model.load_adapter(tmp_path, "default", check_base="error")
     assert model.peft_config["default"].base_record == own
     model.load_adapter(tmp_path, "default", check_base="off")
@@ -303,7 +303,7 @@ def test_error_refuses_an_adapter_without_a_record_at_every_entrance(tmp_path):
         lambda: model.load_adapter(tmp_path, "default", check_base="error"),
         lambda: hotswap_adapter(model, tmp_path, "default", check_base="error"),
     ):
-        with pytest.raises(ValueError, match=r"no record of the base model.*base_masks\.json"):
+        with pytest.raises(ValueError, match=r"no record of its base model.*base_masks\.json"):
             load()
         assert model.peft_config["default"].check_base == "warn"
     assert base.state_dict().keys() == pruned_llama().state_dict().keys()
@@ -312,7 +312,7 @@ def test_error_refuses_an_adapter_without_a_record_at_every_entrance(tmp_path):
 
 
 def dense_warnings(caught):
-    return [str(one.message) for one in caught if "has nothing to keep" in str(one.message)]
+    return [str(one.message) for one in caught if "has nothing to preserve" in str(one.message)]
 
 
 def test_a_dense_base_is_warned_of_once(recwarn):
@@ -363,7 +363,7 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
     base = tiny_llama()
     names = [name for name, _ in base.named_modules()]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*has nothing to keep")
+        warnings.filterwarnings("error", message=".*has nothing to preserve")
         with pytest.raises(UserWarning, match="None of the"):
             get_peft_model(base, SPPConfig(r=4))
     assert [name for name, _ in base.named_modules()] == names

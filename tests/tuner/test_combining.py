@@ -192,8 +192,8 @@ def snapshot(model):
     [
         ((["first", "nobody"], [1.0, 1.0], "sum"), "nobody"),
         ((["first", "second"], [1.0], "sum"), "weight for each"),
-        ((["first", "first"], [1.0, 1.0], "sum"), "Different"),
-        (([], [], "sum"), "needed"),
+        ((["first", "first"], [1.0, 1.0], "sum"), "different"),
+        (([], [], "sum"), "Pass different adapters"),
         ((["first", "second"], [1.0, float("nan")], "sum"), "nan"),
         ((["first", "second"], [1.0, 1.0], "third"), "third"),
         ((["first", "second"], [1.0, 1.0], "sum", "linear"), "linear"),

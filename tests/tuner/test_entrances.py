@@ -97,8 +97,8 @@ DAMAGES = {
     "without a tensor": (lambda folder: edit_weights(folder, dict.clear), "no tensors"),
     "renamed": (lambda folder: edit_weights(folder, rename), "layers.1."),
     "truncated": (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]), WEIGHTS),
-    "of another save": (lambda folder: edit_json(folder, CONFIG, weights_id="0" * 32), "other settings"),
-    "record of another save": (lambda folder: edit_json(folder, MASKS, weights_id="0" * 32), "other settings"),
+    "of another save": (lambda folder: edit_json(folder, CONFIG, weights_id="0" * 32), "different settings"),
+    "record of another save": (lambda folder: edit_json(folder, MASKS, weights_id="0" * 32), "different settings"),
     "record is not JSON": (lambda folder: (folder / MASKS).write_text("{"), MASKS),
 }
 
@@ -323,12 +323,12 @@ def test_damaged_pickled_weights_are_named(whole, tmp_path, change):
 def test_other_settings_than_those_of_the_living_adapter_are_refused(whole, settings):
     model = get_peft_model(tiny_llama(**SMALL), SPPConfig(**{"r": 4, "task_type": "CAUSAL_LM", **settings}))
     before = snapshot(model)
-    with pytest.raises((ValueError, RuntimeError), match=r"other settings|size mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"different settings|size mismatch"):
         model.load_adapter(whole / "adapter", "default")
     assert_unchanged(model, before)
     base, config = tiny_llama(**SMALL), SPPConfig(**{"r": 4, "task_type": "CAUSAL_LM", **settings})
     before = snapshot(base)
-    with pytest.raises((ValueError, RuntimeError), match=r"other settings|size mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"different settings|size mismatch"):
         PeftModel.from_pretrained(base, whole / "adapter", config=config)
     assert_unchanged(base, before)
 
@@ -337,7 +337,7 @@ def test_fewer_or_more_targets_than_the_file_has_are_refused(whole, tmp_path):
     for targets in (["q_proj"], ["q_proj", "lm_head"]):
         model = get_peft_model(tiny_llama(**SMALL), SPPConfig(r=4, target_modules=targets))
         before = snapshot(model)
-        with pytest.raises(ValueError, match=r"no place for|lacks"):
+        with pytest.raises(ValueError, match=r"do not belong|is missing"):
             model.load_adapter(whole / "adapter", "default")
         assert_unchanged(model, before)
 
@@ -362,7 +362,7 @@ def test_another_base_is_refused_before_the_hooks_of_an_offloaded_model_are_take
     ("change", "message"),
     [
         (lambda folder: (folder / CONFIG).unlink(), f"has no {CONFIG}"),
-        (lambda folder: edit_json(folder, CONFIG, peft_type="LORA"), "peft_type 'LORA', and adapter 'default'"),
+        (lambda folder: edit_json(folder, CONFIG, peft_type="LORA"), "peft_type 'LORA', but adapter 'default'"),
     ],
 )
 def test_weights_without_settings_of_ours_are_not_loaded_over_an_adapter(whole, tmp_path, change, message):

@@ -84,8 +84,8 @@ def test_conv1d():
 def test_small_layers_get_one_block_a_row_and_one_warning_names_them():
     with pytest.warns(UserWarning, match=r"lin1") as caught:
         model = get_peft_model(MLP(), SPPConfig(r=8, target_modules=["lin0", "lin1"]))
-    assert sum("one block a row" in str(w.message) for w in caught) == 1
-    assert not any("lin0" in str(w.message) for w in caught if "one block a row" in str(w.message))
+    assert sum("one block per row" in str(w.message) for w in caught) == 1
+    assert not any("lin0" in str(w.message) for w in caught if "one block per row" in str(w.message))
     assert model.base_model.model.lin1.spp_A["default"].weight.shape == (6, 20)
     assert model.base_model.model.lin0.spp_A["default"].weight.shape == (8, 12)
 

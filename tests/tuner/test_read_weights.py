@@ -232,7 +232,7 @@ def test_dropout_that_cannot_act_is_warned_about():
 
 def test_a_batch_with_several_adapters_is_refused_where_a_weight_is_read():
     model, inputs, _ = adapted("attention")
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.out_proj.*several adapters"):
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.out_proj.*mixed adapter batches"):
         model.eval()(**inputs, adapter_names=["default", "__base__"])
     model(**inputs)
 

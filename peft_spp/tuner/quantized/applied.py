@@ -22,7 +22,7 @@ _TOLERANCE = 0.1
 
 class Applied(Backend):
     """
-    Any linear layer of a package, told by what it does: the weight is what the layer makes of the unit vectors.
+    Any linear layer of a package, read by probing it: the weight is what the layer makes of the unit vectors.
 
     It needs no more of the layer than its call, `in_features` and `out_features`, and costs a call with `in_features`
     tokens. Every product is one weight times one, so nothing is rounded but the sum with the bias; a zero is exact.

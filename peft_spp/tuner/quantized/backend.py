@@ -25,7 +25,7 @@ class Backend(ABC):
     """The Python package that the layers come from."""
 
     is_lossless: bool = False
-    """Whether every weight, zeros and all, is stored as it is, so that merging rounds no more than on a dense one."""
+    """Whether every weight, zeros and all, is stored unchanged, so that merging rounds no more than on a dense one."""
 
     @abstractmethod
     def matches(self, layer: nn.Module) -> bool:
@@ -134,7 +134,7 @@ class Backend(ABC):
             layer (`nn.Module`): A layer that matches.
 
         Returns:
-            `bool`: `False` for a subclass that has a forward method of its own.
+            `bool`: `False` for a subclass that has its own forward method.
         """
         defined_in = type(layer).forward.__module__
         return any(f"{defined_in}.".startswith(f"{package}.") for package in (self.package, "torch"))

@@ -39,7 +39,7 @@ class Bitmask(Backend):
         compressed: Compressed = layer.compressed
         places = stored_places(compressed)
         if (weight[~places] != 0).any():
-            raise ValueError("the weight is not zero where nothing is stored")
+            raise ValueError("the weight is not zero where the compressed layer stores nothing")
         return compressed._replace(values=weight[places])
 
     def put(self, layer: Any, packed: Compressed) -> None:

@@ -31,19 +31,19 @@ def follow_base_layer(layer: Linear) -> None:
     name = f"Module {layer.module_name!r} ({type(base_layer).__name__}, {type(weight).__name__})"
     if backend is None or type(layer) is not Linear:
         raise ValueError(
-            f"{name} has been quantized or replaced since the adapter was added, which SPP does not support there. "
-            "Quantize the base model first, and add the adapter then."
+            f"{name} was quantized or replaced after the adapter was added, which SPP does not support there. "
+            "Quantize the base model first, then add the adapter."
         )
     if layer.merged:
         raise ValueError(
-            f"{name} has been quantized while an adapter is merged into it, and cannot be unmerged. Call "
-            "`unmerge_adapter` before the base layers are quantized."
+            f"{name} was quantized while an adapter is merged into it, and cannot be unmerged. Call "
+            "`unmerge_adapter` before you quantize the base layers."
         )
     factors = [tensor for adapter in layer.spp_A for tensor in layer._factors(adapter)]
     if any(is_foreign(tensor) for tensor in factors):
         raise ValueError(
-            f"{name}: the factors of the adapter have been quantized as well. Quantize the base layers only, for "
-            "example with `filter_fn=lambda module, name: name.endswith('base_layer')` in `torchao.quantize_`."
+            f"{name}: the factors of the adapter were quantized too. Quantize only the base layers, for example with "
+            "`filter_fn=lambda module, name: name.endswith('base_layer')` in `torchao.quantize_`."
         )
     try:
         backend.check(base_layer)

@@ -87,7 +87,7 @@ class QuantizedLinear(Linear):
 
         Args:
             adapter_names (`list[str]`, *optional*):
-                The adapters to merge besides those that are merged already, by default the active ones.
+                The adapters to merge in addition to those already merged, by default the active ones.
             safe_merge (`bool`): Whether to check that the result is finite.
 
         Returns:
@@ -190,7 +190,9 @@ class QuantizedLinear(Linear):
         merged = self._merged_weight([*self.merged_adapters, *new_adapters])
         # always, not only for a safe merge: a value that is not finite takes the zeros of its block with it
         self._check_merged_weight(merged, new_adapters)
-        advice = "Nothing was merged. `merge_and_unload(dequantize=True)` merges into a model that is not quantized."
+        advice = (
+            "Nothing was merged. Use `merge_and_unload(dequantize=True)` to get a merged model that is not quantized."
+        )
         try:
             packed = self.backend.quantize(base_layer, merged)
         except ValueError as error:
@@ -204,8 +206,8 @@ class QuantizedLinear(Linear):
         lost = int(((quantized != 0) & (self.unmerged_weight() == 0)).sum())
         if lost:
             raise ValueError(
-                f"Cannot merge into module {self.module_name!r} ({self.quantization}): {lost} weights that are zero "
-                f"would not be zero after quantizing. {advice}"
+                f"Cannot merge into module {self.module_name!r} ({self.quantization}): {lost} zero weights would "
+                f"become nonzero after quantizing. {advice}"
             )
         return packed
 

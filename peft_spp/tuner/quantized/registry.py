@@ -64,7 +64,8 @@ def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     backend = find_backend(layer)
     if backend is None:
         raise ValueError(
-            f"{type(layer).__name__} is not known to be a quantized linear layer: see `register_backend`."
+            f"{type(layer).__name__} is not a supported quantized linear layer. Add support for it with "
+            "`register_backend`."
         )
     return backend.dequantize(layer, backend.packed(layer))
 

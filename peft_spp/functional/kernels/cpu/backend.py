@@ -15,6 +15,7 @@ operations, for every other dtype and wherever there is no compiler).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -57,19 +58,22 @@ class Cpu(KernelBackend):
         return out
 
     def compressed_linear(self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        assert isinstance(w.weight, Compressed)
+        x2d = x.reshape(-1, x.shape[-1])
+        tokens = x2d.shape[0]
+        multiply = partial(
+            bitmask.few_tokens, compressed=w.weight, bias=bias, factors=w.factors, identity=w.identity, dtype=w.dtype
+        )
+        if 0 < tokens <= bitmask.MOST_TOKENS:
+            y = multiply(x2d)
+            if y is not None:
+                return y.view(*x.shape[:-1], y.shape[1])
         if not _has_kernels(w):
             return super().compressed_linear(x, w, bias)
-        x2d = x.reshape(-1, x.shape[-1])
-        if not _is_for_values(len(x2d), w):
+        if not _takes_groups(tokens, w):
             return self.linear_by_weight(x, w, bias)
-        assert isinstance(w.weight, Compressed)
-        groups = []
-        for part in x2d.split(bitmask.MOST_TOKENS):
-            y = bitmask.few_tokens(part, w.weight, bias, w.factors, w.identity, w.dtype)
-            assert y is not None, "there are kernels for them"
-            groups.append(y)
-        y = groups[0] if len(groups) == 1 else torch.cat(groups)
-        return y.view(*x.shape[:-1], y.shape[1])
+        groups = [multiply(part) for part in x2d.split(bitmask.MOST_TOKENS)]
+        return torch.cat(groups).view(*x.shape[:-1], w.weight.shape[0])  # type: ignore[arg-type]
 
     def linear_by_weight(
         self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None, overwrite: bool = False
@@ -143,14 +147,13 @@ def _has_kernels(w: ScaledWeight) -> bool:
     return len(w.factors) > 0
 
 
-def _is_for_values(tokens: int, w: ScaledWeight) -> bool:
-    """Whether so many tokens are multiplied by the values of a compressed weight as they are."""
+def _takes_groups(tokens: int, w: ScaledWeight) -> bool:
+    """Whether more tokens than one call takes are multiplied by the values of a compressed weight as they are."""
     assert isinstance(w.weight, Compressed)
-    if w.weight.values.dtype != w.dtype or tokens == 0:
+    if w.weight.values.dtype != w.dtype or w.factors or tokens == 0:
         return False
-    most = 0.0 if w.factors else _GROUPED_TOKENS.get(w.dtype, _GROUPED_TOKENS_DEFAULT)
-    stored = len(w.weight.values) / max(w.weight.shape.numel(), 1)
-    return tokens <= bitmask.MOST_TOKENS or tokens * stored <= most
+    stored = w.weight.values.numel() / max(w.weight.shape.numel(), 1)
+    return tokens * stored <= _GROUPED_TOKENS.get(w.dtype, _GROUPED_TOKENS_DEFAULT)
 
 
 def _elementwise(w: ScaledWeight, other: torch.Tensor | None = None) -> Elementwise:

@@ -215,7 +215,7 @@ def few_tokens(
         ValueError: If x or the bias do not fit, or there is nothing to multiply with.
     """
     count, n = x.shape
-    m = len(compressed.bitmask)
+    m = compressed.bitmask.shape[0]
     if n != compressed.columns or (bias is not None and bias.shape != (m,)):
         raise ValueError(
             f"few_tokens: x of shape {tuple(x.shape)} and a bias of shape "

@@ -68,7 +68,7 @@ def weight_of(compressed: Compressed) -> Any:
     """The structure of a weight; its tensors must outlive the call."""
     values, bitmask, row_offsets, n = compressed
     pointers = (values.data_ptr(), bitmask.data_ptr(), row_offsets.data_ptr())
-    return Weight(*pointers, len(values), len(row_offsets) - 1, n)
+    return Weight(*pointers, values.numel(), row_offsets.numel() - 1, n)
 
 
 def part_of(
