@@ -21,7 +21,7 @@ from ..checkpoints.layout import model_types
 from ..sparsity.mask_record import MaskRelation
 from ..weight_reads import only_describes_weight
 from .adapter_tensors import check_can_be_saved
-from .base_record import check_not_merged, record_base, relate_base
+from .base_record import check_not_merged, record_base, relate_base, warn_of_dense_layers
 from .config import SPPConfig
 from .injection import Injection
 from .layer import Linear
@@ -211,6 +211,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             # if the weights of the adapter that the configuration describes are loaded later, they bring its record
             config.record_of_weights = config.base_record
             config.base_record = record_base(model, adapter_name)
+            warn_of_dense_layers(config.base_record, model, adapter_name)
             return
         config.check_base = loading.check_base or config.check_base  # type: ignore[assignment]
         check_fits(loading.saved, model, config, adapter_name, loading.ignore_shapes)
