@@ -12,14 +12,13 @@ import torch
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..architecture import has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
+from ..architecture import LinearLayer, has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
 from ..checkpoints.names import is_fused_experts, plain_name
 from .config import SPPConfig
 from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules
-from .quantized import Backend, find_backend, how_to_dequantize, is_foreign
+from .quantized import find_backend, how_to_dequantize, is_foreign
 
 
 def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
@@ -113,27 +112,18 @@ def _is_selected(block_name: str, layers_to_transform: list[int] | int | None) -
     return int(block_name.rpartition(".")[2]) in indices
 
 
-def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
-    """Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantized."""
+def check_not_split(layer: nn.Module, module_name: str) -> None:
+    """Check that tensor parallelism has not split a layer."""
     if is_tensor_parallel(layer):
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
             "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
             "is too large; or leave the module out of `target_modules`."
         )
-    if backend is not None:
-        try:
-            backend.check(layer)
-        except ValueError as error:
-            raise ValueError(f"Target module {module_name!r} is not supported: {error}.") from error
-        return
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise ValueError(
-            f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
-            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantized linear layers of "
-            "bitsandbytes, torchao, HQQ and others. To support another quantization package, see "
-            "`peft_spp.tuner.quantized.register_backend`."
-        )
+
+
+def check_linear(layer: LinearLayer, module_name: str) -> None:
+    """Check that a layer computes what its class promises, with a plain floating-point matrix."""
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     if reason := why_not_adaptable(layer):
         raise ValueError(
