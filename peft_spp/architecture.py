@@ -119,8 +119,8 @@ def why_not_linear_map(layer: LinearLayer) -> str | None:
     meta device only the shape of the result can be compared.
     """
     base = cast(Any, Conv1D if isinstance(layer, Conv1D) else nn.Linear)
-    weight = layer.weight
-    if has_plain_forward(layer) or weight.dtype not in FLOATING or weight.ndim != 2:
+    weight = getattr(layer, "weight", None)  # compressed-tensors has it packed under another name
+    if weight is None or has_plain_forward(layer) or weight.dtype not in FLOATING or weight.ndim != 2:
         return None
     if _has_own_call(layer):
         return "its class overrides `__call__`"

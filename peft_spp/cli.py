@@ -10,18 +10,17 @@ from .commands.compare import compare
 from .commands.compress import compress, decompress
 from .commands.convert import convert
 from .commands.demo import demo
-from .commands.ending import CommandGroup
+from .commands.ending import Command, CommandGroup
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.merge import merge
-from .commands.prune import prune
-from .commands.sft import sft
+from .commands.prune import PruneCommand, prune
+from .commands.sft import SFTCommand, sft
 
 
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -44,14 +43,9 @@ def main(
 
 
 # in the order in which a user needs them
-app.command()(demo)
-app.command()(prune)
-# TRL's parser reads the arguments and prints the help
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(sft)
-app.command()(merge)
-app.command()(compress)
-app.command()(decompress)
-app.command()(inspect)
-app.command()(compare)
-app.command()(export)
-app.command()(convert)
+app.command(cls=Command)(demo)
+app.command(cls=PruneCommand)(prune)
+# its arguments are for TRL's parser
+app.command(cls=SFTCommand, add_help_option=False)(sft)
+for command in (merge, compress, decompress, inspect, compare, export, convert):
+    app.command(cls=Command)(command)

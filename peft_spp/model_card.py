@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 from .durable import write_file
+from .installing import how_to_install
 from .sparsity.base_masks import BaseRecord
 from .sparsity.mask_record import MaskRecord
 
@@ -26,7 +27,7 @@ PLACEHOLDER = "<this adapter>"
 """What stands for the adapter's place as long as nobody knows it."""
 _USAGE = """## How to load this adapter
 
-PEFT learns SPP from the package `peft-spp` (`pip install peft-spp`). Without the first line below, loading ends in
+PEFT learns SPP from the package `peft-spp` ({install}). Without the first line below, loading ends in
 `KeyError: 'SPP'`.
 
 ```python
@@ -97,7 +98,8 @@ def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
     card.text = _put(card.text, f"adapter {name}", _facts(config, name, masks))
     if name == "default" or _comment("adapter default") not in card.text:
         more = "" if name == "default" else f', subfolder="{name}"'
-        usage = _USAGE.format(auto_class=_auto_class(config), place=PLACEHOLDER, more=more)
+        install = how_to_install(code="`")
+        usage = _USAGE.format(install=install, auto_class=_auto_class(config), place=PLACEHOLDER, more=more)
         card.text = _put(card.text, "usage", usage)
     write_file(path, card.save)
 

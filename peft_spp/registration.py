@@ -11,7 +11,6 @@ to check an adapter before a model is changed for it.
 from __future__ import annotations
 
 import peft
-from packaging.version import Version
 from peft import mapping
 from peft.utils.peft_types import PeftType, register_peft_method
 
@@ -24,8 +23,6 @@ from .tuner.saving import save_durably
 METHOD = "spp"
 MEMBER = METHOD.upper()
 PREFIX = f"{METHOD}_"
-# from 0.21 on, PEFT lets a method name and check the tensors that it saves and loads
-MIN_PEFT, BELOW_PEFT = "0.21", "0.22"
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -37,8 +34,7 @@ def register(config_cls: type, model_cls: type) -> None:
         model_cls (`type`): The tuner class, [`SPPModel`].
 
     Raises:
-        ImportError: If the installed PEFT is not supported, or already has a method of this name. PEFT is not changed
-            then.
+        ImportError: If the installed PEFT already has a method of this name. PEFT is not changed then.
     """
     owner = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(MEMBER)  # type: ignore[call-overload]
     if owner is not None and owner.__module__.partition(".")[0] == config_cls.__module__.partition(".")[0]:
@@ -52,17 +48,7 @@ def register(config_cls: type, model_cls: type) -> None:
             f"PEFT {peft.__version__} already has a method named {MEMBER}, so peft_spp {__version__} cannot register "
             "its own. Use PEFT's, or install an older PEFT or a newer peft_spp."
         )
-    check_peft_version(peft.__version__)
     setattr(peft.PeftModel, "save_pretrained", save_durably(peft.PeftModel.save_pretrained))  # noqa: B010  (for mypy)
     guard_entrances()
     extend_str_enum(PeftType, MEMBER)
     register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=False)
-
-
-def check_peft_version(version: str) -> None:
-    """Raise an `ImportError` if `version` is a PEFT that this package has not been tested with."""
-    if not Version(MIN_PEFT) <= Version(version) < Version(BELOW_PEFT):
-        raise ImportError(
-            f"peft_spp {__version__} supports PEFT >={MIN_PEFT},<{BELOW_PEFT}, but PEFT {version} is installed. "
-            f"Run `pip install 'peft>={MIN_PEFT},<{BELOW_PEFT}'` or update peft_spp."
-        )

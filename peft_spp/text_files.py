@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, cast
 
 from .error_text import one_line
+from .installing import how_to_install
 
 
 TEXT_FIELD = "text"
@@ -85,7 +86,7 @@ def _load_texts(file: Path, builder: str) -> list[Any]:
         if error.name != "datasets":
             raise
         raise ImportError(
-            f'reading {file} needs datasets, which is not installed. Install it with: pip install "peft-spp[train]". '
+            f"reading {file} needs datasets, which is not installed. Install it with: {how_to_install('train')}. "
             "Plain text files do not need it.",
             name="datasets",
         ) from error

@@ -19,7 +19,8 @@ from peft.mapping import (
 )
 
 import peft_spp
-from peft_spp.registration import check_peft_version, register
+from peft_spp.peft_version import check_peft
+from peft_spp.registration import register
 
 
 ENUM_EXTENSION = Path(peft_spp.__file__).parent / "enum_extension.py"
@@ -68,7 +69,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("python", ["python3.10", "python3.11", "python3.12", "python3.13", "python3.14"])
+@pytest.mark.parametrize("python", ["python3.11", "python3.12", "python3.13", "python3.14"])
 def test_the_new_member_is_like_any_other(python):
     executable = sys.executable if python == f"python3.{sys.version_info.minor}" else shutil.which(python)
     works = executable and subprocess.run([executable, "-c", ""], capture_output=True).returncode == 0
@@ -103,15 +104,29 @@ def test_importing_again_is_a_no_op():
     assert list(PeftType) == members and len(PEFT_TYPE_TO_CONFIG_MAPPING) == tables and PeftType.SPP is member
 
 
-@pytest.mark.parametrize("version", ["0.19.1", "0.20.0", "0.22.0", "1.0.0"])
-def test_an_unsupported_peft_is_named(version):
+@pytest.mark.parametrize("version", ["0.19.1", "0.20.0"])
+def test_an_old_peft_is_named(version, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", version)
     with pytest.raises(ImportError, match=version.replace(".", r"\.")):
-        check_peft_version(version)
+        check_peft()
 
 
 @pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.22.0.dev0", peft.__version__])
-def test_a_supported_peft_passes(version):
-    check_peft_version(version)
+def test_a_supported_peft_passes(version, monkeypatch, recwarn):
+    monkeypatch.setattr(peft, "__version__", version)
+    check_peft()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "1.0.0"])
+def test_a_newer_peft_is_warned_of_if_it_has_all_that_is_used(version, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.warns(UserWarning, match=version.replace(".", r"\.")):
+        check_peft()
+    monkeypatch.delattr("peft.tuners.tuners_utils._ExcludedModule")
+    monkeypatch.delattr("peft.tuners.tuners_utils.BaseTuner._inject_parameters")
+    with pytest.raises(ImportError, match=r"lacks .*BaseTuner\._inject_parameters, .*_ExcludedModule\. Run `pip"):
+        check_peft()
 
 
 IMPORT_IS_REFUSED = """
@@ -152,6 +167,24 @@ def test_an_unsupported_peft_leaves_the_enum_alone():
     )
     assert result.returncode == 0, result.stderr
     assert "0.10.0" in result.stdout
+
+
+def test_a_newer_peft_is_told_of_once_and_works():
+    result = run(
+        "import peft, warnings\npeft.__version__ = '0.99.0'\nimport peft_spp\nimport peft_spp\n"
+        "print(peft.PEFT_TYPE_TO_CONFIG_MAPPING['SPP'].__name__)"
+    )
+    assert result.returncode == 0 and result.stdout == "SPPConfig\n", result.stderr
+    assert result.stderr.count("PEFT 0.99.0 is installed") == 1
+
+
+def test_a_newer_peft_that_lacks_something_is_left_alone():
+    result = run(
+        "import peft, sys\nfrom peft import PeftType\nbefore = list(PeftType)\npeft.__version__ = '0.99.0'\n"
+        "del peft.tuners.tuners_utils._ExcludedModule\n" + IMPORT_IS_REFUSED + "assert list(PeftType) == before\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "0.99.0 lacks peft.tuners.tuners_utils._ExcludedModule" in result.stdout
 
 
 def test_the_mixed_model_refuses_spp_by_name():

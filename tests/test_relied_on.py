@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_spp.peft_version import _RELIED_ON
+
 
 TEXT = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text(encoding="utf-8")
 TABLE = TEXT.partition("## Private names that we rely on")[2]
@@ -32,3 +34,8 @@ def test_the_name_is_there(module_name: str, name: str) -> None:
 
 def test_the_table_is_read() -> None:
     assert len(NAMES) > 20
+
+
+def test_the_names_of_peft_are_those_that_a_newer_version_is_asked_for() -> None:
+    asked = {(module, name) for module, names in _RELIED_ON.items() for name in names}
+    assert asked == {(module, name) for module, name in NAMES if module.startswith("peft.")}

@@ -7,6 +7,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_spp.installing import how_to_install
 from peft_spp.text_files import builder_of, find_fault, read_texts
 
 
@@ -85,7 +87,7 @@ def test_plain_text_is_one_document_and_needs_no_package(
 def test_json_without_the_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "texts.jsonl").write_bytes(lines("a"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install \"peft-spp\[train\]\""):
+    with pytest.raises(ImportError, match=re.escape(how_to_install("train"))):
         read_texts(tmp_path / "texts.jsonl")
 
 

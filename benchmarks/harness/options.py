@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,12 +18,12 @@ from .results import BenchmarkResult, result_path
 from .timing import Rounds
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
 
 
-class Checkpointing(str, Enum):
+class Checkpointing(StrEnum):
     """Which settings of gradient checkpointing are measured."""
 
     off = "off"

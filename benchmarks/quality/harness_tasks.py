@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from peft_spp.durable import write_text
+from peft_spp.installing import how_to_install
 
 
 TASK = """task: {name}
@@ -65,7 +66,7 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(
-            'Tasks are evaluated by lm-evaluation-harness: pip install "peft-spp[quality]" installs it.'
+            f"Tasks are evaluated by lm-evaluation-harness, which this installs: {how_to_install('quality')}"
         ) from error
     arguments: dict[str, Any] = {"pretrained": source, "dtype": dtype or "auto"}
     if adapter is not None:

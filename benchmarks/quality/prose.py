@@ -81,7 +81,7 @@ NOT_RUN = """
 `accelerate launch -m benchmarks.quality --suite llama --device cuda --data FOLDER` fine-tunes published pruned
 checkpoints (Llama-3.1-8B by Wanda at 2:4 and at 50%, Sparse-Llama-3.1-8B-2of4, Llama-2-7b-pruned70-retrained) with
 SPP, HiRA, LoRA and masked LoRA, and evaluates them on the tasks of the paper with lm-evaluation-harness (`pip install
-"peft-spp[quality]"`). **It has not been run on these checkpoints yet.** The tests run it on a tiny local model with a
+".[quality]"`). **It has not been run on these checkpoints yet.** The tests run it on a tiny local model with a
 local task.
 """
 

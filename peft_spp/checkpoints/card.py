@@ -12,13 +12,21 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from ..installing import how_to_install
 
-INVITATION = (
-    "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) (`pip install peft-spp`)."
-)
+
+_INVITATION = "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) ({})."
+INVITATION = _INVITATION.format(how_to_install(code="`"))
 """How a pruned model's card ends; once it is fine-tuned, it does not say so any more."""
+# an earlier version may have told of another way to install
+_ANY_INVITATION = re.compile(re.escape(_INVITATION).replace(re.escape("{}"), "[^)]*"))
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def without_invitation(text: str) -> str:
+    """The text of a card without how a pruned model's ends."""
+    return _ANY_INVITATION.sub("", text)
 
 
 @dataclass

@@ -9,6 +9,7 @@ those who read the files alone the header says it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,8 @@ def read_columns(files: Iterable[Path]) -> dict[str, int]:
             listed = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: {COLUMNS} in its header is not valid JSON: {error}. Copy it again") from error
-        if not isinstance(listed, dict) or not all(type(n) is int and 0 <= n < 1 << 40 for n in listed.values()):
+        if not isinstance(listed, dict) or not all(type(n) is int and 0 < n < 1 << 40 for n in listed.values()):
+            # with no column, a file of a few bytes may have as many rows as it says
             raise ValueError(f"{file}: {COLUMNS} in its header must be names and numbers of columns. Copy it again")
         found |= listed
     return found
@@ -81,7 +83,11 @@ def compressed_shapes(
     for name in columns:
         if name not in pairs and (name in shapes or f"{name.removesuffix(_WEIGHT)}{_BITMASK}" in shapes):
             raise ValueError(f"{name!r} is compressed, and not both its values and its bitmask are there")
-    return {name: (*shapes[bitmask][:-1], columns[name]) for name, bitmask in pairs.items()}
+    found = {name: (*shapes[bitmask][:-1], columns[name]) for name, bitmask in pairs.items()}
+    for name, shape in found.items():
+        if math.prod(size for size in shape if size) >= 2**63:
+            raise ValueError(f"{name!r} is compressed, and would have the shape {shape}. Copy its file again")
+    return found
 
 
 def bitmask_of(name: str) -> str:

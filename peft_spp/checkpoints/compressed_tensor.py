@@ -68,7 +68,7 @@ def find_compressed(
     """Find the compressed weights of a checkpoint, which may be in a format that compressed-tensors had."""
     if is_old:
         found = {}
-        for name, parts in find_parts(tensors).items():
+        for name, parts in find_parts({one: tensor.dtype for one, tensor in tensors.items()}).items():
             shape = read_shape(tensors[parts.shape].file, parts.shape)
             found[name] = CompressedTensor(
                 tensors[parts.values], tensors[parts.bitmask], shape, name, True, (parts.shape, *parts.unread)

@@ -10,7 +10,7 @@ A weight is four tensors of its module (in older files, of its weight): `compres
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,31 +83,38 @@ def sparse_format(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def find_parts(names: Collection[str]) -> dict[str, Parts]:
+def find_parts(dtypes: Mapping[str, torch.dtype | str]) -> dict[str, Parts]:
     """
     Find the weights in these formats.
 
     Args:
-        names (`Collection[str]`): The names of all tensors of a checkpoint.
+        dtypes (`Mapping[str, torch.dtype | str]`): The names of all tensors of a checkpoint, with their dtypes.
 
     Returns:
         `dict[str, Parts]`: The tensors of each weight, by its name.
 
     Raises:
-        ValueError: If one of a weight's tensors is missing.
+        ValueError: If one of a weight's tensors is missing or of another dtype, or a weight is there twice.
     """
-    found = {}
-    for name in names:
+    found: dict[str, Parts] = {}
+    for name in dtypes:
         if not name.endswith(_VALUES):
             continue
         module = name.removesuffix(_VALUES)
         bitmask, shape = module + _BITMASK, module + _SHAPE
         for one in (bitmask, shape):
-            if one not in names:
+            if one not in dtypes:
                 raise ValueError(f"tensor {name!r} is compressed, and {one!r} is not there")
+        if not isinstance(dtypes[name], torch.dtype) or dtypes[bitmask] != "U8" or dtypes[shape] != "I64":
+            raise ValueError(
+                f"tensor {name!r} has dtype {dtypes[name]}, its bitmask {dtypes[bitmask]} and its shape "
+                f"{dtypes[shape]}; they must be floating, U8 and I64"
+            )
         offsets = module + _OFFSETS
         weight = f"{module.removesuffix('.weight')}.weight"
-        found[weight] = Parts(name, bitmask, shape, (offsets,) if offsets in names else ())
+        if weight in dtypes or weight in found:
+            raise ValueError(f"{weight!r} is there twice: as {name!r}, and as {found.get(weight, (weight,))[0]!r}")
+        found[weight] = Parts(name, bitmask, shape, (offsets,) if offsets in dtypes else ())
     return found
 
 
@@ -172,7 +179,7 @@ def with_old_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
         ValueError: If a compressed weight cannot be read.
     """
     tensors = {one.key: (file, one) for file, stored in listed.items() for one in stored}
-    for name, parts in find_parts(tensors).items():
+    for name, parts in find_parts({one: stored.dtype for one, (_, stored) in tensors.items()}).items():
         (_, values), (file, bitmask), (shape_file, _) = (tensors.pop(one) for one in parts[:3])
         for one in parts.unread:
             del tensors[one]

@@ -19,7 +19,7 @@ _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 class TiedNames:
     """Tells tensors that Transformers ties to another.
 
-    Which ones a model ties is told by its class. Where Transformers has no class of that name (code from the Hub), or
+    The class of a model decides which ones it ties. Where Transformers has no class of that name (code from the Hub), or
     the class ties nothing itself (the body of a model), those that are named like embeddings count.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from ..checkpoints.names import names_or_expression
+from ..installing import how_to_install
 from .terminal import print_text
 
 
@@ -45,7 +46,7 @@ def needs_train_extra() -> Iterator[None]:
         if error.name not in ("trl", "datasets"):
             raise
         raise ImportError(
-            f'{error.name} is not installed. Install it with: pip install "peft-spp[train]"', name=error.name
+            f"{error.name} is not installed. Install it with: {how_to_install('train')}", name=error.name
         ) from error
 
 

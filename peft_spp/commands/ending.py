@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from .. import register_methods
 from ..error_text import message
 from .terminal import make_printable, silence
 
@@ -30,6 +31,14 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with errors_as_exit_codes():
             return super().invoke(ctx)
+
+
+class Command(TyperCommand):
+    """One command: it registers SPP when it runs, which its help and shell completion do without."""
+
+    def invoke(self, ctx: Any) -> Any:
+        register_methods()
+        return super().invoke(ctx)
 
 
 @contextmanager

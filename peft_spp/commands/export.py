@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 from .console import JsonOption, print_report
 
 
-class ExportTarget(str, Enum):
+class ExportTarget(StrEnum):
     """The methods that an adapter can be exported to."""
 
     hira = "hira"

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..installing import how_to_install
 from .console import JsonOption, as_modules, print_report, progress_bar
 
 
@@ -71,7 +72,7 @@ def _check_plot(plot: Path) -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ValueError('--plot needs Matplotlib. Install it with: pip install "peft-spp[plot]"')
+        raise ValueError(f"--plot needs Matplotlib. Install it with: {how_to_install('plot')}")
     if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {plot} must end in .png, .svg or .pdf")
     if not plot.parent.is_dir():

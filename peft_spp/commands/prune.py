@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import fields
 from enum import Enum
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..pruning.registry import METHODS, option_names
+from ..other_libraries import quiet_imports
 from .console import (
     ExcludeModulesOption,
     JsonOption,
@@ -21,34 +21,47 @@ from .console import (
     print_report,
     progress_bar,
 )
+from .ending import Command
+from .late_options import as_options, option
 
 
-Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
-Command = TypeVar("Command", bound=Callable[..., None])
+class PruneCommand(Command):
+    """Has the pruning methods for `--method`, and the options of all of them; reading them imports PyTorch."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        if ctx.resilient_parsing:
+            # shell completion, which nobody waits seconds for
+            return params
+        names = [one.name for one in params]
+        first, last = names.index("pattern"), names.index("device")
+        method, *others = as_options(_method_options())
+        return [*params[:first], method, *params[first:last], *others, *params[last:]]
+
+    def invoke(self, ctx: Any) -> Any:
+        # what the function has no parameters for
+        ctx.obj = {one.name: ctx.params.pop(one.name) for one in as_options(_method_options())}
+        return super().invoke(ctx)
 
 
-def with_method_options(command: Command) -> Command:
-    """Give a command that takes `**options` the options of all pruning methods, before `--device`."""
-    signature = inspect.signature(command, eval_str=True)
-    kept = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    place = next(number for number, one in enumerate(kept) if one.name == "device")
+def _method_options() -> Iterator[Parameter]:
+    with quiet_imports():
+        from ..pruning.registry import METHODS, option_names
+
+    names = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+    yield option("method", names, names["wanda"], help="The pruning method.")
     for method in METHODS.values():
         types = get_type_hints(method)
         for field in fields(method):
             if field.name in option_names(method):
-                kind: Any = Annotated[types[field.name], typer.Option(help=field.metadata["help"])]  # type: ignore
-                kept.insert(place, kept[place].replace(name=field.name, default=field.default, annotation=kind))
-                place += 1
-    command.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in kept}
-    return command
+                flag = f"--{field.name.replace('_', '-')}"
+                yield option(field.name, types[field.name], field.default, flag=flag, help=field.metadata["help"])
 
 
-@with_method_options
 def prune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="The dense model: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the pruned model to.")],
-    method: Annotated[Method, typer.Option(help="The pruning method.")] = Method.wanda,  # type: ignore[attr-defined]
     pattern: Annotated[
         str | None, typer.Option(metavar="N:M", help="Keep N of every M weights in a row, such as 2:4.")
     ] = None,
@@ -89,7 +102,6 @@ def prune(
         typer.Option("--dry-run", help="Check everything and report what would be pruned, without writing anything."),
     ] = False,
     as_json: JsonOption = False,
-    **options: Any,
 ) -> None:
     """
     Prune a dense model to 2:4 or another pattern, with one of its blocks in memory at a time.
@@ -98,12 +110,14 @@ def prune(
     dense. The output is written completely or not at all.
     """
     from ..pruning import prune_checkpoint
+    from ..pruning.registry import METHODS, option_names
 
+    method = context.obj["method"]
     with progress_bar("Checking" if dry_run else "Pruning") as progress:
         report = prune_checkpoint(
             model,
             out,
-            method=method.value,
+            method=method,
             pattern=pattern,
             sparsity=sparsity,
             calibration=calibration,
@@ -117,6 +131,6 @@ def prune(
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
-            **{name: options[name] for name in option_names(METHODS[method.value])},
+            **{name: context.obj[name] for name in option_names(METHODS[method])},
         )
     print_report(report, as_json)

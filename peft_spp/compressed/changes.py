@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,22 @@ from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.writing import NewTensor, computed, copied
 from ..functional.bitmask import bitmask_bytes, count_stored
 from ..functional.compressed import compress
+from ..installing import how_to_install
 from .config import BitmaskConfig
 from .models_on_disk import find_layers, plain_config
 from .report import CompressedModule, CompressionReport
-from .selection import why_not_worth_it
+from .selection import names_of_layers, why_not_worth_it
 
 
-NOTE = (
+_NOTE = (
     "\n## Compressed weights\n\nThe zeros of this model's linear layers are not stored, and nothing is lost by that. "
-    "Load it with Transformers after `import peft_spp` (`pip install peft-spp`), or make plain safetensors of it with "
+    "Load it with Transformers after `import peft_spp` ({}), or make plain safetensors of it with "
     "`peft-spp decompress`.\n"
 )
+NOTE = _NOTE.format(how_to_install(code="`"))
 """What a compressed model's card says at its end."""
+# an earlier version may have told of another way to install
+_ANY_NOTE = re.compile(re.escape(_NOTE).replace(re.escape("{}"), "[^)]*"))
 
 
 class Change:
@@ -181,7 +186,7 @@ class Compressing(Change):
         return {**read_metadata(file), **({COLUMNS: columns_text(columns)} if columns else {})}
 
     def config(self) -> dict[str, Any]:
-        config = BitmaskConfig(list(self.kept), self._config.min_sparsity)
+        config = BitmaskConfig(names_of_layers(self.kept), self._config.min_sparsity)
         return {**plain_config(self.checkpoint), "quantization_config": config.to_dict()}
 
     def card(self, text: str) -> str:
@@ -212,7 +217,7 @@ class Decompressing(Change):
         return plain_config(self.checkpoint)
 
     def card(self, text: str) -> str:
-        return text.replace(NOTE, "", 1)
+        return _ANY_NOTE.sub("", text, count=1)
 
 
 def _floating(tensor: StoredTensor | CompressedTensor) -> torch.dtype:

@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..functional.bitmask import count_stored
 from .config import BitmaskConfig
 from .layer import CompressedLinear, put_dense_layers
+from .other_adapters import allow_merges, is_spp
 from .quantizer import BitmaskHfQuantizer
 from .selection import (
     converted_names,
     find_linear_layers,
+    names_of_layers,
     transformers_models,
     warn_of_dense_layers,
     why_not_worth_it,
@@ -25,6 +28,11 @@ from .selection import (
 
 
 M = TypeVar("M", bound=nn.Module)
+
+_NOT_WHOLE = (
+    "not whole in memory: its weight {}. Compress the model before it is sharded. Tensor parallelism and DeepSpeed "
+    "ZeRO-3 cannot shard compressed weights; FSDP2, ZeRO-2 and DDP train them"
+)
 
 
 def compress(
@@ -59,11 +67,10 @@ def compress(
         if layer.weight.is_meta:
             raise ValueError(f"{name} has no data (it is on the meta device): load the model into memory first")
         if layer.weight.shape != (layer.out_features, layer.in_features):
-            raise ValueError(
-                f"{name} is not whole in memory: its weight has shape {tuple(layer.weight.shape)}. Compress the model "
-                "before it is sharded. DeepSpeed ZeRO-3 cannot shard compressed weights; FSDP2, ZeRO-2 and DDP train "
-                "them"
-            )
+            raise ValueError(f"{name} is {_NOT_WHOLE.format(f'has shape {tuple(layer.weight.shape)}')}")
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), DTensor):
+            raise ValueError(f"{name} is {_NOT_WHOLE.format('is a DTensor')}")
     for name in list(layers):
         layer = layers.pop(name)  # and so its memory is free once it is replaced
         reason = why_not_worth_it(count_stored(layer.weight), layer.weight.shape, layer.weight.dtype, min_sparsity)
@@ -76,14 +83,15 @@ def compress(
     warn_of_dense_layers(kept)
     for prefix, model in models.items():
         start = f"{prefix}." if prefix else ""
-        its_own = BitmaskConfig([name.removeprefix(start) for name in kept if name.startswith(start)], min_sparsity)
+        names = [name.removeprefix(start) for name in names_of_layers(kept) if name.startswith(start)]
+        its_own = BitmaskConfig(names, min_sparsity)
         _mark(model, its_own)
     return module
 
 
 def decompress(module: M) -> M | nn.Linear:
     """
-    Make the weights of a model dense again, bit for bit.
+    Make the weights of a model dense again, bit for bit. Adapters of methods other than SPP stay in place.
 
     Args:
         module (`nn.Module`): Any module, changed in place.
@@ -92,13 +100,14 @@ def decompress(module: M) -> M | nn.Linear:
         `nn.Module`: The module, or its replacement if it is a [`CompressedLinear`] itself.
 
     Raises:
-        ValueError: If the model has adapters. Nothing is changed.
+        ValueError: If the model has SPP adapters, or is quantized in another way. Nothing is changed.
     """
     models = transformers_models(module)
-    _check(module, models)
+    _check(module, models, is_spp)
     if isinstance(module, CompressedLinear):
         return module.to_linear()
     put_dense_layers(module)
+    allow_merges(module)
     for model in models.values():
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None:
@@ -106,9 +115,13 @@ def decompress(module: M) -> M | nn.Linear:
     return module
 
 
-def _check(module: nn.Module, models: Mapping[str, PreTrainedModel]) -> None:
+def _check(
+    module: nn.Module,
+    models: Mapping[str, PreTrainedModel],
+    is_in_the_way: Callable[[BaseTunerLayer], bool] = lambda layer: True,
+) -> None:
     for name, inner in module.named_modules():
-        if isinstance(inner, BaseTunerLayer):
+        if isinstance(inner, BaseTunerLayer) and is_in_the_way(inner):
             raise ValueError(
                 f"{name} has an adapter, which is made for the weight that is there: compress or decompress the model "
                 "before adapters are added, or after merge_and_unload()"

@@ -150,7 +150,16 @@ def put_dense_layers(module: nn.Module) -> None:
 
     Args:
         module (`nn.Module`): The module, changed in place.
+
+    Raises:
+        ValueError: If one of them has no data. Nothing is changed.
     """
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, CompressedLinear):
-            module.set_submodule(name, layer.to_linear())
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, CompressedLinear)}
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"{name} has no data in memory (it is offloaded): load the model without offloading, or decompress it "
+                "on disk with `peft-spp decompress`"
+            )
+    for name, layer in layers.items():
+        module.set_submodule(name, layer.to_linear())

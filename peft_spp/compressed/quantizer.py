@@ -20,7 +20,12 @@ from ..functional.compressed import compress
 from .config import BitmaskConfig
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers
-from .selection import converted_names, find_linear_layers, warn_of_dense_layers, why_not_worth_it
+from .old_formats import check_names, converter, find_old_weights, read_weight, save_in_our_format
+from .selection import converted_names, find_linear_layers, names_of_layers, warn_of_dense_layers, why_not_worth_it
+
+
+_SPLIT_SIZES = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+"""The sizes in Transformers' `DistributedConfig`; where all are 1, nothing is split."""
 
 
 class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -29,7 +34,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     The model is built dense, without data. A layer becomes a [`CompressedLinear`] when its weight comes: as values and
     bitmask from a compressed checkpoint, which so needs no list of its layers; or dense, and then it is compressed
-    before the next one is read.
+    before the next one is read. Dense it is too when it comes in a format that compressed-tensors had.
 
     Args:
         quantization_config ([`BitmaskConfig`]): The configuration, of which a copy is kept.
@@ -48,6 +53,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._row_offsets: dict[str, Tensor] = {}
         self._problems: list[str] = []
         self._files: list[str] = []
+        self._old: set[str] = set()
+        self.old_format: str | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
@@ -55,11 +62,13 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "compressed weights cannot be split by DeepSpeed ZeRO-3, since each rank would have other places. Use "
                 "ZeRO-2 or DDP, or load the model without BitmaskConfig (`peft-spp decompress`)."
             )
-        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+        devices = device_map if isinstance(device_map, Mapping) else {}
+        away = next((name for name, device in devices.items() if str(device) in ("disk", "meta")), None)
+        if away is not None:
             raise ValueError(
-                "compressed weights cannot be offloaded to disk: device_map has 'disk' for "
-                f"{next(name for name, device in device_map.items() if device == 'disk')!r}. Give the CPU more memory "
-                "with max_memory, or load the model without BitmaskConfig (`peft-spp decompress`)."
+                f"compressed weights cannot be offloaded to disk, nor to the meta device: device_map has "
+                f"'{devices[away]}' for {away!r}. Give the CPU more memory with max_memory, or load the model without "
+                "BitmaskConfig (`peft-spp decompress`)."
             )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -75,10 +84,25 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype if stored.startswith(("F", "BF", "torch.float", "torch.bfloat")) else None
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        parallel = getattr(model.config, "distributed_config", None)
+        sizes = {name: getattr(parallel, name, None) or 1 for name in _SPLIT_SIZES}
+        split = next((name for name, size in sizes.items() if size > 1), None)
+        if split is not None:
+            raise ValueError(
+                f"compressed weights cannot be split between processes by Transformers: {split}={sizes[split]}. Leave "
+                "out tp_plan and distributed_config (DDP, and FSDP2 of accelerate, take the whole model), or load the "
+                "model without BitmaskConfig (`peft-spp decompress`)."
+            )
         if not self.pre_quantized:
             self._files = kwargs.get("checkpoint_files") or []
             layers, self._kept = find_linear_layers(model, self.quantization_config.modules_to_not_convert)
             self._waiting = {f"{name}.weight" for name in layers}
+            self._old = find_old_weights(self._files)
+            if self.old_format is not None and not self._files:
+                raise ValueError(
+                    f"the model's configuration names the format {self.old_format!r} of compressed-tensors, which is "
+                    "only read from files: load the folder, without state_dict"
+                )
         return model
 
     def update_weight_conversions(
@@ -87,8 +111,9 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in converted_names(sorted(self._waiting), weight_conversions):
             self._waiting.discard(name)
             self._kept[name.removesuffix(".weight")] = "stored in another form"
+        check_names(self._old, model, weight_conversions)
         updated: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
-        return updated
+        return [*updated, converter(_ReadOld(self))] if self._old else updated
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Compress(self)
@@ -151,6 +176,24 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             bitmask = bitmask.clone()  # a view of the file, and kernels read words of 8 bytes
         return self._put(model, module, values, bitmask, row_offsets)
 
+    def read_old(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+        """
+        Make a dense weight of the tensors of an old format.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the weight.
+            tensors (`dict[str, Any]`): What has come.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The weight, by name.
+        """
+        try:
+            return {name: read_weight(model.get_parameter(name), name, tensors)}
+        except ValueError as error:
+            self._problems.append(str(error))
+            return {}
+
     def read_alone(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
         """
         Pass on a weight that has come without a bitmask.
@@ -187,14 +230,14 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, row_offsets in self._row_offsets.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, CompressedLinear)
-            if layer.row_offsets.is_meta:
-                raise ValueError("offload_buffers=True does not work with compressed weights: leave it out.")
             # Transformers leaves buffers that are not saved without a value
             layer.row_offsets = row_offsets.to(layer.row_offsets.device)
         self._row_offsets.clear()
+        if self._old:
+            save_in_our_format(model)
         if not self.pre_quantized:
             warn_of_dense_layers(self._kept)
-            self.quantization_config.modules_to_not_convert = list(self._kept)
+            self.quantization_config.modules_to_not_convert = names_of_layers(self._kept)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -251,6 +294,11 @@ class _Read(_Operation):
     @property
     def reverse_op(self) -> ConversionOps:
         return _Write()
+
+
+class _ReadOld(_Operation):
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.hf_quantizer.read_old(kwargs["model"], kwargs["full_layer_name"], input_dict)
 
 
 class _Write(ConversionOps):  # type: ignore[misc]

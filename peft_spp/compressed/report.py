@@ -52,7 +52,7 @@ class CompressionReport(ModuleReport[CompressedModule]):
         action (`str`): `"compress"` or `"decompress"`.
         dry_run (`bool`): Whether nothing was written.
         modules (`Mapping[str, CompressedModule]`): The layers that changed, by name.
-        kept (`Mapping[str, str]`): The linear layers that stay dense, and why.
+        kept (`Mapping[str, str]`): The linear layers and fused experts that stay dense, and why.
         files (`tuple[str, ...]`): The weight files that were written.
         carried (`tuple[str, ...]`): The other files.
         left_out (`tuple[str, ...]`): Weights in the model's folder that were not copied.

@@ -16,8 +16,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..architecture import has_plain_forward
+from ..checkpoints.names import is_fused_experts
 from ..functional.bitmask import BITS, is_worth_it
 from ..weight_reads import computes_with_weight
+
+
+FUSED = "fused experts"
+"""Why a parameter that holds the weights of all experts of a mixture stays dense."""
 
 
 def find_linear_layers(
@@ -31,7 +36,8 @@ def find_linear_layers(
         skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
 
     Returns:
-        `tuple[dict[str, nn.Linear], dict[str, str]]`: The layers by name, and for each other linear layer why not.
+        `tuple[dict[str, nn.Linear], dict[str, str]]`: The layers by name, and for each other linear layer, and each
+        parameter with fused experts, why not.
     """
     skipped, tied = _skipped(model, skip)
     # how many modules hold a parameter, and how many places hold a module
@@ -55,7 +61,15 @@ def find_linear_layers(
             kept[name] = f"its weight is {module.weight.dtype}"
         else:
             found[name] = module
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and is_fused_experts(name.removesuffix(".weight")):
+            kept[name] = FUSED
     return found, kept
+
+
+def names_of_layers(kept: Mapping[str, str]) -> list[str]:
+    """The layers among what stays dense, which is what a configuration lists."""
+    return [name for name, reason in kept.items() if reason != FUSED]
 
 
 def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_sparsity: float | None) -> str | None:
@@ -72,7 +86,9 @@ def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_
         `str` or `None`: The reason, or `None` if it is to be compressed.
     """
     numel = math.prod(shape)
-    zeros = 1 - stored / numel if numel else 0.0
+    if not numel:
+        return "it is empty"
+    zeros = 1 - stored / numel
     worth_it = is_worth_it(stored, shape, dtype) if min_sparsity is None else zeros >= min_sparsity
     return None if worth_it else f"{math.floor(zeros * 1000) / 10}% zeros"
 
@@ -94,15 +110,19 @@ def converted_names(names: Sequence[str], transforms: Sequence[WeightTransform])
 
 def warn_of_dense_layers(kept: Mapping[str, str]) -> None:
     """
-    Say which layers stay dense for another reason than that they were left out.
+    Say which layers stay dense for another reason than that they were left out, and which experts.
 
     Args:
         kept (`Mapping[str, str]`): The reason for each layer.
     """
-    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied")]
-    if told:
-        more = f" and {len(told) - 8} more" if len(told) > 8 else ""
-        warnings.warn(f"{len(told)} layers stay dense: {', '.join(told[:8])}{more}.", stacklevel=2)
+    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied", FUSED)]
+    experts = [name for name, reason in kept.items() if reason == FUSED]
+    sentences = [f"{len(told)} layers stay dense: {_first(told)}."] if told else []
+    sentences += (
+        [f"{len(experts)} parameters stay dense, since they are {FUSED}: {_first(experts)}."] if experts else []
+    )
+    if sentences:
+        warnings.warn(" ".join(sentences), stacklevel=2)
 
 
 def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
@@ -120,6 +140,10 @@ def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
         if isinstance(inner, PreTrainedModel) and not any(not one or name.startswith(f"{one}.") for one in found):
             found[name] = inner
     return found
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _skipped(module: nn.Module, skip: Sequence[str] | None) -> tuple[list[str], set[str]]:

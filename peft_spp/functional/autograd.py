@@ -11,6 +11,11 @@ import torch
 from torch.autograd import forward_ad
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device. It is never on for meta, which PyTorch does not answer for."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast, which would cast float32 products of small factors again.
 
@@ -20,7 +25,7 @@ def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     Returns:
         `AbstractContextManager`: The context; one that does nothing where autocast is off.
     """
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

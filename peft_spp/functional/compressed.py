@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, halves, is_followed, is_transformed, needed_gradients, records_gradients
+from .autograd import autocast_off, autocasts, halves, is_followed, is_transformed, needed_gradients, records_gradients
 from .bitmask import Compressed
 from .factors import Factors, check_factors, unpack
 from .kernels import compressed_ops, plain  # noqa: F401  (the operators are defined there)
@@ -66,7 +66,7 @@ def compressed_linear(
     """
     device_type = x.device.type
     dtype = weight.values.dtype
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if autocasts(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     elif x.dtype != dtype:
         # what nn.Linear says of such a call

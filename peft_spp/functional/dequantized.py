@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
+from .autograd import autocast_off, autocasts, halves, is_transformed, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import plain
 from .kernels.backend import KernelBackend
@@ -52,7 +52,7 @@ def spp_linear_dequantized(
         ValueError: If the shapes of the factors do not fit the weight.
     """
     dtype = dtype or x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if autocasts(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     A, B, scaling = unpack(factors)
     tensors = [*A, *B]

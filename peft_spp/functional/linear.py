@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
+from .autograd import autocast_off, autocasts, halves, is_transformed, needed_gradients, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import plain
 
@@ -50,7 +50,7 @@ def spp_linear(
     """
     device_type = x.device.type
     dtype = weight.dtype
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (x.dtype, weight.dtype):
+    if autocasts(device_type) and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device_type)
     elif x.dtype != dtype:
         # what nn.Linear says of such a call

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._version import __version__
-from ..checkpoints.card import INVITATION, Card
+from ..checkpoints.card import Card, without_invitation
 from ..model_card import TAGS
 from ..reports import percent
 from .report import MergeReport
@@ -24,7 +24,7 @@ def merged_card(base: Card, report: MergeReport, base_name: str | None, adapter_
     if base_name is not None:
         card.data |= {"base_model": base_name, "base_model_relation": "finetune"}
     parts = [f"# {Path(report.output).name}", HEADING, _facts(report, base_name, adapter_name)]
-    text = base.text.replace(INVITATION, "").strip()
+    text = without_invitation(base.text).strip()
     if text:
         parts += [_OF_BASE, "From the card of the base model:", text]
     card.text = "\n\n".join(parts)

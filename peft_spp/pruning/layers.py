@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture import (
+    FLOATING,
     LinearLayer,
     find_block_lists,
     is_linear_layer,
@@ -94,8 +95,10 @@ def check_prunable(layers: Mapping[str, PrunableLayer], pattern: str | NMPattern
                 f"The weight of {name} is computed from other tensors by {what}, so pruning it would not last. "
                 f"{remedy}"
             )
-        if not layer.weight.is_floating_point():
-            raise ValueError(f"The weight of {name} is stored as {layer.weight.dtype}: prune before quantizing.")
+        weight = getattr(layer, "weight", None)  # compressed-tensors has it packed under another name
+        if weight is None or weight.dtype not in FLOATING:
+            stored = "packed" if weight is None else f"stored as {weight.dtype}"
+            raise ValueError(f"The weight of {name} is {stored}: prune before quantizing.")
         if not layer.weight.isfinite().all():
             raise ValueError(f"The weight of {name} contains NaN or infinite values.")
     check_divisible(layers, pattern)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,15 +91,18 @@ def train(run: Run) -> None:
         settings |= {"dtype": training.model_init_kwargs["dtype"]}
         teacher = load_teacher(spp.teacher_model_name_or_path, spp.teacher_model_revision, settings)
         trainer_class = partial(DistillationSFTTrainer, teacher=teacher)
-    trainer = trainer_class(
-        model=str(model.model_name_or_path),
-        args=training,
-        train_dataset=run.train_dataset,
-        eval_dataset=run.eval_dataset,
-        quantization_config=get_quantization_config(model),
-        peft_config=spp.to_config(),
-        callbacks=[guard, SparsityCallback(guard)],
-    )
+    with warnings.catch_warnings():
+        # the callback reports the same, next to what is sparse
+        warnings.filterwarnings("ignore", message=".*so SPP has nothing to preserve")
+        trainer = trainer_class(
+            model=str(model.model_name_or_path),
+            args=training,
+            train_dataset=run.train_dataset,
+            eval_dataset=run.eval_dataset,
+            quantization_config=get_quantization_config(model),
+            peft_config=spp.to_config(),
+            callbacks=[guard, SparsityCallback(guard)],
+        )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The adapter is in {training.output_dir}.", file=sys.stderr)

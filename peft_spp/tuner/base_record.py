@@ -18,6 +18,11 @@ from .engines import whole_parameters
 from .layer import Linear
 from .quantized import QuantizedLinear
 from .saved_adapter import SavedAdapter
+from .targets import shortest_unambiguous_suffix
+
+
+# how many layers a warning names, and how many endings it proposes
+_SHOWN, _SHOWN_ENDINGS = 3, 8
 
 
 def record_base(model: nn.Module, adapter_name: str) -> BaseRecord:
@@ -70,6 +75,32 @@ def check_not_merged(saved: SavedAdapter, model: nn.Module, config: SPPConfig, a
     warn_or_raise(message, config.check_base)
 
 
+def warn_of_dense_layers(record: BaseRecord, model: nn.Module, adapter_name: str) -> None:
+    """Warn of adapted layers that hold no zeros, by what the record has read of them."""
+    # the zeros of a quantized weight are those of its rounding
+    quantized = {layer.module_name for layer in _quantizing_layers(model, adapter_name)}
+    masks = {name: mask for name, mask in record.masks.items() if name not in quantized}
+    dense = [name for name, mask in masks.items() if not mask.zeros]
+    if not dense:
+        return
+    if len(dense) == len(masks):
+        warnings.warn(
+            f"None of the {len(dense)} adapted layers holds a zero, so SPP has nothing to preserve. Prune the base "
+            "model first (`peft-spp prune`); a dense one is better tuned with LoRA.",
+            stacklevel=4,
+        )
+        return
+    sparse = [name for name in masks if name not in dense]
+    endings = sorted({shortest_unambiguous_suffix(name, sparse) or name for name in dense})
+    shown = f"{endings}" if len(endings) <= _SHOWN_ENDINGS else "..."
+    more = f" and {len(dense) - _SHOWN} more" if len(dense) > _SHOWN else ""
+    warnings.warn(
+        f"{len(dense)} of {len(masks)} adapted layers hold no zeros, so SPP has nothing to preserve there: "
+        f"{', '.join(dense[:_SHOWN])}{more}. To leave them out, set `exclude_modules={shown}`.",
+        stacklevel=4,
+    )
+
+
 def keeps_attributes(model: Any) -> bool:
     """Whether a model has a configuration of Transformers, which is saved with all its attributes."""
     return hasattr(getattr(model, "config", None), "to_json_file")
@@ -88,5 +119,10 @@ def _weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor 
 
 def _quantization(model: nn.Module, adapter_name: str) -> str | None:
     """How the adapted layers are quantized, such as `"bitsandbytes nf4"`."""
-    layers = (m for m in model.modules() if isinstance(m, QuantizedLinear) and m.quantizes and adapter_name in m.spp_A)
-    return ", ".join(sorted({layer.quantization for layer in layers})) or None
+    return ", ".join(sorted({layer.quantization for layer in _quantizing_layers(model, adapter_name)})) or None
+
+
+def _quantizing_layers(model: nn.Module, adapter_name: str) -> Iterator[QuantizedLinear]:
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.quantizes and adapter_name in module.spp_A:
+            yield module

@@ -6,41 +6,34 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..architecture import is_stored_transposed
-from ..checkpoints.layout import model_types
 from ..sparsity.mask_record import MaskRelation
 from ..weight_reads import only_describes_weight
 from .adapter_tensors import check_can_be_saved
-from .base_record import check_not_merged, record_base, relate_base
+from .base_record import check_not_merged, record_base, relate_base, warn_of_dense_layers
 from .config import SPPConfig
-from .engines import whole_shape
 from .injection import Injection
 from .layer import Linear
 from .layer_factors import SPPLayer
+from .layer_types import Request, find_layer_type
 from .loading import check_fits, loading_of, take_record
 from .merging import MergingModel
 from .module_names import put_module, wrapped_parameters
 from .param_wrapper import ParamWrapper
-from .quantized import QuantizedLinear, find_backend
 from .settings import check_patterns, expressions
 from .several_adapters import SeveralAdapters
 from .state_dict import AdapterStateDict
 from .targets import (
-    check_layer,
     check_not_saved_whole,
     check_task,
-    check_weight,
     heads_saved_whole,
     other_maps,
     transformer_block_linear_targets,
@@ -213,6 +206,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             # if the weights of the adapter that the configuration describes are loaded later, they bring its record
             config.record_of_weights = config.base_record
             config.base_record = record_base(model, adapter_name)
+            warn_of_dense_layers(config.base_record, model, adapter_name)
             return
         config.check_base = loading.check_base or config.check_base  # type: ignore[assignment]
         check_fits(loading.saved, model, config, adapter_name, loading.ignore_shapes)
@@ -279,14 +273,9 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
             new_module = target
         else:
-            new_module = self._create_new_module(
-                spp_config,
-                adapter_name,
-                target,
-                r=r,
-                spp_alpha=alpha,
-                module_name=current_key,
-                parameter_name=parameter_name,
+            request = Request(target, spp_config, current_key, parameter_name, self.get_model_config(self.model))
+            new_module = find_layer_type(request)(
+                target, adapter_name, config=spp_config, r=r, spp_alpha=alpha, module_name=current_key
             )
             if adapter_name not in self.active_adapters:
                 # adding an additional adapter: it is not automatically trainable
@@ -296,52 +285,6 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             self._replace_module(parent, target_name, new_module, target)
         if r > new_module.out_features:
             injection.one_block_a_row.append(current_key)
-
-    def _create_new_module(
-        self,
-        spp_config: SPPConfig,
-        adapter_name: str,
-        target: nn.Module,
-        module_name: str,
-        parameter_name: str | None,
-        **kwargs: Any,
-    ) -> Linear:
-        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is not None:
-            parameter = getattr(base_layer, parameter_name)
-            check_weight(parameter, f"Target parameter {module_name!r}", dimensions=(2, 3))
-            types = model_types(self.get_model_config(self.model))
-            return ParamWrapper(
-                target,
-                adapter_name,
-                parameter_name=parameter_name,
-                config=spp_config,
-                is_transposed=is_stored_transposed(base_layer, len(whole_shape(parameter)), types),
-                module_name=module_name,
-                **kwargs,
-            )
-        backend = find_backend(base_layer)
-        check_layer(base_layer, module_name, backend)
-        is_conv1d = isinstance(base_layer, Conv1D)
-        fan_in_fan_out = spp_config.fan_in_fan_out
-        if fan_in_fan_out is not is_conv1d:
-            layer_type = "`Conv1D`" if is_conv1d else "`torch.nn.Linear`"
-            warnings.warn(
-                f"fan_in_fan_out is set to {fan_in_fan_out} but the target module is {layer_type}. "
-                f"Setting fan_in_fan_out to {is_conv1d}.",
-                stacklevel=2,
-            )
-            spp_config.fan_in_fan_out = is_conv1d
-        layer_cls: Callable[..., Linear] = Linear if backend is None else partial(QuantizedLinear, backend=backend)
-        return layer_cls(
-            target,
-            adapter_name,
-            config=spp_config,
-            fan_in_fan_out=is_conv1d,
-            is_target_conv_1d_layer=is_conv1d,
-            module_name=module_name,
-            **kwargs,
-        )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT looks for a weight: a parameter of experts has another name, and its factors are on its device already;

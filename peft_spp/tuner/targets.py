@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..architecture import (
+    LinearLayer,
     find_expert_stacks,
     has_plain_forward,
     is_linear_layer,
@@ -25,7 +25,7 @@ from ..checkpoints.names import plain_name
 from .config import SPPConfig
 from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules
-from .quantized import Backend, find_backend, is_foreign
+from .quantized import find_backend, how_to_dequantize, is_foreign
 
 
 def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list[int] | int | None = None) -> set[str]:
@@ -45,7 +45,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
     others = [name for name in modules if name not in targets]
     suffixes: set[str] = set()
     for inner_name in sorted(set(targets.values())):
-        suffix = _shortest_unambiguous_suffix(inner_name, others)
+        suffix = shortest_unambiguous_suffix(inner_name, others)
         if suffix is not None:
             suffixes.add(suffix)
         else:
@@ -97,7 +97,8 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         yield name, module
 
 
-def _shortest_unambiguous_suffix(name: str, others: list[str]) -> str | None:
+def shortest_unambiguous_suffix(name: str, others: Iterable[str]) -> str | None:
+    """The least of a name's last parts that none of the others ends with."""
     parts = name.split(".")
     for start in range(len(parts) - 1, -1, -1):
         suffix = ".".join(parts[start:])
@@ -113,34 +114,26 @@ def _is_selected(block_name: str, layers_to_transform: list[int] | int | None) -
     return int(block_name.rpartition(".")[2]) in indices
 
 
-def check_layer(layer: nn.Module, module_name: str, backend: Backend | None) -> None:
-    """Check that a layer is a linear one whose weight is a plain floating-point matrix, or quantized."""
+def check_not_split(layer: nn.Module, module_name: str) -> None:
+    """Check that tensor parallelism has not split a layer."""
     if is_tensor_parallel(layer):
         raise ValueError(
             f"Target module {module_name!r} ({type(layer).__name__}) is split by tensor parallelism, which SPP does "
             "not support. Load the base model without a `tp_plan`, and shard it with FSDP or DeepSpeed ZeRO-3 if it "
             "is too large; or leave the module out of `target_modules`."
         )
-    if backend is not None:
-        try:
-            backend.check(layer)
-        except ValueError as error:
-            raise ValueError(f"Target module {module_name!r} is not supported: {error}.") from error
-        return
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise ValueError(
-            f"Target module {module_name!r} ({layer}) is not supported. Currently, only the following modules are "
-            "supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the quantized linear layers of "
-            "bitsandbytes, torchao, HQQ and others. To support another quantization package, see "
-            "`peft_spp.tuner.quantized.register_backend`."
-        )
+
+
+def check_linear(layer: LinearLayer, module_name: str) -> None:
+    """Check that a layer computes what its class promises, with a plain floating-point matrix."""
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     if reason := why_not_adaptable(layer):
         raise ValueError(
             f"Target module {module_name!r} ({kind}) is not supported: it does not compute `x @ weight.T + bias`, "
             f"{reason}. Leave it out of `target_modules`, or name it in `exclude_modules`."
         )
-    check_weight(getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})")
+    weight, name = getattr(layer, "weight", None), f"Target module {module_name!r} ({kind})"
+    check_weight(weight, name, instead=how_to_dequantize(layer))
 
 
 def warn_of_other_maps(others: Mapping[str, str]) -> None:
@@ -175,8 +168,13 @@ def check_not_saved_whole(module_name: str, modules_to_save: Sequence[str] | Non
             )
 
 
-def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,)) -> None:
-    """Check that a weight is a plain floating-point matrix, or a stack of them where that may be."""
+def check_weight(
+    weight: torch.Tensor | None, name: str, dimensions: tuple[int, ...] = (2,), instead: str | None = None
+) -> None:
+    """
+    Check that a weight is a plain floating-point matrix, or a stack of them where that may be. `instead` says how to
+    load the base model with one.
+    """
     shape = () if weight is None else whole_shape(weight)
     supported = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if weight is None or weight.dtype not in supported or len(shape) not in dimensions or is_foreign(weight):
@@ -185,9 +183,9 @@ def check_weight(weight: torch.Tensor | None, name: str, dimensions: tuple[int, 
             found = f"a weight of type {type(weight).__module__}.{type(weight).__name__}"
         wanted = "two-dimensional weights" if dimensions == (2,) else "weights of two dimensions, and stacks of them,"
         raise ValueError(
-            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: load the base model "
-            "in one of these, leave it out of the targets, or, for an unsupported quantization format, add a reader "
-            "with `peft_spp.tuner.quantized.register_backend`."
+            f"{name} has {found}. SPP adapts {wanted} in float64, float32, bfloat16 or float16: "
+            f"{instead or 'load the base model in one of these'}, leave it out of the targets, or, for an unsupported "
+            "quantization format, add a reader with `peft_spp.tuner.quantized.register_backend`."
         )
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`peft-spp compress` and `decompress`: from disk to disk, and back to the same bits."""
 
+import copy
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from peft_spp.functional.bitmask import bitmask_bytes
 
 from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears, prune_, tiny
-from helpers.tiny_moe import tiny_moe
+from helpers.tiny_moe import experts, tiny_moe
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -189,6 +191,21 @@ def test_a_damaged_checkpoint_is_not_decompressed(dense, tmp_path, damage):
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
+@pytest.mark.parametrize("shape", [(1 << 40, 0), (0, 1 << 29, 1 << 33)], ids=["rows", "columns"])
+def test_a_file_of_a_few_bytes_does_not_ask_for_all_memory(tmp_path, shape):
+    columns = json.dumps({"a.weight": 8 * shape[-1]})
+    header = {"__metadata__": {"bitmask_columns": columns}}
+    for name, dtype, size in (("a.weight", "F16", [0]), ("a.bitmask", "U8", shape)):
+        header[name] = {"dtype": dtype, "shape": size, "data_offsets": [0, 0]}
+    text = json.dumps(header).encode()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    for command in ("decompress", "inspect"):
+        result = run(command, tmp_path / "small", *([tmp_path / "out"] if command == "decompress" else []))
+        assert result.exit_code == 2
+        assert "model.safetensors" in result.stderr or "a.weight" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_mixtures_keep_their_experts_dense(name, tmp_path):
     model = tiny_moe(name, pattern="0.5")
@@ -197,6 +214,12 @@ def test_mixtures_keep_their_experts_dense(name, tmp_path):
     model.save_pretrained(tmp_path / "dense")
     report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
     assert len(report) == 8
+    assert {one for one, reason in report.kept.items() if reason == "fused experts"} == experts(model).keys()
+    assert "4 stay dense (fused experts): model.layers.0.mlp.experts" in str(report)
+    with pytest.warns(UserWarning, match="4 parameters stay dense, since they are fused experts"):
+        in_memory = peft_spp.compress(copy.deepcopy(model))
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert config == in_memory.config.quantization_config.to_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
     assert same_tensors(loaded.dequantize().state_dict(), model.state_dict())

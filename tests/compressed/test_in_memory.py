@@ -182,9 +182,13 @@ def test_compressing_twice_changes_nothing():
     assert same_tensors(model.state_dict(), values)
 
 
-@pytest.mark.parametrize("function", [peft_spp.compress, peft_spp.decompress])
-def test_a_model_with_adapters_is_refused(function):
-    model = get_peft_model(pruned_llama(), LoraConfig(task_type="CAUSAL_LM"))
+@pytest.mark.parametrize(
+    ("function", "config"),
+    [(peft_spp.compress, LoraConfig), (peft_spp.compress, SPPConfig), (peft_spp.decompress, SPPConfig)],
+)
+def test_a_model_with_adapters_is_refused(function, config):
+    base = pruned_llama() if function is peft_spp.compress else peft_spp.compress(pruned_llama())
+    model = get_peft_model(base, config(task_type="CAUSAL_LM"))
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has an adapter"):
         function(model)
@@ -296,3 +300,24 @@ def test_it_compiles_without_graph_breaks():
     expected = model(IDS).logits
     compiled = torch.compile(peft_spp.compress(model), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_sparsity": 0.99}])
+def test_experts_that_stay_dense_are_named_next_to_the_layers(settings):
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.down_proj = nn.Parameter(torch.zeros(4, 8, 8))
+            self.input_linear = nn.Module()
+            self.input_linear.weight = nn.Parameter(torch.zeros(4, 8, 8))
+            self.conv, self.linear = nn.Conv1d(8, 8, 3), nn.Linear(8, 8)
+
+    model = Mixture()
+    prune_(model.linear.weight, "0.5")
+    with pytest.warns(UserWarning) as told:
+        peft_spp.compress(model, **settings)
+    start = "1 layers stay dense: linear (" if settings else "2 parameters stay dense"
+    end = "2 parameters stay dense, since they are fused experts: experts.down_proj, input_linear.weight."
+    text = str(told[0].message)
+    assert text.startswith(start) and text.endswith(end) and len(told) == 1

@@ -24,7 +24,7 @@ from peft_spp import BitmaskConfig, CompressedLinear, SPPConfig
 
 from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears, prune_, tiny
-from helpers.tiny_moe import tiny_moe
+from helpers.tiny_moe import experts, tiny_moe
 
 
 pytestmark = pytest.mark.filterwarnings("error:.*stay dense")
@@ -219,7 +219,7 @@ def test_offloading_to_disk_is_refused(dense, compressed, tmp_path):
     device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
     device_map["model.rotary_emb"] = "cpu"
     for folder, settings in ((dense[1], {"quantization_config": BitmaskConfig()}), (compressed, {})):
-        with pytest.raises(ValueError, match=r"offloaded to disk: device_map has 'disk' for 'model\.layers'"):
+        with pytest.raises(ValueError, match=r"offloaded to disk.* device_map has 'disk' for 'model\.layers'"):
             load(folder, device_map=device_map, offload_folder=tmp_path, **settings)
 
 
@@ -235,9 +235,12 @@ def test_mixtures_load_right_with_dense_experts(name, tmp_path):
         for layer in block_linears(model).values():
             prune_(layer.weight, "0.5")
     model.save_pretrained(tmp_path / "dense")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="4 parameters stay dense, since they are fused experts") as told:
         loaded = load(tmp_path / "dense", quantization_config=BitmaskConfig())
+    assert sum("stay dense" in str(one.message) for one in told) == 1
+    text = str(told[0].message)
+    assert all(one in text for one in experts(model)) and len(experts(model)) == 4
+    assert not any("experts" in one for one in loaded.config.quantization_config.modules_to_not_convert)
     assert len(compressed_layers(loaded)) == 8
     loaded.save_pretrained(tmp_path / "compressed")
     again = load(tmp_path / "compressed")

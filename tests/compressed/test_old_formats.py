@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from typer.testing import CliRunner
 
+from peft_spp import BitmaskConfig, CompressedLinear
 from peft_spp.cli import app
 from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears
+from helpers.tiny_moe import tiny_moe
 
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -142,7 +145,10 @@ def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message)
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", ["values", "bitmask", "narrow", "shape", "negative", "huge", "missing", "beyond"])
+@pytest.mark.parametrize(
+    "damage",
+    "values bitmask narrow shape negative huge missing beyond words integers short twice".split(),
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, damage):
     write(tmp_path / "old", name)
@@ -163,6 +169,14 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
         tensors[shape] = torch.tensor([1 << 62, 4])
     elif damage == "missing":
         del tensors[bitmask]
+    elif damage == "words":
+        tensors[bitmask] = tensors[bitmask].int()
+    elif damage == "integers":
+        tensors[values] = tensors[values].int()
+    elif damage == "short":
+        tensors[shape] = torch.tensor([36, 0, 52, 0], dtype=torch.int32)  # the bytes of two numbers of 64 bits
+    elif damage == "twice":
+        tensors[f"{NAME}.weight"] = torch.ones(36, 52)
     else:
         tensors[bitmask][5, -1] |= 128
     save_file(tensors, file)
@@ -178,3 +192,135 @@ def test_a_report_of_an_old_model_counts_its_bytes(tmp_path):
     assert report.kept == {"lm_head": "left out"}
     stored = load_file(tmp_path / "old" / "model.safetensors")
     assert report.bytes_before == sum(one.numel() * one.element_size() for one in stored.values())
+
+
+SETTINGS = pytest.mark.parametrize("settings", [{}, {"quantization_config": BitmaskConfig()}], ids=["plain", "asked"])
+
+
+@SETTINGS
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])
+def test_transformers_loads_them_compressed_and_saves_them_in_our_format(tmp_path, name, dtype, suffix, key, settings):
+    expected = write(tmp_path / "old", name, dtype, key, suffix)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype="auto", **settings)
+    assert sum(isinstance(one, CompressedLinear) for one in model.modules()) == 21
+    model.save_pretrained(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "bitmask"
+    assert not {"compression_config", "sparsity_config"} & config.keys()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
+    for one in (model, again):
+        assert same_tensors(one.dequantize().state_dict(), expected)
+    decompress_checkpoint(tmp_path / "new", tmp_path / "dense")
+    assert same_tensors(tensors_of(tmp_path / "dense"), expected)
+
+
+def test_transformers_loads_them_in_another_dtype_and_from_shards(tmp_path):
+    expected = write(tmp_path / "old", "sparse-bitmask")
+    tensors = tensors_of(tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    files = {}
+    for number, one in enumerate(sorted(tensors)):  # so that the tensors of a weight lie apart
+        files.setdefault(f"model-{number % 3}.safetensors", {})[one] = tensors[one]
+    for file, inside in files.items():
+        save_file(inside, tmp_path / "old" / file, {"format": "pt"})
+    weight_map = {one: file for file, inside in files.items() for one in inside}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "old" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype=dtype)
+        assert sum(isinstance(one, CompressedLinear) for one in model.modules()) == 21
+        assert same_tensors(model.dequantize().state_dict(), {k: one.to(dtype) for k, one in expected.items()})
+
+
+def test_what_stays_dense_is_chosen_as_for_a_plain_model(tmp_path):
+    expected = write(tmp_path / "old", "sparse-bitmask")
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    for one in ("lm_head", "model.embed_tokens"):
+        tensors |= {f"{one}.{part}": tensor for part, tensor in sparse_bitmask(tensors.pop(f"{one}.weight")).items()}
+    save_file(tensors, file, {"format": "pt"})
+    config = BitmaskConfig(modules_to_not_convert=["lm_head", "o_proj"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old", quantization_config=config)
+    assert sum(isinstance(one, CompressedLinear) for one in model.modules()) == 18
+    assert same_tensors(model.dequantize().state_dict(), expected)
+
+
+@SETTINGS
+@pytest.mark.parametrize("damage", ["values", "bitmask", "narrow", "flat", "signed", "integers", "missing", "beyond"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_damaged_one_is_not_loaded(tmp_path, name, damage, settings):
+    write(tmp_path / "old", name)
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    values, bitmask = (f"{NAME}.{part}" for part in ("compressed", "bitmask"))
+    if damage == "values":
+        tensors[values] = tensors[values][1:].clone()
+    elif damage == "bitmask":
+        tensors[bitmask][5, 2] = 255
+    elif damage == "narrow":
+        tensors[bitmask] = tensors[bitmask][:, 1:].clone()
+    elif damage == "flat":
+        tensors[bitmask] = tensors[bitmask].flatten()
+    elif damage == "signed":
+        tensors[bitmask] = tensors[bitmask].view(torch.int8)
+    elif damage == "integers":
+        tensors[values] = tensors[values].view(torch.int32)
+    elif damage == "missing":
+        del tensors[bitmask]
+    else:
+        tensors[bitmask][5, -1] |= 128
+    save_file(tensors, file, {"format": "pt"})
+    for more in ({}, {"ignore_mismatched_sizes": True}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=NAME.replace(".", r"\.")):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "old", **settings, **more)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "more", "message"),
+    [
+        ("marlin-24", {}, "'marlin-24'"),
+        ("sparse-bitmask", {"config_groups": {"group_0": {}}}, "quantized values"),
+        ("sparse-24-bitmask", {"format": "float-quantized"}, "float-quantized"),
+    ],
+)
+def test_transformers_does_not_load_other_formats_at_random(tmp_path, format_name, more, message):
+    write(tmp_path / "old", format_name, **more)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+
+
+def test_another_quantization_and_a_state_dict_are_refused_with_the_way_out(tmp_path):
+    write(tmp_path / "old", "sparse-bitmask", key="sparsity_config")
+    with pytest.raises(ValueError, match=r"'sparse-bitmask'.*not with TorchAoConfig.*`peft-spp decompress`"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "old", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+        )
+    config = LlamaConfig.from_pretrained(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"'sparse-bitmask'.*without state_dict"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors_of(tmp_path / "old"))
+
+
+def test_experts_that_transformers_fuses_are_refused_with_the_command_that_reads_them(tmp_path):
+    model = tiny_moe("qwen3_moe", pattern="0.5")
+    model.save_pretrained(tmp_path / "old")
+    expected = tensors_of(tmp_path / "old")
+    tensors = dict(expected)
+    for one in expected:
+        if ".experts." in one:
+            name = one.removesuffix(".weight")
+            tensors |= {f"{name}.{part}": tensor for part, tensor in sparse_bitmask(tensors.pop(one)).items()}
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(
+        json.dumps({**config, "sparsity_config": {"format": "sparse-bitmask"}})
+    )
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.experts\.0\.\w+\.weight is compressed.*`peft-spp decompress`"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    decompress_checkpoint(tmp_path / "old", tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert same_tensors(loaded.state_dict(), model.state_dict())

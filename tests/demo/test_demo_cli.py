@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from peft_spp import __version__
 from peft_spp.cli import app
 from peft_spp.demo.output import OutputFolder
+from peft_spp.installing import how_to_install
 
 
 runner = CliRunner()
@@ -34,7 +35,7 @@ def test_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypat
             monkeypatch.delitem(sys.modules, module)
     result = runner.invoke(app, ["demo", "--output", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert f'{package} is not installed. Install it with: pip install "peft-spp[train]"' in result.output
+    assert f"{package} is not installed. Install it with: {how_to_install('train')}" in result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -30,7 +30,7 @@ FACTORS = {"atol": 1e-4, "rtol": 1e-4}
 LOGITS = {"atol": 1e-5, "rtol": 1e-5}
 
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install peft-spp[deepspeed]"
+    importlib.util.find_spec("deepspeed") is None, reason="the extra `deepspeed` is not installed"
 )
 
 

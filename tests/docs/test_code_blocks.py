@@ -89,7 +89,7 @@ def test_a_wrong_block_that_does_not_run_is_found(source: str) -> None:
         "peft-spp merge my-adapter my-model --owerwrite",
         "peft-spp prune a b --method wander",
         "peft-spp sft --model_name_or_path a --dataset_name b --spp_rank 16",
-        'pip install "peft-spp[trains]"',
+        'pip install ".[trains]"',
         "python tests/no_such_file.py",
         "accelerate launch --config_file benchmarks/configs/none.yaml train.py",
         "peftspp merge a b",

@@ -288,3 +288,17 @@ def test_gradients_are_recorded_where_an_input_needs_one_and_they_are_on():
     assert not records_gradients(plain, None) and not records_gradients(None)
     with torch.no_grad():
         assert not records_gradients(trained)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_on_the_meta_device_there_are_shapes(fan_in_fan_out):
+    W, bias, factors = make(7, 6, [3], fan_in_fan_out=fan_in_fan_out)
+    empty = [
+        Factors(A.detach().to("meta").requires_grad_(), B.detach().to("meta").requires_grad_(), s)
+        for A, B, s in factors
+    ]
+    x = torch.empty(2, 5, 6, dtype=torch.double, device="meta", requires_grad=True)
+    y = spp_linear(x, W.detach().to("meta"), bias.detach().to("meta"), empty, fan_in_fan_out=fan_in_fan_out)
+    assert y.is_meta and y.shape == (2, 5, 7) and y.dtype == torch.double
+    y.sum().backward()
+    assert x.grad.shape == x.shape and empty[0].A.grad.shape == (3, 6) and empty[0].B.grad.shape == (7, 1)

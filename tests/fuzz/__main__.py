@@ -22,7 +22,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parent
-NAMES = ("config", "header", "index", "adapter", "mask_record")
+NAMES = ("config", "header", "index", "adapter", "mask_record", "compressed", "old_compressed")
 
 
 def main() -> int:
@@ -67,7 +67,8 @@ def fuzz(target: str, runs: int, seed: int, keep: Path | None) -> None:
     from .mutations import mutate
 
     def mutator(data: bytes, max_size: int, seed: int) -> bytes:
-        return mutate(target, data, seed) or atheris.Mutate(data, max_size)
+        mutated = mutate(target, data, seed)
+        return mutated if mutated and len(mutated) <= max_size else atheris.Mutate(data, max_size)
 
     def one_input(data: bytes) -> None:
         try:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is fuzzed: functions that take any bytes, and fail unless the loaders take them or refuse them as they should.
 
-A loader refuses with a `ValueError` or an `OSError` of ours, which names the file. Anything else is a bug: a
-`JSONDecodeError`, a `KeyError` from within, an error without a name.
+A loader refuses with a `ValueError` or an `OSError` of ours, which names the file or the tensor. Anything else is a
+bug: a `JSONDecodeError`, a `KeyError` from within, an error without a name. Compressed weights that are taken must be
+what a plain reading of their bits is.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import math
 import shutil
 import struct
 import tempfile
@@ -18,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save, save_file
@@ -25,8 +28,14 @@ from torch import nn
 
 from peft_spp import SPPConfig
 from peft_spp.checkpoints.checkpoint import read_checkpoint
+from peft_spp.checkpoints.compressed_files import COLUMNS, columns_text, with_dense_weights
+from peft_spp.checkpoints.compressed_tensor import find_compressed
+from peft_spp.checkpoints.old_compressed_files import with_old_weights
 from peft_spp.checkpoints.safetensors_files import read_header
-from peft_spp.checkpoints.tensor_file import open_tensor_file
+from peft_spp.checkpoints.stored import Stored
+from peft_spp.checkpoints.tensor_file import StoredTensor, open_tensor_file
+from peft_spp.compressed import CompressedLinear
+from peft_spp.functional import bitmask
 from peft_spp.merge.adapter import load_adapter
 from peft_spp.sparsity.base_masks import BASE_MASKS, read_base_masks
 from peft_spp.sparsity.mask_record import MaskRecord
@@ -154,12 +163,104 @@ def mask_record(data: bytes) -> None:
         assert 0 <= record.sparsity <= 1
 
 
+def compressed(data: bytes) -> None:
+    """Weights without their zeros in one file, as the commands list them, and as a model takes them."""
+    file = work() / "compressed" / "model.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(data)
+    with refused_by_name(str(file)):
+        tensors = open_tensor_file(file).tensors
+        _check_dense_weights(file, tensors, is_old=False)
+        _check_layers(file, tensors)
+
+
+def old_compressed(data: bytes) -> None:
+    """The same, in the formats that compressed-tensors had."""
+    file = work() / "old_compressed" / "model.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(data)
+    with refused_by_name(str(file)):
+        _check_dense_weights(file, open_tensor_file(file).tensors, is_old=True)
+
+
+def _check_dense_weights(file: Path, tensors: dict[str, StoredTensor], is_old: bool) -> None:
+    names = [one for name in tensors for one in (name, f"{name.rpartition('.')[0]}.weight") if one]
+    found, listed, dense = {}, [], {}
+    with refused_by_name(str(file), *names):
+        found = find_compressed(tensors, [file], is_old=is_old)
+    accepted = set()
+    for name, one in found.items():
+        with refused_by_name(str(file), name, one.values.name, one.bitmask.name):
+            dense[name] = one.load()
+            accepted.add(name)
+            shape = dense[name].shape
+            places = _places(_bytes_of(file, one.bitmask), shape[-1])
+            values = one.values.load().flatten()
+            assert shape == one.shape and dense[name].dtype == values.dtype
+            assert places is not None and places.sum() == len(values), "a bitmask that does not fit was taken"
+            expected = values.new_zeros(shape)
+            expected[torch.from_numpy(places.reshape(shape))] = values
+            assert _bits(dense[name]) == _bits(expected), "a weight was read wrong"
+    with refused_by_name(str(file), *names):
+        headers = {file: [_stored(one) for one in tensors.values()]}
+        listed = (with_old_weights if is_old else with_dense_weights)(headers)
+    for one in listed:
+        if one.key in found:
+            with refused_by_name(str(file), one.key, found[one.key].values.name, found[one.key].bitmask.name):
+                assert one.shape == found[one.key].shape
+                loaded = one.load()
+                assert one.key in accepted and _bits(loaded) == _bits(dense[one.key])
+
+
+def _check_layers(file: Path, tensors: dict[str, StoredTensor]) -> None:
+    """A model's layer has a shape, whatever the file says of it."""
+    for name, layer in layers().items():
+        values, bits = (tensors.get(f"{name}.{part}") for part in ("weight", "bitmask"))
+        if values is None or bits is None or not isinstance(values.dtype, torch.dtype) or bits.dtype != "U8":
+            continue
+        state = {"weight": values.load(), "bitmask": torch.from_numpy(_bytes_of(file, bits).copy())}
+        with refused_by_name("weight"):
+            layer.load_state_dict(state)
+            places = _places(_bytes_of(file, bits), layer.in_features)
+            assert places is not None and places.shape == (layer.out_features, layer.in_features)
+            assert places.sum() == len(state["weight"]), "a bitmask that does not fit was taken"
+            expected = torch.zeros(places.shape)
+            expected[torch.from_numpy(places)] = state["weight"].float()
+            assert torch.equal(layer.dequantize().nan_to_num(), expected.nan_to_num())
+
+
+@cache
+def layers() -> dict[str, CompressedLinear]:
+    """Layers of the shapes that the valid files have."""
+    return {"a": CompressedLinear(70, 5, bias=False), "b": CompressedLinear(8, 3, bias=False)}
+
+
+def _places(packed: np.ndarray, columns: int) -> np.ndarray | None:
+    """Which places are stored, by NumPy; `None` if one is beyond the last column."""
+    unpacked = np.unpackbits(packed, axis=-1, bitorder="little").astype(bool)
+    return None if unpacked[..., columns:].any() else unpacked[..., :columns]
+
+
+def _bytes_of(file: Path, tensor: StoredTensor) -> np.ndarray:
+    return np.frombuffer(file.read_bytes()[tensor.start : tensor.stop], np.uint8).reshape(tensor.shape)
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def _stored(one: StoredTensor) -> Stored:
+    return Stored(one.name, one.shape, one.dtype, one.load)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": config,
     "header": header,
     "index": index,
     "adapter": adapter,
     "mask_record": mask_record,
+    "compressed": compressed,
+    "old_compressed": old_compressed,
 }
 """The targets by name."""
 
@@ -191,4 +292,37 @@ def seeds() -> dict[str, list[bytes]]:
         "index": [json.dumps(listing).encode(), b'{"weight_map": {"x": "../a.safetensors", "y": "/b.safetensors"}}'],
         "adapter": [compact + SEPARATOR + weights],
         "mask_record": [json.dumps(record).encode(), json.dumps(record["masks"]["first"]).encode()],
+        "compressed": _compressed_seeds(),
+        "old_compressed": _old_seeds(),
     }
+
+
+def _pruned(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.5)).to(dtype)
+
+
+def _compressed_seeds() -> list[bytes]:
+    found = []
+    for dtype in bitmask.BITS:
+        tensors, columns = {"c.weight": torch.ones(2, 2, dtype=dtype), "a.bias": torch.ones(5)}, {}
+        for name, shape in (("a", (5, 70)), ("b", (3, 8)), ("d", (1, 64)), ("e", (2, 3, 9))):
+            packed = bitmask.compress(_pruned(math.prod(shape[:-1]), shape[-1], dtype).view(shape))
+            tensors |= {f"{name}.weight": packed.values, f"{name}.bitmask": packed.bitmask}
+            columns[f"{name}.weight"] = shape[-1]
+        found.append(save(tensors, {COLUMNS: columns_text(columns)}))
+    return found
+
+
+def _old_seeds() -> list[bytes]:
+    found = []
+    for suffix in ("", ".weight"):
+        tensors = {"c.weight": torch.ones(2, 2)}
+        for name, (rows, columns) in {"a": (5, 70), "b": (3, 8), "d": (2, 1)}.items():
+            weight = _pruned(rows, columns, torch.bfloat16)
+            places = weight != 0
+            packed = np.packbits(places.numpy(), axis=-1, bitorder="little")
+            parts = {"compressed": weight[places], "bitmask": torch.from_numpy(packed)}
+            parts |= {"shape": torch.tensor([rows, columns]), "row_offsets": torch.zeros(rows, dtype=torch.int64)}
+            tensors |= {f"{name}{suffix}.{part}": one for part, one in parts.items()}
+        found.append(save(tensors))
+    return found

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.inspection import inspect_adapter, inspect_checkpoint
+from peft_spp.installing import how_to_install
 from peft_spp.sparsity import sparsity_report
 
 from helpers.tiny import block_linears, prune_, randomize, tiny, tiny_llama
@@ -124,7 +125,7 @@ def test_pictures_are_drawn(tmp_path: Path, model: Path, adapter: Path) -> None:
 def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path, model: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(model, "--plot", tmp_path / "out.png")
-    assert result.exit_code == 2 and 'pip install "peft-spp[plot]"' in result.stderr
+    assert result.exit_code == 2 and how_to_install("plot") in result.stderr
 
 
 @pytest.mark.parametrize(

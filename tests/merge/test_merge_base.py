@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from peft_spp.checkpoints.card import Card
 from peft_spp.checkpoints.merged import MERGED
 from peft_spp.cli import app
+from peft_spp.installing import how_to_install
 from peft_spp.merge import merge_checkpoint
 
 from helpers.merge_cases import contents, edit_json, llama_case, save_adapter, stored
@@ -157,10 +158,11 @@ def test_the_list_of_merged_adapters_survives_what_people_do_to_a_model(tmp_path
     merge_checkpoint(tmp_path / "once", tmp_path / "other", tmp_path / "both")
 
 
-def test_the_card_of_a_merged_model_says_what_it_is(tmp_path, case):
+@pytest.mark.parametrize("how", ["`pip install peft-spp`", how_to_install(code="`")])
+def test_the_card_of_a_merged_model_says_what_it_is(how, tmp_path, case):
     card = (
         "---\nlicense: mit\ntags:\n- pruned\n- 2:4\n---\n# A pruned model\n\n## Pruning\n\nWanda.\n\n"
-        "To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) (`pip install peft-spp`)."
+        f"To fine-tune it and keep it as sparse, use [SPP](https://arxiv.org/abs/2405.16057) ({how})."
     )
     (case.base / "README.md").write_text(card)
     report = merge_checkpoint(case.base, case.adapter, tmp_path / "merged")

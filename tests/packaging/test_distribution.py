@@ -63,7 +63,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
         for kind in ("*.py", "*.cpp", "*.h")
         for path in (ROOT / "peft_spp").rglob(kind)
     }
-    assert names - metadata == sources | {"peft_spp/py.typed"}
+    assert names - metadata == sources | {"peft_spp/py.typed", "peft_spp_command.py"}
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from benchmarks import pruning as benchmark
-from peft_spp.commands import prune as command
+from peft_spp.cli import app
 from peft_spp.pruning import prune_checkpoint
 from peft_spp.pruning.by_block import prune_model
 from peft_spp.pruning.layers import LinearLayer, apply_mask, weight_matrix
@@ -60,18 +60,16 @@ def test_a_line_in_the_registry_is_all_that_a_method_needs(tmp_path: Path, monke
 
 def test_the_fields_of_a_method_are_options_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "largest", Largest)
-    given = {}
-
-    def prune(device: str | None = None, **options: object) -> None:
-        given.update(options, device=device)
-
-    app = typer.Typer()
-    app.command()(command.with_method_options(prune))
-    result = CliRunner().invoke(app, ["--keep-largest", "--damping", "0.5", "--device", "cpu"])
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    folders = [str(tmp_path / "dense"), str(tmp_path / "out")]
+    options = ["--method", "largest", "--pattern", "2:4", "--keep-largest", "--damping", "0.5", "--json"]
+    result = CliRunner().invoke(app, ["prune", *folders, *options])
     assert result.exit_code == 0, result.output
-    assert given == {"keep_largest": True, "damping": 0.5, "block_size": 128, "device": "cpu"}
-    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "150"}).output
-    assert "prune the smallest instead" in text
+    settings = json.loads(result.stdout)["settings"]
+    assert settings["method"] == "largest" and settings["keep_largest"] is True and "damping" not in settings
+    text = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "150"}).output
+    assert "prune the smallest instead" in text and "--damping" in text
+    assert "--method" in CliRunner().invoke(app, ["prune", *folders, "--method", "other"]).output
 
 
 def test_an_option_of_another_method_is_refused(tmp_path: Path) -> None:

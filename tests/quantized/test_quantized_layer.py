@@ -42,6 +42,15 @@ def test_the_fresh_adapter_multiplies_by_the_dequantized_weight(kind):
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_a_layer_without_zeros_is_warned_of_only_where_rounding_makes_none(kind, recwarn):
+    """The zeros of a quantized weight say nothing of those before; compressed weights are not rounded."""
+    linear = nn.Linear(IN, OUT)
+    nn.init.constant_(linear.weight, 0.5)
+    spp_on(kind, linear=linear)
+    assert any("has nothing to preserve" in str(one.message) for one in recwarn) == (kind == "bitmask")
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_output_and_gradients_are_the_formula(kind):
     model, layer = spp_on(kind)
     model.add_adapter("second", SPPConfig(r=3, target_modules=["lin"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,12 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import peft_spp
 from peft_spp.cli import app
+from peft_spp.installing import how_to_install
 from peft_spp.sft import last_complete_checkpoint
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
@@ -72,18 +76,20 @@ def refusal(*args: str) -> str:
 
 
 def test_help_shows_the_flags_of_trl_and_of_spp() -> None:
-    result = CliRunner().invoke(app, ["sft", "--help"])
-    assert result.exit_code == 0
-    for flag in (
-        "--model_name_or_path",
-        "--packing",
-        "--dataset_name",
-        "--spp_r",
-        "--spp_alpha",
-        "--config",
-        "--dry_run",
-    ):
-        assert flag in result.output
+    common = ["--model_name_or_path", "--packing", "--dataset_name", "--spp_r", "--spp_alpha", "--config", "--dry_run"]
+    for arguments, flags in ((["--help"], common), (["--help-all"], [*common, "--neftune_noise_alpha"])):
+        result = CliRunner().invoke(app, ["sft", *arguments], env={"COLUMNS": "120"})
+        assert result.exit_code == 0
+        assert [flag for flag in flags if flag not in result.output] == []
+
+
+def test_the_flags_that_help_shows_are_those_of_the_parser() -> None:
+    command = get_command(app).commands["sft"]  # type: ignore[attr-defined]
+    shown = command.get_params(command.make_context("sft", [], resilient_parsing=True))
+    names = {name for one in shown for name in one.opts} - {"--help", "--help-all", "--config"}
+    assert len(names) > 20
+    result = CliRunner().invoke(app, ["sft", "--help-all"])
+    assert names <= set(re.findall(r"--\w+", result.output))
 
 
 def test_trains_from_yaml_and_command_line_and_resumes(base: str, data: str, tmp_path: Path) -> None:
@@ -270,18 +276,39 @@ def test_unknown_keys_of_the_yaml_file_are_named(base: str, data: str, tmp_path:
     config = tmp_path / "config.yaml"
     config.write_text("spp_rank: 4\n")
     arguments = ("--model_name_or_path", base, "--dataset_name", data, *SMALL, "--config", str(config))
-    assert "spp_rank" in refusal(*arguments)
+    assert "YAML" in refusal(*arguments) and "--spp_rank (did you mean --spp_r?)" in refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("--lerning_rate 3", "unknown flag --lerning_rate (did you mean --learning_rate?)"),
+        ("--spp-targets q_proj v_proj --seed 1", "unknown flag --spp-targets"),
+        ("--spp_exlude_modules=head", "--spp_exclude_modules"),
+        ("--learning_rate fast", "invalid float value: 'fast'"),
+        ("--spp_bias some", "choose from"),
+        ("--zzzzz", "unknown flag --zzzzz. `peft-spp sft --help`"),
+        ("word", "'word' is not a flag"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line_with_the_flags_like_it(words: str, shown: str) -> None:
+    """Before anything about the values of the others, such as that there is no GPU."""
+    result = CliRunner().invoke(app, ["sft", "--model_name_or_path", "x", "--dataset_name", "y", *words.split()])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert shown in result.stderr and "--help" in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("package", ["trl", "datasets"])
 def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    # importing it again replaces it in its package
+    monkeypatch.setattr(peft_spp, "sft", peft_spp.sft)
     for module in list(sys.modules):
         if module.startswith("peft_spp.sft"):
             monkeypatch.delitem(sys.modules, module)
-    result = CliRunner().invoke(app, ["sft", "--help"])
+    result = CliRunner().invoke(app, ["sft", "--help-all"])
     assert result.exit_code == 2
-    assert f'{package} is not installed. Install it with: pip install "peft-spp[train]"' in result.output
+    assert f"{package} is not installed. Install it with: {how_to_install('train')}" in result.output
 
 
 def logged_losses(folder: Path) -> dict[int, float]:

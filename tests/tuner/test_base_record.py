@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import copy
 import json
+import re
 import warnings
 from contextlib import contextmanager
 
@@ -15,7 +17,7 @@ from peft_spp.sparsity.base_masks import BaseRecord, relate_checkpoint
 from peft_spp.tuner.config import FORMAT_VERSION
 from peft_spp.tuner.saved_adapter import read_adapter
 
-from helpers.tiny import randomize, tiny, tiny_llama
+from helpers.tiny import prune_, randomize, tiny, tiny_llama
 
 
 def pruned_llama(seed=0, dtype=torch.float32):
@@ -307,3 +309,61 @@ def test_error_refuses_an_adapter_without_a_record_at_every_entrance(tmp_path):
     assert base.state_dict().keys() == pruned_llama().state_dict().keys()
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def dense_warnings(caught):
+    return [str(one.message) for one in caught if "has nothing to preserve" in str(one.message)]
+
+
+def test_a_dense_base_is_warned_of_once(recwarn):
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4))
+    layers = sum(name.endswith("spp_A") for name, _ in model.named_modules())
+    (message,) = dense_warnings(recwarn)
+    assert message.startswith(f"None of the {layers} adapted layers holds a zero") and "peft-spp prune" in message
+
+
+def test_layers_without_zeros_are_named_with_what_leaves_them_out(recwarn):
+    base = tiny_llama()
+    for name, weight in base.named_parameters():
+        if "mlp" in name:
+            prune_(weight, "2:4")
+    copied = copy.deepcopy(base)
+    get_peft_model(base, SPPConfig(r=4))
+    (message,) = dense_warnings(recwarn)
+    attention, layers = len(base.model.layers) * 4, len(base.model.layers) * 7
+    assert message.startswith(f"{attention} of {layers} adapted layers hold no zeros")
+    assert "model.layers.0.self_attn.q_proj" in message and "mlp" not in message
+    excluded = ast.literal_eval(re.search(r"`exclude_modules=(.*)`", message)[1])
+    recwarn.clear()
+    adapted = get_peft_model(copied, SPPConfig(r=4, exclude_modules=excluded))
+    assert sum(name.endswith("spp_A") for name, _ in adapted.named_modules()) == layers - attention
+    assert not dense_warnings(recwarn)
+
+
+def test_names_that_sparse_layers_share_are_told_apart_or_left_to_the_user(recwarn):
+    base = pruned_llama()
+    torch.nn.init.ones_(base.model.layers[1].mlp.up_proj.weight)
+    get_peft_model(base, SPPConfig(r=4))
+    (message,) = dense_warnings(recwarn)
+    assert message.startswith("1 of ") and "`exclude_modules=['1.mlp.up_proj']`" in message
+
+
+def test_what_cannot_be_seen_is_not_called_dense(recwarn, tmp_path):
+    with torch.device("meta"):
+        get_peft_model(tiny_llama(), SPPConfig(r=4))
+    assert not dense_warnings(recwarn)
+    # nor is a base model when an adapter is loaded: its record is compared with the masks
+    save_adapter(tmp_path, tiny_llama())
+    recwarn.clear()
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert not dense_warnings(recwarn)
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    base = tiny_llama()
+    names = [name for name, _ in base.named_modules()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has nothing to preserve")
+        with pytest.raises(UserWarning, match="None of the"):
+            get_peft_model(base, SPPConfig(r=4))
+    assert [name for name, _ in base.named_modules()] == names

@@ -4,6 +4,7 @@
 from .applied import Applied
 from .backend import Backend
 from .conversion import follow_base_layer
+from .dequantized_loading import how_to_dequantize
 from .layer import QuantizedLinear
 from .registry import dequantized_weight, find_backend, is_foreign, register_backend
 from .unload import unload_dequantized
@@ -16,6 +17,7 @@ __all__ = [
     "dequantized_weight",
     "find_backend",
     "follow_base_layer",
+    "how_to_dequantize",
     "is_foreign",
     "register_backend",
     "unload_dequantized",

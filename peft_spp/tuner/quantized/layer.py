@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ...functional import Compressed, merged_weight
+from ...functional.autograd import autocasts
 from ..engines import whole_parameters
 from ..layer import Linear
 from .backend import Backend
@@ -215,7 +216,7 @@ class QuantizedLinear(Linear):
         self, x: torch.Tensor, adapter_names: Sequence[str], bias: torch.Tensor | None, identity: bool = True
     ) -> torch.Tensor:
         result = self.backend.linear(self.get_base_layer(), x, bias, self.get_factors(adapter_names), identity)
-        return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
+        return result if autocasts(x.device.type) else result.to(x.dtype)
 
     def _is_linear_map(self, forward: Callable[..., torch.Tensor]) -> bool:
         # either the base layer itself, or its class's forward pass bound to it

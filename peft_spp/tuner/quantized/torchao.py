@@ -28,7 +28,7 @@ class Torchao(Backend):
         return (
             utils is not None
             and isinstance(layer, nn.Linear)
-            and isinstance(layer.weight, utils.TorchAOBaseTensor)
+            and isinstance(getattr(layer, "weight", None), utils.TorchAOBaseTensor)
             and hasattr(layer.weight, "dequantize")
         )
 

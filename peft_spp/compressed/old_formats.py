@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How Transformers loads the sparse formats that compressed-tensors has removed.
+
+`quant_method: compressed-tensors` belongs to Transformers' own quantizer, which no longer reads them. Where it is not
+named, Transformers takes their tensors for unexpected ones, and draws random weights. So the function that chooses the
+quantizer is wrapped: such a model is loaded as a plain one with [`BitmaskConfig`], and [`BitmaskHfQuantizer`] makes
+each weight dense when it comes, and compresses it before the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, modeling_utils
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
+
+from ..checkpoints.old_compressed_files import find_parts, join_parts, sparse_format
+from ..checkpoints.safetensors_files import read_header
+from ..functional.compressed import decompress
+from .config import BitmaskConfig
+
+
+DECOMPRESS = "make plain safetensors of it with `peft-spp decompress`"
+
+_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+_VALUES, _BITMASK, _UNREAD = "compressed", "bitmask", ("shape", "row_offsets")
+# in older files they are tensors of the weight
+_SOURCES = [rf"{start}\.{part}$" for start in (r"\.weight", "") for part in (_VALUES, _BITMASK, *_UNREAD)]
+
+
+def load_old_formats() -> None:
+    """Make `from_pretrained` load checkpoints in these formats. A second call does nothing."""
+    original = modeling_utils.get_hf_quantizer
+    if hasattr(original, "loads_old_formats"):
+        return
+
+    @functools.wraps(original)
+    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        name = sparse_format({key: _plain(getattr(config, key, None)) for key in _KEYS})
+        if name is not None:
+            if not isinstance(quantization_config, BitmaskConfig | None):
+                raise ValueError(
+                    f"the model is stored in the format {name!r} of compressed-tensors, and loads with BitmaskConfig "
+                    f"or no quantization_config, not with {type(quantization_config).__name__}: {DECOMPRESS}"
+                )
+            quantization_config = quantization_config or BitmaskConfig()
+            for key in _KEYS:
+                if hasattr(config, key):
+                    delattr(config, key)
+        quantizer, config, device_map = original(config, quantization_config, *args, **kwargs)
+        if name is not None:
+            quantizer.old_format = name
+        return quantizer, config, device_map
+
+    get_hf_quantizer.loads_old_formats = True  # type: ignore[attr-defined]
+    modeling_utils.get_hf_quantizer = get_hf_quantizer
+
+
+def find_old_weights(files: Iterable[str]) -> set[str]:
+    """
+    Find the weights in these formats.
+
+    Args:
+        files (`Iterable[str]`): The files of a checkpoint.
+
+    Returns:
+        `set[str]`: Their names in the files.
+
+    Raises:
+        ValueError: If one of a weight's tensors is missing or of another dtype.
+    """
+    paths = [Path(file) for file in files if str(file).endswith(".safetensors")]
+    # the bitmask comes in the dtype of the model, in which a byte is exact
+    return set(find_parts({one.key: one.dtype for path in paths for one in read_header(path)}))
+
+
+def check_names(names: Iterable[str], model: PreTrainedModel, transforms: Iterable[WeightTransform]) -> None:
+    """Raise a `ValueError` if a weight in the files is not one of the model's, but a part of one."""
+    transforms = list(transforms)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    state = model.state_dict()
+    for name in sorted(names):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None:
+            raise ValueError(
+                f"{name} is compressed, and Transformers makes {renamed} of it and others: {DECOMPRESS}, and load that"
+            )
+
+
+def converter(operation: Any) -> WeightConverter:
+    """What makes one tensor of those of a weight."""
+    return WeightConverter(_SOURCES, ".weight", [operation])
+
+
+def read_weight(parameter: Tensor, name: str, tensors: dict[str, Any]) -> Tensor:
+    """
+    Make the dense weight of the tensors that were read.
+
+    Args:
+        parameter (`torch.Tensor`): The model's parameter, which knows the shape.
+        name (`str`): The name of the weight.
+        tensors (`dict[str, Any]`): What was read, by the pattern of its name.
+
+    Returns:
+        `torch.Tensor`: The weight.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
+    values, bitmask = (_find(tensors, part) for part in (_VALUES, _BITMASK))
+    shape = tuple(parameter.shape)
+    if len(shape) != 2 or bitmask.ndim != 2:
+        raise ValueError(f"{name}: a bitmask of {bitmask.ndim} dimensions for a weight of shape {shape}")
+    return decompress(join_parts(name, values, bitmask.to(torch.uint8), (shape[0], shape[1])))
+
+
+def save_in_our_format(model: PreTrainedModel) -> None:
+    """Take away what would write the tensors as they were read."""
+    conversions: Any = model._weight_conversions
+    conversions[:] = [one for one in conversions if list(one.source_patterns) != _SOURCES]
+
+
+def _find(tensors: dict[str, Any], part: str) -> Tensor:
+    found = next(one for pattern, one in tensors.items() if pattern.endswith(rf"\.{part}$"))
+    tensor: Tensor = found if isinstance(found, Tensor) else found[0]
+    return tensor
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else value
