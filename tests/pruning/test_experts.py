@@ -105,7 +105,8 @@ def test_experts_that_are_multiplied_all_at_once_get_their_own_tokens() -> None:
     with calibration_mode(model), torch.no_grad(), norms:
         for batch in batches():
             model(batch, use_cache=False)
-    [handle.remove() for handle in handles]
+    for handle in handles:
+        handle.remove()
     found = norms.compute()
     checked = 0
     for name, batches_of_experts in entering.items():
