@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,11 @@ def name_of(page: Path) -> str:
 @pytest.fixture(autouse=True)
 def short_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages train for as long as a reader would, on the reader's GPU."""
-    # which has to have the configuration as it is
-    importlib.import_module("peft_spp.sft.arguments")
+    short = [("use_cpu", bool, True), ("max_steps", int, 2), ("report_to", str, "none")]
     for name in ("SFTConfig", "DPOConfig"):
-        monkeypatch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True, max_steps=2, report_to="none"))
+        # with other defaults, which the commands' parser can read too
+        fields = [(field, kind, dataclasses.field(default=value)) for field, kind, value in short]
+        monkeypatch.setattr(trl, name, dataclasses.make_dataclass(name, fields, bases=(getattr(trl, name),)))
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)

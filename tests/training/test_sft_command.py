@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -28,7 +28,7 @@ from peft_spp.installing import how_to_install
 from peft_spp.sft import last_complete_checkpoint
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
-from peft_spp.sft.trainer import CardedSFTTrainer
+from peft_spp.sft.trainer import carded
 
 from helpers.trl_cases import (
     TEXTS,
@@ -184,7 +184,7 @@ def test_reads_local_files_and_folders(
 
 def test_the_card_that_is_pushed_says_how_to_load_the_adapter(tmp_path: Path) -> None:
     """TRL writes its card, of a whole model, once more before it pushes."""
-    trainer = CardedSFTTrainer(
+    trainer = carded(SFTTrainer)(
         model=pruned_model(),
         args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
         train_dataset=Dataset.from_list(ROWS),
