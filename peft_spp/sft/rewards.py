@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from peft import PeftConfig
+from peft.utils.constants import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoConfig
 from trl import rewards
 from trl.import_utils import is_math_verify_available
@@ -49,12 +51,26 @@ class WithRewards(Recipe):
 
     def _check_reward_model(self, name: str) -> None:
         # TRL loads it with the settings of the model that is trained
-        revision, trusted = self.arguments.model.model_revision, self.arguments.training.trust_remote_code  # type: ignore[attr-defined]
+        training: Any = self.arguments.training
+        source = {"revision": self.arguments.model.model_revision, "trust_remote_code": training.trust_remote_code}
         try:
-            local_folder(name, revision=revision, allow=("*.json", "*.py"))
-            AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+            folder = local_folder(name, revision=source["revision"], allow=("*.json", "*.py"))
+            scores = True
+            if (folder / ADAPTER_CONFIG_NAME).is_file():
+                # Transformers loads its base model, and the adapter with its head
+                adapter = PeftConfig.from_pretrained(str(folder))
+                scores = adapter.task_type == "SEQ_CLS"
+                AutoConfig.from_pretrained(str(adapter.base_model_name_or_path), **source)
+            else:
+                config = AutoConfig.from_pretrained(name, **source)
+                scores = not any(architecture.endswith("ForCausalLM") for architecture in config.architectures or ())
         except (OSError, ValueError) as error:
             raise InputError(f"The reward model {name!r} cannot be loaded: {one_line(error)}") from error
+        if not scores:
+            raise InputError(
+                f"{name!r} has no head that scores text, so its rewards would be random. Train a reward model with "
+                "`peft-spp reward`, or name another."
+            )
 
     def check_data(self, row: dict[str, Any]) -> None:
         for name, function in self._functions.items():
