@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,14 +26,25 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@dataclass
+class ShortSFT(trl.SFTConfig):
+    use_cpu: bool = True
+    max_steps: int = 2
+    report_to: str = "none"
+
+
+@dataclass
+class ShortDPO(trl.DPOConfig):
+    use_cpu: bool = True
+    max_steps: int = 2
+    report_to: str = "none"
+
+
 @pytest.fixture(autouse=True)
 def short_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages train for as long as a reader would, on the reader's GPU."""
-    short = [("use_cpu", bool, True), ("max_steps", int, 2), ("report_to", str, "none")]
-    for name in ("SFTConfig", "DPOConfig"):
-        # with other defaults, which the commands' parser can read too
-        fields = [(field, kind, dataclasses.field(default=value)) for field, kind, value in short]
-        monkeypatch.setattr(trl, name, dataclasses.make_dataclass(name, fields, bases=(getattr(trl, name),)))
+    for short in (ShortSFT, ShortDPO):
+        monkeypatch.setattr(trl, short.__base__.__name__, short)
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
