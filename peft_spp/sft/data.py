@@ -187,7 +187,8 @@ def _check_rows(dataset: Any, split: str, columns: Sequence[tuple[str, ...]], ne
         # of streamed data, the first row is all that is there
         values = dataset[column] if isinstance(dataset, datasets.Dataset) else [row[column]]
         for number, value in enumerate(values, 1):
-            if wanted is not None and not isinstance(value, wanted):
+            # a label may be 0 or 1 too, as files without a type for it have it
+            if wanted is not None and not (value in (0, 1) if wanted is bool else isinstance(value, wanted)):
                 found = "null" if value is None else f"of type {type(value).__name__}"
                 raise InputError(
                     f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training needs "

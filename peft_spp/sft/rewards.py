@@ -15,7 +15,6 @@ from peft import PeftConfig
 from peft.utils.constants import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoConfig
 from trl import rewards
-from trl.import_utils import is_math_verify_available
 
 from ..checkpoints.hub import local_folder
 from ..error_text import one_line
@@ -102,7 +101,7 @@ def _no_reward(completions: list[Any], **_: Any) -> list[float]:
 
 def _reward_function(name: str) -> Reward:
     """A reward function by its name, as the scripts of TRL find it."""
-    if name in _WITH_MATH_VERIFY and not is_math_verify_available():
+    if name in _WITH_MATH_VERIFY and find_spec("math_verify") is None:
         raise InputError(f"The reward function {name!r} needs math-verify: pip install math-verify")
     if name in _OF_MESSAGES:
         named: Reward = getattr(rewards, name)

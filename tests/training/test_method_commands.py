@@ -200,9 +200,11 @@ def test_a_reward_is_wanted(kind: str, base: str, folder: Path) -> None:
 def test_a_reward_that_needs_a_package_says_how_to_install_it(
     base: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_spp.sft.rewards.is_math_verify_available", lambda: False)
+    monkeypatch.setattr("peft_spp.sft.rewards.find_spec", lambda name: None)
     with pytest.raises(InputError, match="'accuracy_reward' needs math-verify: pip install math-verify"):
         main(arguments("grpo", base, "--reward_funcs", "accuracy_reward"), "grpo")
+    with pytest.raises(InputError, match="--use_vllm needs the package vllm"):
+        main(arguments("grpo", base, "--use_vllm"), "grpo")
 
 
 def test_a_reward_function_gets_the_columns_that_it_takes(base: str, folder: Path) -> None:
@@ -240,6 +242,7 @@ def test_a_dry_run_writes_nothing(kind: str, base: str, folder: Path, capsys: py
     [
         ("dpo", [{"chosen": text, "rejected": text[:5] + text[9:]} for text in TEXTS]),
         ("kto", list(make_dataset("dpo"))),
+        ("kto", [{**row, "label": int(row["label"])} for row in make_dataset("kto")]),
         ("reward", [{"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8]}] * 4),
     ],
 )
