@@ -183,7 +183,9 @@ class Layers:
                 x, self.compressed[i], None, self.factors, True, self.dtype
             ),
         }
-        if torch.backends.mkldnn.is_available():
+        # oneDNN packs bfloat16 with AVX-512 only
+        has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        if torch.backends.mkldnn.is_available() and (has_avx512 or self.dtype == torch.float32):
             packed = [prepack(weight, tokens) for weight in self.dense]
             calls["prepacked"] = lambda i: torch.ops.mkldnn._linear_pointwise(x, packed[i], None, "none", [], "")
         if self.tier != "portable":

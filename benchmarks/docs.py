@@ -3,7 +3,8 @@
 The tables of `docs/performance.md` and `docs/inference.md`, from results:
 `python -m benchmarks.docs benchmarks/results/<machine>`.
 
-Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a page stands the table of the benchmark NAME.
+Between `<!-- NAME:begin -->` and `<!-- NAME:end -->` in a page stands the table of the benchmark NAME; of a second
+machine, whose folder is MACHINE, between marks with the name `NAME@MACHINE`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def main(
         for name, make in tables.items():
             path = results / f"{name}.json"
             if path.is_file():
-                text = put(text, name, make(BenchmarkResult.load(path, name)))
+                of_machine = f"{name}@{results.name}"
+                mark = of_machine if f"<!-- {of_machine}:begin -->" in text else name
+                text = put(text, mark, make(BenchmarkResult.load(path, name)))
                 typer.echo(f"{name}: from {path}")
         write_text(file, text)
 
@@ -238,6 +241,7 @@ def compressed_models_table(result: BenchmarkResult) -> str:
 
 INFERENCE_TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
     "compressed_layers": compressed_layers_table,
+    "compressed_layers_avx2": compressed_layers_table,
     "compressed_models": compressed_models_table,
 }
 

@@ -26,7 +26,8 @@ BRITISH = re.compile(
 TURNS = re.compile(
     r"\bbeside\b|\btold in the same way\b|\bnothing but\b|\bculprits?\b|\bwithout a word\b|\bwhoever\b"
     r"|\bgoes before\b|\bas (?:it|they) (?:was|were)\b(?=[.,;:)])|\bcut short\b|\b(?:anew|likewise|thereby)\b"
-    r"|\bin other places\b|\bfor want of\b|\bwhich (?:is|are) none\b|\bis no (?:adapter|model|multiple)\b",
+    r"|\bin other places\b|\bfor want of\b|\bwhich (?:is|are) none\b"
+    r"|\bis no (?:adapter|model|multiple|number)\b|\b(?:is|are) told by\b",
     re.IGNORECASE,
 )
 

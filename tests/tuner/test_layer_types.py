@@ -44,7 +44,7 @@ def adapted_map(request):
 
 
 def test_a_module_of_no_known_type_is_refused():
-    with pytest.raises(ValueError, match="Target module 'map'.*is not supported"):
+    with pytest.raises(ValueError, match=r"Target module 'map'.*is not supported"):
         get_peft_model(Net(), SPPConfig(target_modules=["map"], r=4))
 
 

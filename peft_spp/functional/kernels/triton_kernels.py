@@ -2,7 +2,7 @@
 """
 The kernels of the Triton backend. Importing this module needs Triton; [`triton`] imports it at its first call.
 
-Tuples hold one entry for each adapter; the loops over them are unrolled. The row blocks of an adapter are told by
+Tuples hold one entry for each adapter; the loops over them are unrolled. An adapter's row blocks are identified by
 `length = m // r`, the rows of a block, and `longer = m % r`, the number of blocks at the top with one row more.
 """
 

@@ -15,9 +15,10 @@ operations, for every other dtype and wherever there is no compiler).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 
 from ...bitmask import WORD, Compressed
 from ...factors import Factors
@@ -34,9 +35,15 @@ CHUNK_ELEMENTS = 1 << 23
 # Without an adapter, tokens in groups read the compressed values again for each group, and still cost less than
 # expanding the weight for all of them, up to this many tokens times the share of values that is stored. Read off
 # 4096×4096 and 11008×4096 at 50 % and 75 % on 2 cores of an EPYC 9004 (AVX-512); with an adapter a second group costs
-# more than it saves.
+# more than it saves. AMX multiplies bfloat16 too fast for that: 16 tokens took 1.5 times F.linear's time by expanding,
+# and 2.0 in groups (4096×4096, 75 %, 2 cores of a Xeon with AMX).
 _GROUPED_TOKENS = {torch.float32: 48.0}
 _GROUPED_TOKENS_DEFAULT = 24.0
+
+# oneDNN writes 16-bit results slowly into columns of a larger matrix: up to this many tokens it is faster to copy them
+# there. 128 tokens, 4096×4096 at 50 % and 75 %, in F.linear's time: 1.20 and 1.20 in place and 1.16 and 1.08 copied
+# with AMX; 1.11 and 1.08 in place and 1.08 and 1.05 copied with AVX-512 BF16 alone.
+_COPIED_TOKENS = 256
 
 
 class Cpu(KernelBackend):
@@ -67,13 +74,13 @@ class Cpu(KernelBackend):
         if 0 < tokens <= bitmask.MOST_TOKENS:
             y = multiply(x2d)
             if y is not None:
-                return y.view(*x.shape[:-1], y.shape[1])
+                return _in_shape_of(x, y)
         if not _has_kernels(w):
             return super().compressed_linear(x, w, bias)
         if not _takes_groups(tokens, w):
             return self.linear_by_weight(x, w, bias)
         groups = [multiply(part) for part in x2d.split(bitmask.MOST_TOKENS)]
-        return torch.cat(groups).view(*x.shape[:-1], w.weight.shape[0])  # type: ignore[arg-type]
+        return _in_shape_of(x, torch.cat(groups))  # type: ignore[arg-type]
 
     def linear_by_weight(
         self, x: torch.Tensor, w: ScaledWeight, bias: torch.Tensor | None, overwrite: bool = False
@@ -87,8 +94,11 @@ class Cpu(KernelBackend):
         result = torch.empty(*x.shape[:-1], m, dtype=dtype)
         y = result.view(x2d.shape[0], m)
         work = _elementwise(w)
+        copies = dtype.itemsize == 2 and x2d.shape[0] <= _COPIED_TOKENS
         for rows, chunk in _scaled_chunks(work, w, by_rows=True):
-            if bias is None:
+            if copies:
+                y[:, rows] = F.linear(x2d, chunk, None if bias is None else bias[rows].to(dtype))
+            elif bias is None:
                 torch.mm(x2d, chunk.t(), out=y[:, rows])
             else:
                 torch.addmm(bias[rows].to(dtype), x2d, chunk.t(), out=y[:, rows])
@@ -153,7 +163,20 @@ def _takes_groups(tokens: int, w: ScaledWeight) -> bool:
     if w.weight.values.dtype != w.dtype or w.factors or tokens == 0:
         return False
     stored = w.weight.values.numel() / max(w.weight.shape.numel(), 1)
-    return tokens * stored <= _GROUPED_TOKENS.get(w.dtype, _GROUPED_TOKENS_DEFAULT)
+    return tokens * stored <= _grouped_tokens(w.dtype)
+
+
+@cache
+def _grouped_tokens(dtype: torch.dtype) -> float:
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return 0.0
+    return _GROUPED_TOKENS.get(dtype, _GROUPED_TOKENS_DEFAULT)
+
+
+def _in_shape_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    # not a view: see `KernelBackend.linear_by_weight`
+    result: torch.Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return result
 
 
 def _elementwise(w: ScaledWeight, other: torch.Tensor | None = None) -> Elementwise:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .library import load_library
 
 
-# those whose zeros are told by all bits but the first
+# those whose zeros show in all bits but the first
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
