@@ -3,7 +3,8 @@
 Run another program with SPP registered: `python -m peft_spp MODULE ...` or `python -m peft_spp script.py ...`.
 
 For programs that load adapters themselves and know nothing of peft_spp, such as `python -m peft_spp lm_eval` and
-`accelerate launch -m peft_spp script.py`. What follows the name is passed on.
+`accelerate launch -m peft_spp script.py`. What follows the name is passed on. The commands that train are run too, for
+launchers: `accelerate launch -m peft_spp dpo ...`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import runpy
 import sys
 from pathlib import Path
 
+from .cli import app
+from .sft.methods import METHODS
 
-_USAGE = """\
+
+_USAGE = f"""\
 Usage: python -m peft_spp MODULE [ARGS]...
        python -m peft_spp SCRIPT.py [ARGS]...
+       python -m peft_spp {"|".join(METHODS)} [ARGS]...
 
-Import peft_spp and run a module or a script, so that it can load SPP adapters."""
+Import peft_spp and run a module or a script, so that it can load SPP adapters, or one of peft-spp's commands that
+train, so that `accelerate launch -m peft_spp` runs it on several devices."""
 
 
 def main() -> None:
@@ -25,6 +31,8 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(_USAGE, file=sys.stderr if len(sys.argv) < 2 else sys.stdout)
         raise SystemExit(2 if len(sys.argv) < 2 else 0)
+    if sys.argv[1] in METHODS:
+        app(args=sys.argv[1:], prog_name="peft-spp")
     del sys.argv[0]
     name = sys.argv[0]
     if name.endswith(".py") or Path(name).is_file():

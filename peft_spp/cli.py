@@ -15,7 +15,8 @@ from .commands.export import export
 from .commands.inspect import inspect
 from .commands.merge import merge
 from .commands.prune import PruneCommand, prune
-from .commands.sft import SFTCommand, sft
+from .commands.train import TrainingCommand, help_of, train
+from .sft.methods import METHODS
 
 
 app = typer.Typer(
@@ -45,7 +46,8 @@ def main(
 # in the order in which a user needs them
 app.command(cls=Command)(demo)
 app.command(cls=PruneCommand)(prune)
-# its arguments are for TRL's parser
-app.command(cls=SFTCommand, add_help_option=False)(sft)
+# their arguments are for TRL's parser
+for method in METHODS.values():
+    app.command(method.name, cls=TrainingCommand, help=help_of(method), add_help_option=False)(train)
 for command in (merge, compress, decompress, inspect, compare, export, convert):
     app.command(cls=Command)(command)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `peft-spp sft` runs: supervised fine-tuning with SPP, on TRL's parser, dataclasses and `SFTTrainer`."""
+"""What `peft-spp sft`, `dpo` and the like run: training with SPP, on TRL's parser, dataclasses and trainers."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of `peft-spp sft`: TRL's, and SPP's next to them."""
+"""The arguments of a command that trains: TRL's, and SPP's next to them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..error_text import one_line
 from .errors import InputError
 from .machine import no_gpu_hint
+from .methods import Method, load
 from .parser import Parser
 from .spp_arguments import SPPArguments
 
 
 class Arguments(NamedTuple):
-    """All arguments of a run."""
+    """All arguments of a run. `training` is of the class that the method names, and so is `script`."""
 
+    method: Method
     script: ScriptArguments
-    training: SFTConfig
+    training: TrainingArguments
     model: ModelConfig
     mixture: DatasetMixtureConfig
     spp: SPPArguments
 
 
-def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
+def parse_arguments(args: Sequence[str], method: Method) -> Arguments:
     """Read arguments from a command line and from the YAML file that its `--config` names."""
-    types: list[Any] = [ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SPPArguments]
-    parser = Parser(types, prog=prog)
+    types: list[Any] = [load(method.script), load(method.config), ModelConfig, DatasetMixtureConfig, method.arguments]
+    parser = Parser(types, prog=method.command)
     parser.add_argument(
         "--config", metavar="FILE", help="A YAML file with arguments. Arguments on the command line override it."
     )
@@ -42,13 +45,13 @@ def parse_arguments(args: Sequence[str], prog: str) -> Arguments:
         *parsed, _ = parser.parse_args_and_config(words)
     except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise InputError(no_gpu_hint(error) or one_line(error)) from error
-    arguments = Arguments(*parsed)
+    arguments = Arguments(method, *parsed)
     _check(arguments)
     return arguments
 
 
 def _check(arguments: Arguments) -> None:
-    _refuse_lora(arguments.model)
+    _refuse_lora(arguments.model, arguments.method)
     script, mixture = arguments.script, arguments.mixture
     if not arguments.model.model_name_or_path:
         raise InputError("No model is named. Pass --model_name_or_path with a folder or a Hub id.")
@@ -63,12 +66,12 @@ def _check(arguments: Arguments) -> None:
     if arguments.spp.spp_check_base_steps < 0:
         raise InputError("--spp_check_base_steps should be a number of steps, or 0.")
     try:
-        arguments.spp.to_config()
+        arguments.spp.to_config(arguments.method.task_type)
     except ValueError as error:
         raise InputError(f"The SPP arguments are not valid: {one_line(error)}") from error
 
 
-def _refuse_lora(model: ModelConfig) -> None:
+def _refuse_lora(model: ModelConfig, method: Method) -> None:
     """TRL's flags for LoRA would be without effect."""
     set_flags = [
         f"--{f.name}"
@@ -79,7 +82,7 @@ def _refuse_lora(model: ModelConfig) -> None:
     if set_flags:
         raise InputError(
             f"{', '.join(set_flags)}: only for LoRA. This command trains an SPP adapter; its flags begin with "
-            "--spp_, such as --spp_r. Use `trl sft` to train a LoRA adapter."
+            f"--spp_, such as --spp_r. Use `trl {method.name}` to train a LoRA adapter."
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `peft-spp sft` says of the zeros of its base model."""
+"""What a run says of the zeros of its base model."""
 
 from __future__ import annotations
 

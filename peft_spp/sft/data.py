@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data for `peft-spp sft`: local files and folders, and data sets of the Hub."""
+"""Data to train on: local files and folders, and data sets of the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
-from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
+from transformers import TrainingArguments
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..checkpoints.hub import looks_like_path
 from ..error_text import one_line
@@ -33,14 +34,19 @@ def check_sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Non
 
 
 def load_data(
-    script: ScriptArguments, mixture: DatasetMixtureConfig, training: SFTConfig
+    script: ScriptArguments,
+    mixture: DatasetMixtureConfig,
+    training: TrainingArguments,
+    columns: Sequence[tuple[str, ...]],
+    needs: str,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | datasets.IterableDataset | None]:
     """
     Load the data sets to train on and, if the run evaluates, to evaluate on.
 
     A source without a test split is split by `test_split_size`, if it is given.
 
-    It returns the data set to train on, and the one to evaluate on or `None`.
+    Its columns should be one of `columns`, the first of them that it has, or any if there are none; `needs` says so in
+    words. It returns the data set to train on, and the one to evaluate on or `None`.
     """
     splits = _load(script, mixture)
     evaluates = training.eval_strategy != "no"
@@ -54,7 +60,7 @@ def load_data(
                 f"The data has no split {name!r}; it has {', '.join(map(repr, splits))}. Pass {option}{hint}."
             )
         try:
-            _check_rows(splits[name], name, training)
+            _check_rows(splits[name], name, columns, needs)
         except InputError:
             raise
         except _READ_ERRORS as error:  # Arrow takes bytes that are not UTF-8, until they are read
@@ -166,38 +172,41 @@ def _local_source(name: str) -> tuple[str, Path | None]:
     return name, None
 
 
-def _check_rows(dataset: Any, split: str, training: SFTConfig) -> None:
-    """Raise an [`InputError`] if there are no rows, or none of the columns that `SFTTrainer` takes."""
+def _check_rows(dataset: Any, split: str, columns: Sequence[tuple[str, ...]], needs: str) -> None:
+    """Raise an [`InputError`] if there are no rows, or none of the columns that the trainer takes."""
     row = next(iter(dataset), None)
     if row is None:
         raise InputError(f"The split {split!r} of the data has no rows.")
-    if isinstance(training.dataset_kwargs, dict) and training.dataset_kwargs.get("skip_prepare_dataset"):
-        return
-    text = training.dataset_text_field
-    accepted: Sequence[set[str]] = ({text}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
-    if not any(columns <= row.keys() for columns in accepted):
+    used = next((names for names in columns if row.keys() >= set(names)), () if not columns else None)
+    if used is None:
         raise InputError(
-            f"The split {split!r} of the data has the columns {', '.join(map(repr, row))}. Training needs {text!r} "
-            "(or another name, with --dataset_text_field), 'messages', 'prompt' and 'completion', or 'input_ids'."
+            f"The split {split!r} of the data has the columns {', '.join(map(repr, row))}. Training needs {needs}."
         )
-    for column in _used_columns(row, text):
-        wanted = type(row[column]) if column in ("prompt", "completion") and row[column] is not None else None
-        wanted = wanted or (list if column in ("messages", "conversations") else str)
+    for column in used:
+        wanted = _type_of(column, row)
         # of streamed data, the first row is all that is there
         values = dataset[column] if isinstance(dataset, datasets.Dataset) else [row[column]]
         for number, value in enumerate(values, 1):
-            if wanted not in (str, list) or not isinstance(value, wanted):
+            # a label may be 0 or 1 too, as files without a type for it have it
+            if wanted is not None and not (value in (0, 1) if wanted is bool else isinstance(value, wanted)):
                 found = "null" if value is None else f"of type {type(value).__name__}"
                 raise InputError(
                     f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training needs "
-                    f"{'a list of messages' if wanted is list else 'text'}. Correct the row, or remove it."
+                    f"{_IN_WORDS[wanted]}. Correct the row, or remove it."
                 )
 
 
-def _used_columns(row: dict[str, Any], text: str) -> tuple[str, ...]:
-    """What TRL trains on, where the data has more than one of the columns that it knows."""
-    if "input_ids" in row:
-        return ()
-    if "prompt" in row and "completion" in row:
-        return "prompt", "completion"
-    return (next(column for column in ("messages", "conversations", text) if column in row),)
+_IN_WORDS = {list: "a list of messages", str: "text", bool: "true or false"}
+
+
+def _type_of(column: str, row: dict[str, Any]) -> type | None:
+    """The type of a column's values; `None` for tokens, which are not looked at."""
+    if column.endswith("_ids"):
+        return None
+    if column == "label":
+        return bool
+    if column in ("messages", "conversations"):
+        return list
+    # text, or messages: all rows are what the first is
+    either = column in ("prompt", "completion", "chosen", "rejected")
+    return list if either and isinstance(row[column], list) else str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine can do what the arguments of `peft-spp sft` ask for."""
+"""Whether this machine can do what the arguments of a run ask for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_token
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TrainingArguments
 from transformers.quantizers import AutoHfQuantizer
-from trl import ModelConfig, SFTConfig, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from ..error_text import one_line
 from .errors import InputError
 
 
-def check_machine(training: SFTConfig) -> None:
+def check_machine(training: TrainingArguments) -> None:
     """Check the device, the precision and the output folder."""
     if training.fp16 and training.device.type == "cpu":
         raise InputError("--fp16 needs a GPU, and this run is on the CPU. Pass --fp16 false.")

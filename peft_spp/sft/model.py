@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model of `peft-spp sft`, checked by its configuration alone."""
+"""The base model of a run, checked by its configuration alone."""
 
 from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from peft.utils.constants import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from trl import ModelConfig
 
 from ..checkpoints.hub import local_folder
@@ -31,22 +38,23 @@ class BaseModel(NamedTuple):
     A base model without its weights.
 
     Args:
-        adapted (`PeftModel`): The model on the meta device, with the adapter.
+        empty (`PreTrainedModel`): The model on the meta device.
         processor (`Any`): Its tokenizer, or the processor of a multimodal model.
+        layers (`list[str]`): The names of the layers that are adapted.
+        trainable (`int`): How many parameters are trained.
+        total (`int`): How many parameters there are, those of the adapter among them.
     """
 
-    adapted: PeftModel
+    empty: PreTrainedModel
     processor: Any
+    layers: list[str]
+    trainable: int
+    total: int
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, also where a processor holds it."""
         return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
-    def layers(self) -> list[str]:
-        """The names of the adapted layers."""
-        return [module.module_name for module in self.adapted.modules() if isinstance(module, SPPLayer)]
 
 
 def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) -> BaseModel:
@@ -65,20 +73,23 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
     except (OSError, ValueError) as error:
         raise InputError(f"The model {name!r} cannot be loaded: {one_line(error)}") from error
     try:
-        # as SFTTrainer does, once it has loaded the model
+        # as TRL does, once it has loaded the model
         processor = AutoProcessor.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         raise InputError(f"The tokenizer of {name!r} cannot be loaded: {one_line(error)}") from error
     check_quantization(model, model_config)
-    empty = _build_empty(model, model_config, trust_remote_code)
-    if not empty.can_generate():
+    scores = config.task_type == "SEQ_CLS"
+    empty = _build_empty(model, model_config, trust_remote_code, scores)
+    if not scores and not empty.can_generate():
         raise InputError(f"The model {name!r} is a {type(empty).__name__}, which does not generate text.")
     try:
         adapted = get_peft_model(empty, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise InputError(f"The model {name!r} cannot be adapted: {one_line(error)}") from error
     _check_weights(name)
-    return BaseModel(adapted, processor)
+    layers = [module.module_name for module in adapted.modules() if isinstance(module, SPPLayer)]
+    trainable, total = adapted.get_nb_trainable_parameters()
+    return BaseModel(cast(PreTrainedModel, adapted.unload()), processor, layers, trainable, total)
 
 
 def _check_weights(name: str) -> None:
@@ -100,14 +111,18 @@ def model_class(config: PretrainedConfig) -> Any:
     return getattr(transformers, name, None) or AutoModelForCausalLM
 
 
-def _build_empty(model: ModelConfig, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+def _build_empty(
+    model: ModelConfig, config: PretrainedConfig, trust_remote_code: bool, scores: bool
+) -> PreTrainedModel:
     if model.attn_implementation is not None:
         config._attn_implementation = model.attn_implementation
-    architecture = model_class(config)
+    if scores:
+        config.num_labels = 1  # as RewardTrainer has it
+    architecture = AutoModelForSequenceClassification if scores else model_class(config)
     try:
         with torch.device("meta"):
-            if architecture is AutoModelForCausalLM:
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            return architecture(config)
+            if hasattr(architecture, "from_config"):
+                return cast(PreTrainedModel, architecture.from_config(config, trust_remote_code=trust_remote_code))
+            return cast(PreTrainedModel, architecture(config))
     except (ImportError, ValueError) as error:
         raise InputError(f"The model {model.model_name_or_path!r} cannot be built: {one_line(error)}") from error

@@ -16,7 +16,7 @@ class Parser(TrlParser):
     """TRL's parser. An unknown flag is an error before the values of the others are looked at."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. `peft-spp sft --help` shows SPP's flags, and `--help-all` all flags.")
+        raise InputError(f"{message}. `{self.prog} --help` shows SPP's flags, and `--help-all` all flags.")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         parsed, rest = super().parse_known_args(args, namespace)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data of `peft-spp sft`, prepared by TRL itself for a model without weights: what fails there fails the run."""
+"""The data of a run, prepared by TRL itself for a model without weights: what fails there fails the run."""
 
 from __future__ import annotations
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,90 +13,131 @@ from typing import Any
 import pyarrow.compute
 from datasets import Dataset  # type: ignore[import-untyped]
 from jinja2 import TemplateError
-from peft import PeftModel
 from torch import nn
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..error_text import one_line
 from .errors import InputError
+from .methods import load
 from .model import BaseModel
+from .recipe import Recipe
 
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")
 
 
-def rehearse(model: BaseModel, training: SFTConfig, train_dataset: Any, eval_dataset: Any | None) -> None:
+def rehearse(recipe: Recipe, model: BaseModel, train_dataset: Any, eval_dataset: Any | None) -> None:
     """
-    Let `SFTTrainer` prepare all data and check its arguments, before the weights of the model are loaded.
+    Let the trainer prepare all data and check its arguments, before the weights of the model are loaded.
 
     `datasets` caches what was prepared from files, where the run itself finds it.
     """
+    method, training = recipe.arguments.method, recipe.arguments.training
     _check_tokenizer(model, training, next(iter(train_dataset)))
-    template = training.chat_template_path
+    template = getattr(training, "chat_template_path", None)
     if template is not None and not (Path(template).is_file() and template.endswith((".jinja", ".j2"))):
         return  # the template of another model, with which come new tokens and a larger embedding
-    adapted: Any = model.adapted
+    empty: Any = model.empty
     # where the model lies: the trainer does not move a model that is placed already
-    adapted.hf_device_map = {"": "meta"}
-    with TemporaryDirectory() as folder:
+    empty.hf_device_map = {"": "meta"}
+    # a model that scores text has a tokenizer alone
+    processor = model.tokenizer if method.task_type == "SEQ_CLS" else model.processor
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        # said when the adapter was checked
+        warnings.filterwarnings("ignore", message="These layers have fewer output rows")
         try:
-            trainer = SFTTrainer(
-                model=adapted,
+            trainer = load(method.trainer)(
+                model=empty,
                 args=_without_effects(training, folder),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=copy.deepcopy(model.processor),
+                processing_class=copy.deepcopy(processor),
+                peft_config=recipe.arguments.spp.to_config(method.task_type),
+                **recipe.rehearsal_arguments(),
             )
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError, TemplateError) as error:
             raise InputError(f"TRL cannot train with these arguments and data: {one_line(error)}") from error
     for name, prepared in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if isinstance(prepared, Dataset):
-            _check_prepared(name, prepared, model.adapted, trainer.processing_class, training)
+            _check_prepared(name, prepared, empty, trainer.processing_class, training)
 
 
-def _without_effects(training: SFTConfig, folder: str) -> SFTConfig:
-    """The training arguments without what writes to a folder or the Hub, or needs weights."""
+# what writes to a folder or the Hub, or needs weights, and what is for loading them
+_EFFECTS = {
+    "push_to_hub": False,
+    "activation_offloading": False,
+    "precompute_ref_log_probs": False,
+    "use_vllm": False,
+    "model_init_kwargs": None,
+}
+
+
+def _without_effects(training: TrainingArguments, folder: str) -> TrainingArguments:
     args = copy.copy(training)
     args.output_dir = folder
-    args.push_to_hub = args.activation_offloading = False
+    for name, without in _EFFECTS.items():
+        if hasattr(args, name):
+            setattr(args, name, without)
     return args
 
 
-def _check_tokenizer(model: BaseModel, training: SFTConfig, row: dict[str, Any]) -> None:
+def _check_tokenizer(model: BaseModel, training: TrainingArguments, row: dict[str, Any]) -> None:
     tokenizer = model.tokenizer
-    if "input_ids" in row:
+    if any(name in row for name in ("input_ids", "chosen_ids")):
         return
-    is_chat = any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt"))
-    if is_chat and training.chat_template_path is None and not tokenizer.chat_template:
-        raise InputError(
-            "The data is conversational, but the model's tokenizer has no chat template. Pass --chat_template_path "
-            "with a Jinja file or a model that has one, or use data with a text column."
+    is_chat = any(isinstance(row.get(name), list) for name in _TEXTS)
+    if is_chat and getattr(training, "chat_template_path", None) is None and not tokenizer.chat_template:
+        fix = (
+            "Pass --chat_template_path with a Jinja file or a model that has one"
+            if hasattr(training, "chat_template_path")
+            else "Save the tokenizer with one"
         )
-    if not is_chat and training.eos_token is None and tokenizer.eos_token is None:
         raise InputError(
-            "The model's tokenizer has no end-of-text token to end each text with. Pass --eos_token with a token of "
-            "its vocabulary."
+            f"The data is conversational, but the model's tokenizer has no chat template. {fix}, or use data that is "
+            "text."
         )
+    if not is_chat and getattr(training, "eos_token", None) is None and tokenizer.eos_token is None:
+        fix = (
+            "Pass --eos_token with a token of its vocabulary."
+            if hasattr(training, "eos_token")
+            else "Save the tokenizer with an `eos_token` of its vocabulary."
+        )
+        raise InputError(f"The model's tokenizer has no end-of-text token to end each text with. {fix}")
 
 
-def _check_prepared(name: str, prepared: Dataset, model: PeftModel, processor: Any, training: SFTConfig) -> None:
+_TEXTS = ("messages", "conversations", "prompt", "chosen")
+# tokens that TRL makes of a row: a text, or a prompt and what follows it
+_PROMPT, _OTHERS = "prompt_ids", ("input_ids", "chosen_ids", "rejected_ids", "completion_ids")
+
+
+def _check_prepared(
+    name: str, prepared: Dataset, model: PreTrainedModel, processor: Any, training: TrainingArguments
+) -> None:
+    limit: int | None = getattr(training, "max_length", None)
     if not len(prepared):
         raise InputError(
             f"No rows of the data to {name} on are left after preparation: every row is empty, or has nothing to "
-            f"learn in its first {training.max_length} tokens (--max_length)."
+            f"learn in its first {limit} tokens (--max_length)."
         )
-    if "input_ids" not in prepared.column_names:
-        return  # it was not to be prepared
+    columns = [column for column in (_PROMPT, *_OTHERS) if column in prepared.column_names]
+    if not columns:
+        return  # it is prepared while training, or was not to be
     # ZeRO-3 leaves no rows in the weight itself
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     positions = _positions(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     # batches are filled up with the padding token
     largest, longest = tokenizer.pad_token_id, 0
-    for batch in prepared.select_columns(["input_ids"]).with_format("arrow").iter(10_000):
-        ids = batch["input_ids"]
-        largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() or 0)
-        longest = max(longest, pyarrow.compute.max(pyarrow.compute.list_value_length(ids)).as_py() or 0)
+    for batch in prepared.select_columns(columns).with_format("arrow").iter(10_000):
+        for column in columns:
+            ids = batch[column]
+            largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() or 0)
+            lengths = pyarrow.compute.list_value_length(ids)
+            if _PROMPT in columns and column != _PROMPT:
+                lengths = pyarrow.compute.add(lengths, pyarrow.compute.list_value_length(batch[_PROMPT]))
+            longest = max(longest, pyarrow.compute.max(lengths).as_py() or 0)
+    if _PROMPT in columns and limit is not None:
+        longest = min(longest, limit)  # truncated while training
     if rows is not None and largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(

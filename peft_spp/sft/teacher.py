@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 from trl.models import prepare_deepspeed
 
 from ..checkpoints.hub import local_folder
 from ..error_text import one_line
 from .errors import InputError
 from .model import model_class
-from .trainer import CardedSFTTrainer
+from .trainer import Carded
 
 
 TOKENS_AT_ONCE = 512
 """Distributions of the next token are compared for so many tokens at a time: 128,000 words in float32 take 262 MB."""
 
 
-class DistillationSFTTrainer(CardedSFTTrainer):
+class DistillationSFTTrainer(Carded, SFTTrainer):
     """
     An `SFTTrainer` whose loss is KL(teacher ‖ model) of the next token's distribution, in the mean over all tokens
     that the data has a label for.

@@ -47,6 +47,7 @@ def run(*arguments: object, **variables: str) -> tuple[dict[str, object], subpro
         (["--help"], "compress"),
         (["--version"], peft_spp.__version__),
         (["sft", "--help"], "--spp_target_modules"),
+        (["grpo", "--help"], "--reward_funcs"),
         (["merge", "--help"], "--check-base"),
         (["--show-completion", "bash"], "_PEFT_SPP_COMPLETE"),
     ],
@@ -64,6 +65,7 @@ def test_help_does_without_the_libraries_that_are_slow_to_import(arguments: list
         ("mer", "merge"),
         ("sft --spp_ex", "--spp_exclude_modules"),
         ("sft --learn", "--learning_rate"),
+        ("dpo --be", "--beta"),
         ("prune --calib", "--calibration"),
     ],
 )

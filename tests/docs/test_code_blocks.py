@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,25 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@dataclass
+class ShortSFT(trl.SFTConfig):
+    use_cpu: bool = True
+    max_steps: int = 2
+    report_to: str = "none"
+
+
+@dataclass
+class ShortDPO(trl.DPOConfig):
+    use_cpu: bool = True
+    max_steps: int = 2
+    report_to: str = "none"
+
+
 @pytest.fixture(autouse=True)
 def short_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages train for as long as a reader would, on the reader's GPU."""
-    # which has to have the configuration as it is
-    importlib.import_module("peft_spp.sft.arguments")
-    for name in ("SFTConfig", "DPOConfig"):
-        monkeypatch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True, max_steps=2, report_to="none"))
+    for short in (ShortSFT, ShortDPO):
+        monkeypatch.setattr(trl, short.__base__.__name__, short)
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)

@@ -14,6 +14,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from peft_spp.cli import app
+from peft_spp.sft.methods import METHODS
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +36,12 @@ def check_command(words: list[str]) -> None:
 
 
 def check_peft_spp(arguments: list[str]) -> None:
-    if arguments[:1] == ["sft"] and "--help" not in arguments:
+    if arguments[0] in METHODS and "--help" not in arguments:
         from peft_spp.sft.arguments import parse_arguments
 
         # what a page shows may be meant for a GPU
         on_cpu = [] if "--use_cpu" in arguments else ["--use_cpu"]
-        parse_arguments([*arguments[1:], *on_cpu], prog="peft-spp sft")
+        parse_arguments([*arguments[1:], *on_cpu], METHODS[arguments[0]])
     else:
         parse(app, arguments)
 
@@ -90,7 +91,10 @@ def check_accelerate(arguments: list[str]) -> None:
         file = arguments[arguments.index("--config_file") + 1]
         assert (ROOT / file).is_file(), file
     if "-m" in arguments:
-        assert importlib.util.find_spec(arguments[arguments.index("-m") + 1])
+        module, *rest = arguments[arguments.index("-m") + 1 :]
+        assert importlib.util.find_spec(module)
+        if module == "peft_spp" and rest[0] in METHODS and "..." not in rest:
+            check_peft_spp(rest)
 
 
 PROGRAMS: Mapping[str, Callable[[list[str]], None]] = {

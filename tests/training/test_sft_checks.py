@@ -15,12 +15,14 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTTrainer
 from typer.testing import CliRunner
 
 import peft_spp.sft.run as sft_run
 from peft_spp.cli import app
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
+from peft_spp.sft.trainer import carded
 
 from helpers.tiny import tiny
 from helpers.trl_cases import TEXTS, pruned_model, tiny_tokenizer
@@ -288,12 +290,12 @@ def test_a_run_stops_when_something_writes_to_the_base(
                 layer = kwargs["model"].get_base_model().model.layers[0].mlp.up_proj
                 layer.get_base_layer().weight.fill_(1.0)
 
-    original = sft_run.CardedSFTTrainer
+    original = carded(SFTTrainer)
 
     def with_vandal(*args: Any, callbacks: list[TrainerCallback], **kwargs: Any) -> Any:
         return original(*args, callbacks=[Vandal(), *callbacks], **kwargs)
 
-    monkeypatch.setattr(sft_run, "CardedSFTTrainer", with_vandal)
+    monkeypatch.setattr("peft_spp.sft.recipe.carded", lambda trainer_class: with_vandal)
     data = write(tmp_path / "data.jsonl", text_rows())
     arguments = ["--model_name_or_path", str(base), "--dataset_name", str(data), *SMALL, "--max_steps", "2"]
     with pytest.raises(RuntimeError, match=r"zeros in the weight of module model\.layers\.0\.mlp\.up_proj"):
