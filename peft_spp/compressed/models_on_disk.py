@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_tensor import CompressedTensor
+from ..checkpoints.empty_model import empty_model
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .config import METHOD
@@ -86,16 +86,10 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         raise ValueError(f"the model in {folder} is quantized: only float32, bfloat16 and float16 can be compressed")
     if "model_type" not in config:
         raise ValueError(f"{folder} has no config.json that names a model_type: which layers are linear is not known")
-    named = config.get("architectures") or []
-    cls = next((cls for name in named if (cls := getattr(transformers, str(name), None)) is not None), None)
     try:
-        # without the question on the terminal whether the model's code may be run
-        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(loaded) if cls is None else cls(loaded)
+        return empty_model(folder, config)
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"Transformers {transformers.__version__} cannot build the model in {folder} (model_type "
             f"{config['model_type']!r}): {error}. {INSTEAD}"
         ) from error
-    return cast(PreTrainedModel, model)

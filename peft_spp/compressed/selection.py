@@ -15,8 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..architecture import has_plain_forward
-from ..checkpoints.names import is_fused_experts
+from ..architecture import find_expert_stacks, has_plain_forward
 from ..functional.bitmask import BITS, is_worth_it
 from ..weight_reads import computes_with_weight
 
@@ -61,9 +60,7 @@ def find_linear_layers(
             kept[name] = f"its weight is {module.weight.dtype}"
         else:
             found[name] = module
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and is_fused_experts(name.removesuffix(".weight")):
-            kept[name] = FUSED
+    kept |= dict.fromkeys(find_expert_stacks(model), FUSED)
     return found, kept
 
 
