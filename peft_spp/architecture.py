@@ -7,7 +7,7 @@ The tuner, the pruner and, as far as names go, the reports ask here, so that wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -18,7 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoints.names import plain_name, special_role
+from .checkpoints.layout import has_transposed_experts, says_transposed
+from .checkpoints.names import is_fused_experts, plain_name, special_role
 
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
@@ -65,6 +66,32 @@ def linear_layers_in_blocks(
             if name.startswith(f"{block_list}.") and is_linear(module) and not is_router(name):
                 layers[name] = block_list
     return layers
+
+
+def find_expert_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """
+    Find the parameters that hold the weights of all experts of a mixture, which are not linear layers.
+
+    For each it gives the module that has it, and its name there.
+    """
+    found: dict[int, tuple[str, nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(prefix=name, recurse=False):
+            plain = plain_name(own_name).removesuffix(".weight")
+            if parameter.ndim == 3 and is_fused_experts(plain):
+                found.setdefault(id(parameter), (own_name, module, own_name.rpartition(".")[2]))
+    return {name: (module, parameter) for name, module, parameter in found.values()}
+
+
+def is_stored_transposed(module: nn.Module, dims: int, model_types: Collection[str]) -> bool:
+    """
+    Whether a module stores a weight of so many dimensions as (in_features, out_features), by what
+    [`~peft_spp.sparsity.sparsity_report`] goes by.
+    """
+    if dims != 3:
+        return isinstance(module, Conv1D)
+    said = says_transposed(module)
+    return has_transposed_experts(model_types) if said is None else said
 
 
 def has_plain_forward(layer: LinearLayer) -> bool:

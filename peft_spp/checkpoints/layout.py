@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .names import matches
@@ -19,6 +19,17 @@ TRANSPOSED_EXPERTS_MODEL_TYPES = frozenset(
     {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"}
 )
 """The `model_type`s whose fused experts are stored `(experts, in, out)` and not `(experts, out, in)`."""
+
+
+def says_transposed(module: object) -> bool | None:
+    """What a module says of the layout of its fused experts, as Transformers' do; `None` if it does not."""
+    said = getattr(module, "is_transposed", None)
+    return said if isinstance(said, bool) else None
+
+
+def has_transposed_experts(model_types: Collection[str]) -> bool:
+    """Whether models of these types store fused experts `(experts, in, out)`, where the modules do not say."""
+    return not TRANSPOSED_EXPERTS_MODEL_TYPES.isdisjoint(model_types)
 
 
 def model_types(config: Mapping[str, Any]) -> frozenset[str]:
@@ -76,7 +87,7 @@ class Layout:
         if self._conv1d is not None:
             return matches(name, self._conv1d)
         if dims == 3:
-            return bool(self._model_types & TRANSPOSED_EXPERTS_MODEL_TYPES)
+            return has_transposed_experts(self._model_types)
         last = name.rpartition(".")[2]
         if last in CONV1D_NAMES and self._model_types & CONV1D_MODEL_TYPES:
             return True

@@ -19,8 +19,8 @@ _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 class TiedNames:
     """Tells tensors that Transformers ties to another.
 
-    A model's class decides which ones it ties. Where Transformers has no class of that name (code from the Hub), or the
-    class ties nothing itself (the body of a model), those that are named like embeddings count.
+    A model's class decides which ones it ties. Where Transformers has no class of that name (code from the Hub), or
+    the class ties nothing itself (the body of a model), those that are named like embeddings count.
 
     Args:
         config (`Mapping[str, Any]`): The content of the model's `config.json`.

@@ -106,13 +106,13 @@ def prune(
     """
     Prune a dense model to 2:4 or another pattern, with one of its blocks in memory at a time.
 
-    By default all linear layers inside the transformer blocks are pruned; embeddings and the language model head stay
-    dense. The output is written completely or not at all.
+    By default all linear layers inside the transformer blocks are pruned, with the experts of a mixture; embeddings,
+    routers and the language model head stay dense. The output is written completely or not at all.
     """
     from ..pruning import prune_checkpoint
     from ..pruning.registry import METHODS, option_names
 
-    method = context.obj["method"]
+    method = context.obj["method"].value
     with progress_bar("Checking" if dry_run else "Pruning") as progress:
         report = prune_checkpoint(
             model,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -16,8 +17,11 @@ CheckBase = Literal["warn", "error", "off"]
 CHECKS = ("warn", "error", "off")
 
 
-def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> str:
-    """Compare the masks of a checkpoint with those that an adapter was trained on, one tensor at a time."""
+def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase, stored: Mapping[str, str]) -> str:
+    """
+    Compare the masks of a checkpoint, with what it calls the modules, with those that an adapter was trained on, one
+    tensor at a time.
+    """
     if check == "off":
         return "not compared"
     if adapter.base is None:
@@ -25,7 +29,7 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase) -> st
             raise ValueError(no_record(f"The adapter in {adapter.folder}"))
         return "not compared, since the adapter has no record of its base model"
     conv1d = None if not adapter.config.fan_in_fan_out else _conv1d(checkpoint)
-    masks = record_checkpoint(adapter.base, checkpoint.folder, conv1d=conv1d)
+    masks = record_checkpoint(adapter.base, checkpoint.folder, conv1d=conv1d, stored=stored)
     mismatch = adapter.base.mismatch(masks)
     if mismatch is None:
         return f"those that the adapter was trained on, in {len(masks)} modules"

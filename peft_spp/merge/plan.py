@@ -10,6 +10,8 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_tensor import CompressedTensor
+from ..checkpoints.conversion import stored_names
+from ..checkpoints.empty_model import empty_model
 from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.ties import TiedNames
 from ..functional.row_blocks import check_row_blocks
@@ -41,10 +43,12 @@ class Plan:
     Args:
         merges (`Mapping[str, Merge]`): The weights to merge into.
         replaced (`Mapping[str, StoredTensor]`): The tensors that trained ones take the place of.
+        stored (`Mapping[str, str]`): What the checkpoint calls the adapted modules.
     """
 
     merges: Mapping[str, Merge]
     replaced: Mapping[str, StoredTensor]
+    stored: Mapping[str, str]
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
@@ -68,14 +72,15 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
     for name, tensor in replaced.items():
         _check_same_kind(checkpoint.dense[name], tensor)
-    return Plan(merges, replaced)
+    modules = {name: found[f"{name}.weight"].removesuffix(".weight") for name in adapter.modules}
+    return Plan(merges, replaced, modules)
 
 
 def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
-    """Find each wanted tensor by its name, or all of them by one prefix more or less.
+    """Find each wanted tensor by its name, or all of them by one prefix more or less, or as Transformers renames them.
 
     The body of a model (`LlamaModel`) is saved without the prefix that its tensors have in the whole model
-    (`LlamaForCausalLM`), and Transformers loads either from either.
+    (`LlamaForCausalLM`), and Transformers loads either from either. Multimodal models are saved under older names.
     """
     stored = checkpoint.dense
     missing = [name for name in wanted if name not in stored]
@@ -95,12 +100,26 @@ def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) ->
             f"{', '.join(sorted(repr(match[first]) for match in matches))}. {INSTEAD}"
         )
     if not matches:
+        renamed = _names_in_the_model(checkpoint)
+        if all(name in renamed for name in wanted):
+            return {name: renamed[name] for name in wanted}
         raise ValueError(
             f"{adapter.folder} adapts {first!r}, which is not in {checkpoint.folder}. Either the adapter belongs to "
             "another base model, or Transformers builds this tensor from others when it loads the model (tied "
-            f"weights, fused experts, renamed modules). {INSTEAD}"
+            f"weights, fused experts). {INSTEAD}"
         )
     return matches[0]
+
+
+def _names_in_the_model(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the checkpoint calls the tensors of the model; nothing if Transformers cannot make the model."""
+    if "model_type" not in checkpoint.config:
+        return {}
+    try:
+        model = empty_model(checkpoint.folder, checkpoint.config)
+    except (ValueError, KeyError, ImportError, OSError):
+        return {}
+    return stored_names(model, checkpoint.dense)
 
 
 def _is_transposed(

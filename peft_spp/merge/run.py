@@ -51,7 +51,7 @@ def merge_checkpoint(
     progress: Progress | None = None,
 ) -> MergeReport:
     """
-    Merge an SPP adapter into a checkpoint, from disk to disk, without building the model.
+    Merge an SPP adapter into a checkpoint, from disk to disk, without loading the model.
 
     Every tensor of the output is bit for bit what `PeftModel.from_pretrained(...).merge_and_unload()` and
     `save_pretrained` give of a model that is loaded in the dtypes of its checkpoint. A weight file is read and written
@@ -106,7 +106,7 @@ def merge_checkpoint(
     loaded = load_adapter(adapter_folder)
     merged_id = check_merged_before(loaded, checkpoint)
     plan = plan_merge(checkpoint, loaded)
-    base_masks = compare_base(loaded, checkpoint, check_base)
+    base_masks = compare_base(loaded, checkpoint, check_base, plan.stored)
     base_card = read_card(base_folder / CARD)
 
     counted = _Counted(sum(file.size for file in checkpoint.files), progress)

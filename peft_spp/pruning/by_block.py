@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ..reports import some
 from .block_calls import CalibrationBatch
 from .calibration import run_calibration
 from .calibration_data import calibration_inputs
 from .calibration_mode import calibration_mode
-from .input_statistics import InputStatistics
-from .layers import LinearLayer, check_prunable, check_unshared, find_blocks, find_target_layers
+from .experts import Expert
+from .input_statistics import FEW_TOKENS, InputNorms, InputStatistics
+from .layers import PrunableLayer, check_prunable, check_unshared, find_blocks, find_target_layers
 from .methods import PruningMethod
 
 
@@ -44,14 +47,17 @@ def prune_model(
     check_unshared(model, layers)
 
     with calibration_mode(model):
-        dense = method.statistics(layers)
+        # These are not used, as the blocks will get other inputs: this checks them before anything is changed. Norms
+        # do for all methods; Hessians of all layers at once, and of all experts, would take too much memory.
+        dense = InputNorms(layers)
         batches = run_calibration(model, blocks, calibration_inputs(calibration_batches), dense)
-        # These are not used, as the blocks will get other inputs: this checks them before anything is changed.
         dense.compute()
         del dense
 
+        rarely_reached: list[str] = []
         for index, block in enumerate(blocks):
-            prune_block(method, index, block, layers_of_block(layers, blocks_name, index), batches)
+            rarely_reached += prune_block(method, index, block, layers_of_block(layers, blocks_name, index), batches)
+    warn_of_rarely_reached(rarely_reached, layers)
 
 
 def check_in_blocks(names: Iterable[str], blocks_name: str, method: PruningMethod) -> None:
@@ -64,7 +70,7 @@ def check_in_blocks(names: Iterable[str], blocks_name: str, method: PruningMetho
             )
 
 
-def layers_of_block(layers: dict[str, LinearLayer], blocks_name: str, index: int) -> dict[str, LinearLayer]:
+def layers_of_block(layers: dict[str, PrunableLayer], blocks_name: str, index: int) -> dict[str, PrunableLayer]:
     """The layers that are in the block numbered `index`."""
     return {name: layer for name, layer in layers.items() if name.startswith(f"{blocks_name}.{index}.")}
 
@@ -74,20 +80,39 @@ def prune_block(
     method: PruningMethod,
     index: int,
     block: nn.Module,
-    layers: dict[str, LinearLayer],
+    layers: dict[str, PrunableLayer],
     batches: list[CalibrationBatch],
     after_batch: Callable[[], object] = lambda: None,
-) -> None:
-    """Prune one block by the inputs of its layers, and push the calibration data through it."""
+) -> list[str]:
+    """
+    Prune one block by the inputs of its layers, and push the calibration data through it.
+
+    It returns the experts that too few tokens have reached.
+    """
     assert method.statistics is not None
+    rarely_reached: list[str] = []
     if layers:
         statistics: InputStatistics = method.statistics(layers)
         with statistics:
             for batch in batches:
                 batch.run_block(index, block)
                 after_batch()
+        rarely_reached = statistics.rarely_reached()
         for name, statistic in statistics.compute().items():
             method.prune(name, layers[name], statistic)
+        del statistics
     for batch in batches:
         batch.hidden_states = batch.run_block(index, block)
         after_batch()
+    return rarely_reached
+
+
+def warn_of_rarely_reached(names: Sequence[str], layers: Mapping[str, PrunableLayer]) -> None:
+    """Warn of experts that were pruned by magnitude since too few calibration tokens have reached them."""
+    if names:
+        experts = sum(isinstance(layer, Expert) for layer in layers.values())
+        warnings.warn(
+            f"Fewer than {FEW_TOKENS} calibration tokens reached {len(names)} of the {experts} expert weights, so "
+            f"these were pruned by magnitude: {some(names)}. Calibrate with more or other data to avoid that.",
+            stacklevel=4,
+        )

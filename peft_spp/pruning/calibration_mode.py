@@ -13,19 +13,32 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
+_EXPERTS = "_experts_implementation_internal"
+
+
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """While active, the model is in eval mode and keeps no cache; afterward, its state is restored."""
+    """
+    While active, the model is in eval mode, keeps no cache, and runs experts one by one; afterward, its state is
+    restored.
+    """
     was_training = {module: module.training for module in model.modules()}
-    use_cache = [(config, config.use_cache) for config in _configs(model) if hasattr(config, "use_cache")]
+    configs = _configs(model)
+    use_cache = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    # past the property, which would set those of nested configurations as well
+    experts = [(config, vars(config)[_EXPERTS]) for config in configs if _EXPERTS in vars(config)]
     model.eval()
     for config, _ in use_cache:
         config.use_cache = False
+    for config, _ in experts:
+        vars(config)[_EXPERTS] = "eager"
     try:
         yield
     finally:
         for config, value in use_cache:
             config.use_cache = value
+        for config, value in experts:
+            vars(config)[_EXPERTS] = value
         for module, training in was_training.items():
             module.training = training
 

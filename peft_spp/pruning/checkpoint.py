@@ -5,43 +5,37 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.card import read_card
 from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.own_files import CARD, MODEL
-from ..checkpoints.tensor_file import StoredTensor
 from ..compressed.on_disk import compress_in_place
 from ..devices import usable_device
 from ..durable import sync_file
 from ..sparsity import NMPattern
-from ..sparsity.counting import Counts, count
-from .by_block import check_in_blocks, layers_of_block, prune_block
-from .calibration import check_repeatable
+from .by_block import check_in_blocks
 from .calibration_data import CalibrationInputs, calibration_inputs
 from .calibration_file import SAMPLES, calibration_from_file
-from .calibration_mode import calibration_mode
-from .dense_run import check_reached, enter_checkpoint
-from .layers import LinearLayer, check_divisible, check_unshared, linear_layers
-from .methods import PruningMethod
+from .checkpoint_run import CheckpointRun, Progress
+from .layers import (
+    check_divisible,
+    check_unshared,
+    prunable_layers,
+)
 from .model_card import pruned_card
-from .preflight import check_finite, check_tokens, last_block, needed_tensors
+from .preflight import check_in_one_block, check_tokens
 from .registry import create_method, option_names
-from .report import PrunedModule, PruneReport
+from .report import PruneReport
 from .skeleton import Skeleton
 
-
-Progress = Callable[[int, int], object]
-"""Called with the steps done and the steps there are."""
 
 Batches = Iterable[Tensor | Mapping[str, Tensor]]
 
@@ -94,7 +88,8 @@ def prune_checkpoint(
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+            one must be the layer's name or its end. By default all linear layers in the transformer blocks, experts
+            included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         device (`str` or `torch.device`, *optional*): Where to compute; by default on a CUDA GPU if there is one.
         compress (`bool`, *optional*, defaults to `False`):
@@ -148,6 +143,7 @@ def prune_checkpoint(
     if chosen.statistics is not None and calibration is not None:
         check_in_blocks(layers, skeleton.blocks_name, chosen)
         check_unshared(skeleton.model, layers)
+        check_in_one_block(skeleton, layers)
         batches: Batches
         if isinstance(calibration, (str, os.PathLike)):
             config = skeleton.model.config
@@ -159,7 +155,7 @@ def prune_checkpoint(
         check_tokens(skeleton, data)
     settings |= {option: getattr(chosen, option) for option in option_names(type(chosen))}
 
-    run = _Run(chosen, skeleton, layers, progress)
+    run = CheckpointRun(chosen, skeleton, layers, progress)
     run.look(data, 0 if dry_run else run.steps(len(data)))
     if dry_run:
         return _report(run, out, settings, dry_run)
@@ -186,132 +182,9 @@ def _copy_files(checkpoint: Checkpoint, out: OutputFolder) -> dict[Path, Path]:
     return copies
 
 
-@dataclass
-class _Run:
-    """Prunes layer by layer or block by block, and tells how far it is.
-
-    Args:
-        method (`PruningMethod`): The method.
-        skeleton (`Skeleton`): The model.
-        layers (`dict[str, LinearLayer]`): Its layers to prune.
-        progress (`Callable[[int, int], object]`, *optional*): Called after each step.
-        modules (`dict[str, PrunedModule]`): What was done so far.
-    """
-
-    method: PruningMethod
-    skeleton: Skeleton
-    layers: dict[str, LinearLayer]
-    progress: Progress | None
-    modules: dict[str, PrunedModule] = field(default_factory=dict)
-    _done: int = 0
-    _total: int = 0
-
-    def look(self, data: list[CalibrationInputs], steps_to_come: int) -> None:
-        """Check the tensors and the dense model, and change nothing: what is found cannot end the run half-way."""
-        others = needed_tensors(self.skeleton, self.layers, self.method)
-        blocks = last_block(self.skeleton, self.layers) + 1 if data else 0
-        self._total = len(self.layers) + len(others) + blocks + steps_to_come
-        for tensor in others:
-            check_finite(tensor)
-            self._step()
-        for name in self._one_by_one():
-            self._record(name, self._count(name), None)
-        if data:
-            check_reached(self.skeleton, self.layers, data, self._step)
-
-    def steps(self, batches: int) -> int:
-        """How many steps pruning will take."""
-        if self.method.statistics is None:
-            return len(self.layers)
-        last = last_block(self.skeleton, self.layers)
-        by_block = [layers_of_block(self.layers, self.skeleton.blocks_name, index) for index in range(last + 1)]
-        return batches * (1 + sum(2 if layers else 1 for layers in by_block))
-
-    def prune(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
-        """Prune the layers, and write them into copies of the weight files."""
-        if self.method.statistics is not None:
-            self._prune_by_block(data, copies)
-            return
-        for name in self._one_by_one():
-            self.method.prune(name, self.layers[name], None)
-            self._finish(name, copies)
-
-    def _one_by_one(self) -> Iterator[str]:
-        """The names of the layers, each while its weight is in memory."""
-        for name in self.layers:
-            with self.skeleton.loaded([f"{name}.weight"]):
-                yield name
-            self._step()
-
-    def _prune_by_block(self, data: list[CalibrationInputs], copies: Mapping[Path, Path]) -> None:
-        skeleton, blocks = self.skeleton, self.skeleton.blocks
-        by_block = [layers_of_block(self.layers, skeleton.blocks_name, index) for index in range(len(blocks))]
-        last = last_block(skeleton, self.layers)
-        with calibration_mode(skeleton.model):
-            batches = enter_checkpoint(skeleton, data, self._step)
-            for index in range(last + 1):
-                with skeleton.loaded(skeleton.names_of_block(index)):
-                    layers = by_block[index]
-                    check_repeatable(index, blocks[index], batches[0])
-                    prune_block(self.method, index, blocks[index], layers, batches, self._step)
-                    for name in layers:
-                        self._finish(name, copies)
-
-    def _step(self) -> None:
-        self._done += 1
-        if self.progress is not None:
-            self.progress(self._done, self._total)
-
-    def _count(self, name: str) -> int:
-        """The zeros of a weight that is in memory, and finite."""
-        counts = self._counts(name)
-        if counts.non_finite:
-            stored = self._stored(name)
-            raise ValueError(
-                f"tensor {stored.name!r} of {stored.file} contains {counts.non_finite} NaN or infinite values: the "
-                "model is broken"
-            )
-        return counts.zeros
-
-    def _finish(self, name: str, copies: Mapping[Path, Path]) -> None:
-        """Check what a layer has become, and write it."""
-        counts = self._counts(name)
-        pattern = None if self.method.pattern is None else NMPattern.parse(self.method.pattern)
-        if counts.non_finite or (pattern is not None and counts.fullest[pattern.m] > pattern.n):
-            raise ValueError(
-                f"{name} is not {self.method.request} after pruning: this is a bug in peft_spp, please report it"
-            )
-        stored = self._stored(name)
-        data = self.layers[name].weight.detach().cpu().contiguous().view(torch.uint8)
-        with copies[stored.file].open("r+b") as file:
-            file.seek(stored.start)
-            file.write(data.numpy().data)
-        self._record(name, self.modules[name].zeros_before, counts.zeros)
-
-    def _counts(self, name: str) -> Counts:
-        layer = self.layers[name]
-        sizes = [] if self.method.pattern is None else [NMPattern.parse(self.method.pattern).m]
-        return count(layer.weight, transposed=isinstance(layer, Conv1D), group_sizes=sizes)
-
-    def _stored(self, name: str) -> StoredTensor:
-        return self.skeleton.stored(f"{name}.weight")
-
-    def _record(self, name: str, before: int, after: int | None) -> None:
-        stored = self._stored(name)
-        self.modules[name] = PrunedModule(
-            name=name,
-            tensor=stored.name,
-            file=stored.file.relative_to(self.skeleton.checkpoint.folder).as_posix(),
-            shape=stored.shape,
-            dtype=str(stored.dtype).removeprefix("torch."),
-            zeros_before=before,
-            zeros_after=after,
-        )
-
-
-def _report(run: _Run, output: OutputFolder, settings: dict[str, Any], dry_run: bool) -> PruneReport:
+def _report(run: CheckpointRun, output: OutputFolder, settings: dict[str, Any], dry_run: bool) -> PruneReport:
     checkpoint = run.skeleton.checkpoint
-    linear = linear_layers(run.skeleton.model)
+    linear = prunable_layers(run.skeleton.model)
     return PruneReport(
         model=str(checkpoint.folder),
         output=str(output.path),

@@ -13,7 +13,7 @@ from .calibration import check_repeatable, enter_blocks
 from .calibration_data import CalibrationInputs
 from .calibration_mode import calibration_mode, draws_restored
 from .input_statistics import InputNorms
-from .layers import LinearLayer
+from .layers import PrunableLayer
 from .preflight import last_block
 from .skeleton import Skeleton
 
@@ -35,7 +35,7 @@ def enter_checkpoint(
 @torch.no_grad()
 def check_reached(
     skeleton: Skeleton,
-    layers: dict[str, LinearLayer],
+    layers: dict[str, PrunableLayer],
     data: Sequence[CalibrationInputs],
     after_block: Callable[[], object],
 ) -> None:
@@ -52,7 +52,7 @@ def check_reached(
 
 def _inputs(
     skeleton: Skeleton,
-    layers: dict[str, LinearLayer],
+    layers: dict[str, PrunableLayer],
     data: Sequence[CalibrationInputs],
     after_block: Callable[[], object],
 ) -> InputNorms:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the linear layers of a model to prune, and pruning one of them."""
+"""Finding the linear layers of a model to prune, experts included, and pruning one of them."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -18,9 +19,14 @@ from ..architecture import (
     what_computes,
     why_not_linear_map,
 )
-from ..checkpoints.names import matches
+from ..checkpoints.names import is_fused_experts, matches
 from ..compressed import CompressedLinear
 from ..sparsity import NMPattern
+from .experts import Expert, find_experts
+
+
+PrunableLayer: TypeAlias = LinearLayer | Expert
+"""A linear layer, or an expert of a mixture."""
 
 
 def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.ModuleList]:
@@ -52,36 +58,37 @@ def find_blocks(model: nn.Module, layers: Iterable[str] = ()) -> tuple[str, nn.M
 
 def find_target_layers(
     model: nn.Module, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None = None
-) -> dict[str, LinearLayer]:
-    """Find the linear layers to prune."""
+) -> dict[str, PrunableLayer]:
+    """Find the linear layers to prune, and the experts. An expert goes by its own name and that of its stack."""
     if hasattr(model, "peft_config"):
         raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
-    layers = linear_layers(model)
+    layers = prunable_layers(model)
     compressed = next((name for name, layer in layers.items() if isinstance(layer, CompressedLinear)), None)
     if compressed is not None:
         raise ValueError(f"{compressed} is compressed: call peft_spp.decompress(model) before pruning.")
     if target_modules is None:
         layers = {name: layers[name] for name in _default_targets(model)}
     else:
-        layers = {name: layer for name, layer in layers.items() if _matches(name, target_modules)}
+        layers = {name: layer for name, layer in layers.items() if _matches(name, layer, target_modules)}
     if not layers:
         raise ValueError(f"No linear layer of the model matches {target_modules=}.")
     if exclude_modules is not None:
-        layers = {name: layer for name, layer in layers.items() if not _matches(name, exclude_modules)}
+        layers = {name: layer for name, layer in layers.items() if not _matches(name, layer, exclude_modules)}
         if not layers:
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
     return _linear_maps(layers, named=target_modules is not None)
 
 
-def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
-    """All linear layers of a model by their names."""
-    return {name: module for name, module in model.named_modules() if is_linear_layer(module)}
+def prunable_layers(model: nn.Module) -> dict[str, PrunableLayer]:
+    """All linear layers of a model by their names, and all experts."""
+    linear = {name: module for name, module in model.named_modules() if is_linear_layer(module)}
+    return {**linear, **find_experts(model)}
 
 
-def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
+def check_prunable(layers: Mapping[str, PrunableLayer], pattern: str | NMPattern | None) -> None:
     """Raise a `ValueError` that names the first layer which cannot be pruned (to `pattern`, where one is given)."""
     for name, layer in layers.items():
-        computed = what_computes(layer, "weight")
+        computed = what_computes(*_holder(layer))
         if computed is not None:
             what, remedy = computed
             raise ValueError(
@@ -97,7 +104,7 @@ def check_prunable(layers: dict[str, LinearLayer], pattern: str | NMPattern | No
     check_divisible(layers, pattern)
 
 
-def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | None) -> None:
+def check_divisible(layers: Mapping[str, PrunableLayer], pattern: str | NMPattern | None) -> None:
     """Raise a `ValueError` that names the first layer whose inputs are not a multiple of the M of `pattern`."""
     for name, layer in layers.items():
         in_features = weight_matrix(layer).shape[1]
@@ -108,41 +115,67 @@ def check_divisible(layers: dict[str, LinearLayer], pattern: str | NMPattern | N
             )
 
 
-def check_unshared(model: nn.Module, layers: dict[str, LinearLayer]) -> None:
+def check_unshared(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> None:
     """Raise a `ValueError` that names the first layer whose weight another module uses too, for other inputs."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            users.setdefault(id(weight), []).append(name)
+        for own_name, parameter in module.named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(f"{name}.{own_name}" if name else own_name)
     for name, layer in layers.items():
-        others = [other for other in users.get(id(layer.weight), ()) if other != name]
+        parameter_name = weight_name(name, layer)
+        parameter = getattr(*_holder(layer))
+        others = [other for other in users.get(id(parameter), ()) if other != parameter_name]
         if others:
             raise ValueError(
-                f"{name} shares its weight with {others[0]}, which has different inputs. Exclude it with "
-                "exclude_modules, or prune the model by magnitude."
+                f"{name} shares its weight with {others[0].removesuffix('.weight')}, which has different inputs. "
+                "Exclude it with exclude_modules, or prune the model by magnitude."
             )
 
 
-def weight_matrix(layer: LinearLayer) -> torch.Tensor:
+def weight_name(name: str, layer: PrunableLayer) -> str:
+    """The name of the parameter of a model that a layer is, or is a part of."""
+    return layer.stack_name if isinstance(layer, Expert) else f"{name}.weight"
+
+
+def is_stored_inputs_first(layer: PrunableLayer) -> bool:
+    """Whether the weight of a layer is stored as `(in_features, out_features)`."""
+    return layer.is_transposed if isinstance(layer, Expert) else isinstance(layer, Conv1D)
+
+
+def weight_matrix(layer: PrunableLayer) -> torch.Tensor:
     """A view of the weight as `(out_features, in_features)`: transposed for `Conv1D`, which stores (in, out)."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return layer.weight.T if is_stored_inputs_first(layer) else layer.weight
 
 
 @torch.no_grad()
-def apply_mask(layer: LinearLayer, mask: torch.Tensor) -> None:
+def apply_mask(layer: PrunableLayer, mask: torch.Tensor) -> None:
     """Set the weights of `layer` to +0.0 where `mask`, of shape `(out_features, in_features)`, is `False`."""
     # Filled rather than multiplied: -1.0 * 0 would be -0.0.
     weight_matrix(layer).masked_fill_(~mask, 0.0)
 
 
-def _matches(name: str, wanted: str | Iterable[str]) -> bool:
-    return matches(name, wanted if isinstance(wanted, str) else tuple(wanted))
+def _holder(layer: PrunableLayer) -> tuple[nn.Module, str]:
+    """The module that has the weight of a layer, and the name of the parameter in it."""
+    return (layer.module, layer.parameter_name) if isinstance(layer, Expert) else (layer, "weight")
 
 
-def _warn_about_stacked_weights(blocks: nn.Module) -> None:
-    # Transformers keeps the experts of a mixture in one parameter with three dimensions, without linear layers.
-    stacked = [name for name, parameter in blocks.named_parameters() if parameter.ndim > 2]
+def _matches(name: str, layer: PrunableLayer, wanted: str | Iterable[str]) -> bool:
+    wanted = wanted if isinstance(wanted, str) else tuple(wanted)
+    names = [name, name.rpartition(".")[0]] if isinstance(layer, Expert) else [name]
+    return any(matches(one, wanted) for one in names)
+
+
+def _warn_about_stacked_weights(name: str, blocks: nn.Module, experts: Iterable[Expert]) -> None:
+    prunable = {id(getattr(*_holder(expert))) for expert in experts}
+    stacked = [
+        parameter_name
+        for module_name, module in blocks.named_modules(prefix=name)
+        if not is_linear_layer(module)
+        for parameter_name, parameter in module.named_parameters(prefix=module_name, recurse=False)
+        # DBRX has its experts one below another in a matrix
+        if parameter.ndim > 2 or (parameter.ndim == 2 and is_fused_experts(parameter_name))
+        if id(parameter) not in prunable
+    ]
     if stacked:
         warnings.warn(
             f"{len(stacked)} weights in the blocks, such as {stacked[0]}, are not in linear layers and stay dense.",
@@ -184,14 +217,21 @@ def _default_targets(model: nn.Module) -> list[str]:
         names = set(in_blocks.values())
     else:
         names = {find_blocks(model)[0]}
+    experts = find_experts(model)
     for name in names:
-        _warn_about_stacked_weights(model.get_submodule(name))
-    return [layer for layer, name in in_blocks.items() if name in names]
+        _warn_about_stacked_weights(name, model.get_submodule(name), experts.values())
+    return [layer for layer, name in in_blocks.items() if name in names] + [
+        layer for layer in experts if any(layer.startswith(f"{name}.") for name in names)
+    ]
 
 
-def _linear_maps(layers: dict[str, LinearLayer], named: bool) -> dict[str, LinearLayer]:
+def _linear_maps(layers: dict[str, PrunableLayer], named: bool) -> dict[str, PrunableLayer]:
     """The layers that compute what their class promises; for others, scores and masks would mean nothing."""
-    reasons = {name: reason for name, layer in layers.items() if (reason := why_not_linear_map(layer)) is not None}
+    reasons = {
+        name: reason
+        for name, layer in layers.items()
+        if not isinstance(layer, Expert) and (reason := why_not_linear_map(layer)) is not None
+    }
     if reasons:
         first, reason = next(iter(reasons.items()))
         what = f"{first}, a {type(layers[first]).__name__}, is not a linear map: {reason}."

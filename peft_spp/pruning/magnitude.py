@@ -9,7 +9,7 @@ from torch import nn
 
 from ..sparsity import NMPattern
 from .by_block import prune_model
-from .layers import LinearLayer, apply_mask, weight_matrix
+from .layers import PrunableLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
 
@@ -37,7 +37,8 @@ def prune_magnitude(
             but at least one weight is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers, as in PEFT: a regular expression that the whole name must match, or names of which
-            one must be the layer's name or its end. By default all linear layers in the transformer blocks.
+            one must be the layer's name or its end. By default all linear layers in the transformer blocks, experts
+            included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Example:
@@ -65,7 +66,7 @@ class Magnitude(PruningMethod):
     def comparison_size(self, out_features: int, in_features: int) -> int:
         return out_features * in_features
 
-    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+    def prune(self, name: str, layer: PrunableLayer, statistic: torch.Tensor | None) -> None:
         scores = weight_matrix(layer).abs()
         mask = pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity, comparison_group="layer")
         apply_mask(layer, mask)

@@ -12,7 +12,7 @@ import torch
 
 from ..sparsity import NMPattern
 from .input_statistics import InputStatistics
-from .layers import LinearLayer, weight_matrix
+from .layers import PrunableLayer, weight_matrix
 from .mask import check_pruning_request, num_to_prune
 
 
@@ -46,13 +46,13 @@ class PruningMethod(ABC):
         check_pruning_request(self.pattern, self.sparsity)
 
     @abstractmethod
-    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+    def prune(self, name: str, layer: PrunableLayer, statistic: torch.Tensor | None) -> None:
         """
         Prune one layer in place.
 
         Args:
             name (`str`): The name of the layer, for messages.
-            layer (`LinearLayer`): The layer.
+            layer (`PrunableLayer`): The layer.
             statistic (`torch.Tensor`, *optional*): What [`statistics`] has measured for it.
         """
 
@@ -60,12 +60,12 @@ class PruningMethod(ABC):
     def comparison_size(self, out_features: int, in_features: int) -> int:
         """With `sparsity`, how many weights of a layer are compared at once."""
 
-    def check_sparsity(self, layers: dict[str, LinearLayer]) -> None:
+    def check_sparsity(self, layers: dict[str, PrunableLayer]) -> None:
         """
         Check that the sparsity prunes at least one of the weights that are compared.
 
         Args:
-            layers (`dict[str, LinearLayer]`): The layers to prune, by their names. A warning counts those that
+            layers (`dict[str, PrunableLayer]`): The layers to prune, by their names. A warning counts those that
                 the sparsity leaves dense.
 
         Raises:

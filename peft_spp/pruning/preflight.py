@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -10,31 +11,57 @@ import torch
 from ..checkpoints.tensor_file import StoredTensor
 from .by_block import layers_of_block
 from .calibration_data import CalibrationInputs
-from .layers import LinearLayer
+from .experts import Expert
+from .layers import PrunableLayer, weight_name
 from .methods import PruningMethod
-from .skeleton import Skeleton
+from .skeleton import INSTEAD, Skeleton
 
 
-def last_block(skeleton: Skeleton, layers: dict[str, LinearLayer]) -> int:
+def last_block(skeleton: Skeleton, layers: dict[str, PrunableLayer]) -> int:
     """The number of the last block that has a layer to prune: the calibration data go no further."""
     indices = range(len(skeleton.blocks))
     return max(index for index in indices if layers_of_block(layers, skeleton.blocks_name, index))
 
 
-def needed_tensors(skeleton: Skeleton, layers: dict[str, LinearLayer], method: PruningMethod) -> list[StoredTensor]:
+def needed_tensors(skeleton: Skeleton, layers: dict[str, PrunableLayer], method: PruningMethod) -> list[StoredTensor]:
     """Find the tensors that pruning will load, besides the weights to prune."""
     if method.statistics is None:
         return []
     found = {}
+    pruned = _pruned_whole(layers)
     for name in _names(skeleton, last_block(skeleton, layers)):
-        if name.removesuffix(".weight") not in layers and skeleton.is_stored(name):
-            stored = skeleton.stored(name)
+        if name in pruned or not skeleton.is_stored(name):
+            continue
+        for stored in skeleton.origin(name).tensors:
             if not isinstance(stored.dtype, torch.dtype):
                 raise ValueError(
                     f"tensor {stored.name!r} of {stored.file} is {stored.describe()}, which is not supported"
                 )
             found[stored.name] = stored
     return list(found.values())
+
+
+def _pruned_whole(layers: dict[str, PrunableLayer]) -> set[str]:
+    """The parameters that are pruned, all experts of them."""
+    counts = Counter(weight_name(name, layer) for name, layer in layers.items())
+    return {
+        parameter
+        for name, layer in layers.items()
+        if counts[parameter := weight_name(name, layer)] == (len(layer.stack) if isinstance(layer, Expert) else 1)
+    }
+
+
+def check_in_one_block(skeleton: Skeleton, layers: dict[str, PrunableLayer]) -> None:
+    """Raise a `ValueError` that names the first layer which is stored in one tensor with a part of another block."""
+    for index in range(last_block(skeleton, layers) + 1):
+        inside = set(skeleton.names_of_block(index))
+        for name, layer in layers_of_block(layers, skeleton.blocks_name, index).items():
+            others = skeleton.origin(weight_name(name, layer)).shapes.keys() - inside
+            if others:
+                raise ValueError(
+                    f"{skeleton.checkpoint.folder} stores {name} and {min(others)} in one tensor, and block {index} "
+                    f"has only one of them. {INSTEAD}"
+                )
 
 
 def _names(skeleton: Skeleton, last: int) -> Iterator[str]:

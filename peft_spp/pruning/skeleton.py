@@ -13,12 +13,13 @@ import torch
 import transformers
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.tensor_file import StoredTensor
+from ..checkpoints.conversion import Origin, find_origins
+from ..checkpoints.empty_model import empty_model
 from ..checkpoints.ties import TiedNames
-from .layers import LinearLayer, find_blocks, find_target_layers
+from .layers import PrunableLayer, find_blocks, find_target_layers, weight_name
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +51,7 @@ class Skeleton:
         self._state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
             self.model.named_buffers(remove_duplicate=False)
         )
+        self._origins = find_origins(self.model, checkpoint.tensors.values())
         self._targets: list[str] = []
         self._kept_in_float32 = _kept_in_float32(self.model, self.dtype)
 
@@ -65,7 +67,7 @@ class Skeleton:
 
     def find_targets(
         self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
-    ) -> dict[str, LinearLayer]:
+    ) -> dict[str, PrunableLayer]:
         """Find the layers to prune."""
         try:
             layers = find_target_layers(self.model, target_modules, exclude_modules)
@@ -73,46 +75,41 @@ class Skeleton:
             raise ValueError(f"{self.checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
         self._targets = list(layers)
         tied = TiedNames(self.checkpoint.config)
-        for name in layers:
-            weight = self.stored(f"{name}.weight")
-            if f"{name}.weight" in tied:
+        for parameter, name in {weight_name(name, layer): name for name, layer in layers.items()}.items():
+            if parameter in tied:
                 raise ValueError(f"{name} shares its weight with the embeddings, which pruning would change too.")
-            if weight.dtype not in _DTYPES:
-                raise ValueError(
-                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}: prune before quantizing."
-                )
-            if weight.dtype != self.dtype:
-                raise ValueError(
-                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, but most others are "
-                    f"{self.dtype}: save the model in one dtype first."
-                )
-            if self._dtype_of(f"{name}.weight") != weight.dtype:
-                raise ValueError(
-                    f"tensor {weight.name!r} of {weight.file} is {weight.describe()}, but Transformers loads it in "
-                    f"{self._dtype_of(f'{name}.weight')}: exclude {name} with exclude_modules. {INSTEAD}"
-                )
+            self._check_dtype(parameter, name)
         return layers
 
-    def stored(self, name: str) -> StoredTensor:
+    def _check_dtype(self, parameter: str, layer: str) -> None:
+        for weight in self.origin(parameter).tensors:
+            what = f"tensor {weight.name!r} of {weight.file} is {weight.describe()}"
+            if weight.dtype not in _DTYPES:
+                raise ValueError(f"{what}: prune before quantizing.")
+            if weight.dtype != self.dtype:
+                raise ValueError(f"{what}, but most others are {self.dtype}: save the model in one dtype first.")
+            if self._dtype_of(parameter) != weight.dtype:
+                raise ValueError(
+                    f"{what}, but Transformers loads it in {self._dtype_of(parameter)}: exclude {layer} with "
+                    f"exclude_modules. {INSTEAD}"
+                )
+
+    def origin(self, name: str) -> Origin:
         """Where the checkpoint has a tensor of the model."""
-        # the body of a model is saved without the prefix that its tensors have in the whole model, and may be loaded
-        # from either
-        prefix = f"{self.model.base_model_prefix}."
-        tensors = self.checkpoint.tensors
-        found = next(
-            (tensors[one] for one in (name, name.removeprefix(prefix), prefix + name) if one in tensors), None
-        )
-        if found is None:
+        origin = self._origins.get(name)
+        if origin is None:
             raise ValueError(
-                f"{self.checkpoint.folder} has no tensor {name!r}, which Transformers builds from other tensors when "
-                f"it loads the model. {INSTEAD}"
+                f"{self.checkpoint.folder} has no tensor {name!r}, nor the tensors that Transformers builds it from "
+                f"when it loads the model. {INSTEAD}"
             )
-        if found.shape != tuple(self._state[name].shape):
-            raise ValueError(
-                f"tensor {found.name!r} of {found.file} has shape {found.shape}, but config.json implies "
-                f"{tuple(self._state[name].shape)}"
-            )
-        return found
+        expected = tuple(self._state[name].shape)
+        if origin.shapes[name] != expected:
+            one = origin.tensors[0]
+            what = f"has shape {one.shape}"
+            if origin.converter is not None:
+                what = f"and {len(origin.tensors) - 1} others make {name} of shape {origin.shapes[name]}"
+            raise ValueError(f"tensor {one.name!r} of {one.file} {what}, but config.json implies {expected}")
+        return origin
 
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
@@ -129,7 +126,7 @@ class Skeleton:
     def load(self, name: str) -> None:
         """Load a tensor by its name in the model, or move it to the device if it is not part of the checkpoint."""
         if self._state[name].is_meta:
-            value = self.stored(name).load()
+            value = self.origin(name).load(self._dtype_of(name))[name]
             set_module_tensor_to_device(
                 self.model, name, self.device, value=value, dtype=self._dtype_of(name), clear_cache=False
             )
@@ -187,13 +184,9 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         )
     if "quantization_config" in checkpoint.config:
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
-    named = checkpoint.config.get("architectures") or []
-    cls = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     try:
-        # without the question on the terminal whether the model's code may be run
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        with _default_dtype(dtype), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+        with _default_dtype(dtype):
+            model = empty_model(checkpoint.folder, checkpoint.config)
     except (ValueError, KeyError) as error:
         if "auto_map" in checkpoint.config:
             raise ValueError(

@@ -22,7 +22,7 @@ from torch import nn
 from ..sparsity import NMPattern
 from .by_block import prune_model
 from .input_statistics import InputHessians
-from .layers import LinearLayer, weight_matrix
+from .layers import PrunableLayer, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod, option
 
@@ -69,7 +69,7 @@ def prune_sparsegpt(
             integer, but at least one weight of each block is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or
-            names of which one must be the layer's name or its end. By default all of them.
+            names of which one must be the layer's name or its end. By default all of them, experts included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
         damping (`float`, *optional*, defaults to 0.01): λ, as a fraction of the mean of the diagonal of 2 X Xᵀ.
         block_size (`int`, *optional*, defaults to 128): How many inputs are pruned before later ones are updated.
@@ -125,7 +125,7 @@ class SparseGPT(PruningMethod):
         return out_features * min(self.block_size, in_features)
 
     @torch.no_grad()
-    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+    def prune(self, name: str, layer: PrunableLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None
         weight = weight_matrix(layer)
         try:

@@ -10,7 +10,7 @@ from torch import nn
 from ..sparsity import NMPattern
 from .by_block import prune_model
 from .input_statistics import InputNorms
-from .layers import LinearLayer, apply_mask, weight_matrix
+from .layers import PrunableLayer, apply_mask, weight_matrix
 from .mask import pruning_mask
 from .methods import PruningMethod
 
@@ -37,8 +37,11 @@ def prune_wanda(
 
     No cache is kept and dropout is off, whatever the model's settings, which are restored.
 
+    The experts of a mixture are pruned as linear layers, each by the tokens that are routed to it, and by magnitude
+    if these are fewer than 16. A warning names those.
+
     Everything is checked on the dense model, with one forward pass of the data, before the model is changed. Only if
-    a block's inputs are not finite, or no token is routed to an expert any more, because of the pruning of the blocks
+    a block's inputs are not finite, or no token reaches a layer any more, because of the pruning of the blocks
     before it does the `ValueError` come when those have been pruned.
 
     Args:
@@ -53,7 +56,7 @@ def prune_wanda(
             but at least one weight of each output is kept.
         target_modules (`str` or `Iterable[str]`, *optional*):
             Which linear layers of the blocks, as in PEFT: a regular expression that the whole name must match, or
-            names of which one must be the layer's name or its end. By default all of them.
+            names of which one must be the layer's name or its end. By default all of them, experts included.
         exclude_modules (`str` or `Iterable[str]`, *optional*): Layers to skip, in the same format.
 
     Raises:
@@ -89,7 +92,7 @@ class Wanda(PruningMethod):
     def comparison_size(self, out_features: int, in_features: int) -> int:
         return in_features
 
-    def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
+    def prune(self, name: str, layer: PrunableLayer, statistic: torch.Tensor | None) -> None:
         assert statistic is not None
         scores = weight_matrix(layer).abs().to(statistic.dtype) * statistic
         apply_mask(layer, pruning_mask(scores, pattern=self.pattern, sparsity=self.sparsity))

@@ -152,7 +152,11 @@ def record_weights(weights: Iterable[tuple[str, Tensor | Compressed]]) -> dict[s
 
 
 def record_checkpoint(
-    record: BaseRecord, source: str | os.PathLike[str], *, conv1d: bool | None = None
+    record: BaseRecord,
+    source: str | os.PathLike[str],
+    *,
+    conv1d: bool | None = None,
+    stored: Mapping[str, str] | None = None,
 ) -> dict[str, MaskRecord]:
     """
     Record the masks of a checkpoint on disk, in the modules that a record has. No model is built, and one tensor is in
@@ -162,6 +166,8 @@ def record_checkpoint(
         record ([`BaseRecord`]): The record that says which modules count.
         source (`str` or `os.PathLike`): The safetensors file or folder of the base model.
         conv1d (`bool`, *optional*): Whether weights are stored `(in, out)`; by default the checkpoint tells.
+        stored (`Mapping[str, str]`, *optional*):
+            What the checkpoint calls modules of the record; by default the same, up to the model's prefix.
 
     Returns:
         `dict[str, MaskRecord]`: The mask of each module that the checkpoint has, by its name in the record. Modules
@@ -176,7 +182,7 @@ def record_checkpoint(
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name in record.masks:
-            weight = found.get(prefix(name))
+            weight = found.get((stored or {}).get(name) or prefix(name))
             if weight is not None and weight.unreadable is None:
                 tensor = weight.load()
                 yield name, tensor.transpose(-1, -2) if weight.transposed else tensor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..checkpoints.layout import Layout
+from ..checkpoints.layout import Layout, says_transposed
 from ..checkpoints.names import is_adapter, is_fused_experts, matches, plain_name, special_role, wrapped_by_adapters
 from ..checkpoints.safetensors_files import stored_in_files
 from ..checkpoints.stored import Stored
@@ -220,14 +220,12 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
                     _join(name, "weight"), partial(getattr, module, "weight"), transposed=conv1d, linear=True
                 )
             continue
-        experts_transposed = getattr(module, "is_transposed", None)
+        told = says_transposed(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             yield _listed(
                 _join(name, parameter_name),
                 partial(getattr, module, parameter_name),
-                transposed=experts_transposed
-                if isinstance(experts_transposed, bool) and parameter.dim() == 3
-                else None,
+                transposed=told if told is not None and parameter.dim() == 3 else None,
                 linear=False,
             )
 

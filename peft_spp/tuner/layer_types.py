@@ -16,10 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..architecture import is_stored_transposed
 from ..checkpoints.layout import model_types
 from .config import SPPConfig
+from .engines import whole_shape
 from .layer import Linear
-from .param_wrapper import ParamWrapper, is_stored_transposed
+from .param_wrapper import ParamWrapper
 from .quantized import QuantizedLinear, find_backend
 from .targets import check_linear, check_not_split, check_weight
 
@@ -60,7 +62,7 @@ def parameter(request: Request) -> Make | None:
     base_layer, name = request.base_layer, request.parameter_name
     weight = getattr(base_layer, name)
     check_weight(weight, f"Target parameter {request.module_name!r}", dimensions=(2, 3))
-    transposed = is_stored_transposed(base_layer, weight, model_types(request.model_config))
+    transposed = is_stored_transposed(base_layer, len(whole_shape(weight)), model_types(request.model_config))
     return partial(ParamWrapper, parameter_name=name, is_transposed=transposed)
 
 

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..checkpoints.layout import TRANSPOSED_EXPERTS_MODEL_TYPES
 from ..functional import scaled_weight
 from .config import SPPConfig
 from .engines import call_inside, forward_within, innermost, is_hooked, whole_shape
@@ -159,16 +157,6 @@ class ParamWrapper(Linear):
         rep = super().__repr__()
         idx = rep.find("(") + 1
         return f"{rep[:idx]}\n  parameter_name='{self.parameter_name}',{rep[idx:]}"
-
-
-def is_stored_transposed(module: nn.Module, parameter: torch.Tensor, model_types: Collection[str]) -> bool:
-    """
-    Whether a weight is stored as (in_features, out_features), by what [`~peft_spp.sparsity.sparsity_report`] goes by.
-    """
-    if len(whole_shape(parameter)) != 3:
-        return isinstance(module, Conv1D)
-    said = getattr(module, "is_transposed", None)
-    return said if isinstance(said, bool) else not TRANSPOSED_EXPERTS_MODEL_TYPES.isdisjoint(model_types)
 
 
 class _Replacement:

@@ -13,8 +13,15 @@ from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..architecture import LinearLayer, has_plain_forward, is_linear_layer, linear_layers_in_blocks, why_not_linear_map
-from ..checkpoints.names import is_fused_experts, plain_name
+from ..architecture import (
+    LinearLayer,
+    find_expert_stacks,
+    has_plain_forward,
+    is_linear_layer,
+    linear_layers_in_blocks,
+    why_not_linear_map,
+)
+from ..checkpoints.names import plain_name
 from .config import SPPConfig
 from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules
@@ -52,12 +59,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 def fused_experts(model: nn.Module) -> list[str]:
     """The parameters that hold the weights of all experts of a mixture, which are not linear layers."""
-    names = []
-    for name, parameter in model.named_parameters():
-        plain = plain_name(name)
-        if parameter.ndim == 3 and is_fused_experts(plain.removesuffix(".weight")):
-            names.append(plain)
-    return names
+    return [plain_name(name) for name in find_expert_stacks(model)]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -31,6 +31,8 @@ def test_prune_writes_a_model_and_prints_a_table_or_json(tmp_path: Path, model: 
     arguments = ["--method", "magnitude", "--pattern", "2:4", "--exclude-modules", "o_proj"]
     result = run(model, tmp_path / "out", *arguments)
     assert result.exit_code == 0 and "18 layers" in result.stdout and result.stderr == ""
+    assert "\nwith magnitude, pattern=2:4" in result.stdout
+    assert "- method: magnitude\n" in (tmp_path / "out" / "README.md").read_text()
     assert sparsity_report(tmp_path / "out", modules=r".*mlp.*").all_satisfy("2:4")
     assert run(model, tmp_path / "out", *arguments).exit_code == 2
     again = run(model, tmp_path / "out", *arguments, "--overwrite", "--json")

@@ -13,6 +13,7 @@ from peft_spp.functional import Factors, merged_weight
 from peft_spp.merge import merge_checkpoint, pieces
 from peft_spp.sparsity import compare_sparsity
 
+from helpers.every_model import build
 from helpers.merge_cases import (
     BERT,
     Case,
@@ -267,3 +268,21 @@ def test_the_number_of_threads_of_the_caller_stays(tmp_path):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_vl", "paligemma", "internvl"])
+def test_a_multimodal_model_is_merged_under_the_names_of_its_checkpoint(tmp_path, kind):
+    """Transformers saves it under older names than its modules have."""
+    case = save_case(tmp_path, build(kind), SPPConfig(r=2))
+    adapted = {module.name for module in merge_checkpoint(case.base, case.adapter, tmp_path / "dry", dry_run=True)}
+    names = {name.removesuffix(".weight") for name in stored(case.base)}
+    assert adapted and not adapted & names
+    report = merge_checkpoint(case.base, case.adapter, tmp_path / "out")
+    assert f"in {len(adapted)} modules" in report.base_masks
+    assert_same_bits(stored(tmp_path / "out"), stored(merged_by_peft(case, tmp_path / "peft")))
+
+    first = next(iter(report)).tensor
+    file = next(file for file in case.base.glob("*.safetensors") if first in load_file(file))
+    edit_tensors(file, **{first: torch.ones_like(load_file(file)[first])})
+    with pytest.raises(ValueError, match=r"different masks than .*, in 1 of"):
+        merge_checkpoint(case.base, case.adapter, tmp_path / "other", check_base="error")

@@ -13,20 +13,22 @@ from __future__ import annotations
 import copy
 import re
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from plain_wanda import SEED, plain_wanda, squared_norms, weights_of, without_cache
+from plain_wanda import SEED, plain_wanda, squared_norms, stack_of, weights_of, without_cache
 
-from peft_spp.pruning import prune_magnitude, prune_wanda
+from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_wanda
 from peft_spp.pruning.layers import find_target_layers
 from peft_spp.sparsity import sparsity_report
 
@@ -37,6 +39,8 @@ from helpers.model_sweep import main, short, write_table
 
 TABLE = Path(__file__).parent / "every_pruned_model.json"
 
+FROM_DISK = ("magnitude", "wanda")
+
 Inputs = dict[str, Any]
 
 
@@ -46,7 +50,8 @@ def check(model_type: str) -> dict[str, Any]:
 
     Returns:
         `dict`: `"status"`: "agrees" with plain Wanda and magnitude, "refused" (by Wanda; magnitude agrees),
-        "no blocks", "unusable" (not built or called) or "fault"; and how many layers, or the reason.
+        "no blocks", "unusable" (not built or called) or "fault"; and how many layers, or the reason. Of mixtures,
+        `"from disk"`: for each method whether it gives the bits of pruning in memory, or the reason of a refusal.
     """
     try:
         model, batches = _usable(model_type)
@@ -81,7 +86,41 @@ def check(model_type: str) -> dict[str, Any]:
     expected, actual = plain_wanda(model, names, batches), weights_of(pruned, names)
     faults += [f"wrong: {name}" for name in names if not torch.equal(expected[name], actual[name])]
     result["layers"] = len(names)
+    if any(stack_of(model, name) is not None for name in names):
+        result["from disk"] = {method: _from_disk(model, batches, silent, method) for method in FROM_DISK}
+        faults += [f"{method} from disk" for method, found in result["from disk"].items() if found == "differs"]
     return {**result, "status": "fault", "faults": faults} if faults else {**result, "status": "agrees"}
+
+
+def _from_disk(model: nn.Module, batches: list[Inputs], silent: list[str], method: str) -> str:
+    """Whether pruning a checkpoint in bfloat16 gives the bits of pruning in memory, or why it is refused."""
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    halves = [{name: one.bfloat16() if one.is_floating_point() else one for name, one in b.items()} for b in batches]
+    request: dict[str, Any] = {"pattern": "2:4", "exclude_modules": silent or None}
+    with tempfile.TemporaryDirectory() as folder:
+        dense, out, expected = (Path(folder, name) for name in ("dense", "out", "expected"))
+        try:
+            model.save_pretrained(dense)
+            loaded = type(model).from_pretrained(dense, dtype=torch.bfloat16)
+            loaded.save_pretrained(dense)  # with the tensors that Transformers keeps in float32
+            torch.manual_seed(SEED)
+            prune_checkpoint(dense, out, method=method, calibration=halves, **request)
+        except (ValueError, NotImplementedError) as error:
+            return short(error).replace(folder, "")
+        torch.manual_seed(SEED)
+        if method == "magnitude":
+            prune_magnitude(loaded, **request)
+        else:
+            prune_wanda(loaded, halves, **request)
+        loaded.save_pretrained(expected)
+        one, other = (
+            {name: tensor for file in where.glob("*.safetensors") for name, tensor in load_file(file).items()}
+            for where in (out, expected)
+        )
+        same = one.keys() == other.keys() and all(
+            torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)) for name, tensor in one.items()
+        )
+        return "agrees" if same else "differs"
 
 
 def _usable(model_type: str) -> tuple[nn.Module, list[Inputs]]:
@@ -131,7 +170,11 @@ def _magnitude_faults(model: nn.Module, names: list[str]) -> list[str]:
         if not torch.equal(after[name], (groups * keep).reshape(before[name].shape)):
             wrong.append(f"wrong by magnitude: {name}")
     reported = {one.name for one in sparsity_report(pruned)}
-    return wrong + [f"pruned, but not in the report: {name}" for name in names if name not in reported]
+    return wrong + [
+        f"pruned, but not in the report: {name}"
+        for name in names
+        if name not in reported and (stack_of(model, name) is None or name.rpartition(".")[0] not in reported)
+    ]
 
 
 def _refusal_faults(model: nn.Module, batches: list[Inputs], names: list[str]) -> list[str]:

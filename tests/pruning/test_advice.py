@@ -175,17 +175,6 @@ def test_a_model_in_two_dtypes_can_be_saved_in_one(tmp_path: Path) -> None:
     assert prune_checkpoint(tmp_path / "one", tmp_path / "out", **request).sparsity == 0.5
 
 
-def test_a_mixture_that_cannot_be_pruned_from_disk_can_be_in_memory(tmp_path: Path) -> None:
-    model = build("qwen2_moe")
-    model.save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"experts.*Load the model with from_pretrained"):
-        prune_checkpoint(tmp_path / "dense", tmp_path / "out", pattern="2:4", calibration=DATA)
-    loaded = type(model).from_pretrained(tmp_path / "dense")
-    prune_wanda(loaded, DATA, pattern="2:4")
-    loaded.save_pretrained(tmp_path / "out")
-    assert {one.sparsity for one in sparsity_report(tmp_path / "out") if one.zeros} == {0.5}
-
-
 def test_what_only_magnitude_can_prune() -> None:
     for kind in ("albert", "t5"):
         model = build(kind)

@@ -17,7 +17,7 @@ from peft_spp.pruning.block_calls import entering_states
 from peft_spp.pruning.calibration import enter_blocks
 from peft_spp.pruning.calibration_data import calibration_inputs
 from peft_spp.pruning.calibration_mode import calibration_mode
-from peft_spp.pruning.layers import find_target_layers, linear_layers
+from peft_spp.pruning.layers import find_target_layers, prunable_layers
 from peft_spp.sparsity import satisfies_n_m
 
 from helpers.every_model import build, tiny_config
@@ -410,7 +410,7 @@ def test_blocks_may_name_their_hidden_states_as_they_like() -> None:
 def test_the_text_model_is_pruned_where_another_stack_is_larger(is_named: bool) -> None:
     """Of GIT the larger stack is for images; text does not run through it."""
     model = in_float64(build("git"))
-    names = [name for name in linear_layers(model) if re.match(r"git\.encoder\.layer\.", name)]
+    names = [name for name in prunable_layers(model) if re.match(r"git\.encoder\.layer\.", name)]
     dense = copy.deepcopy(model)
     prune_wanda(model, two_batches(), pattern="2:4", target_modules=names if is_named else None)
     expected = plain_wanda(dense, names, [{"input_ids": batch} for batch in two_batches()])

@@ -89,7 +89,7 @@ def test_stacked_experts_are_warned_about() -> None:
             self.up = nn.Parameter(torch.rand(2, 4, 4))
 
     model = nn.Sequential(nn.ModuleList([Experts()]))
-    with pytest.warns(UserWarning, match=r"1 weights in the blocks, such as 0\.up, .* stay dense"):
+    with pytest.warns(UserWarning, match=r"1 weights in the blocks, such as 0\.0\.up, .* stay dense"):
         prune_magnitude(model, sparsity=0.5)
 
 
