@@ -37,7 +37,7 @@ class WithRewards(Recipe):
     def check(self) -> None:
         script: Any = self.arguments.script
         training: Any = self.arguments.training
-        self._functions = {name: _reward_function(name) for name in script.reward_funcs or ()}
+        self._functions = [(name, _reward_function(name)) for name in script.reward_funcs or ()]
         if not self._functions and not script.reward_model_name_or_path:
             raise InputError(
                 "Training needs a reward. Pass --reward_funcs with names of TRL's reward functions or import paths, "
@@ -72,7 +72,7 @@ class WithRewards(Recipe):
             )
 
     def check_data(self, row: dict[str, Any]) -> None:
-        for name, function in self._functions.items():
+        for name, function in self._functions:
             missing = sorted(_columns_of(function) - row.keys())
             if missing:
                 raise InputError(
@@ -87,7 +87,7 @@ class WithRewards(Recipe):
 
     def trainer_arguments(self) -> dict[str, Any]:
         model = self.arguments.script.reward_model_name_or_path  # type: ignore[attr-defined]
-        return {"reward_funcs": [*([str(model)] if model else []), *self._functions.values()]}
+        return {"reward_funcs": [*([str(model)] if model else []), *(function for _, function in self._functions)]}
 
     def rehearsal_arguments(self) -> dict[str, Any]:
         # TRL loads a model that is named
