@@ -239,7 +239,7 @@ def test_the_distillation_loss_is_the_divergence_from_the_teacher():
 
 def test_without_the_evaluation_harness_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"peft-spp\[quality\]"):
+    with pytest.raises(ImportError, match=r"\[quality\]"):
         evaluate_tasks("nowhere", ["colors"], torch.device("cpu"))
 
 

@@ -35,7 +35,9 @@ main()
 def run(*arguments: object, **variables: str) -> tuple[dict[str, object], subprocess.CompletedProcess[str]]:
     """What the program leaves behind at its end, and what it printed."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **variables}
+    # typer looks for a shell among the parents, and a service has none: without the search the shell is an argument
+    no_search = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    environment = {**inherited, **no_search, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **variables}
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1]), done
