@@ -26,6 +26,8 @@ from .stored import Stored
 
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
+CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
+"""Where a `config.json` describes how weights are stored."""
 
 _VALUES, _BITMASK, _SHAPE, _OFFSETS = ".compressed", ".bitmask", ".shape", ".row_offsets"
 
@@ -59,7 +61,7 @@ def sparse_format(config: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: If it is one that cannot be read: of another format, or with quantized values.
     """
-    for key in ("quantization_config", "compression_config", "sparsity_config"):
+    for key in CONFIG_KEYS:
         outer = config.get(key)
         if not isinstance(outer, Mapping):
             continue
@@ -81,6 +83,29 @@ def sparse_format(config: Mapping[str, Any]) -> str | None:
             )
         return str(name)
     return None
+
+
+def without_empty_formats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A configuration without what compressed-tensors wrote of sparse weights that it stored dense. It says nothing about
+    how the tensors are stored, and engines that have dropped the sparse formats refuse the model for it.
+
+    Args:
+        config (`Mapping[str, Any]`): The content of a `config.json`.
+
+    Returns:
+        `dict[str, Any]`: A copy.
+    """
+    return {key: value for key, value in config.items() if key not in CONFIG_KEYS or not _is_dense(key, value)}
+
+
+def _is_dense(key: str, outer: Any) -> bool:
+    if not isinstance(outer, Mapping):
+        return False
+    sparsity = outer if key == "sparsity_config" else outer.get("sparsity_config")
+    if not isinstance(sparsity, Mapping) or outer.get("config_groups"):
+        return False
+    return all(one.get("format") in (None, "dense") for one in (outer, sparsity))
 
 
 def find_parts(dtypes: Mapping[str, torch.dtype | str]) -> dict[str, Parts]:

@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.empty_model import empty_model
+from ..checkpoints.old_compressed_files import CONFIG_KEYS
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .config import METHOD
@@ -70,7 +71,7 @@ def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: The configuration.
     """
-    said = ("quantization_config", "compression_config", "sparsity_config") if checkpoint.compressed else ()
+    said = CONFIG_KEYS if checkpoint.compressed else ()
     return {name: value for name, value in checkpoint.config.items() if name not in said}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
-from ..checkpoints.old_compressed_files import find_parts, join_parts, sparse_format
+from ..checkpoints.old_compressed_files import CONFIG_KEYS, find_parts, join_parts, sparse_format
 from ..checkpoints.safetensors_files import read_header
 from ..functional.compressed import decompress
 from .config import BitmaskConfig
@@ -28,7 +28,6 @@ from .config import BitmaskConfig
 
 DECOMPRESS = "make plain safetensors of it with `peft-spp decompress`"
 
-_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 _VALUES, _BITMASK, _UNREAD = "compressed", "bitmask", ("shape", "row_offsets")
 # in older files they are tensors of the weight
 _SOURCES = [rf"{start}\.{part}$" for start in (r"\.weight", "") for part in (_VALUES, _BITMASK, *_UNREAD)]
@@ -42,7 +41,7 @@ def load_old_formats() -> None:
 
     @functools.wraps(original)
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-        name = sparse_format({key: _plain(getattr(config, key, None)) for key in _KEYS})
+        name = sparse_format({key: _plain(getattr(config, key, None)) for key in CONFIG_KEYS})
         if name is not None:
             if not isinstance(quantization_config, BitmaskConfig | None):
                 raise ValueError(
@@ -50,7 +49,7 @@ def load_old_formats() -> None:
                     f"or no quantization_config, not with {type(quantization_config).__name__}: {DECOMPRESS}"
                 )
             quantization_config = quantization_config or BitmaskConfig()
-            for key in _KEYS:
+            for key in CONFIG_KEYS:
                 if hasattr(config, key):
                     delattr(config, key)
         quantizer, config, device_map = original(config, quantization_config, *args, **kwargs)

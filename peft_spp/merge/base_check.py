@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.merged import MERGED, is_merged, merged_adapters
+from ..checkpoints.old_compressed_files import without_empty_formats
 from ..sparsity.base_masks import no_record, record_checkpoint, warn_or_raise
 from .adapter import Adapter
 
@@ -61,5 +62,6 @@ def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
 
 def mark_merged(checkpoint: Checkpoint, identity: str) -> str:
     """The `config.json` of a merged model, which says that an adapter is in it."""
-    content: dict[str, Any] = {**checkpoint.config, MERGED: [*merged_adapters(checkpoint.config), identity]}
+    kept = without_empty_formats(checkpoint.config)
+    content: dict[str, Any] = {**kept, MERGED: [*merged_adapters(checkpoint.config), identity]}
     return json.dumps(content, indent=2) + "\n"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.conversion import Origin, find_origins
 from ..checkpoints.empty_model import empty_model
+from ..checkpoints.old_compressed_files import without_empty_formats
 from ..checkpoints.ties import TiedNames
 from .layers import PrunableLayer, find_blocks, find_target_layers, weight_name
 
@@ -182,7 +183,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"the model in {checkpoint.folder} is compressed: run `peft-spp decompress` on it before pruning."
         )
-    if "quantization_config" in checkpoint.config:
+    if "quantization_config" in without_empty_formats(checkpoint.config):
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
     try:
         with _default_dtype(dtype):

@@ -223,3 +223,28 @@ def test_foreign_files_end_a_dry_run_as_a_run(tmp_path, case, dry_run):
     with pytest.raises(FileExistsError, match=r"\.git/HEAD"):
         merge_checkpoint(case.base, case.adapter, tmp_path / "out", overwrite=True, dry_run=dry_run)
     assert contents(tmp_path) == before
+
+
+DENSE = {"format": "dense", "global_sparsity": 0.5, "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": []}
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "kept"),
+    [
+        ("sparsity_config", DENSE, False),
+        ("compression_config", {"quant_method": "compressed-tensors", "sparsity_config": DENSE}, False),
+        ("compression_config", {"format": "dense", "sparsity_config": DENSE, "config_groups": {}}, False),
+        ("compression_config", {"sparsity_config": DENSE, "config_groups": {"group_0": {}}}, True),
+        ("compression_config", {"format": "pack-quantized"}, True),
+        ("compression_config", "unknown", True),
+        ("sparsity", DENSE, True),
+    ],
+)
+def test_what_names_a_sparse_format_that_nothing_is_stored_in_is_left_out(tmp_path, key, content, kept):
+    """vLLM refuses a model for it."""
+    case = llama_case(tmp_path)
+    config = case.base / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: content}))
+    merge_checkpoint(case.base, case.adapter, tmp_path / "out")
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (merged.get(key) == content) is kept and merged["model_type"] == "llama"
