@@ -56,6 +56,8 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     if tuned:
         parts += ["## Costs", costs_table(store, tuned[0]), "## Learning rates"]
         parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(tuned)]
+        if unstable := unstable_runs(store):
+            parts.append(paragraph(unstable))
     parts += ["## How it was measured", paragraph(method(store)), missing(store, comparisons)]
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, "\n\n".join(part for part in parts if part) + "\n")
@@ -231,6 +233,23 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
             label = entry.label.removesuffix("; merged")
             rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
+
+
+def unstable_runs(store: Store) -> str:
+    """What became of rates that were the best of short runs and too high for long ones: records of kind `unstable`."""
+    lines = [
+        prose.PRETRAINED_UNSTABLE.format(
+            label=METHODS[one.settings["method"]].style.label,
+            rate=one.settings["rate"],
+            steps=one.settings["steps"],
+            pruning=Pruning.of(one.settings["pruning"]).label,
+            loss=one.measured["max_loss"],
+            perplexity=math.exp(one.measured["validation_loss"]),
+        )
+        for one in store.records
+        if one.kind == "unstable"
+    ]
+    return "".join(lines)
 
 
 def reading(store: Store, one: Comparison) -> dict[str, object]:

@@ -119,6 +119,12 @@ steps of one sequence; *(edge)* marks rates at the edge of the grid. Prunings wi
 first.
 """
 
+PRETRAINED_UNSTABLE = """
+Short runs favor rates that are too high for long ones: {label} at {rate:g}, the best of the short runs on {pruning},
+was unstable over {steps} steps. Its loss rose to {loss:.1f}, and its validation perplexity ended at {perplexity:.0f}.
+The grids leave such rates out.
+"""
+
 PRETRAINED_METHOD = """
 {model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of
 the tuning text ({text}; a test part of each is held out), and tuned for {steps} steps of {batch} such sequences:

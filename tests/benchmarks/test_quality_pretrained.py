@@ -120,6 +120,16 @@ def test_the_estimate_counts_what_two_studies_share_once():
     assert re.fullmatch("0 steps left, about 0.0 hours at this pace", str(estimate))
 
 
+def test_a_rate_that_a_long_run_did_not_survive_is_on_the_page(store, tmp_path):
+    write_pretrained(store, tmp_path / "page.md")
+    assert "unstable" not in (tmp_path / "page.md").read_text()
+    settings = {**COMMON, "pruning": "wanda-2:4", "method": "spp_positive", "rate": 0.02, "steps": 300}
+    store.add("unstable", settings, {"max_loss": 9.35, "validation_loss": math.log(456.0)})
+    write_pretrained(store, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text().replace("\n", " ")
+    assert "at 0.02" in text and "unstable over 300 steps" in text and "ended at 456" in text
+
+
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
     (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}\n')
     (tmp_path / "arc_easy_test.jsonl").write_text('{"question": "Why?", "choices": ["a", "b"], "answer": 1}\n')
