@@ -152,7 +152,7 @@ def _zeros_sentence(store: Store, comparisons: Sequence[Comparison]) -> str:
     lost = sum(one["zeros_lost"] for one in models)
     lora = next((entry for one in comparisons if (entry := one.find("lora"))), None)
     merged = "" if lora is None else f"; LoRA, merged, lost {lora.deployed[0]['zeros_lost']:,}"
-    return f"The {len(models)} models tuned by SPP lost {lost:,} zeros{merged}."
+    return f"Zeros lost by SPP, in all of its tuned models together ({len(models)}): {lost:,}{merged}."
 
 
 def _text_names(store: Store) -> str:
