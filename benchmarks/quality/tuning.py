@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
@@ -201,10 +200,12 @@ def text_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def distillation_loss(model: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The mean over all tokens of KL(teacher ‖ model) of the distributions of the next token."""
+    # with it comes TRL, which nothing else here needs
+    from peft_spp.sft.teacher import divergence
+
     with torch.no_grad():
-        wanted = teacher(input_ids=ids).logits.float().log_softmax(-1)
-    scores = model(input_ids=ids).logits.float().log_softmax(-1)
-    return F.kl_div(scores.flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean", log_target=True)
+        wanted = teacher(input_ids=ids).logits.flatten(0, 1)
+    return divergence(model(input_ids=ids).logits.flatten(0, 1), wanted) / len(wanted)
 
 
 def _permutations(count: int, shuffler: random.Random) -> Iterator[int]:

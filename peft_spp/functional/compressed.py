@@ -12,11 +12,9 @@ import torch
 from .autograd import autocast_off, autocasts, halves, is_followed, is_transformed, needed_gradients, records_gradients
 from .bitmask import Compressed
 from .factors import Factors, check_factors, unpack
-from .kernels import compressed_ops, plain  # noqa: F401  (the operators are defined there)
+from .kernels import compressed_ops, plain
 from .kernels.cpu.backend import cpu
 from .kernels.cpu.bitmask import compress, expand
-from .kernels.ops import pack
-from .kernels.scaled import ScaledWeight
 from .weight import scaled_weight
 
 
@@ -116,19 +114,10 @@ def compressed_weight(
     return result
 
 
-def _forward(
-    x: torch.Tensor,
-    weight: Compressed,
-    bias: torch.Tensor | None,
-    A: list[torch.Tensor],
-    B: list[torch.Tensor],
-    scaling: list[float],
-    identity: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _forward(x: torch.Tensor, weight: Compressed, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
     if x.is_cpu and not is_followed(x, weight.values):
-        return cpu.linear(x, ScaledWeight(weight, pack(A, B, scaling), identity, dtype), bias)
-    result: torch.Tensor = torch.ops.peft_spp.compressed_linear(x, *weight, bias, A, B, scaling, identity, dtype)
+        return compressed_ops.linear(cpu, x, *weight, bias, *args)
+    result: torch.Tensor = torch.ops.peft_spp.compressed_linear(x, *weight, bias, *args)
     return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.merged import is_merged, merged_adapters
 from ..functional import Compressed
+from ..reports import some
 from ..sparsity.base_masks import BaseRecord, no_record, record_weights, warn_or_raise
 from ..sparsity.mask_record import MaskRelation
 from .config import SPPConfig
@@ -93,10 +94,9 @@ def warn_of_dense_layers(record: BaseRecord, model: nn.Module, adapter_name: str
     sparse = [name for name in masks if name not in dense]
     endings = sorted({shortest_unambiguous_suffix(name, sparse) or name for name in dense})
     shown = f"{endings}" if len(endings) <= _SHOWN_ENDINGS else "..."
-    more = f" and {len(dense) - _SHOWN} more" if len(dense) > _SHOWN else ""
     warnings.warn(
         f"{len(dense)} of {len(masks)} adapted layers hold no zeros, so SPP has nothing to preserve there: "
-        f"{', '.join(dense[:_SHOWN])}{more}. To leave them out, set `exclude_modules={shown}`.",
+        f"{some(dense, _SHOWN)}. To leave them out, set `exclude_modules={shown}`.",
         stacklevel=4,
     )
 

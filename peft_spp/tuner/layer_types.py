@@ -71,7 +71,6 @@ def quantized(request: Request) -> Make | None:
     backend = find_backend(request.base_layer)
     if backend is None:
         return None
-    check_not_split(request.base_layer, request.module_name)
     try:
         backend.check(request.base_layer)
     except ValueError as error:
@@ -84,7 +83,6 @@ def linear(request: Request) -> Make | None:
     """An `nn.Linear` or a `Conv1D` with a plain weight."""
     if not isinstance(request.base_layer, (nn.Linear, Conv1D)):
         return None
-    check_not_split(request.base_layer, request.module_name)
     check_linear(request.base_layer, request.module_name)
     is_conv1d = isinstance(request.base_layer, Conv1D)
     set_fan_in_fan_out(request.config, is_conv1d)
@@ -104,10 +102,11 @@ def find_layer_type(request: Request) -> Make:
     Raises:
         ValueError: If no type of layer knows it, or the one that does cannot adapt it.
     """
+    if request.parameter_name is None:
+        check_not_split(request.base_layer, request.module_name)
     made = (layer_type(request) for layer_type in LAYER_TYPES)
     make = next((one for one in made if one is not None), None)
     if make is None:
-        check_not_split(request.base_layer, request.module_name)
         raise ValueError(
             f"Target module {request.module_name!r} ({request.base_layer}) is not supported. Currently, only the "
             "following modules are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`, and the "

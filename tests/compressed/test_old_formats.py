@@ -127,7 +127,7 @@ def test_offsets_in_the_file_are_not_read(tmp_path):
     assert same_tensors(tensors_of(tmp_path / "dense"), expected)
 
 
-@pytest.mark.parametrize(
+OTHER_FORMATS = pytest.mark.parametrize(
     ("format_name", "more", "message"),
     [
         ("marlin-24", {}, "'marlin-24'"),
@@ -135,6 +135,9 @@ def test_offsets_in_the_file_are_not_read(tmp_path):
         ("sparse-24-bitmask", {"format": "float-quantized"}, "float-quantized"),
     ],
 )
+
+
+@OTHER_FORMATS
 def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message):
     write(tmp_path / "old", format_name, **more)
     for command in ("decompress", "compress", "inspect"):
@@ -278,14 +281,7 @@ def test_a_damaged_one_is_not_loaded(tmp_path, name, damage, settings):
             AutoModelForCausalLM.from_pretrained(tmp_path / "old", **settings, **more)
 
 
-@pytest.mark.parametrize(
-    ("format_name", "more", "message"),
-    [
-        ("marlin-24", {}, "'marlin-24'"),
-        ("sparse-bitmask", {"config_groups": {"group_0": {}}}, "quantized values"),
-        ("sparse-24-bitmask", {"format": "float-quantized"}, "float-quantized"),
-    ],
-)
+@OTHER_FORMATS
 def test_transformers_does_not_load_other_formats_at_random(tmp_path, format_name, more, message):
     write(tmp_path / "old", format_name, **more)
     with pytest.raises(ValueError, match=message):

@@ -48,6 +48,10 @@ TRAINERS: dict[str, tuple[type[Trainer], type]] = {
 # those that compare the policy with a reference
 WITH_REFERENCE = ("dpo", "grpo", "kto", "rloo")
 
+# flags of the commands
+ON_CPU = ("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--dataloader_pin_memory", "false")
+SMALL = (*ON_CPU, "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2")
+
 _TOPICS = (
     "a zero stays a zero",
     "half of the rows are",

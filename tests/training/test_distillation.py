@@ -18,10 +18,16 @@ from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
 from peft_spp.sft.teacher import TOKENS_AT_ONCE, DistillationSFTTrainer, divergence
 
-from helpers.trl_cases import TEXTS, assert_zeros_kept, base_weights, factors, pruned_model, spp_config, tiny_tokenizer
-
-
-ON_CPU = ("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none")
+from helpers.trl_cases import (
+    ON_CPU,
+    TEXTS,
+    assert_zeros_kept,
+    base_weights,
+    factors,
+    pruned_model,
+    spp_config,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def arguments(folders: dict[str, str], out: Path, *extra: str) -> list[str]:
     files = ["--model_name_or_path", folders["pruned"], "--dataset_name", folders["texts.jsonl"]]
-    return [*files, "--output_dir", str(out), *ON_CPU, *extra]
+    return [*files, "--output_dir", str(out), *ON_CPU, "--report_to", "none", *extra]
 
 
 def reference(model: Any, teacher: Any, ids: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from peft_spp.sft.methods import METHODS, load
 from peft_spp.sft.run import main
 
 from helpers.trl_cases import (
+    SMALL,
     TEXTS,
     TRAINERS,
     assert_equal,
@@ -35,15 +36,11 @@ from helpers.trl_cases import (
     base_weights,
     factors,
     make_dataset,
-    pruned_model,
     slow,
-    tiny_tokenizer,
 )
 
 
 NEW = [name for name in METHODS if name != "sft"]
-ON_CPU = ("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--dataloader_pin_memory", "false")
-SMALL = (*ON_CPU, "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2")
 REWARDS = """
 def vowels(completions, **kwargs):
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
@@ -53,15 +50,6 @@ def nearness(completions, answer, log_metric, weight=1.0, **kwargs):
 
 not_a_function = 3
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a pruned model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    pruned_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -25,11 +25,9 @@ from peft_spp.sft.run import main
 from peft_spp.sft.trainer import carded
 
 from helpers.tiny import tiny
-from helpers.trl_cases import TEXTS, pruned_model, tiny_tokenizer
+from helpers.trl_cases import SMALL, TEXTS, pruned_model, tiny_tokenizer
 
 
-ON_CPU = ("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--dataloader_pin_memory", "false")
-SMALL = (*ON_CPU, "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2")
 CHAT_TEMPLATE = "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('a bad role') }}{% endif %}\
 {{ m.content }}{{ eos_token }}{% endfor %}"
 

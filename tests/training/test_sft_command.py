@@ -29,6 +29,8 @@ from peft_spp.sft.run import main
 from peft_spp.sft.trainer import carded
 
 from helpers.trl_cases import (
+    ON_CPU,
+    SMALL,
     TEXTS,
     assert_equal,
     assert_zeros_kept,
@@ -41,17 +43,6 @@ from helpers.trl_cases import (
 
 
 ROWS = [{"text": text} for text in TEXTS]
-ON_CPU = ("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--dataloader_pin_memory", "false")
-SMALL = (*ON_CPU, "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a pruned model and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    pruned_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def _weight(
     return backend.compressed_weight(ScaledWeight(weight, pack(A, B, scaling), identity, dtype))
 
 
-def _linear(
+def linear(
     backend: KernelBackend,
     x: torch.Tensor,
     values: torch.Tensor,
@@ -58,6 +58,7 @@ def _linear(
     identity: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """What the operator `compressed_linear` runs on a backend."""
     weight = Compressed(values, bitmask, row_offsets, columns)
     return backend.linear(x, ScaledWeight(weight, pack(A, B, scaling), identity, dtype), bias)
 
@@ -87,7 +88,7 @@ implement(
     _library,
     {
         "compressed_weight": _weight,
-        "compressed_linear": _linear,
+        "compressed_linear": linear,
         "compressed_linear_backward": _linear_backward,
     },
 )
