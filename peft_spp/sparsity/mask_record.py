@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..functional.bitmask import Compressed
 from ..functional.compressed import decompress
-from ..functional.kernels.cpu.mask import mask_sums
+from ..native.mask import mask_sums
 from .pattern import parse_patterns, pattern_name
 
 

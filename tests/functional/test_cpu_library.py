@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_spp.functional.kernels.cpu import library
+from peft_spp.native import library
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="compiled on Linux only")

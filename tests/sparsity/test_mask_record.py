@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_spp.functional.compressed import compress
-from peft_spp.functional.kernels.cpu.library import load_library
+from peft_spp.native.library import load_library
 from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
 from peft_spp.sparsity import mask_record as module
 

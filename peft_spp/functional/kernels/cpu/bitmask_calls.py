@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....native.library import load_library
 from ...bitmask import Compressed
-from .library import load_library
 
 
 # bytes of a line of the caches

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ....native.library import load_library
 from ...factors import Factors, compute_dtype
 from .elementwise import Elementwise
-from .library import load_library
 
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
