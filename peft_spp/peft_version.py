@@ -42,9 +42,6 @@ def check_peft() -> None:
     """
     Check that the installed PEFT can be used, before anything of it is changed. A warning says that it is newer than
     what this package was tested with.
-
-    Raises:
-        ImportError: If it is too old, or is newer and lacks something that is used of it.
     """
     version = peft.__version__
     if Version(version) < Version(MIN_PEFT):

@@ -82,10 +82,7 @@ class Origin:
 
     def stored(self, parameters: Mapping[str, Tensor]) -> list[tuple[StoredTensor, Tensor]]:
         """
-        What is stored of the parameters, which may have changed.
-
-        Raises:
-            ValueError: If they cannot be taken apart again.
+        What is stored of the parameters, which may have changed; a `ValueError` if they cannot be taken apart again.
         """
         if self.converter is None:
             return [(self.tensors[0], parameters[self.first])]
@@ -134,14 +131,8 @@ class Origin:
 
 def find_origins(model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> dict[str, Origin]:
     """
-    Find where a checkpoint has the parameters of a model, by the rules by which Transformers loads it.
-
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        tensors (`Iterable[StoredTensor]`): The tensors of the checkpoint.
-
-    Returns:
-        `dict[str, Origin]`: By the name of the parameter. What cannot be made is left out.
+    Where a checkpoint has the parameters of a model, by the rules by which Transformers loads it; those that cannot be
+    made of it are left out.
     """
     rules, by_name = _Rules(model), {one.name: one for one in tensors}
     groups: dict[str, list[Part]] = {}
@@ -161,14 +152,7 @@ def find_origins(model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> dic
 
 def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """
-    Find how a checkpoint calls the parameters of a model that it has as they are.
-
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        names (`Iterable[str]`): The names of the tensors in the checkpoint.
-
-    Returns:
-        `dict[str, str]`: Those names, by the names in the model.
+    The names in a checkpoint of those parameters of a model that it has as they are, by their names in the model.
     """
     found: dict[str, str] = {}
     for name, parameter, pattern in _Rules(model).taken_up(names):

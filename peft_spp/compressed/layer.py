@@ -145,15 +145,7 @@ class CompressedLinear(nn.Linear):
 
 
 def put_dense_layers(module: nn.Module) -> None:
-    """
-    Replace all [`CompressedLinear`] of a module by dense layers.
-
-    Args:
-        module (`nn.Module`): The module, changed in place.
-
-    Raises:
-        ValueError: If one of them has no data. Nothing is changed.
-    """
+    """Replace all [`CompressedLinear`] of a module by dense layers, or none if one of them has no data."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, CompressedLinear)}
     for name, layer in layers.items():
         if layer.weight.is_meta:

@@ -28,18 +28,7 @@ def find_layers(
     checkpoint: Checkpoint, skip: Sequence[str] | None = None
 ) -> tuple[dict[str, StoredTensor | CompressedTensor], dict[str, str]]:
     """
-    Find what can be compressed, by the names that Transformers gives the tensors when it loads the model.
-
-    Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
-
-    Returns:
-        `tuple[dict[str, StoredTensor | CompressedTensor], dict[str, str]]`: The weight of each layer, by the layer's
-        name in the model, and for each other linear layer why not.
-
-    Raises:
-        ValueError: If the model is quantized or compressed already, or Transformers cannot build it.
+    The weights that can be compressed, by the layer's name in the model, and for each other linear layer why not.
     """
     model = _empty_model(checkpoint)
     layers, kept = find_linear_layers(model, skip)
@@ -62,15 +51,7 @@ def find_layers(
 
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """
-    The configuration of a checkpoint without what it says of compression.
-
-    Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-
-    Returns:
-        `dict[str, Any]`: The configuration.
-    """
+    """The configuration of a checkpoint without what it says of compression."""
     said = CONFIG_KEYS if checkpoint.compressed else ()
     return {name: value for name, value in checkpoint.config.items() if name not in said}
 

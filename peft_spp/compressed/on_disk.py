@@ -95,15 +95,7 @@ def decompress_checkpoint(
 
 
 def compress_in_place(folder: Path) -> CompressionReport:
-    """
-    Compress a checkpoint that nobody else reads, file by file.
-
-    Args:
-        folder (`Path`): Its folder.
-
-    Returns:
-        [`CompressionReport`]: What was done.
-    """
+    """Compress a checkpoint that nobody else reads, file by file."""
     change = Compressing(read_checkpoint(folder), BitmaskConfig())
     for relative, tensors, metadata in change.files:
         new = folder / relative.with_name(f".{relative.name}.compressing")

@@ -28,15 +28,7 @@ def find_linear_layers(
     model: nn.Module, skip: Sequence[str] | None = None
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """
-    Find the linear layers that can be compressed.
-
-    Args:
-        model (`nn.Module`): Any model, on any device.
-        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
-
-    Returns:
-        `tuple[dict[str, nn.Linear], dict[str, str]]`: The layers by name, and for each other linear layer, and each
-        parameter with fused experts, why not.
+    The linear layers that can be compressed, and for each other one, and each parameter with fused experts, why not.
     """
     skipped, tied = _skipped(model, skip)
     # how many modules hold a parameter, and how many places hold a module
@@ -70,18 +62,7 @@ def names_of_layers(kept: Mapping[str, str]) -> list[str]:
 
 
 def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_sparsity: float | None) -> str | None:
-    """
-    Tell why a weight is not compressed.
-
-    Args:
-        stored (`int`): How many of its values are not `+0.0`.
-        shape (`Sequence[int]`): Its shape.
-        dtype (`torch.dtype`): Its dtype.
-        min_sparsity (`float`, *optional*): See [`BitmaskConfig`].
-
-    Returns:
-        `str` or `None`: The reason, or `None` if it is to be compressed.
-    """
+    """Why a weight with so many stored values is not compressed; `None` if it is to be."""
     numel = math.prod(shape)
     if not numel:
         return "it is empty"
@@ -92,26 +73,14 @@ def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_
 
 def converted_names(names: Sequence[str], transforms: Sequence[WeightTransform]) -> set[str]:
     """
-    Find the tensors that Transformers makes of others when it loads a model, and takes apart again when it saves it.
-
-    Args:
-        names (`Sequence[str]`): The names of tensors of the model.
-        transforms (`Sequence[WeightTransform]`): How tensors of files become those of the model.
-
-    Returns:
-        `set[str]`: Those of the names that are not saved as they are, apart from their name.
+    Those of a model's tensors that Transformers makes of others when it loads it, and takes apart when it saves it.
     """
     made = [one.reverse_transform() for one in transforms if isinstance(one, WeightConverter)]
     return {name for name in names if any(one.rename_source_key(name)[1] is not None for one in made)}
 
 
 def warn_of_dense_layers(kept: Mapping[str, str]) -> None:
-    """
-    Say which layers stay dense for another reason than that they were left out, and which experts.
-
-    Args:
-        kept (`Mapping[str, str]`): The reason for each layer.
-    """
+    """Say which layers stay dense for another reason than that they were left out, and which experts."""
     told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied", FUSED)]
     experts = [name for name, reason in kept.items() if reason == FUSED]
     sentences = [f"{len(told)} layers stay dense: {_first(told)}."] if told else []
@@ -123,15 +92,7 @@ def warn_of_dense_layers(kept: Mapping[str, str]) -> None:
 
 
 def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
-    """
-    Find the outermost models of Transformers in a module.
-
-    Args:
-        module (`nn.Module`): Any module.
-
-    Returns:
-        `dict[str, PreTrainedModel]`: The models by name; `""` is the module itself.
-    """
+    """The outermost models of Transformers in a module, by name; `""` is the module itself."""
     found: dict[str, PreTrainedModel] = {}
     for name, inner in module.named_modules():
         if isinstance(inner, PreTrainedModel) and not any(not one or name.startswith(f"{one}.") for one in found):

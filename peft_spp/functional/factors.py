@@ -37,15 +37,8 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def unpack(factors: Sequence[Factors]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     """
-    A, B and s of each adapter, as the kernels take them: with s a number.
-
-    Args:
-        factors (`Sequence[Factors]`): The factors of each adapter.
-
-    Returns:
-        `tuple[list[torch.Tensor], list[torch.Tensor], list[float]]`: A, B and s. Where s is a tensor, B is multiplied
-        by it and s is 1. That gives the same bits, since the kernels multiply B by s first, too, unless the weight
-        alone is float64.
+    A, B and s of each adapter, as the kernels take them: with s a number. Where it is a tensor, B is multiplied by it
+    and s is 1: the same bits, since the kernels multiply B by s first, too, unless the weight alone is float64.
     """
     numbered = [
         Factors(A, B.to(compute_dtype(A, B)) * s, 1.0) if isinstance(s, torch.Tensor) else Factors(A, B, float(s))

@@ -93,15 +93,7 @@ LAYER_TYPES: tuple[Callable[[Request], Make | None], ...] = (parameter, quantize
 
 
 def find_layer_type(request: Request) -> Make:
-    """
-    How to adapt a module.
-
-    Args:
-        request ([`Request`]): The module.
-
-    Raises:
-        ValueError: If no type of layer knows it, or the one that does cannot adapt it.
-    """
+    """How to adapt a module; an error if no type of layer knows it, or the one that does cannot adapt it."""
     if request.parameter_name is None:
         check_not_split(request.base_layer, request.module_name)
     made = (layer_type(request) for layer_type in LAYER_TYPES)

@@ -60,13 +60,7 @@ def backend_of(tensor: torch.Tensor) -> KernelBackend:
 
 
 def implement(library: Library, functions: dict[str, Callable[..., Any]]) -> None:
-    """
-    Give operators an implementation on every backend.
-
-    Args:
-        library (`torch.library.Library`): The library that defines them.
-        functions (`dict[str, Callable]`): The implementation of each operator, which takes the backend first.
-    """
+    """Give operators an implementation on every backend."""
     for key, backend in BACKENDS.items():
         for name, function in functions.items():
             library.impl(name, partial(function, backend), key)

@@ -59,18 +59,7 @@ class QuantizedLinear(Linear):
 
     def merge_dequantized(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> torch.Tensor:
         """
-        The dequantized weight with adapters merged into it.
-
-        Args:
-            adapter_names (`list[str]`, *optional*):
-                The adapters to merge in addition to those already merged, by default the active ones.
-            safe_merge (`bool`): Whether to check that the result is finite.
-
-        Returns:
-            `torch.Tensor`: shape (out_features, in_features); the layer is not changed.
-
-        Raises:
-            ValueError: If `safe_merge` is set and the merged weight is not finite.
+        The dequantized weight with adapters, by default the active ones, merged into it; the layer is not changed.
         """
         new_adapters = self._new_adapters(adapter_names)
         merged = self._dense_merged(new_adapters)
@@ -119,17 +108,7 @@ class QuantizedLinear(Linear):
 
 
 def plain_linear(layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Linear:
-    """
-    A `torch.nn.Linear` in place of a quantized layer.
-
-    Args:
-        layer (`nn.Module`): The quantized layer, for its bias and its mode.
-        weight (`torch.Tensor`): The weight, shape (out_features, in_features).
-        dtype (`torch.dtype`): The dtype of the new layer.
-
-    Returns:
-        `nn.Linear`: A new layer, frozen.
-    """
+    """A frozen `torch.nn.Linear` with this weight, and the bias and the mode of a quantized layer."""
     bias = getattr(layer, "bias", None)
     out_features, in_features = weight.shape
     with torch.device("meta"):
