@@ -20,23 +20,14 @@ from .tensor_file import StoredTensor
 
 @dataclass(frozen=True)
 class CompressedTensor:
-    """A weight whose values and bitmask are two tensors of a checkpoint, in one file or in two.
-
-    Args:
-        values (`StoredTensor`): The values.
-        bitmask (`StoredTensor`): The bitmask.
-        shape (`tuple[int, ...]`): The shape of the weight.
-        name (`str`): Its name.
-        old (`bool`): Whether it is in a format that compressed-tensors had.
-        unread (`tuple[str, ...]`): The names of other tensors that belong to it.
-    """
+    """A weight whose values and bitmask are two tensors of a checkpoint, in one file or in two."""
 
     values: StoredTensor
     bitmask: StoredTensor
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the shape of the weight
     name: str
-    old: bool = False
-    unread: tuple[str, ...] = ()
+    old: bool = False  # whether it is in a format that compressed-tensors had
+    unread: tuple[str, ...] = ()  # the names of other tensors that belong to it
 
     @property
     def file(self) -> Path:

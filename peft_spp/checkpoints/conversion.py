@@ -27,34 +27,21 @@ from .tensor_file import StoredTensor
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A stored tensor as Transformers takes it up.
-
-    Args:
-        tensor (`StoredTensor`): The tensor.
-        name (`str`): Its name once the model's renamings are applied.
-        pattern (`str`): Which of the sources of the converter it is; empty if there is none.
-    """
+    """A stored tensor as Transformers takes it up."""
 
     tensor: StoredTensor
-    name: str
-    pattern: str
+    name: str  # its name once the model's renamings are applied
+    pattern: str  # which of the sources of the converter it is; empty if there is none
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a checkpoint has a parameter, or several that are made together.
+    """Where a checkpoint has a parameter, or several that are made together."""
 
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        first (`str`): The first of the parameters.
-        parts (`tuple[Part, ...]`): What they are made of, in the order of Transformers.
-        converter (`WeightConverter`, *optional*): What makes them, if they are not stored as they are.
-    """
-
-    model: PreTrainedModel
-    first: str
-    parts: tuple[Part, ...]
-    converter: WeightConverter | None = None
+    model: PreTrainedModel  # the model, which may be on the meta device
+    first: str  # the first of the parameters
+    parts: tuple[Part, ...]  # what they are made of, in the order of Transformers
+    converter: WeightConverter | None = None  # what makes them, if they are not stored as they are
 
     @property
     def tensors(self) -> list[StoredTensor]:

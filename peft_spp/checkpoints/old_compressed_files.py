@@ -33,19 +33,12 @@ _VALUES, _BITMASK, _SHAPE, _OFFSETS = ".compressed", ".bitmask", ".shape", ".row
 
 
 class Parts(NamedTuple):
-    """The tensors of one weight, by their names.
-
-    Args:
-        values (`str`): The values.
-        bitmask (`str`): The bitmask.
-        shape (`str`): The shape.
-        unread (`tuple[str, ...]`): What is not read.
-    """
+    """The tensors of one weight, by their names."""
 
     values: str
     bitmask: str
     shape: str
-    unread: tuple[str, ...]
+    unread: tuple[str, ...]  # what is not read
 
 
 def sparse_format(config: Mapping[str, Any]) -> str | None:

@@ -81,17 +81,11 @@ _FIX = "load the model and write it again with save_pretrained(folder), which wr
 
 @dataclass(frozen=True)
 class Listing:
-    """The weight files of a folder.
+    """The weight files of a folder."""
 
-    Args:
-        files (`dict[Path, list[str] | None]`): Each with the names that the index expects in it, or `None`.
-        index (`Path` or `None`): The index that names them.
-        loaded (`bool`): Whether Transformers loads them.
-    """
-
-    files: dict[Path, list[str] | None]
-    index: Path | None = None
-    loaded: bool = True
+    files: dict[Path, list[str] | None]  # each with the names that the index expects in it, or `None`
+    index: Path | None = None  # the index that names them
+    loaded: bool = True  # whether Transformers loads them
 
 
 def list_folder(folder: Path) -> Listing:

@@ -28,19 +28,12 @@ _SAVED_TWICE = re.compile(r"(.+)\.(modules_to_save|original_module)\.(\w+)")
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """What an adapter holds for one module.
+    """What an adapter holds for one module."""
 
-    Args:
-        name (`str`): The name of the module in the model that the adapter was trained on.
-        A (`StoredTensor`): The input factor, shape `(r, n)`.
-        B (`StoredTensor`): The output factor, shape `(m, 1)`.
-        alpha (`float`): The alpha of the scaling.
-    """
-
-    name: str
-    A: StoredTensor
-    B: StoredTensor
-    alpha: float
+    name: str  # the name of the module in the model that the adapter was trained on
+    A: StoredTensor  # the input factor, shape `(r, n)`
+    B: StoredTensor  # the output factor, shape `(m, 1)`
+    alpha: float  # the alpha of the scaling
 
     @property
     def r(self) -> int:
@@ -60,24 +53,15 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An SPP adapter in a local folder, as tools use it that have no model.
-
-    Args:
-        folder (`Path`): The folder.
-        config (`SPPConfig`): Its settings.
-        modules (`dict[str, AdaptedModule]`): The adapted modules, by name.
-        trained (`dict[str, StoredTensor]`):
-            The tensors that take the place of the model's own, by their name there: biases and `modules_to_save`.
-        base (`BaseRecord`, *optional*): The record of the base model that it was trained on.
-        saved (`SavedAdapter`): The adapter that this was made of.
-    """
+    """An SPP adapter in a local folder, as tools use it that have no model."""
 
     folder: Path
-    config: SPPConfig
-    modules: dict[str, AdaptedModule]
+    config: SPPConfig  # its settings
+    modules: dict[str, AdaptedModule]  # the adapted modules, by name
+    # the tensors that take the place of the model's own, by their name there: biases and `modules_to_save`
     trained: dict[str, StoredTensor]
-    base: BaseRecord | None
-    saved: SavedAdapter
+    base: BaseRecord | None  # the record of the base model that it was trained on
+    saved: SavedAdapter  # the adapter that this was made of
 
 
 def load_adapter(folder: Path) -> Adapter:

@@ -38,37 +38,23 @@ _MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of bytes to write.
+    """A range of bytes to write."""
 
-    Args:
-        file (`Path`): The file to read them from.
-        start (`int`): The first byte to read.
-        stop (`int`): The byte after the last.
-        merge (`Merge`, *optional*): The weight that they are a part of, if an adapter is merged into it.
-        factors (`Factors`, *optional*): The factors that belong to this part of the weight.
-        rows (`Compressed`, *optional*): This part, if the weight is compressed; the bytes are its values.
-    """
-
-    file: Path
-    start: int
-    stop: int
-    merge: Merge | None = None
-    factors: Factors | None = None
-    rows: Compressed | None = None
+    file: Path  # the file to read them from
+    start: int  # the first byte to read
+    stop: int  # the byte after the last
+    merge: Merge | None = None  # the weight that they are a part of, if an adapter is merged into it
+    factors: Factors | None = None  # the factors that belong to this part of the weight
+    rows: Compressed | None = None  # this part, if the weight is compressed; the bytes are its values
 
 
 @dataclass(frozen=True)
 class Written:
-    """A piece, ready to write.
-
-    Args:
-        piece (`Piece`): The piece.
-        data (`torch.Tensor`): uint8, its bytes.
-        counts (`PairCounts`): What became of its zeros, if it is a part of a merged weight.
-    """
+    """A piece, ready to write."""
 
     piece: Piece
-    data: Tensor
+    data: Tensor  # uint8, its bytes
+    # what became of its zeros, if it is a part of a merged weight
     counts: PairCounts = field(default_factory=PairCounts)
 
 

@@ -23,32 +23,20 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Merge:
-    """A weight to merge an adapter into.
-
-    Args:
-        weight (`StoredTensor` or `CompressedTensor`): The weight.
-        module (`AdaptedModule`): What the adapter holds for it.
-        transposed (`bool`): Whether the weight is stored `(in, out)`, as `Conv1D` does.
-    """
+    """A weight to merge an adapter into."""
 
     weight: StoredTensor | CompressedTensor
-    module: AdaptedModule
-    transposed: bool
+    module: AdaptedModule  # what the adapter holds for it
+    transposed: bool  # whether the weight is stored `(in, out)`, as `Conv1D` does
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What changes in a checkpoint, by the names of its tensors.
+    """What changes in a checkpoint, by the names of its tensors."""
 
-    Args:
-        merges (`Mapping[str, Merge]`): The weights to merge into.
-        replaced (`Mapping[str, StoredTensor]`): The tensors that trained ones take the place of.
-        stored (`Mapping[str, str]`): What the checkpoint calls the adapted modules.
-    """
-
-    merges: Mapping[str, Merge]
-    replaced: Mapping[str, StoredTensor]
-    stored: Mapping[str, str]
+    merges: Mapping[str, Merge]  # the weights to merge into
+    replaced: Mapping[str, StoredTensor]  # the tensors that trained ones take the place of
+    stored: Mapping[str, str]  # what the checkpoint calls the adapted modules
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:

@@ -152,18 +152,12 @@ def _named_base(adapter_folder: Path, config: SPPConfig) -> Path:
 
 @dataclass
 class _Counted:
-    """Passes pieces on, adds up their counts and tells how far the merge is.
+    """Passes pieces on, adds up their counts and tells how far the merge is."""
 
-    Args:
-        total (`int`): How many bytes there will be.
-        progress (`Callable[[int, int], object]`, *optional*): Called after each piece.
-        done (`int`): How many bytes there were.
-        zeros (`dict[str, PairCounts]`): The counts of each merged weight, by the name of its tensor.
-    """
-
-    total: int
-    progress: Progress | None
-    done: int = 0
+    total: int  # how many bytes there will be
+    progress: Progress | None  # called after each piece
+    done: int = 0  # how many bytes there were
+    # the counts of each merged weight, by the name of its tensor
     zeros: dict[str, PairCounts] = field(default_factory=dict)
 
     def pieces(self, workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Tensor]:

@@ -27,22 +27,13 @@ from .targets import check_linear, check_not_split, check_weight
 
 
 class Request(NamedTuple):
-    """
-    A module that is to be adapted.
+    """A module that is to be adapted."""
 
-    Args:
-        target (`nn.Module`): The module, or a tuner layer around it.
-        config (`SPPConfig`): The configuration of the adapter.
-        module_name (`str`): The name in the model, of a parameter with its name.
-        parameter_name (`str`, *optional*): The module's parameter, where `target_parameters` names one.
-        model_config (`dict`): The configuration of the model.
-    """
-
-    target: nn.Module
-    config: SPPConfig
-    module_name: str
-    parameter_name: str | None
-    model_config: dict[str, object]
+    target: nn.Module  # the module, or a tuner layer around it
+    config: SPPConfig  # the configuration of the adapter
+    module_name: str  # the name in the model, of a parameter with its name
+    parameter_name: str | None  # the module's parameter, where `target_parameters` names one
+    model_config: dict[str, object]  # the configuration of the model
 
     @property
     def base_layer(self) -> nn.Module:

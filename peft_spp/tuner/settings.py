@@ -94,17 +94,11 @@ def check_format_version(version: Any) -> None:
 
 
 class Expression(NamedTuple):
-    """A regular expression that is matched with the names of modules.
+    """A regular expression that is matched with the names of modules."""
 
-    Args:
-        field (`str`): The field of the configuration that it comes from.
-        pattern (`str`): What PEFT makes of it.
-        whole (`bool`): Whether it has to match the whole name, or the start of it.
-    """
-
-    field: str
-    pattern: str
-    whole: bool
+    field: str  # the field of the configuration that it comes from
+    pattern: str  # what PEFT makes of it
+    whole: bool  # whether it has to match the whole name, or the start of it
 
 
 def expressions(settings: Mapping[str, Any]) -> list[Expression]:
