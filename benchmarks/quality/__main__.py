@@ -18,13 +18,14 @@ from ..harness import describe_environment, make_console
 from ..harness import options as opt
 from .base_models import BaseModel
 from .data import load_texts
+from .design import Checkpoint, Suite, TuningBudget
 from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
 from .pretrained import PRETRAINED
 from .pretrained_page import write_pretrained
 from .store import Store
-from .suites import QUICK, SUITES, Checkpoint, Suite, TuningBudget
+from .suites import QUICK, SUITES
 
 
 PAGES = {"small": Path("docs/quality.md"), "pretrained": Path("docs/pretrained.md")}

@@ -15,11 +15,11 @@ from rich.progress import Progress
 from peft_spp.demo.display import add_bar
 
 from .base_models import BaseModel
+from .design import Checkpoint, Contender, Study, Suite
 from .estimate import Estimate
 from .jobs import measure_base, measure_rate, measure_steps, measure_tuned
 from .methods import METHODS, equal_options
 from .store import Store, key_of
-from .suites import Checkpoint, Contender, Study, Suite
 
 
 EXTENSIONS = 2

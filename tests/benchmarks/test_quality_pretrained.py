@@ -11,13 +11,14 @@ import pytest
 pytest.importorskip("datasets")
 
 from benchmarks.quality.__main__ import described
+from benchmarks.quality.design import Study
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.harness_tasks import _probability, write_tasks
 from benchmarks.quality.pretrained import FOUR, POSITIVE, PRETRAINED, distilled
 from benchmarks.quality.pretrained_page import write_pretrained
 from benchmarks.quality.pretrained_results import comparisons_of
 from benchmarks.quality.store import Store
-from benchmarks.quality.suites import AT_2_4, Study
+from benchmarks.quality.suites import AT_2_4
 
 
 COMMON = {"base": "b", "model": "tiny"}
