@@ -52,7 +52,7 @@ class MergeableLayer(nn.Module, SPPLayer):
         self.follow_base_layer()
         with whole_parameters(self):
             delta = scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False)
-            return delta.transpose(-2, -1) if self.fan_in_fan_out else delta
+            return self.backend.stored(delta)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -104,11 +104,11 @@ class MergeableLayer(nn.Module, SPPLayer):
     def _merged(self, new_adapters: list[str], safe_merge: bool) -> Any:
         """The weight to put, with the adapters that are merged already and others."""
         unmerged = self._unmerged()
-        shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
-        if unmerged.shape[-2:] != shape:
+        weight = unmerged if isinstance(unmerged, Compressed) else self.unmerged_weight()
+        if weight.shape[-2:] != (self.out_features, self.in_features):
             raise RuntimeError(
                 f"The weight of module {self.module_name!r} is not fully in memory: its shape is "
-                f"{tuple(unmerged.shape)}, not {shape}. With FSDP1 merge inside "
+                f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "
                 "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
                 "process, for example with `peft-spp merge`."
             )

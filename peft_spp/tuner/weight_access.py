@@ -26,7 +26,7 @@ class WeightAccess(ABC):
     """What the layer calls the weight."""
 
     is_transposed: bool = False
-    """Whether a dense weight of the layer's own form has the shape `(in_features, out_features)`."""
+    """Whether the layer stores its weight as `(in_features, out_features)`."""
 
     is_lossless: bool = False
     """Whether every weight, zeros and all, is stored unchanged, so that merging rounds no more than on a dense one."""
@@ -169,6 +169,18 @@ class WeightAccess(ABC):
         """
         return self.quantize(layer, merged_weight(self.dequantize(layer, packed), factors))
 
+    def stored(self, weight: torch.Tensor) -> torch.Tensor:
+        """
+        A dense weight in the shape that the layer gives to dense weights.
+
+        Args:
+            weight (`torch.Tensor`): shape `(out_features, in_features)`.
+
+        Returns:
+            `torch.Tensor`: By default the weight itself.
+        """
+        return weight
+
     def numbers(self, packed: Any) -> torch.Tensor:
         """
         The stored numbers of a packed weight. Only lossless ones are asked for it.
@@ -204,12 +216,20 @@ class Plain(WeightAccess):
     def packed(self, layer: nn.Module) -> torch.Tensor:
         return self._parameter(layer).detach()
 
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's parameter as (outputs, inputs)."""
+        # a flattened shard has nothing to turn
+        return weight.transpose(-2, -1) if self.is_transposed and weight.ndim > 1 else weight
+
+    def stored(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.transpose(-2, -1) if self.is_transposed else weight
+
     def dequantize(self, layer: nn.Module, packed: torch.Tensor) -> torch.Tensor:
         weight = self._parameter(layer)
-        return self._turned(packed.to(weight.device, weight.dtype))
+        return self.rows(packed.to(weight.device, weight.dtype))
 
     def quantize(self, layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-        return self._turned(weight)
+        return self.stored(weight)
 
     def put(self, layer: nn.Module, packed: torch.Tensor) -> None:
         # in place: an engine that shards parameters, and whoever holds this one, sees the new values
@@ -229,19 +249,15 @@ class Plain(WeightAccess):
         factors: Sequence[Factors],
         identity: bool = True,
     ) -> torch.Tensor:
-        weight = self._parameter(layer)
-        return spp_linear(x, weight, bias, factors, fan_in_fan_out=self.is_transposed, identity=identity)
+        return spp_linear(x, self.rows(self._parameter(layer)), bias, factors, identity=identity)
 
     def scaled(self, layer: nn.Module, factors: Sequence[Factors]) -> torch.Tensor:
         return self.scale(self._parameter(layer), factors)
 
     def scale(self, weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
         """W' of a weight in the layer's own form, in the same form."""
-        return self._turned(scaled_weight(self._turned(weight), factors))
+        return self.stored(scaled_weight(self.rows(weight), factors))
 
     def _parameter(self, layer: nn.Module) -> torch.Tensor:
         weight: torch.Tensor = getattr(layer, self.parameter_name)
         return weight
-
-    def _turned(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.transpose(-2, -1) if self.is_transposed else weight
