@@ -36,7 +36,6 @@ def columns_text(columns: Mapping[str, int]) -> str:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return dict(tensors.metadata() or {})
@@ -91,7 +90,6 @@ def compressed_shapes(
 
 
 def bitmask_of(name: str) -> str:
-    """The name of the bitmask of a weight."""
     return f"{name.removesuffix(_WEIGHT)}{_BITMASK}"
 
 

@@ -31,12 +31,10 @@ class CompressedTensor:
 
     @property
     def file(self) -> Path:
-        """The file of the values."""
         return self.values.file
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """Its dtype."""
         return self.values.dtype
 
     def load_compressed(self) -> Compressed:

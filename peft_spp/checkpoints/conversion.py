@@ -45,7 +45,6 @@ class Origin:
 
     @property
     def tensors(self) -> list[StoredTensor]:
-        """The stored tensors."""
         return [part.tensor for part in self.parts]
 
     @cached_property

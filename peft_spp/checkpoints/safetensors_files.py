@@ -144,7 +144,6 @@ def _inside(source: Path, named: Any) -> Path:
 
 
 def read_json(file: Path, strict: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file."""
     more: dict[str, Any] = {"parse_constant": _no_constant, "object_pairs_hook": _without_duplicates} if strict else {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"), **more)

@@ -28,7 +28,6 @@ class StoredTensor:
     stop: int  # where they end
 
     def load(self) -> Tensor:
-        """Read the tensor."""
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"tensor {self.name!r} of {self.file} has dtype {self.dtype}, which is not floating")
         return read_bytes(self.file, self.start, self.stop).view(self.dtype).view(self.shape)

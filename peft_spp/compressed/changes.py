@@ -60,7 +60,6 @@ class Change:
         raise NotImplementedError
 
     def metadata(self, file: Path) -> dict[str, str]:
-        """The new metadata of a file."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -68,7 +67,6 @@ class Change:
         raise NotImplementedError
 
     def card(self, text: str) -> str:
-        """The new card."""
         raise NotImplementedError
 
     @cached_property

@@ -105,7 +105,6 @@ def fine_tune(
     adapter_dir: Path,
     callback: ProgressCallback,
 ) -> None:
-    """Fine-tune the model with an adapter, and save the adapter."""
     trainer = SFTTrainer(
         model,
         SFTConfig(

@@ -31,14 +31,12 @@ class AdapterContent:
     text: str  # the text of its model card, without what an SPP configuration adds when it is saved
 
     def card(self) -> ModelCard:
-        """A model card for the adapter."""
         task_type = getattr(self.config.task_type, "value", self.config.task_type)
         tags = [str(getattr(self.config.peft_type, "value", self.config.peft_type)).lower()]
         return new_model_card(self.config.base_model_name_or_path, task_type, tags, self.text)
 
 
 def write_adapter(out: OutputFolder, content: AdapterContent, card: ModelCard) -> None:
-    """Write the files of an adapter."""
     weights = out.new_file(Path(SAFETENSORS_WEIGHTS_NAME))
     save_file(dict(content.tensors), weights, metadata={"format": "pt"})
     card.save(weights.with_name(CARD))

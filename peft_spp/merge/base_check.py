@@ -49,7 +49,6 @@ def _conv1d(checkpoint: Checkpoint) -> bool | None:
 
 
 def check_merged_before(adapter: Adapter, checkpoint: Checkpoint) -> str:
-    """Check that an adapter is not in a checkpoint already."""
     identity = adapter.saved.identity
     if adapter.modules and is_merged(identity, checkpoint.config):
         raise ValueError(

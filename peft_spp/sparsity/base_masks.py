@@ -144,7 +144,6 @@ def _describe(mask: MaskRecord) -> str:
 
 
 def record_weights(weights: Iterable[tuple[str, Tensor | Compressed]]) -> dict[str, MaskRecord]:
-    """Record the masks of weights, one at a time."""
     return {
         name: record_mask(weight if isinstance(weight, Compressed) else weight.reshape(-1, weight.shape[-1]))
         for name, weight in weights

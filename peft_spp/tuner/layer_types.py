@@ -37,7 +37,6 @@ class Request(NamedTuple):
 
     @property
     def base_layer(self) -> nn.Module:
-        """The module itself."""
         target = self.target
         return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
