@@ -42,11 +42,7 @@ _ANY_NOTE = re.compile(re.escape(_NOTE).replace(re.escape("{}"), "[^)]*"))
 
 
 class Change:
-    """What is written in the place of a checkpoint's files.
-
-    Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-    """
+    """What is written in the place of a checkpoint's files."""
 
     action = ""
 

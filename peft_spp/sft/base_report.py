@@ -67,12 +67,7 @@ def sparsity_on_disk(model: str, layers: Sequence[str]) -> BaseReport | None:
 
 
 class SparsityCallback(TrainerCallback):
-    """
-    Says at the start of the training how sparse the base model is.
-
-    Args:
-        guard (`SPPGuardCallback`): The guard, which has looked at the base model by then.
-    """
+    """Says at the start of the training how sparse the base model is."""
 
     def __init__(self, guard: SPPGuardCallback) -> None:
         self._guard = guard

@@ -150,12 +150,7 @@ class ParamWrapper(AdaptedLayer):
 
 
 class _Replacement:
-    """
-    Computes the tensor that stands for a parameter when it is first asked for, and keeps it.
-
-    Args:
-        compute (`Callable[[torch.Tensor], torch.Tensor]`): Makes it of the parameter.
-    """
+    """Computes the tensor that stands for a parameter when it is first asked for, and keeps it."""
 
     def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
         self.compute = compute

@@ -19,12 +19,6 @@ class QuantizedLinear(Linear):
 
     The weight is dequantized in the forward pass and once more in the backward pass, and nothing of its size is kept
     in between.
-
-    Args:
-        base_layer (`nn.Module`): The layer to adapt, or a tuner layer around one.
-        adapter_name (`str`): The name of the first adapter.
-        backend ([`Backend`]): How to read and replace the base layer's weight.
-        kwargs (`Any`): As for [`Linear`].
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, backend: Backend, **kwargs: Any) -> None:
