@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.ties import TiedNames
 from ..functional.row_blocks import check_row_blocks
 from .adapter import INSTEAD, AdaptedModule, Adapter
+from .parameters import AdaptedParameter, find_parameters
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,17 +24,19 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Merge:
-    """A weight to merge an adapter into.
+    """A weight to merge an adapter into, or some rows of one.
 
     Args:
-        weight (`StoredTensor` or `CompressedTensor`): The weight.
+        weight (`StoredTensor` or `CompressedTensor`): The weight as a matrix, which may be a part of a tensor.
         module (`AdaptedModule`): What the adapter holds for it.
         transposed (`bool`): Whether the weight is stored `(in, out)`, as `Conv1D` does.
+        first (`int`): The first row that is in `weight`, if the others are elsewhere.
     """
 
     weight: StoredTensor | CompressedTensor
     module: AdaptedModule
     transposed: bool
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,39 +44,49 @@ class Plan:
     """What changes in a checkpoint, by the names of its tensors.
 
     Args:
-        merges (`Mapping[str, Merge]`): The weights to merge into.
+        merges (`Mapping[str, list[Merge]]`): The weights to merge into, in the order of the bytes.
         replaced (`Mapping[str, StoredTensor]`): The tensors that trained ones take the place of.
         stored (`Mapping[str, str]`): What the checkpoint calls the adapted modules.
+        parameters (`Sequence[AdaptedParameter]`): The adapted parameters that are not weights of modules.
     """
 
-    merges: Mapping[str, Merge]
+    merges: Mapping[str, list[Merge]]
     replaced: Mapping[str, StoredTensor]
     stored: Mapping[str, str]
+    parameters: Sequence[AdaptedParameter]
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     """Match an adapter with a checkpoint, and check that it fits."""
-    wanted = [*(f"{name}.weight" for name in adapter.modules), *adapter.trained]
-    found = _match(wanted, checkpoint, adapter)
+    parameters = find_parameters(checkpoint, adapter)
+    modules = {name: module for name, module in adapter.modules.items() if name not in parameters}
+    wanted = [*(f"{name}.weight" for name in modules), *adapter.trained]
+    found = _match(wanted, checkpoint, adapter) if wanted else {}
     tied = TiedNames(checkpoint.config)
-    for name, stored in found.items():
+    for name, stored in [*found.items(), *((one.name, one.name) for one in parameters.values())]:
         if name in tied or stored in tied:
             raise ValueError(
                 f"{adapter.folder} adapts {name!r}, whose weight is tied to another module: {checkpoint.folder} "
                 f"stores one tensor for both. {INSTEAD}"
             )
     layout = checkpoint.layout
-    merges = {}
-    for name, module in adapter.modules.items():
+    merges: dict[str, list[Merge]] = {}
+    for name, module in modules.items():
         weight = checkpoint.dense[found[f"{name}.weight"]]
         square_is_transposed = layout.is_transposed(weight.name.removesuffix(".weight"), len(weight.shape))
         transposed = _is_transposed(weight, module, square_is_transposed, adapter)
-        merges[weight.name] = Merge(weight, module, transposed)
+        merges[weight.name] = [Merge(weight, module, transposed)]
+    for parameter in parameters.values():
+        for rows in parameter.rows:
+            _check_floating(rows.matrix)
+            transposed = parameter.transposed != rows.flipped
+            one = Merge(rows.matrix, parameter.experts[rows.expert], transposed, rows.first)
+            merges.setdefault(rows.matrix.name, []).append(one)
     replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
     for name, tensor in replaced.items():
         _check_same_kind(checkpoint.dense[name], tensor)
-    modules = {name: found[f"{name}.weight"].removesuffix(".weight") for name in adapter.modules}
-    return Plan(merges, replaced, modules)
+    names = {name: found[f"{name}.weight"].removesuffix(".weight") for name in modules}
+    return Plan(merges, replaced, names, list(parameters.values()))
 
 
 def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
@@ -125,14 +138,7 @@ def _names_in_the_model(checkpoint: Checkpoint) -> dict[str, str]:
 def _is_transposed(
     weight: StoredTensor | CompressedTensor, module: AdaptedModule, square_is_transposed: bool, adapter: Adapter
 ) -> bool:
-    where = f"tensor {weight.name!r} of {weight.file}"
-    if isinstance(weight, CompressedTensor) and weight.old:
-        raise ValueError(f"{where} is in a compressed-tensors format: run `peft-spp decompress` or `compress` first")
-    if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "
-            "float32, bfloat16 or float16, and not into quantized ones."
-        )
+    where = _check_floating(weight)
     shape = (module.B.shape[0], module.A.shape[1])
     if weight.shape not in (shape, shape[::-1]):
         raise ValueError(
@@ -146,6 +152,19 @@ def _is_transposed(
     if adapter.config.fan_in_fan_out and not square_is_transposed:
         raise ValueError(f"cannot tell whether {where} is stored (in, out) or (out, in). {INSTEAD}")
     return square_is_transposed
+
+
+def _check_floating(weight: StoredTensor | CompressedTensor) -> str:
+    """Check that factors can be merged into a stored matrix. It returns what to call it in messages."""
+    where = f"tensor {weight.name!r} of {weight.file}"
+    if isinstance(weight, CompressedTensor) and weight.old:
+        raise ValueError(f"{where} is in a compressed-tensors format: run `peft-spp decompress` or `compress` first")
+    if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "
+            "float32, bfloat16 or float16, and not into quantized ones."
+        )
+    return where
 
 
 def _check_same_kind(stored: StoredTensor | CompressedTensor, trained: StoredTensor) -> None:
