@@ -60,11 +60,12 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     """Match an adapter with a checkpoint, and check that it fits."""
     parameters = find_parameters(checkpoint, adapter)
     modules = {name: module for name, module in adapter.modules.items() if name not in parameters}
-    wanted = [*(f"{name}.weight" for name in modules), *adapter.trained]
-    found = _match(wanted, checkpoint, adapter) if wanted else {}
     tied = TiedNames(checkpoint.config)
+    trained = _without_copies(adapter, checkpoint, tied)
+    wanted = [*(f"{name}.weight" for name in modules), *trained]
+    found = _match(wanted, checkpoint, adapter) if wanted else {}
     for name, stored in [*found.items(), *((one.name, one.name) for one in parameters.values())]:
-        if name in tied or stored in tied:
+        if (name in tied or stored in tied) and not _stays_tied(name, checkpoint, adapter, tied):
             raise ValueError(
                 f"{adapter.folder} adapts {name!r}, whose weight is tied to another module: {checkpoint.folder} "
                 f"stores one tensor for both. {INSTEAD}"
@@ -82,11 +83,24 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
             transposed = parameter.transposed != rows.flipped
             one = Merge(rows.matrix, parameter.experts[rows.expert], transposed, rows.first)
             merges.setdefault(rows.matrix.name, []).append(one)
-    replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
+    replaced = {found[name]: tensor for name, tensor in trained.items()}
     for name, tensor in replaced.items():
         _check_same_kind(checkpoint.dense[name], tensor)
     names = {name: found[f"{name}.weight"].removesuffix(".weight") for name in modules}
     return Plan(merges, replaced, names, list(parameters.values()))
+
+
+def _without_copies(adapter: Adapter, checkpoint: Checkpoint, tied: TiedNames) -> dict[str, StoredTensor]:
+    """The trained tensors; of those that stay tied only the one that the checkpoint has, if it has one of them."""
+    shared = [name for name in adapter.trained if adapter.config.ensure_weight_tying and name in tied]
+    there = [name for name in shared if name in checkpoint.dense]
+    return {name: one for name, one in adapter.trained.items() if not there or name not in shared or name in there}
+
+
+def _stays_tied(name: str, checkpoint: Checkpoint, adapter: Adapter, tied: TiedNames) -> bool:
+    """Whether a trained tensor is for all modules that share it, and the checkpoint has it once."""
+    for_all = adapter.config.ensure_weight_tying and name in adapter.trained
+    return for_all and sum(one in tied for one in checkpoint.dense) == 1
 
 
 def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
