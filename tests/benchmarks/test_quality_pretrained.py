@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+import typer
 from rich.progress import Progress
 
 
 pytest.importorskip("datasets")
 
 from benchmarks.quality import plan
-from benchmarks.quality.__main__ import described
+from benchmarks.quality.__main__ import described, only_methods
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.harness_tasks import _probability, write_tasks
 from benchmarks.quality.pretrained import FOUR, POSITIVE, PRETRAINED, distilled
@@ -167,6 +168,14 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
             # at another pruning this rate is known to be too high
             ("tune", "wanda-0.5", 1e-2),
         ]
+
+
+def test_a_suite_can_be_narrowed_to_some_of_its_methods():
+    suite = only_methods(PRETRAINED, ["lora", "masked_full"])
+    assert {one.method for study in suite.studies for one in study.contenders} == {"lora", "masked_full"}
+    assert all(study.contenders for study in suite.studies) and only_methods(PRETRAINED, []) == PRETRAINED
+    with pytest.raises(typer.BadParameter, match=r"lora2 is not one of: .*lora"):
+        only_methods(PRETRAINED, ["lora", "lora2"])
 
 
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
