@@ -35,6 +35,7 @@ _RELIED_ON = {
     "peft.utils.other": ("AuxiliaryTrainingWrapper.adapter_state_dict_load_map", "get_pattern_key"),
     "peft.config": ("PeftConfigMixin._split_kwargs", "PeftConfigMixin._get_peft_type"),
     "peft.utils.peft_types": ("register_peft_method",),
+    "peft.optimizers.loraplus": ("get_parameter_names",),
 }
 
 

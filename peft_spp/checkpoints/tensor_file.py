@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,12 @@ class StoredTensor:
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"tensor {self.name!r} of {self.file} has dtype {self.dtype}, which is not floating")
         return read_bytes(self.file, self.start, self.stop).view(self.dtype).view(self.shape)
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """Some rows of the tensor, as a tensor."""
+        row_bytes = (self.stop - self.start) // max(self.shape[0], 1)
+        start, stop = (self.start + row * row_bytes for row in (first, last))
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, stop=stop)
 
     def describe(self) -> str:
         """The dtype and the shape, for messages."""

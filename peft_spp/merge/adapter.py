@@ -64,16 +64,23 @@ class Adapter:
     saved: SavedAdapter  # the adapter that this was made of
 
 
-def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter, and check that all of it can be merged."""
-    return take_apart(read_adapter(folder))
+def load_adapter(folder: Path, *, parameters: bool = False) -> Adapter:
+    """
+    Read an adapter, and check that all of it can be merged.
+
+    Args:
+        folder (`Path`): Its folder.
+        parameters (`bool`, *optional*, defaults to `False`):
+            Whether it may have `target_parameters`, whose names only the model tells.
+    """
+    return take_apart(read_adapter(folder), parameters=parameters)
 
 
-def take_apart(saved: SavedAdapter) -> Adapter:
+def take_apart(saved: SavedAdapter, *, parameters: bool = False) -> Adapter:
     """Sort the tensors of an adapter by what a merge does with them."""
     assert saved.folder is not None and saved.weights is not None
     config, file = saved.config, saved.folder / CONFIG_NAME
-    if config.target_parameters:
+    if config.target_parameters and not parameters:
         raise ValueError(f"{file} has target_parameters, which are not supported here. {INSTEAD}")
     if config.trainable_token_indices:
         raise ValueError(f"{file} has trainable_token_indices, which are not supported here. {INSTEAD}")

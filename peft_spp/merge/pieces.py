@@ -93,14 +93,14 @@ def _cut(file: TensorFile, plan: Plan) -> Iterator[Piece]:
     """Cover the whole file, its header included: what lies between changed tensors is copied unchanged."""
     copied_to = 0
     for name, tensor in file.tensors.items():
-        merge, trained = plan.merges.get(name), plan.replaced.get(name)
-        if merge is None and trained is None:
+        merges, trained = plan.merges.get(name, []), plan.replaced.get(name)
+        if not merges and trained is None:
             continue
         yield from _cut_range(file.path, copied_to, tensor.start)
         copied_to = tensor.stop
-        if merge is not None:
+        for merge in merges:
             yield from _cut_weight(merge)
-        elif trained is not None:
+        if trained is not None:
             yield from _cut_range(trained.file, trained.start, trained.stop)
     yield from _cut_range(file.path, copied_to, file.size)
 
@@ -141,9 +141,10 @@ def _cut_rows(merge: Merge, weight: StoredTensor) -> Iterator[Piece]:
     factors = _load_factors(merge)
     row_bytes = (weight.stop - weight.start) // weight.shape[0]
     max_rows = max(1, PIECE_BYTES // max(row_bytes, 1))
-    for tile in row_tiles(weight.shape[0], merge.module.r, max_rows=max_rows):
+    within = slice(merge.first, merge.first + weight.shape[0])
+    for tile in row_tiles(merge.module.B.shape[0], merge.module.r, within, max_rows):
         part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
-        start, stop = (weight.start + row * row_bytes for row in (tile.rows.start, tile.rows.stop))
+        start, stop = (weight.start + (row - merge.first) * row_bytes for row in (tile.rows.start, tile.rows.stop))
         yield Piece(weight.file, start, stop, merge, part)
 
 

@@ -36,6 +36,7 @@ from .targets import (
     check_task,
     heads_saved_whole,
     other_maps,
+    saved_with_ties,
     transformer_block_linear_targets,
     warn_of_fused_experts,
     warn_of_other_maps,
@@ -117,6 +118,13 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                     f"parameters, but got {sorted(config.target_parameters)} for the new adapter and {sorted(others)} "
                     f"for adapter {adapter_name!r}."
                 )
+
+    def _add_modules_to_save_to_tie(self, peft_config: SPPConfig, tied_weight_keys: list[str]) -> None:  # type: ignore[override]
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = next(name for name, module in self.model.named_modules() if module is embeddings)
+        peft_config.modules_to_save = saved_with_ties(peft_config.modules_to_save or [], embedding, tied_weight_keys)
+        # an attribute and not a field, as of LoRA's configuration: the model tells it
+        vars(peft_config)["modules_to_tie"] = set(tied_weight_keys)
 
     def inject_adapter(
         self,

@@ -248,6 +248,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of integers, or a dictionary from names to such lists",
     ),
     "fan_in_fan_out": (_is_bool, "True or False"),
+    "ensure_weight_tying": (_is_bool, "True or False"),
     "inference_mode": (_is_bool, "True or False"),
     "auto_mapping": (_any_of(_is_none, _is_map_to(_any_of(_is_none, _is_string))), "a dictionary of strings"),
     "base_model_name_or_path": (_any_of(_is_none, _is_string, lambda v: isinstance(v, os.PathLike)), "a string"),

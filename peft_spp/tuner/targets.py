@@ -214,6 +214,23 @@ def heads_saved_whole(config: SPPConfig) -> list[str]:
     return [name for name in heads if name not in (config.modules_to_save or [])]
 
 
+def saved_with_ties(modules_to_save: Sequence[str], embedding: str, tied: Iterable[str]) -> list[str]:
+    """
+    What to train and save in full where some of it is tied to the embedding: that, and not the modules tied to it.
+
+    Args:
+        modules_to_save (`Sequence[str]`): What the configuration names.
+        embedding (`str`): The name of the input embedding.
+        tied (`Iterable[str]`): The names of the modules that have its weight.
+    """
+
+    def names(one: str, module: str) -> bool:
+        return f".{one}." in f".{module}."
+
+    kept = [one for one in modules_to_save if not any(names(one, module) for module in tied)]
+    return kept if any(names(one, embedding) for one in kept) else [*kept, embedding]
+
+
 def check_task(model: nn.Module, config: SPPConfig) -> None:
     """Check that a model can be wrapped for the task of an adapter, before the adapter is injected."""
     generates = config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
