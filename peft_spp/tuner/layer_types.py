@@ -20,7 +20,7 @@ from ..architecture import is_stored_transposed
 from ..checkpoints.layout import model_types
 from .config import SPPConfig
 from .engines import whole_shape
-from .layer import Linear
+from .layer import AdaptedLayer, Linear
 from .param_wrapper import ParamWrapper
 from .quantized import QuantizedLinear, find_backend
 from .targets import check_linear, check_not_split, check_weight
@@ -51,7 +51,7 @@ class Request(NamedTuple):
         return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
 
-Make: TypeAlias = Callable[..., Linear]
+Make: TypeAlias = Callable[..., AdaptedLayer]
 """Makes the adapted layer of the target, the name of the adapter, its configuration, r and alpha."""
 
 

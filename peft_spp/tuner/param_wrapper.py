@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import scaled_weight
 from .config import SPPConfig
 from .engines import call_inside, forward_within, innermost, is_hooked, whole_shape
-from .layer import Linear
-from .layer_factors import SPPLayer
+from .layer import AdaptedLayer
+from .weight_access import Plain
 
 
 _TRACED = "_spp_replacements"
@@ -24,7 +23,7 @@ _USERS = "_spp_users"
 _lock = threading.Lock()
 
 
-class ParamWrapper(Linear):
+class ParamWrapper(AdaptedLayer):
     """
     SPP on an `nn.Parameter`, chosen with `target_parameters`: a weight, or a stack of the weights of all experts.
 
@@ -52,6 +51,8 @@ class ParamWrapper(Linear):
             be done on a parameter.
     """
 
+    backend: Plain
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -64,13 +65,8 @@ class ParamWrapper(Linear):
         module_name: str = "",
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        self.parameter_name = parameter_name
-        self.fan_in_fan_out = is_transposed
-        self.is_target_conv_1d_layer = False
-        SPPLayer.__init__(self, base_layer, module_name=module_name, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
+        backend = Plain(parameter_name, is_transposed)
+        super().__init__(base_layer, adapter_name, backend, config, r, spp_alpha, module_name, **kwargs)
 
     def _read_features(self) -> None:
         shape = whole_shape(self._base_weight())
@@ -126,7 +122,7 @@ class ParamWrapper(Linear):
         return call_inside(hooked, partial(self._with_scaled_parameter, names), *args, **kwargs)
 
     def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        compute = partial(self._scaled, factors=self.get_factors(names))
+        compute = partial(self.backend.scale, factors=self.get_factors(names))
         base_layer = self.get_base_layer()
         module = innermost(base_layer)
         replaced = partial(replaced_parameter, module, self.parameter_name, compute)
@@ -145,12 +141,6 @@ class ParamWrapper(Linear):
                 f"The parent of {self.module_name!r} is wrapped for activation checkpointing inside the adapter, so "
                 "its backward pass would skip the adapter. Wrap the block around it instead."
             )
-
-    def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
-        return self._transpose(scaled_weight(self._transpose(parameter), factors))
-
-    def _transpose(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.transpose(-2, -1) if self.fan_in_fan_out else weight
 
     def __repr__(self) -> str:
         # the name of the parameter tells nested wrappers apart
