@@ -24,7 +24,7 @@ from .autograd import autocast_off, autocasts
 from .bitmask import Compressed, one_of_stack
 from .compressed import compressed_linear, decompress
 from .dequantized import spp_linear_dequantized
-from .factors import Factors, check_factors
+from .factors import Factors, check_stack, factors_of_each
 from .weight import scaled_weight
 
 
@@ -49,8 +49,9 @@ class CompressedStack(Tensor):
         cls: Any, weight: Compressed, factors: Sequence[Factors] = (), *, inputs_first: bool = False
     ) -> CompressedStack:
         experts, m, n = weight.shape
-        _check_stack(weight, factors, inputs_first)
-        return _view(weight, _of_each(factors, experts), inputs_first, False, None, (experts, m, n))
+        check_stack(weight, factors, inputs_first)
+        own = factors_of_each(factors, experts) if factors else []
+        return _view(weight, own, inputs_first, False, None, (experts, m, n))
 
     def dense(self) -> Tensor:
         """The dense tensor, differentiable in the factors."""
@@ -100,20 +101,6 @@ def _view(
     made.weight, made.factors, made.inputs_first = weight, factors, inputs_first
     made.swapped, made.which = swapped, which
     return made
-
-
-def _check_stack(weight: Compressed, factors: Sequence[Factors], inputs_first: bool) -> None:
-    experts, m, n = weight.shape
-    # of the shapes alone
-    check_factors(torch.empty(experts, n, m, device="meta") if inputs_first else weight, factors)
-
-
-def _of_each(factors: Sequence[Factors], experts: int) -> list[list[Factors]]:
-    """The factors of each expert. They are cut at once, so that their gradients are put together at once."""
-    if not factors:
-        return []
-    cut = [(A.unflatten(0, (experts, -1)).unbind(), B.unflatten(0, (experts, -1)).unbind(), s) for A, B, s in factors]
-    return [[Factors(A[index], B[index], s) for A, B, s in cut] for index in range(experts)]
 
 
 def _densely(arguments: Any) -> Any:

@@ -280,7 +280,7 @@ class MergeableLayer(nn.Module, SPPLayer):
     def recorded_weight(self) -> torch.Tensor | Compressed:
         """The unmerged weight, in the form that its mask is read from."""
         unmerged = self._unmerged()
-        return unmerged if isinstance(unmerged, Compressed) else self.unmerged_weight()
+        return unmerged if isinstance(unmerged, Compressed) and not self.fan_in_fan_out else self.unmerged_weight()
 
     def _check_finite(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():
