@@ -27,7 +27,31 @@ from ..checkpoints.compressed_files import bitmask_of, join
 from ..checkpoints.conversion import put_together, take_apart
 from ..functional.bitmask import check_compressed
 from ..functional.compressed import compress, decompress
+from .experts import find_compressed_stacks
 from .operations import Operation, one_of
+
+
+class _BitmaskRenaming(WeightRenaming):  # type: ignore[misc]
+    """A renaming of a weight, for its bitmask."""
+
+    __slots__ = ()
+
+
+class _WithDenseShapes:
+    """A model for operations that look at the shapes of its parameters: those of compressed stacks have all zeros."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._stacks = find_compressed_stacks(model)
+
+    def get_parameter(self, name: str) -> Tensor:
+        if name not in self._stacks:
+            return self._model.get_parameter(name)
+        module, stack = self._stacks[name]
+        return torch.empty(module.compressed(stack).shape, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 class ExpertConverters:
@@ -40,12 +64,11 @@ class ExpertConverters:
     """
 
     def __init__(self, model: PreTrainedModel, transforms: Sequence[WeightTransform]) -> None:
-        self._model = model
+        self._with_shapes = cast(PreTrainedModel, _WithDenseShapes(model))
         # the last rule is reverted first
         converters = [one for one in reversed(transforms) if isinstance(one, WeightConverter)]
         self._reverted = [(one, one.reverse_transform()) for one in converters]
-        renamings = [one.reverse_transform() for one in reversed(transforms) if isinstance(one, WeightRenaming)]
-        self._renamings = cast(list[WeightRenaming], renamings)
+        self._renamings = [one for one in reversed(transforms) if isinstance(one, WeightRenaming)]
 
     def find(self, name: str) -> WeightConverter | None:
         """What makes a stack, if it is not stored as it is."""
@@ -54,7 +77,7 @@ class ExpertConverters:
     def parts(self, name: str, stack: Tensor) -> dict[str, Tensor]:
         """The stored tensors of a stack, by the names before the renamings are reverted; see [`take_apart`]."""
         converter = self.find(name)
-        return {name: stack} if converter is None else take_apart(self._model, converter, {name: stack})
+        return {name: stack} if converter is None else take_apart(self._with_shapes, converter, {name: stack})
 
     def can_compress(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a stack is stored as weights of two dimensions or more that nothing else is made of."""
@@ -63,11 +86,33 @@ class ExpertConverters:
         except Exception:  # whatever an operation without a way back raises
             return False
         places = sum(part.numel() for part in parts.values())
-        return places == torch.Size(shape).numel() and all(part.ndim > 1 for part in parts.values())
+        if places != torch.Size(shape).numel() or not all(part.ndim > 1 for part in parts.values()):
+            return False
+        # a bitmask has the name that its weight has in the files, and the model has to find it by that
+        back = [one.reverse_transform() for one in self._renamings]
+        return all(_renamed(self.bitmask_of(part), back) == bitmask_of(_renamed(part, back)) for part in parts)
+
+    def bitmask_of(self, part: str) -> str:
+        """The name of the bitmask of a part, before the renamings are reverted."""
+        return _renamed(bitmask_of(part), [one.reverse_transform() for one in self.for_bitmask(part)])
+
+    def for_bitmask(self, part: str) -> list[WeightRenaming]:
+        """Rules for the bitmask of a part, where the model has another name for the weight than the files."""
+        rules: list[WeightRenaming] = []
+        for one in self._renamings:
+            back = one.reverse_transform()
+            renamed, pattern = back.rename_source_key(part)
+            if pattern is None or back.rename_source_key(bitmask_of(part))[0] == bitmask_of(renamed):
+                continue
+            sources, targets = one._original_source_patterns, one._original_target_patterns
+            rule = _BitmaskRenaming([*map(bitmask_of, sources)], [*map(bitmask_of, targets)])
+            rule.scope_prefix, rule.base_model_prefix = one.scope_prefix, one.base_model_prefix
+            rules.append(rule)
+        return rules
 
     def stored_name(self, name: str) -> str:
-        """The name in files of a part of a stack."""
-        return apply_renamings(name, self._renamings)
+        """The name of a part of a stack in the files that have been read."""
+        return _renamed(name, [one.reverse_transform() for one in self._renamings if one.was_used()])
 
 
 def read_experts(quantizer: Any, model: PreTrainedModel, transforms: list[WeightTransform]) -> list[WeightTransform]:
@@ -83,14 +128,21 @@ def read_experts(quantizer: Any, model: PreTrainedModel, transforms: list[Weight
         `list[WeightTransform]`: The rules.
     """
     converters = ExpertConverters(model, transforms)
-    names = quantizer.stacks
-    apart = [converters.find(name) for name in names if converters.can_compress(name, model.get_parameter(name).shape)]
+    shapes = {name: model.get_parameter(name).shape for name in quantizer.stacks}
+    names = [name for name, shape in shapes.items() if converters.can_compress(name, shape)]
+    apart = [converters.find(name) for name in names]
+    renamings = {
+        tuple(rule.source_patterns): rule
+        for name in names
+        for part in converters.parts(name, torch.empty(shapes[name], device="meta"))
+        for rule in converters.for_bitmask(part)
+    }
     rules = [
         _apart(one, quantizer, converters) if isinstance(one, WeightConverter) and one in apart else one
         for one in transforms
     ]
     ends = sorted({".".join(name.split(".")[-2:]) for name in names})
-    return [*rules, *(_whole(end, quantizer) for end in ends)]
+    return [*rules, *renamings.values(), *(_whole(end, quantizer) for end in ends)]
 
 
 def save_as_dense(transforms: list[WeightTransform]) -> None:
@@ -99,7 +151,7 @@ def save_as_dense(transforms: list[WeightTransform]) -> None:
         operation.original if isinstance(operation, _ReadApart) else one
         for one in transforms
         for operation in [one.operations[0] if isinstance(one, WeightConverter) else None]
-        if not isinstance(operation, _ReadWhole)
+        if not isinstance(operation, _ReadWhole) and not isinstance(one, _BitmaskRenaming)
     ]
 
 
@@ -125,7 +177,7 @@ def stored_experts(
     stored: dict[str, Any] = {}
     for name, stack in stacks.items():
         if converters.find(name) is None:
-            stored[name] = ({name: stack.values, bitmask_of(name): stack.bitmask}, stack.columns)
+            stored[name] = ({name: stack.values, converters.bitmask_of(name): stack.bitmask}, stack.columns)
             continue
         if stack.values.is_meta:
             raise ValueError(
@@ -134,8 +186,12 @@ def stored_experts(
             )
         for part, dense in converters.parts(name, decompress(stack)).items():
             own = compress(dense)
-            stored[part] = ({part: own.values, bitmask_of(part): own.bitmask}, own.columns)
+            stored[part] = ({part: own.values, converters.bitmask_of(part): own.bitmask}, own.columns)
     return stored
+
+
+def _renamed(name: str, renamings: Sequence[WeightTransform]) -> str:
+    return apply_renamings(name, cast(list[WeightRenaming], renamings))
 
 
 def _apart(original: WeightConverter, quantizer: Any, converters: ExpertConverters) -> WeightConverter:

@@ -49,8 +49,8 @@ def state_and_metadata(model: PreTrainedModel) -> tuple[dict[str, Tensor] | None
     columns_of = {id(values): columns for values, columns in weights.values()}
     saved = revert_weight_conversion(model, {name: values for name, (values, _) in weights.items()})
     metadata = {COLUMNS: columns_text({name: columns_of[id(values)] for name, values in saved.items()})}
-    if stored.keys() <= stacks.keys():
-        return None, metadata
     parts = {name for stack in stacks for name in (stack, bitmask_of(stack))}
+    if parts.issuperset(name for tensors, _ in stored.values() for name in tensors):
+        return None, metadata
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in parts}
     return {**state, **{name: one for tensors, _ in stored.values() for name, one in tensors.items()}}, metadata
