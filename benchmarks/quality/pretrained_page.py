@@ -20,7 +20,7 @@ from .data import UNLIKE
 from .methods import METHODS
 from .page import bullets, paragraph
 from .pretrained_results import Comparison, Entry, comparisons_of
-from .store import Store
+from .store import UNSTABLE, Store
 from .suites import Pruning
 from .tables import format_kilobytes, table
 
@@ -237,19 +237,25 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
 
 def unstable_runs(store: Store) -> str:
     """What became of rates that were the best of short runs and too high for long ones: records of kind `unstable`."""
-    lines = [
-        prose.PRETRAINED_UNSTABLE.format(
+    runs = [
+        prose.PRETRAINED_UNSTABLE_RUN.format(
             label=METHODS[one.settings["method"]].style.label,
             rate=one.settings["rate"],
             steps=one.settings["steps"],
             pruning=Pruning.of(one.settings["pruning"]).label,
-            loss=one.measured["max_loss"],
-            perplexity=math.exp(one.measured["validation_loss"]),
+            end=_how_it_ended(one.measured),
         )
         for one in store.records
-        if one.kind == "unstable"
+        if one.kind == UNSTABLE
     ]
-    return "".join(lines)
+    return prose.PRETRAINED_UNSTABLE.format(runs="; ".join(runs)) if runs else ""
+
+
+def _how_it_ended(measured: Mapping[str, Any]) -> str:
+    if measured["validation_loss"] is None:
+        return "it diverged"
+    perplexity = math.exp(measured["validation_loss"])
+    return f"its loss rose to {measured['max_loss']:.1f}, and its validation perplexity ended at {perplexity:.0f}"
 
 
 def reading(store: Store, one: Comparison) -> dict[str, object]:
@@ -280,7 +286,7 @@ def method(store: Store) -> str:
         sequence=checkpoint["sequence"],
         dtype=checkpoint["dtype"],
         compute=checkpoint["compute"] or checkpoint["dtype"],
-        machine=plots.machine_note(environment),
+        machine="; ".join(dict.fromkeys(map(plots.machine_note, store.environments))),
         count=len(tuned),
         hours=sum(one["cpu_seconds"] for one in tuned) / 3600,
         command=environment["command"],
