@@ -61,6 +61,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         # what to compress when it comes, and why other layers stay dense
         self._waiting: set[str] = set()
+        self._places: dict[str, int] = {}
         self.stacks: tuple[str, ...] = ()
         self._kept: dict[str, str] = {}
         self._row_offsets: dict[str, Tensor] = {}
@@ -116,7 +117,9 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             stacks, kept = find_stacks(model, skip)
             self._kept |= kept
             self.stacks = tuple(stacks)
-            self._waiting = {*(f"{name}.weight" for name in layers), *stacks}
+            waiting = [*(f"{name}.weight" for name in layers), *stacks]
+            self._waiting = set(waiting)
+            self._places = {module_name(name): place for place, name in enumerate(waiting)}
             self._old = find_old_weights(self._files)
             if self.old_format is not None and not self._files:
                 raise ValueError(
@@ -285,8 +288,10 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         transforms: Any = getattr(model, "_weight_conversions", None)
         save_as_dense(transforms or [])
         if not self.pre_quantized:
-            warn_of_dense_layers(self._kept)
-            self.quantization_config.modules_to_not_convert = list(self._kept)
+            # in the order of the model, and not of the files
+            names = sorted(self._kept, key=lambda name: self._places.get(name, -1))
+            warn_of_dense_layers({name: self._kept[name] for name in names})
+            self.quantization_config.modules_to_not_convert = names
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
