@@ -194,7 +194,7 @@ def take_apart(
 
 
 def put_together(
-    model: PreTrainedModel, converter: WeightConverter, name: str, parts: Mapping[str, Sequence[Tensor]]
+    model: PreTrainedModel, converter: WeightConverter, name: str, parts: Mapping[str, list[Tensor]]
 ) -> dict[str, Tensor]:
     """
     Make parameters of what is stored, as Transformers does when it loads them.
@@ -203,15 +203,16 @@ def put_together(
         model (`PreTrainedModel`): The model, which may be on the meta device.
         converter (`WeightConverter`): What makes the parameters.
         name (`str`): The name of the first of them.
-        parts (`Mapping[str, Sequence[torch.Tensor]]`): The stored tensors by the converter's patterns, in order.
+        parts (`Mapping[str, list[torch.Tensor]]`): The stored tensors by the converter's patterns, in order. The
+            lists are emptied, so that the converter can free the tensors.
 
     Returns:
         `dict[str, torch.Tensor]`: The parameters, by name.
     """
     converter = deepcopy(converter)
     for pattern, tensors in parts.items():
-        for tensor in tensors:
-            _add(converter, name, name, pattern, tensor)
+        while tensors:
+            _add(converter, name, name, pattern, tensors.pop(0))
     return _made(converter, name, model)
 
 

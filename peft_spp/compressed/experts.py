@@ -209,8 +209,8 @@ def put_row_offsets(model: nn.Module, name: str, row_offsets: Tensor) -> None:
         row_offsets (`torch.Tensor`): The offsets.
     """
     owner, _, parameter = name.rpartition(".")
-    module, (bitmask, buffer) = model.get_submodule(owner), _buffers(parameter)
-    setattr(module, buffer, row_offsets.to(getattr(module, bitmask).device))
+    module, (_, buffer) = model.get_submodule(owner), _buffers(parameter)
+    setattr(module, buffer, row_offsets.to(getattr(module, buffer).device))
 
 
 def find_compressed_stacks(model: nn.Module) -> dict[str, tuple[CompressedExperts, str]]:

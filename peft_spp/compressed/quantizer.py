@@ -46,7 +46,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     The model is built dense, without data. A layer becomes a [`CompressedLinear`] when its weight comes: as values and
     bitmask from a compressed checkpoint, which so needs no list of its layers; or dense, and then it is compressed
-    before the next one is read. Dense it is too when it comes in a format that compressed-tensors had.
+    before the next one is read. Dense it is too when it comes in a format that compressed-tensors had. The module of a
+    stack of experts becomes a [`CompressedExperts`] in the same way.
 
     Args:
         quantization_config ([`BitmaskConfig`]): The configuration, of which a copy is kept.

@@ -215,6 +215,22 @@ def test_offloaded_experts_are_saved_whole_or_not_at_all(tmp_path):
                 model.save_pretrained(tmp_path / kind)
 
 
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+def test_a_device_map_puts_experts_on_the_host(kind, compressed, offload_buffers, tmp_path):
+    model = pruned(kind)
+    (peft_spp.compress(model) if compressed else model).save_pretrained(tmp_path)
+    settings = {} if compressed else {"quantization_config": BitmaskConfig()}
+    names = [f"model.{name}" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")]
+    # accelerate takes one for the device that computes, and the other for the host
+    device_map = {**dict.fromkeys([*names, "lm_head"], torch.device("cpu")), "model.layers.1": "cpu"}
+    loaded = load(tmp_path, device_map=device_map, offload_buffers=offload_buffers, **settings)
+    stacks = find_compressed_stacks(loaded)
+    assert [loaded.get_parameter(name).is_meta for name in sorted(stacks)] == [False, False, True, True]
+    assert torch.equal(loaded(IDS).logits, load(tmp_path, **settings)(IDS).logits)
+
+
 # the weights of one expert, one that is stored for itself and one of a whole stack
 PARTS = {
     "mixtral": ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.1.mlp.experts.gate_up_proj"),
