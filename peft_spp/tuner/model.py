@@ -21,7 +21,7 @@ from .adapter_tensors import check_can_be_saved
 from .base_record import check_not_merged, record_base, relate_base, warn_of_dense_layers
 from .config import SPPConfig
 from .injection import Injection
-from .layer import Linear
+from .layer import AdaptedLayer
 from .layer_factors import SPPLayer
 from .layer_types import Request, find_layer_type
 from .loading import check_fits, loading_of, take_record
@@ -276,7 +276,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
 
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
         wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
-        if isinstance(target, Linear) and not wrap_target_param:
+        if isinstance(target, AdaptedLayer) and not wrap_target_param:
             injection.adds_to(target)
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
             new_module = target
