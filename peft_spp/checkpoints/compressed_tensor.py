@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..functional.bitmask import Compressed
 from ..functional.compressed import decompress
-from .compressed_files import bitmask_of, compressed_shapes, join
+from .compressed_files import bitmask_of, compressed_shapes, is_bitmask, join
 from .file_bytes import read_bytes
 from .old_compressed_files import find_parts, join_parts, read_shape
 from .tensor_file import StoredTensor
@@ -63,7 +63,7 @@ def find_compressed(
                 tensors[parts.values], tensors[parts.bitmask], shape, name, True, (parts.shape, *parts.unread)
             )
         return found
-    if not any(name.endswith(".bitmask") for name in tensors):
+    if not any(is_bitmask(name) for name in tensors):
         return {}
     shapes = compressed_shapes(
         {name: one.shape for name, one in tensors.items()},

@@ -73,7 +73,7 @@ class Origin:
         if self.converter is None:
             return [(self.tensors[0], parameters[self.first])]
         try:
-            values = self._take_apart(parameters)
+            values = take_apart(self.model, self.converter, {name: parameters[name] for name in self.shapes})
         except Exception as error:  # whatever an operation without a way back raises
             raise ValueError(f"{self.first} cannot be taken apart again: {message(error)}") from error
         prefix = f"{self.model.base_model_prefix}."
@@ -85,18 +85,6 @@ class Origin:
                 raise ValueError(f"{self.first} cannot be taken apart again: there is no {part.tensor.name} in it")
             found.append((part.tensor, value))
         return found
-
-    def _take_apart(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert self.converter is not None
-        back = cast(WeightConverter, self.converter.reverse_transform())
-        groups: dict[str, WeightConverter] = {}
-        for name in self.shapes:
-            renamed, pattern = back.rename_source_key(name)
-            if pattern is None:
-                raise ValueError(f"nothing takes {name} apart")
-            _add(groups.setdefault(renamed, deepcopy(back)), renamed, name, pattern, parameters[name])
-        made = [_made(converter, name, self.model) for name, converter in groups.items()]
-        return {name: value for one in made for name, value in one.items()}
 
     def check_reversible(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise a `ValueError` unless the unchanged parameters give the bits that are stored."""
@@ -145,6 +133,57 @@ def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]
         if not pattern:
             found.setdefault(parameter, name)
     return found
+
+
+def take_apart(
+    model: PreTrainedModel, converter: WeightConverter, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """
+    Take parameters apart as Transformers does when it saves them.
+
+    Args:
+        model (`PreTrainedModel`): The model, which may be on the meta device.
+        converter (`WeightConverter`): What makes these parameters when the model is loaded.
+        parameters (`Mapping[str, torch.Tensor]`): All that it makes together, by name.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What is stored, by the names before the model's renamings are reverted.
+
+    Raises:
+        ValueError: If nothing takes one of them apart. An operation without a way back raises what it likes.
+    """
+    back = cast(WeightConverter, converter.reverse_transform())
+    groups: dict[str, WeightConverter] = {}
+    for name, parameter in parameters.items():
+        renamed, pattern = back.rename_source_key(name)
+        if pattern is None:
+            raise ValueError(f"nothing takes {name} apart")
+        _add(groups.setdefault(renamed, deepcopy(back)), renamed, name, pattern, parameter)
+    made = [_made(one, name, model) for name, one in groups.items()]
+    return {name: value for one in made for name, value in one.items()}
+
+
+def put_together(
+    model: PreTrainedModel, converter: WeightConverter, name: str, parts: Mapping[str, list[Tensor]]
+) -> dict[str, Tensor]:
+    """
+    Make parameters of what is stored, as Transformers does when it loads them.
+
+    Args:
+        model (`PreTrainedModel`): The model, which may be on the meta device.
+        converter (`WeightConverter`): What makes the parameters.
+        name (`str`): The name of the first of them.
+        parts (`Mapping[str, list[torch.Tensor]]`): The stored tensors by the converter's patterns, in order. The
+            lists are emptied, so that the converter can free the tensors.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The parameters, by name.
+    """
+    converter = deepcopy(converter)
+    for pattern, tensors in parts.items():
+        while tensors:
+            _add(converter, name, name, pattern, tensors.pop(0))
+    return _made(converter, name, model)
 
 
 class _Rules:

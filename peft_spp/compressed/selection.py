@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
@@ -20,20 +21,14 @@ from ..functional.bitmask import BITS, is_worth_it
 from ..weight_reads import computes_with_weight
 
 
-FUSED = "fused experts"
-"""Why a parameter that holds the weights of all experts of a mixture stays dense."""
-
-
 def find_linear_layers(
     model: nn.Module, skip: Sequence[str] | None = None
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """
-    The linear layers that can be compressed, and for each other one, and each parameter with fused experts, why not.
+    The linear layers that can be compressed, and for each other one why not.
     """
     skipped, tied = _skipped(model, skip)
-    # how many modules hold a parameter, and how many places hold a module
-    owners = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    owners, places = _owners(model)
     found, kept = {}, {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
@@ -52,13 +47,49 @@ def find_linear_layers(
             kept[name] = f"its weight is {module.weight.dtype}"
         else:
             found[name] = module
-    kept |= dict.fromkeys(find_expert_stacks(model), FUSED)
     return found, kept
 
 
-def names_of_layers(kept: Mapping[str, str]) -> list[str]:
-    """The layers among what stays dense, which is what a configuration lists."""
-    return [name for name, reason in kept.items() if reason != FUSED]
+def find_stacks(
+    model: nn.Module, skip: Sequence[str] | None = None
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]:
+    """
+    Find the parameters with the weights of all experts of a mixture that can be compressed.
+
+    Args:
+        model (`nn.Module`): Any model, on any device.
+        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
+
+    Returns:
+        `tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]`: By the name of the parameter, the module that has
+        it and its name there; and for each other one why not, by [`module_name`].
+    """
+    skipped, tied = _skipped(model, skip)
+    owners, places = _owners(model)
+    found, kept = {}, {}
+    for name, (module, parameter) in find_expert_stacks(model).items():
+        weight, shown = module._parameters.get(parameter), module_name(name)
+        owner = name.removesuffix(f".{parameter}")
+        if name in tied or owners[id(weight)] > 1 or places[id(module)] > 1:
+            kept[shown] = "tied"
+        elif not should_convert_module(shown, skipped):
+            kept[shown] = "left out"
+        elif parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+            kept[shown] = "its weight is computed"
+        elif "forward" in vars(module) or _has_hooks(module):
+            kept[shown] = "its module has another forward pass than its class, or hooks"
+        elif _is_read(model, owner, parameter):
+            kept[shown] = "it is read outside its module"
+        elif weight is None or weight.dtype not in BITS or type(weight.data) is not Tensor:
+            kept[shown] = f"its weight is {None if weight is None else weight.dtype}"
+        else:
+            found[name] = (module, parameter)
+    return found, kept
+
+
+def module_name(weight: str) -> str:
+    """What a weight is called in reports and configurations: its module, and a parameter of another name itself."""
+    return weight.removesuffix(".weight")
 
 
 def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_sparsity: float | None) -> str | None:
@@ -80,15 +111,10 @@ def converted_names(names: Sequence[str], transforms: Sequence[WeightTransform])
 
 
 def warn_of_dense_layers(kept: Mapping[str, str]) -> None:
-    """Say which layers stay dense for another reason than that they were left out, and which experts."""
-    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied", FUSED)]
-    experts = [name for name, reason in kept.items() if reason == FUSED]
-    sentences = [f"{len(told)} layers stay dense: {_first(told)}."] if told else []
-    sentences += (
-        [f"{len(experts)} parameters stay dense, since they are {FUSED}: {_first(experts)}."] if experts else []
-    )
-    if sentences:
-        warnings.warn(" ".join(sentences), stacklevel=2)
+    """Say which layers and experts stay dense for another reason than that they were left out."""
+    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied")]
+    if told:
+        warnings.warn(f"{len(told)} layers stay dense: {_first(told)}.", stacklevel=2)
 
 
 def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
@@ -117,11 +143,17 @@ def _skipped(module: nn.Module, skip: Sequence[str] | None) -> tuple[list[str], 
     return names, tied
 
 
-def _is_read(model: nn.Module, name: str) -> bool:
+def _owners(model: nn.Module) -> tuple[Counter[int], Counter[int]]:
+    """How many modules hold a parameter, and how many places hold a module."""
+    owners = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
+    return owners, Counter(id(child) for module in model.modules() for child in module._modules.values())
+
+
+def _is_read(model: nn.Module, name: str, parameter: str = "weight") -> bool:
     """Whether a module around a layer computes with its weight, as `nn.TransformerEncoderLayer` does."""
     *parts, child = name.split(".")
     around = {type(model.get_submodule(".".join(parts[:at]))) for at in range(len(parts) + 1)}
-    return bool(name) and computes_with_weight(around, child)
+    return bool(name) and computes_with_weight(around, child, parameter)
 
 
 def _has_hooks(module: nn.Module) -> bool:

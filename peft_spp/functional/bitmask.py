@@ -57,6 +57,22 @@ class Compressed(NamedTuple):
         return torch.Size((*self.bitmask.shape[:-1], self.columns))
 
 
+def one_of_stack(stack: Compressed, index: int) -> Compressed:
+    """
+    One weight of a stack, with the values of all of them.
+
+    Args:
+        stack ([`Compressed`]): The weights, shape `(E, m, n)`.
+        index (`int`): Which one.
+
+    Returns:
+        [`Compressed`]: shape `(m, n)`, not a copy.
+    """
+    m = stack.bitmask.shape[1]
+    row_offsets = stack.row_offsets[index * m : (index + 1) * m + 1]
+    return Compressed(stack.values, stack.bitmask[index], row_offsets, stack.columns)
+
+
 def bitmask_bytes(columns: int) -> int:
     """How many bytes a row of the bitmask has."""
     return -(-columns // WORD) * (WORD // 8)

@@ -207,6 +207,12 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
             continue
         told = says_transposed(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter_name in getattr(module, "stacks", ()):
+                stack = cast(Any, module).compressed(parameter_name)
+                load = partial(decompress, stack)
+                key, dtype, no_data = _join(name, parameter_name), stack.values.dtype, stack.values.is_meta
+                yield Stored(key, tuple(stack.shape), dtype, load, told, False, no_data=no_data)
+                continue
             yield _listed(
                 _join(name, parameter_name),
                 partial(getattr, module, parameter_name),

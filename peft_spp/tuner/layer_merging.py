@@ -104,8 +104,9 @@ class MergeableLayer(nn.Module, SPPLayer):
     def _merged(self, new_adapters: list[str], safe_merge: bool) -> Any:
         """The weight to put, with the adapters that are merged already and others."""
         unmerged = self._unmerged()
-        weight = unmerged if isinstance(unmerged, Compressed) else self.unmerged_weight()
-        if weight.shape[-2:] != (self.out_features, self.in_features):
+        # a compressed weight has its whole shape in its bitmask
+        weight = None if isinstance(unmerged, Compressed) else self.unmerged_weight()
+        if weight is not None and weight.shape[-2:] != (self.out_features, self.in_features):
             raise RuntimeError(
                 f"The weight of module {self.module_name!r} is not fully in memory: its shape is "
                 f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "
@@ -280,7 +281,7 @@ class MergeableLayer(nn.Module, SPPLayer):
     def recorded_weight(self) -> torch.Tensor | Compressed:
         """The unmerged weight, in the form that its mask is read from."""
         unmerged = self._unmerged()
-        return unmerged if isinstance(unmerged, Compressed) else self.unmerged_weight()
+        return unmerged if isinstance(unmerged, Compressed) and not self.fan_in_fan_out else self.unmerged_weight()
 
     def _check_finite(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture import is_stored_transposed
 from ..checkpoints.layout import model_types
+from .compressed_experts import is_compressed_stack, parameter_shape
 from .config import SPPConfig
-from .engines import whole_shape
 from .layer import AdaptedLayer, Linear
 from .param_wrapper import ParamWrapper
 from .quantized import QuantizedLinear, find_backend
@@ -50,9 +50,10 @@ def parameter(request: Request) -> Make | None:
     if request.parameter_name is None:
         return None
     base_layer, name = request.base_layer, request.parameter_name
-    weight = getattr(base_layer, name)
-    check_weight(weight, f"Target parameter {request.module_name!r}", dimensions=(2, 3))
-    transposed = is_stored_transposed(base_layer, len(whole_shape(weight)), model_types(request.model_config))
+    if not is_compressed_stack(base_layer, name):
+        check_weight(getattr(base_layer, name), f"Target parameter {request.module_name!r}", dimensions=(2, 3))
+    dims = len(parameter_shape(base_layer, name))
+    transposed = is_stored_transposed(base_layer, dims, model_types(request.model_config))
     return partial(ParamWrapper, parameter_name=name, is_transposed=transposed)
 
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
+from ..compressed.layer import put_dense_layers
 from .base_record import keeps_attributes
 from .engines import is_sharded, whole_parameters, whole_shape
 from .layer import AdaptedLayer
@@ -85,6 +86,8 @@ class MergingModel(BaseTuner):
         merged: nn.Module = super().merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if dequantize:
+            put_dense_layers(merged)  # the experts, which are merged in the form that they have
         mark_merged(merged, identities)
         return merged
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compressed_experts import access_to_parameter, parameter_shape
 from .config import SPPConfig
-from .engines import call_inside, forward_within, innermost, is_hooked, whole_shape
+from .engines import call_inside, forward_within, innermost, is_hooked
 from .layer import AdaptedLayer
 from .weight_access import Plain
 
@@ -65,11 +66,12 @@ class ParamWrapper(AdaptedLayer):
         module_name: str = "",
         **kwargs: Any,
     ) -> None:
-        backend = Plain(parameter_name, is_transposed)
+        inner = base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer
+        backend = access_to_parameter(inner, parameter_name, is_transposed)
         super().__init__(base_layer, adapter_name, backend, config, r, spp_alpha, module_name, **kwargs)
 
     def _read_features(self) -> None:
-        shape = whole_shape(self._base_weight())
+        shape = parameter_shape(self.get_base_layer(), self.parameter_name)
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"spp.{type(self).__name__} was initialized with {len(shape)} dimensional Parameter "
@@ -122,9 +124,9 @@ class ParamWrapper(AdaptedLayer):
         return call_inside(hooked, partial(self._with_scaled_parameter, names), *args, **kwargs)
 
     def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        compute = partial(self.backend.scale, factors=self.get_factors(names))
         base_layer = self.get_base_layer()
         module = innermost(base_layer)
+        compute = self.backend.replacement(module, self.get_factors(names))
         replaced = partial(replaced_parameter, module, self.parameter_name, compute)
         if module is base_layer and not is_hooked(base_layer):
             with replaced():
@@ -259,6 +261,8 @@ def _with_replaced(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
     """The class of a module of which some parameters are looked up: with properties, which come before attributes."""
 
     def looked_up(name: str) -> property:
+        is_computed = isinstance(getattr(cls, name, None), property)  # as compressed stacks are
+
         def read(self: Any) -> Tensor:
             # in replicas, and where FSDP1 flattens parameters, they are plain attributes
             if name in self.__dict__:
@@ -271,7 +275,7 @@ def _with_replaced(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
             parameter = self._parameters.get(name)
             replacement = _find(self, name)
             if replacement is None:
-                return read(self) if parameter is None else parameter
+                return read(self) if parameter is None or is_computed else parameter
             try:
                 return replacement.of(parameter, lambda: read(self))
             except AttributeError as error:

@@ -22,6 +22,7 @@ from ..architecture import (
     why_not_linear_map,
 )
 from ..checkpoints.names import plain_name
+from ..compressed.experts import find_compressed_stacks
 from .config import SPPConfig
 from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules
@@ -59,7 +60,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 def fused_experts(model: nn.Module) -> list[str]:
     """The parameters that hold the weights of all experts of a mixture, which are not linear layers."""
-    return [plain_name(name) for name in find_expert_stacks(model)]
+    return [plain_name(name) for name in (*find_expert_stacks(model), *find_compressed_stacks(model))]
 
 
 def is_linear(module: nn.Module) -> bool:

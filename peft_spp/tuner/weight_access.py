@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -253,6 +254,10 @@ class Plain(WeightAccess):
 
     def scaled(self, layer: nn.Module, factors: Sequence[Factors]) -> torch.Tensor:
         return self.scale(self._parameter(layer), factors)
+
+    def replacement(self, module: nn.Module, factors: Sequence[Factors]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes W' of the parameter, for code of the module that reads it."""
+        return partial(self.scale, factors=factors)
 
     def scale(self, weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
         """W' of a weight in the layer's own form, in the same form."""
