@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import SPPConfig
@@ -206,7 +207,9 @@ class Linear(AdaptedLayer):
 
     def _is_linear_map(self, forward: Callable[..., torch.Tensor]) -> bool:
         """Whether the forward pass is exactly a linear map, so that one matmul with W' can take its place."""
-        # either the base layer itself, or its class's forward pass bound to it
-        base_layer = self.get_base_layer()
-        is_its_own = getattr(forward, "__func__", None) is type(base_layer).forward
-        return (forward is base_layer or is_its_own) and self.backend.forward_is_known(base_layer)
+        # either the base layer itself, or its class's forward pass bound to it; asking for the base layer takes longer
+        module = forward if isinstance(forward, nn.Module) else getattr(forward, "__self__", None)
+        if not isinstance(module, nn.Module) or isinstance(module, BaseTunerLayer):
+            return False
+        is_its_own = module is forward or getattr(forward, "__func__", None) is type(module).forward
+        return is_its_own and self.backend.forward_is_known(module)

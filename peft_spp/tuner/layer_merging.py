@@ -152,7 +152,7 @@ class MergeableLayer(nn.Module, SPPLayer):
         Raises:
             ValueError: If it has become something that cannot be adapted.
         """
-        weight = getattr(self.get_base_layer(), self.parameter_name, None)
+        weight = getattr(self.get_base_layer(), self.backend.parameter_name, None)
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor and not is_dtensor(weight):
             self.convert()
 
