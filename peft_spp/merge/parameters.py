@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.conversion import Origin, find_origins
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.expert_rows import ExpertRows, expert_rows
+from ..checkpoints.tensor_file import StoredTensor
 from ..error_text import message
 from ..tuner import ParamWrapper, SPPModel
 from ..tuner.saved_adapter import alpha_of
@@ -55,7 +57,8 @@ def find_parameters(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Adapt
             f"{adapter.folder} has target_parameters, and {checkpoint.folder} does not tell which parameters they "
             f"are: {message(error)}. {INSTEAD}"
         ) from error
-    origins = find_origins(model, checkpoint.tensors.values())
+    # of a tensor only what compressed ones have as well is asked for: its name, its shape, and to load it
+    origins = find_origins(model, cast(Iterable[StoredTensor], checkpoint.dense.values()))
     return {
         saved: _parameter(saved, wrapper, origins, checkpoint, adapter)
         for saved, wrapper in _wrappers(model, adapter).items()
@@ -86,6 +89,16 @@ def _parameter(
             "model"
         )
     origin = origins.get(name)
+    is_transposed = wrapper.fan_in_fan_out
+    if origin is not None and any(
+        isinstance(cast(object, one), CompressedTensor) and (is_transposed or len(one.shape) > 2)
+        for one in origin.tensors
+    ):
+        raise ValueError(
+            f"{checkpoint.folder} stores {name!r} as one compressed stack, whose rows are not merged one by one: run "
+            "`peft-spp decompress` before the merge and `peft-spp compress` after it, or load model and adapter with "
+            "peft_spp and call merge_and_unload()"
+        )
     rows = None if origin is None else expert_rows(origin, name)
     if not rows or (wrapper.fan_in_fan_out and any(one.first for one in rows)):
         raise ValueError(

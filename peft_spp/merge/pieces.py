@@ -123,13 +123,15 @@ def _cut_values(merge: Merge, weight: CompressedTensor) -> Iterator[Piece]:
     offsets = compressed.row_offsets
     itemsize = compressed.values.element_size()
     max_rows = max(1, PIECE_BYTES // max(compressed.columns * itemsize, 1))
-    for tile in row_tiles(weight.shape[0], merge.module.r, max_rows=max_rows):
+    within = slice(merge.first, merge.first + weight.shape[0])
+    for tile in row_tiles(merge.module.B.shape[0], merge.module.r, within, max_rows):
         part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
-        first, last = offsets[tile.rows.start], offsets[tile.rows.stop]
+        own = slice(tile.rows.start - merge.first, tile.rows.stop - merge.first)
+        first, last = offsets[own.start], offsets[own.stop]
         rows = Compressed(
             compressed.values[first:last],
-            compressed.bitmask[tile.rows],
-            offsets[tile.rows.start : tile.rows.stop + 1] - first,
+            compressed.bitmask[own],
+            offsets[own.start : own.stop + 1] - first,
             compressed.columns,
         )
         start, stop = (weight.values.start + int(one) * itemsize for one in (first, last))

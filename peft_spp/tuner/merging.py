@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -142,8 +142,11 @@ def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
 
 
 def _identity(model: nn.Module, adapter_name: str) -> str | None:
-    layers = [one for one in model.modules() if isinstance(one, AdaptedLayer) and adapter_name in one.spp_A]
-    if not layers or not all(_is_whole(layer, adapter_name) for layer in layers):
+    # the names that factors are saved under: the wrappers of several parameters of a module are nested
+    layers = {
+        name: one for name, one in model.named_modules() if isinstance(one, AdaptedLayer) and adapter_name in one.spp_A
+    }
+    if not layers or not all(_is_whole(layer, adapter_name) for layer in layers.values()):
         return None
     return adapter_id(_factors(layers, adapter_name))
 
@@ -153,12 +156,19 @@ def _is_whole(layer: AdaptedLayer, adapter_name: str) -> bool:
     return all(math.prod(whole_shape(one)) and (is_sharded(one) or not one.is_meta) for one in parameters)
 
 
-def _factors(layers: Iterable[AdaptedLayer], adapter_name: str) -> Iterator[Factor]:
-    for layer in layers:
+def _factors(layers: Mapping[str, AdaptedLayer], adapter_name: str) -> Iterator[Factor]:
+    for name, layer in layers.items():
         part_A, part_B = _parts(layer, adapter_name)
         with whole_parameters(part_A), whole_parameters(part_B):
             A, B = cast(Tensor, part_A.weight), cast(Tensor, part_B.weight)
-            yield layer.module_name, float(layer.scaling[adapter_name]), A, B
+            yield name, _scaling_in_files(layer, adapter_name, A.shape[0]), A, B
+
+
+def _scaling_in_files(layer: AdaptedLayer, adapter_name: str, rows: int) -> float:
+    """alpha by the rows of A, which is all that a file tells: those of all experts."""
+    scaling, r = float(layer.scaling[adapter_name]), layer.r[adapter_name]
+    # dividing and multiplying may have changed the last digit of alpha
+    return scaling if rows == r else float(f"{scaling * r:.15g}") / rows
 
 
 def _parts(layer: AdaptedLayer, adapter_name: str) -> tuple[nn.Module, nn.Module]:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from peft_spp import SPPConfig
+from peft_spp.checkpoints.merged import MERGED
 from peft_spp.checkpoints.own_files import BASE_MASKS
+from peft_spp.compressed import compress_checkpoint, decompress_checkpoint
 from peft_spp.merge import MergeReport, merge_checkpoint, pieces
 from peft_spp.merge.adapter import load_adapter
 from peft_spp.sparsity import compare_sparsity
@@ -224,3 +227,44 @@ def test_tools_that_have_no_model_refuse_them(tmp_path):
     case = save_mixture(tmp_path, "mixtral")
     with pytest.raises(ValueError, match="target_parameters"):
         load_adapter(case.adapter)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "nemotron_h"])
+@pytest.mark.parametrize("piece_bytes", [100, pieces.PIECE_BYTES])
+def test_compressed_experts_have_the_bits_of_merging_dense_ones(tmp_path, monkeypatch, kind, piece_bytes):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+    case = save_mixture(tmp_path, kind, dtype=torch.bfloat16)
+    merge_checkpoint(case.base, case.adapter, tmp_path / "dense")
+    compress_checkpoint(case.base, tmp_path / "small")
+    merge_checkpoint(tmp_path / "small", case.adapter, tmp_path / "small-merged", check_base="error")
+    assert "bitmask" in "".join(stored(tmp_path / "small-merged"))
+    decompress_checkpoint(tmp_path / "small-merged", tmp_path / "out")
+    assert_same_bits(stored(tmp_path / "out"), stored(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe"])
+def test_a_compressed_stack_is_refused_and_the_way_round_works(tmp_path, kind):
+    case = save_mixture(tmp_path, kind, dtype=torch.bfloat16)
+    compress_checkpoint(case.base, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"as one compressed stack.*peft-spp decompress"):
+        merge_checkpoint(tmp_path / "small", case.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    decompress_checkpoint(tmp_path / "small", tmp_path / "plain")
+    merge_checkpoint(tmp_path / "plain", case.adapter, tmp_path / "out", check_base="error")
+    merge_checkpoint(case.base, case.adapter, tmp_path / "dense")
+    assert_same_bits(stored(tmp_path / "out"), stored(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_merge_is_remembered_the_same_in_memory_and_from_disk(tmp_path, kind):
+    case = save_mixture(tmp_path, kind)
+    merged_by_peft(case, tmp_path / "memory")
+    merge_checkpoint(case.base, case.adapter, tmp_path / "disk")
+    listed = [json.loads((tmp_path / folder / "config.json").read_text())[MERGED] for folder in ("memory", "disk")]
+    assert listed[0] == listed[1] and len(listed[0]) == 1
+    for folder in ("memory", "disk"):
+        with pytest.raises(ValueError, match="already merged"):
+            merge_checkpoint(tmp_path / folder, case.adapter, tmp_path / "twice")
+        base = case.model_class.from_pretrained(tmp_path / folder)
+        with pytest.warns(UserWarning, match="already merged"):
+            PeftModel.from_pretrained(base, case.adapter)
