@@ -18,7 +18,7 @@ from peft_spp.cli import app
 
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("functional", "inference", "inspection", "interchange", "merge", "pruning", "sft", "sparsity")
+PACKAGES = ("functional", "inference", "inspection", "interchange", "merge", "planning", "pruning", "sft", "sparsity")
 
 
 class Resources(HTMLParser):
