@@ -14,6 +14,7 @@ from .commands.ending import Command, CommandGroup
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.merge import merge
+from .commands.plan import plan
 from .commands.prune import PruneCommand, prune
 from .commands.train import TrainingCommand, help_of, train
 from .sft.methods import METHODS
@@ -49,5 +50,5 @@ app.command(cls=PruneCommand)(prune)
 # their arguments are for TRL's parser
 for method in METHODS.values():
     app.command(method.name, cls=TrainingCommand, help=help_of(method), add_help_option=False)(train)
-for command in (merge, compress, decompress, inspect, compare, export, convert):
+for command in (plan, merge, compress, decompress, inspect, compare, export, convert):
     app.command(cls=Command)(command)

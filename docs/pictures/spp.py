@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws `spp.svg`, with the standard library alone: `python docs/pictures/spp.py`."""
+"""Draws `spp.svg`, and `spp-narrow.svg` for phones, with the standard library alone: `python docs/pictures/spp.py`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def grid(x: float, rows: int, columns: int, color: Color) -> str:
     )
 
 
-def draw() -> str:
-    """The picture of W' = W ⊙ (1 + s · P(A) ⊙ B)."""
+def draw(narrow: bool = False) -> str:
+    """The picture of W' = W ⊙ (1 + s · P(A) ⊙ B), in one line or in three."""
     numbers = random.Random(4)
     weight = [[numbers.random() for _ in range(INPUTS)] for _ in range(ROWS)]
     kept = [
@@ -53,51 +53,68 @@ def draw() -> str:
     def if_kept(row: int, column: int, color: str) -> str:
         return color if column in kept[row] else PRUNED
 
-    wide, parts, x = CELL * INPUTS, [], LEFT
-    centers = []
+    wide, x = CELL * INPUTS, LEFT
+    lines: list[list[str]] = [[]]
+    widths: list[float] = []
 
     def add(columns: int, title: str, note: str, color: Color) -> None:
         nonlocal x
         width = CELL * columns
-        parts.append(grid(x, ROWS, columns, color))
         center = x + width / 2 - 1
-        centers.append(center)
-        parts.append(text(center, TOP - 18, title, 16, "bold"))
-        parts.append(text(center, TOP + CELL * ROWS + 20, note))
+        lines[-1] += [
+            grid(x, ROWS, columns, color),
+            text(center, TOP - 18, title, 16, "bold"),
+            text(center, TOP + CELL * ROWS + 20, note),
+        ]
         x += width
 
     def sign(words: str, width: float) -> None:
         nonlocal x
-        parts.append(text(x + width / 2, TOP + CELL * ROWS / 2 + 6, words, 17))
+        lines[-1].append(text(x + width / 2, TOP + CELL * ROWS / 2 + 6, words, 17))
         x += width
+
+    def end_line() -> None:
+        nonlocal x
+        widths.append(x)
+        x = LEFT
+        lines.append([])
 
     add(INPUTS, "W", "frozen, pruned 2:4", lambda i, j: if_kept(i, j, shade(BLUE, weight[i][j])))
     sign("⊙ ( 1 + s ·", 118)
+    if narrow:
+        end_line()
+    # the border between the two row blocks
+    border = f"M{x - 5:g} {TOP + CELL * ROWS / BLOCKS - 1:g}h{wide + 8:g}"
+    lines[-1].append(f'<path d="{border}" stroke="{INK}" stroke-width="1.5" stroke-dasharray="4 3"/>')
     add(INPUTS, "P(A)", "r rows, repeated", lambda i, j: shade(ORANGE, a[block(i)][j]))
     sign("⊙", 54)
     add(1, "B", "a column", lambda i, j: shade(ORANGE, b[i]))
     sign(")  =", 70)
+    if narrow:
+        end_line()
     add(
         INPUTS,
         "W′",
         "the same places are zero",
         lambda i, j: if_kept(i, j, shade(GREEN, (weight[i][j] + a[block(i)][j] * b[i]) / 2)),
     )
-    # the border between the two row blocks
-    y, start = TOP + CELL * ROWS / BLOCKS - 1, centers[1] - wide / 2
-    parts.append(
-        f'<path d="M{start - 5:g} {y:g}h{wide + 8:g}" stroke="{INK}" stroke-width="1.5" stroke-dasharray="4 3"/>'
-    )
-    width, height = x + LEFT, TOP + CELL * ROWS + 62
-    legend = (width - 466) / 2
-    parts.append(
-        f'<rect x="{legend:g}" y="{height - 32}" width="14" height="14" rx="3" fill="{PRUNED}" stroke="{LINE}"/>'
-    )
-    parts.append(text(legend + 22, height - 20, "pruned: zero, whatever A and B are", anchor="start"))
-    parts.append(
-        f'<rect x="{legend + 284:g}" y="{height - 32}" width="14" height="14" rx="3" fill="{shade(ORANGE, 0.8)}"/>'
-    )
-    parts.append(text(legend + 306, height - 20, "trained: r·n + m numbers", anchor="start"))
+    widths.append(x)
+    width, line_height = max(widths) + LEFT, TOP + CELL * ROWS + 30
+    height = line_height * len(lines) + (58 if narrow else 32)
+    start = LEFT if narrow else (width - 466) / 2
+    lines.append([])
+    for at, color, words in (
+        (0, PRUNED, "pruned: zero, whatever A and B are"),
+        (284, shade(ORANGE, 0.8), "trained: r·n + m numbers"),
+    ):
+        left, y = (start, 26 * (at > 0)) if narrow else (start + at, 0)
+        outline = f' stroke="{LINE}"' if color == PRUNED else ""
+        lines[-1].append(f'<rect x="{left:g}" y="{y:g}" width="14" height="14" rx="3" fill="{color}"{outline}/>')
+        lines[-1].append(text(left + 22, y + 12, words, anchor="start"))
+    parts = [
+        f'<g transform="translate(0 {line_height * index})">\n' + "\n".join(line) + "\n</g>"
+        for index, line in enumerate(lines)
+    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" '
         f'font-family="system-ui, sans-serif" fill="{INK}" role="img">\n'
@@ -109,4 +126,6 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_suffix(".svg").write_text(draw(), encoding="utf-8")
+    folder = Path(__file__).parent
+    (folder / "spp.svg").write_text(draw(), encoding="utf-8")
+    (folder / "spp-narrow.svg").write_text(draw(narrow=True), encoding="utf-8")

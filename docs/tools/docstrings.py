@@ -16,6 +16,7 @@ PACKAGES = (
     "sparsity",
     "merge",
     "pruning",
+    "planning",
     "interchange",
     "inspection",
     "inference",

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ _BITMASK_FLAGS = {
     ),
 }
 _BITMASK_TIERS = {"AVX512": 3, "AVX2": 2}
+_OPENMP = re.compile(r"lib(gomp|omp|iomp5)[-.]")
 _RETURN_SIZES = {"native": ("grad_B_parts",), "bitmask": ("bitmask_tier",)}
 
 
@@ -61,10 +63,7 @@ def load_library(name: str = "native") -> ctypes.CDLL | None:
         logger.info("No C++ compiler found (CXX, c++, g++, clang++): SPP's CPU kernels run in PyTorch's operations.")
         return None
     try:
-        path = _compiled(compiler, name)
-        # -fopenmp is left out when linking: the symbols resolve to the OpenMP runtime that PyTorch has loaded, so that
-        # there is one pool of threads. Where that is another one than the compiler's, loading fails here.
-        library = ctypes.CDLL(str(path))
+        library = _loaded(_compiled(compiler, name))
     except subprocess.CalledProcessError as error:
         logger.warning("Compiling SPP's CPU kernels with %s failed: %s", compiler, error.stderr.strip())
         return None
@@ -74,6 +73,29 @@ def load_library(name: str = "native") -> ctypes.CDLL | None:
     for function in _RETURN_SIZES[name]:
         getattr(library, function).restype = ctypes.c_int64
     return library
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """
+    Load a library that was linked without -fopenmp.
+
+    Its symbols resolve to the OpenMP runtime that PyTorch has loaded, so that there is one pool of threads. Where that
+    is of another kind than the compiler's, loading fails.
+    """
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        if "undefined symbol" not in str(error):
+            raise
+    # PyTorch from a distribution has the system's runtime, whose symbols nobody else sees
+    ctypes.CDLL(_openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
+def _openmp_runtime() -> str:
+    """The OpenMP runtime that is in memory, or else GCC's by its name."""
+    mapped = (line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return next((file for file in mapped if _OPENMP.match(Path(file).name)), "libgomp.so.1")
 
 
 def _compiler() -> str | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -18,7 +21,7 @@ from peft_spp.cli import app
 
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("functional", "inference", "inspection", "interchange", "merge", "pruning", "sft", "sparsity")
+PACKAGES = ("functional", "inference", "inspection", "interchange", "merge", "planning", "pruning", "sft", "sparsity")
 
 
 class Resources(HTMLParser):
@@ -40,18 +43,32 @@ class Resources(HTMLParser):
             self.loaded.append(values["src"])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
+@pytest.fixture(scope="module", params=["mkdocs", "zensical"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    root = tmp_path_factory.mktemp("root")
+    for name in ("docs", "peft_spp"):
+        (root / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "mkdocs.yml", root)  # Zensical follows a link, and would build where it leads
+    module_from(ROOT / "docs" / "tools" / "prepare.py").prepare(root / "build" / "docs")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
-        cwd=ROOT,
+        [sys.executable, "-m", request.param, "build", "--strict"],
+        cwd=root,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    return folder
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root / "site"
+
+
+def module_from(file: Path) -> Any:
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_page_loads_what_it_shows_from_the_site_itself(site: Path) -> None:
@@ -88,3 +105,22 @@ def test_every_command_is_described(site: Path) -> None:
         for parameter in command.params:
             for option in parameter.opts:
                 assert option in page, f"{name} {option}"
+
+
+def test_the_first_picture_has_a_form_for_phones(site: Path) -> None:
+    page = (site / "index.html").read_text(encoding="utf-8")
+    narrow = re.search(r'<source media="\(max-width: 44em\)" srcset="([^"]+)"', page)
+    assert narrow and (site / narrow[1]).is_file()
+
+
+def test_preparing_again_writes_only_what_has_changed(tmp_path: Path) -> None:
+    prepare = module_from(ROOT / "docs" / "tools" / "prepare.py").prepare
+    prepare(tmp_path)
+    assert {"changelog.md", "index.md", "site.css"} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.rglob("*.py"))
+    (tmp_path / "changelog.md").write_text("old")
+    (tmp_path / "gone.md").write_text("old")
+    before = (tmp_path / "index.md").stat().st_mtime_ns
+    prepare(tmp_path)
+    assert (tmp_path / "changelog.md").read_text().startswith("# Changelog")
+    assert not (tmp_path / "gone.md").exists() and (tmp_path / "index.md").stat().st_mtime_ns == before

@@ -5,6 +5,7 @@ import ctypes
 import logging
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -162,3 +163,40 @@ def test_where_it_cannot_be_had_the_reason_is_logged(tmp_path, compiler, monkeyp
 @pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
 def test_a_library_that_is_loaded_returns_sizes_as_such():
     assert library.load_library().grad_B_parts.restype is ctypes.c_int64
+
+
+HIDDEN_OPENMP = """
+import ctypes
+whole = ctypes.CDLL
+def local(name, *args, **named):
+    # what makes the symbols of PyTorch's own runtime visible, which a distribution's does not have
+    return whole(name) if "libtorch_global_deps" in str(name) else whole(name, *args, **named)
+ctypes.CDLL = local
+import torch
+ctypes.CDLL = whole
+try:
+    whole(None).omp_get_thread_num
+except AttributeError:
+    print("hidden")
+from pathlib import Path
+from peft_spp.native.library import load_library
+def mapped():
+    names = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return {name for name in names if "omp" in name}
+before = mapped()
+print(load_library() is not None, load_library("bitmask") is not None, mapped() - before)
+"""
+
+
+@pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
+def test_the_runtime_that_pytorch_has_loaded_serves_where_its_symbols_are_hidden():
+    result = subprocess.run([sys.executable, "-c", HIDDEN_OPENMP], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["hidden", "True True set()"], result.stderr
+
+
+def test_without_a_runtime_in_memory_it_is_that_of_gcc(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "7f00-7f01 r-xp 00000000 fe:01 12   /usr/lib/libc.so.6\n")
+    assert library._openmp_runtime() == "libgomp.so.1"
+    lines = "7f00-7f01 r-xp 00000000 fe:01 12   /a path/libgomp-a34b3233.so.1\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: f"7f00-7f01 rw-p 00000000 00:00 0\n{lines}")
+    assert library._openmp_runtime() == "/a path/libgomp-a34b3233.so.1"

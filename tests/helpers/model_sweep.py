@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,19 @@ from . import every_model
 Row = dict[str, Any]
 
 
-def main(check: Callable[[str], Row], seconds: int, write: Callable[[dict[str, Row]], object]) -> None:
+def main(
+    check: Callable[[str], Row],
+    seconds: int,
+    write: Callable[[dict[str, Row]], object],
+    model_types: Iterable[str] | None = None,
+) -> None:
     """Check the model types that the command line names, or all that have no row yet.
 
     Args:
         check (`Callable[[str], dict[str, Any]]`): Makes the row of a model type.
         seconds (`int`): How much time of the processor a model type may take.
         write (`Callable[[dict[str, dict[str, Any]]], object]`): Writes the table, with `--write`.
+        model_types (`Iterable[str]`, *optional*): Which there are, instead of all of Transformers.
     """
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser()
@@ -39,7 +45,7 @@ def main(check: Callable[[str], Row], seconds: int, write: Callable[[dict[str, R
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     done: dict[str, Row] = dict(json.loads(line) for line in lines)
     signal.signal(signal.SIGPROF, _out_of_time)  # of the process, however busy the machine is
-    for model_type in arguments.model_types or every_model.model_types():
+    for model_type in arguments.model_types or model_types or every_model.model_types():
         if model_type in done and not arguments.model_types:
             continue
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -64,6 +70,11 @@ def write_table(file: Path, table: dict[str, Row]) -> None:
 def short(error: Exception) -> str:
     """The first line of an error."""
     return str(error).strip().partition("\n")[0][:160]
+
+
+def first_sentence(error: Exception, folder: str) -> str:
+    """The first sentence of an error, without the name of a temporary folder."""
+    return str(error).strip().partition("\n")[0].replace(f"{folder}/", "").partition(". ")[0].rstrip(".")
 
 
 def _out_of_time(*_: Any) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 
@@ -33,8 +32,9 @@ from peft_spp.pruning.layers import find_target_layers
 from peft_spp.sparsity import sparsity_report
 
 from helpers import every_model
+from helpers.merge_cases import stored
 from helpers.model_inputs import inputs_of
-from helpers.model_sweep import main, short, write_table
+from helpers.model_sweep import first_sentence, main, short, write_table
 
 
 TABLE = Path(__file__).parent / "every_pruned_model.json"
@@ -54,7 +54,7 @@ def check(model_type: str) -> dict[str, Any]:
         `"from disk"`: for each method whether it gives the bits of pruning in memory, or the reason of a refusal.
     """
     try:
-        model, batches = _usable(model_type)
+        model, batches = usable(model_type)
     except (TimeoutError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -65,8 +65,7 @@ def check(model_type: str) -> dict[str, Any]:
     except ValueError as error:
         return {**result, "status": "no blocks", "reason": short(error)}
     faults = _magnitude_faults(model, names)
-    reached = squared_norms(without_cache(model), names, batches)
-    silent = [name for name in names if name not in reached or not reached[name].any()]
+    silent = silent_layers(model, names, batches)
     if silent:
         result["not reached"] = _kinds(silent)
         faults += _refusal_faults(model, batches, names)
@@ -87,15 +86,15 @@ def check(model_type: str) -> dict[str, Any]:
     faults += [f"wrong: {name}" for name in names if not torch.equal(expected[name], actual[name])]
     result["layers"] = len(names)
     if any(stack_of(model, name) is not None for name in names):
-        result["from disk"] = {method: _from_disk(model, batches, silent, method) for method in FROM_DISK}
+        result["from disk"] = {method: from_disk(model, batches, silent, method) for method in FROM_DISK}
         faults += [f"{method} from disk" for method, found in result["from disk"].items() if found == "differs"]
     return {**result, "status": "fault", "faults": faults} if faults else {**result, "status": "agrees"}
 
 
-def _from_disk(model: nn.Module, batches: list[Inputs], silent: list[str], method: str) -> str:
+def from_disk(model: nn.Module, batches: list[Inputs], silent: list[str], method: str) -> str:
     """Whether pruning a checkpoint in bfloat16 gives the bits of pruning in memory, or why it is refused."""
     model = copy.deepcopy(model).to(torch.bfloat16)
-    halves = [{name: one.bfloat16() if one.is_floating_point() else one for name, one in b.items()} for b in batches]
+    halves = [in_dtype(batch, torch.bfloat16) for batch in batches]
     request: dict[str, Any] = {"pattern": "2:4", "exclude_modules": silent or None}
     with tempfile.TemporaryDirectory() as folder:
         dense, out, expected = (Path(folder, name) for name in ("dense", "out", "expected"))
@@ -106,26 +105,31 @@ def _from_disk(model: nn.Module, batches: list[Inputs], silent: list[str], metho
             torch.manual_seed(SEED)
             prune_checkpoint(dense, out, method=method, calibration=halves, **request)
         except (ValueError, NotImplementedError) as error:
-            return short(error).replace(folder, "")
+            return first_sentence(error, folder)
         torch.manual_seed(SEED)
         if method == "magnitude":
             prune_magnitude(loaded, **request)
         else:
             prune_wanda(loaded, halves, **request)
         loaded.save_pretrained(expected)
-        one, other = (
-            {name: tensor for file in where.glob("*.safetensors") for name, tensor in load_file(file).items()}
-            for where in (out, expected)
-        )
-        same = one.keys() == other.keys() and all(
-            torch.equal(tensor.view(torch.uint8), other[name].view(torch.uint8)) for name, tensor in one.items()
-        )
-        return "agrees" if same else "differs"
+        return "agrees" if same_files(out, expected) else "differs"
 
 
-def _usable(model_type: str) -> tuple[nn.Module, list[Inputs]]:
-    """A model in float64 with weights so large that each layer matters, and two batches that it can be called with."""
-    model = every_model.build(model_type).double()
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same tensors, bit for bit."""
+    tensors, others = stored(one), stored(other)
+    return tensors.keys() == others.keys() and all(
+        torch.equal(_bytes(tensor), _bytes(others[name])) for name, tensor in tensors.items()
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def usable(model_type: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Inputs]]:
+    """A model whose weights are so large that each layer matters, and two batches that it can be called with."""
+    model = every_model.build(model_type).to(dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others need float32
     generator = torch.Generator().manual_seed(1)
@@ -135,7 +139,8 @@ def _usable(model_type: str) -> tuple[nn.Module, list[Inputs]]:
                 parameter.normal_(std=0.3, generator=generator)
     error: Exception | None = None
     for inputs in inputs_of(model):
-        batches = [_in_float64(inputs), _other(_in_float64(inputs))]
+        inputs = in_dtype(inputs, dtype)
+        batches = [inputs, _other(inputs)]
         try:
             for batch in batches:
                 with torch.no_grad():
@@ -149,8 +154,14 @@ def _usable(model_type: str) -> tuple[nn.Module, list[Inputs]]:
     raise error or ValueError("no known input")
 
 
-def _in_float64(inputs: Inputs) -> Inputs:
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+def silent_layers(model: nn.Module, names: list[str], batches: list[Inputs]) -> list[str]:
+    """The layers that no data reaches."""
+    reached = squared_norms(without_cache(model), names, batches)
+    return [name for name in names if name not in reached or not reached[name].any()]
+
+
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _other(inputs: Inputs) -> Inputs:

@@ -30,6 +30,9 @@ BACKENDS: dict[str, KernelBackend] = {"CompositeExplicitAutograd": composite, "C
 if is_available():
     BACKENDS.update(CUDA=triton, XPU=triton)
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What each operator runs on a backend, which it takes first, by the operator's full name."""
+
 _library = Library("peft_spp", "DEF")
 _FACTORS = "Tensor[] A, Tensor[] B, float[] scaling"
 _library.define(f"scaled_weight(Tensor weight, {_FACTORS}, bool identity, ScalarType dtype) -> Tensor")
@@ -60,6 +63,7 @@ def backend_of(tensor: torch.Tensor) -> KernelBackend:
 
 def implement(library: Library, functions: dict[str, Callable[..., Any]]) -> None:
     """Give operators an implementation on every backend."""
+    IMPLEMENTATIONS.update({f"{library.ns}::{name}": function for name, function in functions.items()})
     for key, backend in BACKENDS.items():
         for name, function in functions.items():
             library.impl(name, partial(function, backend), key)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The tables of `docs/planning.md`: `python -m benchmarks.planning`.
+
+Plans of Llama 3 with 8B and 70B, which are computed, and for small models the plan next to the memory that a step
+takes on this CPU, by the allocator's account (`benchmarks.harness.memory`). These are exact numbers, not samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_spp import SPPConfig, compress
+from peft_spp.durable import write_text
+from peft_spp.planning import TrainingPlan, plan_training
+from peft_spp.pruning import prune_magnitude
+
+from .docs import put
+from .harness.memory import storage_bytes, trace_memory
+
+
+PAGE = Path("docs/planning.md")
+LARGE: dict[str, dict[str, Any]] = {
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+STORED = {"dense": None, "50 %": 0.5, "75 %": 0.75}
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model that is measured, and the batch.
+
+    Args:
+        settings (`dict[str, Any]`): Of its configuration.
+        batch (`int`): Sequences in the batch.
+        sequence (`int`): Tokens in a sequence.
+    """
+
+    settings: dict[str, Any]
+    batch: int
+    sequence: int
+
+
+SMALL = {
+    "3.2M": Small(
+        {
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": 512,
+        },
+        batch=2,
+        sequence=256,
+    ),
+    "44M": Small(
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 16384,
+        },
+        batch=1,
+        sequence=512,
+    ),
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(page: Annotated[Path, typer.Option(help="The page to write into.", exists=True)] = PAGE) -> None:
+    """Write the tables of the page on planning."""
+    text = page.read_text()
+    for name, lines in (("plans", large_table()), ("measured", small_table())):
+        text = put(text, name, "\n".join(lines))
+        typer.echo(f"{name}: written")
+    write_text(page, text)
+
+
+def large_table() -> Iterator[str]:
+    """Lines of the table of plans."""
+    yield "| model, GPUs | zeros not stored | base model | step | step, checkpointing | total | total, checkpointing |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for size, gpus in (("8B", 1), ("8B", 8), ("70B", 1), ("70B", 8)):
+        for stored, sparsity in STORED.items():
+            plain, checkpointed = (
+                plan_training(
+                    llama(LARGE[size], torch.bfloat16, "meta"),
+                    sparsity=sparsity,
+                    gpus=gpus,
+                    gradient_checkpointing=enabled,
+                )
+                for enabled in (False, True)
+            )
+            base = plain.weights + plain.gathered
+            cells = [base, plain.step, checkpointed.step, plain.total, checkpointed.total]
+            where = f"{gpus} GPUs, FSDP2" if gpus > 1 else "one GPU"
+            yield f"| {size}, {where} | {stored} | {' | '.join(f'{one / 1e9:.1f}' for one in cells)} |"
+
+
+def small_table() -> Iterator[str]:
+    """Lines of the table of plans and measurements."""
+    yield "| model | dtype | zeros not stored | checkpointing | computed, MB | measured, MB | computed ÷ measured |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for name, small in SMALL.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for sparsity in (None, 0.5):
+                for enabled in (False, True):
+                    plan = plan_of(small, dtype, sparsity, enabled)
+                    measured = measure(small, dtype, sparsity, enabled)
+                    stored = "dense" if sparsity is None else f"{100 * sparsity:.0f} %"
+                    yield (
+                        f"| {name} | {str(dtype).removeprefix('torch.')} | {stored} | {'on' if enabled else 'off'} | "
+                        f"{plan.total / 1e6:.1f} | {measured / 1e6:.1f} | {plan.total / measured:.3f} |"
+                    )
+
+
+def plan_of(small: Small, dtype: torch.dtype, sparsity: float | None, checkpointing: bool) -> TrainingPlan:
+    """The plan of a small model on a CPU."""
+    return plan_training(
+        llama(small.settings, dtype, "meta"),
+        batch=small.batch,
+        sequence=small.sequence,
+        sparsity=sparsity,
+        gradient_checkpointing=checkpointing,
+        on_cpu=True,
+    )
+
+
+def measure(small: Small, dtype: torch.dtype, sparsity: float | None, checkpointing: bool) -> int:
+    """The bytes that its second training step takes at the highest, with all that stays between steps."""
+    model = llama(small.settings, dtype, "cpu")
+    if sparsity is not None:
+        prune_magnitude(model, sparsity=sparsity)
+        compress(model)
+    model.requires_grad_(False)
+    adapted: Any = get_peft_model(model, SPPConfig(task_type="CAUSAL_LM")).train()  # type: ignore[arg-type]
+    if checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(parameter for parameter in adapted.parameters() if parameter.requires_grad)
+    ids = torch.zeros(small.batch, small.sequence, dtype=torch.long)
+
+    def step() -> None:
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    static = storage_bytes([*adapted.parameters(), *adapted.buffers(), *states])
+    return static + trace_memory(step, torch.device("cpu")).peak
+
+
+def llama(settings: dict[str, Any], dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """A Llama of random weights, or of none on the meta device."""
+    torch.manual_seed(0)
+    with _default_dtype(dtype), torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**settings, use_cache=False, max_position_embeddings=8192))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `plan`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .console import JsonOption, as_modules, print_report
+
+
+_UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="The model: a folder with a config.json, or the id of a repository on the Hub.")
+    ],
+    device_memory: Annotated[
+        str | None, typer.Option(help="What a GPU has, such as 80GB or 24GiB, to compare the total with.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+    engine: Annotated[
+        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        typer.Option(help="How several GPUs share the work. fsdp2 and zero3 shard the base model."),
+    ] = "fsdp2",
+    sequence: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch on each GPU.")] = 1,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="The dtype of the base model.")
+    ] = "bfloat16",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute the blocks again in the backward pass.")
+    ] = False,
+    compressed: Annotated[
+        bool, typer.Option("--compressed", help="Do not store the zeros of the base model.")
+    ] = False,
+    sparsity: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of zeros, for --compressed.")] = 0.5,
+    r: Annotated[int, typer.Option(min=1, help="The row blocks of A.")] = 16,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear layers to adapt, instead of all in the blocks: names, or one regular expression."),
+    ] = None,
+    device_tflops: Annotated[
+        float, typer.Option(min=0.1, help="What a GPU can do by its data sheet, in 10^12 operations a second.")
+    ] = 312.0,
+    utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="The share of that which training is assumed to reach.")
+    ] = 0.4,
+    as_json: JsonOption = False,
+) -> None:
+    """
+    Compute the memory and the time of a training step. Only the model's config.json is read.
+
+    The step runs on the meta device, where tensors have shapes and no values; nothing is measured. The default of
+    `--device-tflops` is that of an A100 in bfloat16.
+    """
+    import torch
+
+    from ..planning import plan_checkpoint
+    from ..planning.estimate import Estimate
+    from ..tuner import SPPConfig
+
+    memory = None if device_memory is None else _bytes(device_memory)
+    targets: Any = as_modules(target_modules, "--target-modules")
+    found = plan_checkpoint(
+        model,
+        dtype=getattr(torch, dtype),
+        config=SPPConfig(task_type="CAUSAL_LM", r=r, target_modules=targets, target_parameters=[]),
+        batch=batch,
+        sequence=sequence,
+        gradient_checkpointing=gradient_checkpointing,
+        sparsity=sparsity if compressed else None,
+        gpus=gpus,
+        engine=engine,
+    )
+    print_report(Estimate(found, memory, device_tflops, utilization), as_json)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*(\w+)", text)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"--device-memory {text} is not a number with one of {', '.join(_UNITS)}, such as 80GB")
+    return int(float(match[1]) * _UNITS[match[2]])

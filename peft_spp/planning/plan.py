@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory and the operations of a training step, by arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from ..architecture import find_block_lists
+from ..checkpoints.empty_model import empty_model
+from ..checkpoints.hub import local_folder
+from ..checkpoints.own_files import CONFIG
+from ..compressed import CompressedLinear
+from ..compressed.config import METHOD
+from ..compressed.selection import find_linear_layers
+from ..functional.bitmask import Compressed, is_worth_it
+from ..reports import PlainData, plain_table
+from ..tuner import SPPConfig
+from .trace import trace_step
+
+
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+_SHARDED = ("fsdp2", "zero3")
+ZERO3_LIVE_PARAMETERS = 1_000_000_000
+"""How many gathered parameters a GPU holds at most: DeepSpeed's `stage3_max_live_parameters`, by its documentation."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan(PlainData):
+    """What a training step takes on each GPU, computed and not measured; bytes. `str()` gives a table.
+
+    Args:
+        parameters (`int`): The parameters of the base model.
+        trainable (`int`): Those of the adapter.
+        dtype (`str`): The dtype of the base model.
+        sparsity (`float`, *optional*): The zeros that are not stored; `None` for dense weights.
+        gpus (`int`): How many GPUs there are.
+        engine (`str`): How they share the work; see [`plan_training`].
+        batch (`int`): Sequences on each GPU in a forward pass.
+        sequence (`int`): Tokens in a sequence.
+        gradient_checkpointing (`bool`): Whether the blocks are computed again in the backward pass.
+        weights (`int`): The base model, with its buffers.
+        gathered (`int`): Weights of other GPUs that are there while they are computed with.
+        factors (`int`): The factors.
+        optimizer (`int`): The two states of AdamW, and what an engine keeps next to them.
+        kept (`int`): What the forward pass leaves for the backward pass.
+        step (`int`): The most that a step takes on top: with what is kept, gradients and temporaries.
+        flops (`int`): The floating-point operations of a step on each GPU.
+    """
+
+    json_properties: ClassVar[tuple[str, ...]] = ("total",)
+
+    parameters: int
+    trainable: int
+    dtype: str
+    sparsity: float | None
+    gpus: int
+    engine: str
+    batch: int
+    sequence: int
+    gradient_checkpointing: bool
+    weights: int
+    gathered: int
+    factors: int
+    optimizer: int
+    kept: int
+    step: int
+    flops: int
+
+    @property
+    def total(self) -> int:
+        """The bytes on each GPU at the highest level of a step."""
+        return self.weights + self.gathered + self.factors + self.optimizer + self.step
+
+    def __str__(self) -> str:
+        stored = "dense" if self.sparsity is None else f"compressed at {100 * self.sparsity:g} % zeros"
+        rows = [
+            (f"base model ({self.dtype}, {stored})", self.weights),
+            ("weights gathered from other GPUs", self.gathered),
+            (f"factors ({self.trainable:,} parameters)", self.factors),
+            ("AdamW", self.optimizer),
+            (f"the step at its highest (kept for the backward pass: {gigabytes(self.kept)})", self.step),
+            ("total", self.total),
+        ]
+        if self.gpus == 1:
+            del rows[1]
+        where = "one GPU" if self.gpus == 1 else f"each of {self.gpus} GPUs ({self.engine})"
+        checkpointing = "with" if self.gradient_checkpointing else "without"
+        first = (
+            f"{self.parameters:,} parameters on {where}, {self.batch} × {self.sequence} tokens, {checkpointing} "
+            "gradient checkpointing. Computed, not measured."
+        )
+        cells = [(name, f"{size / 1e9:.{2 if size >= 1e7 else 4}f}") for name, size in rows]
+        return f"{first}\n\n{plain_table(('memory', 'GB'), cells, right=['GB'])}"
+
+
+def plan_training(
+    model: nn.Module,
+    *,
+    config: SPPConfig | None = None,
+    batch: int = 1,
+    sequence: int = 2048,
+    gradient_checkpointing: bool = False,
+    sparsity: float | None = None,
+    gpus: int = 1,
+    engine: str = "fsdp2",
+    on_cpu: bool = False,
+) -> TrainingPlan:
+    """
+    Compute what a training step of a model takes, without weights and without a GPU.
+
+    A forward and a backward pass of the adapted model run on the meta device, and the storages that are alive are
+    added up. Not in it: what CUDA and its libraries take (0.5 to 1 GB), fragmentation, buffers for communication, and
+    the gathering of a sharded adapter for saving.
+
+    Args:
+        model (`nn.Module`): A causal language model on the meta device, without adapters, in the dtype to train in. It
+            is changed.
+        config ([`SPPConfig`], *optional*): The adapter, by default that of `SPPConfig()`.
+        batch (`int`, *optional*, defaults to 1): Sequences on each GPU in a forward pass.
+        sequence (`int`, *optional*, defaults to 2048): Tokens in a sequence.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether to use it, not re-entrant.
+        sparsity (`float`, *optional*): Store the linear layers compressed, with this share of zeros.
+        gpus (`int`, *optional*, defaults to 1): How many GPUs there are.
+        engine (`str`, *optional*, defaults to `"fsdp2"`): `"ddp"`, `"fsdp2"`, `"zero2"` or `"zero3"`. Only the second
+            and the last shard the base model.
+        on_cpu (`bool`, *optional*, defaults to `False`): Whether to count the buffers of the CPU's kernels.
+
+    Returns:
+        [`TrainingPlan`]: The sizes on each GPU.
+
+    Raises:
+        ValueError: If the model is not on the meta device, does not run there, or the settings do not fit together.
+    """
+    _check(model, sparsity, gpus, engine)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = next(iter(model.parameters())).dtype
+    model.requires_grad_(False)
+    cast(Any, model).config.use_cache = False  # as trainers do
+    if sparsity is not None:
+        _compress(model, sparsity)
+    blocks = [block for blocks in find_block_lists(dict(model.named_modules())).values() for block in blocks]
+    stored, buffers = _bytes(model.parameters()), _bytes(model.buffers())
+    in_blocks = [_bytes(block.parameters()) for block in blocks]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of experts and layers without zeros, which meta cannot tell
+        adapted: Any = get_peft_model(model, config or SPPConfig(task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+        adapted.train()
+        if gradient_checkpointing:
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
+        try:
+            trace = trace_step(adapted, lambda: adapted(input_ids=ids, labels=ids).loss, on_cpu)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"a training step of {type(model).__name__} cannot be followed without data: {error}"
+            ) from error
+    factors = _bytes(trainable)
+    is_sharded = gpus > 1 and engine in _SHARDED
+    optimizer, step = 2 * factors, trace.peak
+    gathered = 0
+    if gpus > 1 and engine == "ddp":
+        step += factors  # the buckets that gradients are reduced in
+    if gpus > 1 and engine == "zero2":
+        optimizer = 3 * factors // gpus  # with its own copy of what it updates
+    if is_sharded:
+        # outside of the blocks all stays gathered; of the blocks, the one that is computed and the next
+        gathered = stored - sum(in_blocks) + 2 * max(in_blocks, default=0)
+        if engine == "zero3":
+            gathered = min(stored, ZERO3_LIVE_PARAMETERS * dtype.itemsize)
+        stored, factors, optimizer = (-(-size // gpus) for size in (stored, factors, optimizer))
+    return TrainingPlan(
+        parameters=parameters,
+        trainable=sum(parameter.numel() for parameter in trainable),
+        dtype=str(dtype).removeprefix("torch."),
+        sparsity=sparsity,
+        gpus=gpus,
+        engine=engine if gpus > 1 else "",
+        batch=batch,
+        sequence=sequence,
+        gradient_checkpointing=gradient_checkpointing,
+        weights=stored + buffers,
+        gathered=gathered,
+        factors=factors,
+        optimizer=optimizer,
+        kept=trace.kept,
+        step=step,
+        flops=trace.flops,
+    )
+
+
+def plan_checkpoint(
+    model: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16, **settings: Any
+) -> TrainingPlan:
+    """
+    Compute what a training step of a model takes, by its `config.json` alone.
+
+    Args:
+        model (`str` or `os.PathLike`): A folder, or the id of a repository on the Hub, of which nothing else is
+            downloaded.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): The dtype to train the base model in.
+        settings (`Any`): As for [`plan_training`].
+
+    Returns:
+        [`TrainingPlan`]: The sizes on each GPU.
+
+    Raises:
+        FileNotFoundError: If there is no `config.json`.
+        ValueError: If Transformers cannot build the model, it is quantized, or the settings do not fit it.
+    """
+    folder = local_folder(model, allow=[CONFIG])
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    method = content.get("quantization_config", {}).get("quant_method")
+    if method is not None and method != METHOD:
+        raise ValueError(
+            f"the model in {folder} is quantized ({method}): only dense and compressed weights are planned"
+        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        empty = empty_model(folder, content)
+    except KeyError as error:
+        raise ValueError(f"Transformers does not know the model in {folder}: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+    return plan_training(cast(nn.Module, empty).to("meta"), **settings)
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes in GB (10⁹)."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e9:.4f} GB"
+
+
+def _check(model: nn.Module, sparsity: float | None, gpus: int, engine: str) -> None:
+    if any(not parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has data: make it under `torch.device('meta')`")
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is not one of {', '.join(map(repr, ENGINES))}")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} is not between 0 and 1")
+    if sparsity is not None and gpus > 1 and engine == "zero3":
+        raise ValueError("engine='zero3' cannot shard compressed weights: use 'fsdp2', 'zero2' or 'ddp'")
+
+
+def _compress(model: nn.Module, sparsity: float) -> None:
+    """Put compressed layers in the place of those that would be compressed with so many zeros."""
+    layers, _ = find_linear_layers(model)
+    for name, layer in layers.items():
+        weight = layer.weight
+        stored = round(weight.numel() * (1 - sparsity))
+        if not is_worth_it(stored, weight.shape, weight.dtype):
+            continue
+        compressed = CompressedLinear.without_values(layer)
+        offsets = torch.empty(len(weight) + 1, dtype=torch.int64, device="meta")
+        compressed.put(Compressed(weight.new_empty(stored), compressed.bitmask, offsets, layer.in_features))
+        model.set_submodule(name, compressed)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
