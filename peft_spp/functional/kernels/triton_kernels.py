@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The Triton kernels: W' on a GPU, its product with few tokens, and the gradients of the factors. Importing this module
+The Triton kernels: W' on a GPU, and the gradients of the factors. Importing this module
 needs Triton; [`triton`] imports it at its first call.
 
 Tuples hold one entry for each adapter; the loops over them are unrolled. An adapter's row blocks are identified by
