@@ -4,8 +4,9 @@ Compressed weights layer by layer, on CPU: `OMP_WAIT_POLICY=passive python -m be
 
 A forward pass of few tokens, without and with an adapter that is not merged, next to `F.linear`, to the weight
 prepacked by oneDNN (which is what `torch.compile` with freezing uses), and to an own kernel for dense weights of the
-same make: what is won over that one is due to the zeros, the rest to the kernel. And making W' from the compressed
-weight next to making it from the dense one, as a whole and in the chunks that the layer uses.
+same make: what is won over that one is due to the zeros, the rest to the kernel. In bfloat16 bitsandbytes and OpenVINO
+run the same layer, where they are installed. And making W' from the compressed weight next to making it from the dense
+one, as a whole and in the chunks that the layer uses.
 
 Calls cycle through several weights, as in `benchmarks.decode`. Each case is there twice: by the time that the threads
 were computing, which other programs on the machine disturb less, and by the time that went by.
@@ -19,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -46,10 +48,32 @@ from .harness import (
     repetitions_for,
 )
 from .harness import options as opt
+from .harness.plots import (
+    BLACK,
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILLION,
+    YELLOW,
+    Style,
+    add_legend,
+    machine_note,
+    panels,
+    ratio_lines,
+    reference_line,
+    save_figure,
+)
 from .models import PRECISIONS
+from .other_layers import LABELS as OTHER_LABELS
+from .other_layers import other_layers
 
 
 NAME = "compressed_layers"
+# the tiers have results of their own
+NAMES = {f"{NAME}_avx2": "avx2", f"{NAME}_portable": "portable", NAME: "avx512"}
 REFERENCE = "dense"
 RANK = 16
 SAMPLE_SECONDS = 0.02
@@ -63,6 +87,18 @@ LABELS = {
     "dense, adapter": "SPP on the dense weight",
     "compressed, adapter": "SPP on the compressed weight",
     "copy": "copy of W",
+    **OTHER_LABELS,
+}
+STYLES = {
+    "compressed": (VERMILLION, "o"),
+    "compressed, adapter": (ORANGE, "s"),
+    "own dense": (GREEN, "^"),
+    "prepacked": (BLUE, "v"),
+    "openvino 16 bit": (SKY_BLUE, "D"),
+    "openvino 8 bit": (PURPLE, "P"),
+    "bitsandbytes 8 bit": (GRAY, "X"),
+    "bitsandbytes 4 bit": (YELLOW, "d"),
+    "dense, adapter": (BLACK, "."),
 }
 TASK_LABELS = {"w": "W', whole", "w in chunks": "W' in chunks"}
 
@@ -87,9 +123,14 @@ def main(
     seed: opt.SeedOption = 0,
     machine: opt.MachineOption = None,
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
+    plot_only: opt.PlotOnlyOption = None,
     quick: opt.QuickOption = False,
 ) -> None:
     """Time compressed weights next to dense ones."""
+    if plot_only is not None:
+        name = next((name for name in NAMES if plot_only.name.startswith(name)), NAME)
+        draw(opt.load_result(plot_only, name), plot_only.with_suffix(".png"))
+        return
     if not set(tokens) <= set(TOKENS):
         raise typer.BadParameter(f"{tokens} are not all among {list(TOKENS)}.", param_hint="--tokens")
     precisions = opt.choose("--precision", precision, PRECISIONS)
@@ -101,8 +142,7 @@ def main(
     tier = bitmask.tier()
     if tier is None:
         raise typer.BadParameter("The kernels are not compiled here, and nothing can be measured without them.")
-    # the tiers have results of their own
-    name = NAME if tier == "avx512" else f"{NAME}_{tier}"
+    name = next(name for name, of in NAMES.items() if of == tier)
     run = opt.start_run(name, opt.Device.cpu, machine, output_dir, threads, quick)
     result = run.new_result(REFERENCE, tier=tier, r=RANK, seed=seed, working_set_bytes=working_set)
     for (m, n), chosen, pattern in itertools.product(shapes, precisions, sparsity):
@@ -126,6 +166,7 @@ def main(
             result.save(run.json_path)
         del dense, layers, tasks
     report(result)
+    draw(result, run.picture_path)
     make_console().print(f"Written: {run.json_path}")
 
 
@@ -190,6 +231,9 @@ class Layers:
             calls["prepacked"] = lambda i: torch.ops.mkldnn._linear_pointwise(x, packed[i], None, "none", [], "")
         if self.tier != "portable":
             calls["own dense"] = lambda i: dense_tokens(x, self.dense[i], self.tier)
+        if self.dtype == torch.bfloat16:
+            for name, layers in other_layers(self.dense, x).items():
+                calls[name] = partial(_call, layers)
         return [Contestant(name, partial(self._call_next, call, turn)) for name, call in calls.items()]
 
     def scaled_weights(self) -> dict[str, list[Contestant]]:
@@ -225,6 +269,10 @@ class Layers:
         call(next(turn) % len(self.dense))
 
 
+def _call(layers: list[Callable[[], object]], i: int) -> object:
+    return layers[i]()
+
+
 def prepack(weight: Tensor, tokens: int) -> Tensor:
     """The weight in oneDNN's own layout for so many tokens, as `torch.compile` with freezing keeps it."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
@@ -251,6 +299,50 @@ def report(result: BenchmarkResult) -> None:
             )
     headings = ["weight", "task", "by", "ms a thread (quartiles)", "× dense (quartiles)"]
     print_table(make_console(), headings, rows, numbers_from=3)
+
+
+def draw(result: BenchmarkResult, path: Path) -> None:
+    """Draw the ratios to `F.linear` over tokens: a row for each dtype and shape, a column for each share of zeros."""
+    cases = [
+        one for one in result.cases if one.parameters["clock"] == "computing" and one.parameters["task"].isdigit()
+    ]
+    kinds = list(dict.fromkeys((tuple(one.parameters["shape"]), one.parameters["precision"]) for one in cases))
+    patterns = list(dict.fromkeys(one.parameters["sparsity"] for one in cases))
+    styles = {
+        name: Style(LABELS[name], *style)
+        for name, style in STYLES.items()
+        if any(name in one.samples for one in cases)
+    }
+    figure, grid = panels(
+        len(kinds),
+        len(patterns),
+        "Forward pass on a few tokens: time relative to F.linear",
+        "Lower is faster; medians, lines from quartile to quartile. Weights come from memory, not from a cache.\n"
+        f"{machine_note(result.environment)}",
+        share_y=True,
+    )
+    for row, (shape, precision) in zip(grid, kinds, strict=True):
+        row[0].set_ylabel("time ÷ F.linear's")
+        for axes, pattern in zip(row, patterns, strict=True):
+            chosen = [
+                one
+                for one in cases
+                if (tuple(one.parameters["shape"]), one.parameters["precision"], one.parameters["sparsity"])
+                == (shape, precision, pattern)
+            ]
+            series = {
+                name: [one.ratio(name, result.reference) for one in chosen]
+                for name in styles
+                if all(name in one.samples for one in chosen)
+            }
+            ratio_lines(axes, [int(one.parameters["task"]) for one in chosen], series, {k: styles[k] for k in series})
+            reference_line(axes)
+            zeros = pattern if ":" in pattern else f"{float(pattern):.0%} zeros"
+            axes.set_title(f"{shape[0]}×{shape[1]}, {PRECISIONS[precision].label}, {zeros}")
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens")
+    add_legend(figure, styles.values(), reference=LABELS[REFERENCE], lines=True)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -43,6 +44,7 @@ from .harness import (
     format_seconds,
     make_console,
     measure_interleaved,
+    plots,
     print_table,
 )
 from .harness import options as opt
@@ -59,8 +61,10 @@ LABELS = {
     "75%": "compressed, 75 %",
     "2:4": "compressed, 2:4",
 }
+COLORS = {"own": plots.GREEN, "50%": plots.ORANGE, "75%": plots.VERMILLION, "2:4": plots.PURPLE}
 PROMPT = 8
-NEW_TOKENS = 24
+# many enough that what a prompt costs, which is the same for all, does not hide the speed of a token
+NEW_TOKENS = 128
 PROMPTS = [128, 512]
 
 app = typer.Typer(add_completion=False)
@@ -133,9 +137,13 @@ def main(
     seed: opt.SeedOption = 0,
     machine: opt.MachineOption = None,
     output_dir: opt.OutputOption = opt.DEFAULT_OUTPUT,
+    plot_only: opt.PlotOnlyOption = None,
     quick: opt.QuickOption = False,
 ) -> None:
     """Time whole models on compressed weights next to dense ones."""
+    if plot_only is not None:
+        draw(opt.load_result(plot_only, NAME), plot_only.with_suffix(".png"))
+        return
     schedule = opt.make_rounds(opt.Device.cpu, quick, rounds=rounds, seconds=seconds, warmup=warmup, minimum=5)
     run = opt.start_run(NAME, opt.Device.cpu, machine, output_dir, threads, quick)
     chosen = opt.choose("--size", size, SIZES)
@@ -176,6 +184,7 @@ def main(
         result.save(run.json_path)
         del base, steps, contestants
     report(result)
+    draw(result, run.picture_path)
     make_console().print(f"Written: {run.json_path}")
 
 
@@ -260,6 +269,42 @@ def report(result: BenchmarkResult) -> None:
                 ]
             )
     print_table(make_console(), headings, rows, numbers_from=3)
+
+
+def draw(result: BenchmarkResult, path: Path) -> None:
+    """Draw the ratios to PyTorch's dense layers by task: a panel for each model."""
+    tasks = [case for case in result.cases if case.parameters["task"] != "training step"]
+    training = [case for case in result.cases if case not in tasks]
+    names = list(dict.fromkeys(case.parameters["model"] for case in tasks))
+    grouped = {name: [case for case in tasks if case.parameters["model"] == name] for name in names}
+    if training:
+        grouped["training step, 98M"] = training
+    styles = {name: plots.Style(LABELS[name], color, "s") for name, color in COLORS.items()}
+    figure, (row,) = plots.panels(
+        1,
+        len(grouped),
+        "Whole models on compressed weights: time relative to PyTorch's dense layers",
+        "Lower is faster; medians, lines from quartile to quartile. "
+        f"{result.settings['new_tokens']} new tokens after a prompt of {result.settings['prompt']}.\n"
+        f"{plots.machine_note(result.environment)}",
+        panel_height=3.0,
+        share_y=True,
+    )
+    row[0].set_ylabel("time ÷ dense")
+    for axes, (title, cases) in zip(row, grouped.items(), strict=True):
+        shown = {name: style for name, style in styles.items() if any(name in case.samples for case in cases)}
+        series = {
+            name: [case.ratio(name, REFERENCE) if name in case.samples else None for case in cases] for name in shown
+        }
+        groups = [
+            case.parameters["model"].rpartition(", ")[2] if case in training else case.parameters["task"]
+            for case in cases
+        ]
+        plots.grouped_bars(axes, [group.replace(" of ", "\nof ") for group in groups], series, shown)
+        plots.reference_line(axes)
+        axes.set_title(title)
+    plots.add_legend(figure, styles.values(), reference=LABELS[REFERENCE])
+    plots.save_figure(figure, path)
 
 
 if __name__ == "__main__":

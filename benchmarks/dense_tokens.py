@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_spp.functional.kernels.cpu import library
+from peft_spp.native import library
 
 
 _SOURCE = Path(__file__).with_name("dense_tokens.cpp")

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Run another program with SPP registered: `python -m peft_spp MODULE ...` or `python -m peft_spp script.py ...`.
+Run another program with SPP registered: `python -m peft_spp PROGRAM ...` or `python -m peft_spp script.py ...`.
 
-For programs that load adapters themselves and know nothing of peft_spp, such as `python -m peft_spp lm_eval` and
-`accelerate launch -m peft_spp script.py`. What follows the name is passed on. The commands that train are run too, for
-launchers: `accelerate launch -m peft_spp dpo ...`.
+For programs that load adapters themselves and know nothing of peft_spp, such as `python -m peft_spp lm_eval`,
+`python -m peft_spp transformers serve` and `accelerate launch -m peft_spp script.py`. What follows the name is passed
+on. The commands that train are run too, for launchers: `accelerate launch -m peft_spp dpo ...`.
 """
 
 from __future__ import annotations
 
 import runpy
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 from .cli import app
@@ -18,12 +20,12 @@ from .sft.methods import METHODS
 
 
 _USAGE = f"""\
-Usage: python -m peft_spp MODULE [ARGS]...
+Usage: python -m peft_spp PROGRAM [ARGS]...
        python -m peft_spp SCRIPT.py [ARGS]...
        python -m peft_spp {"|".join(METHODS)} [ARGS]...
 
-Import peft_spp and run a module or a script, so that it can load SPP adapters, or one of peft-spp's commands that
-train, so that `accelerate launch -m peft_spp` runs it on several devices."""
+Import peft_spp and run a program (a module, or an installed command) or a script, so that it can load SPP adapters, or
+one of peft-spp's commands that train, so that `accelerate launch -m peft_spp` runs it on several devices."""
 
 
 def main() -> None:
@@ -41,8 +43,20 @@ def main() -> None:
         # where `python script.py` looks for modules first, in place of the current folder
         sys.path[0] = str(Path(name).resolve().parent)
         runpy.run_path(name, run_name="__main__")
+    elif _is_command_only(name):
+        (command,) = entry_points(group="console_scripts", name=name)
+        raise SystemExit(command.load()())
     else:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _is_command_only(name: str) -> bool:
+    """Whether a name is that of an installed command and not of a module that can be run, as `transformers` is."""
+    if not entry_points(group="console_scripts", name=name):
+        return False
+    module = find_spec(name) if name.isidentifier() else None
+    is_package = module is not None and module.submodule_search_locations is not None
+    return module is None or (is_package and find_spec(f"{name}.__main__") is None)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from .sparsity.bits import FORMATS
 from .sparsity.mask_record import MaskRecord, record_mask
 from .tuner.adapter_files import PREFIX
 from .tuner.engines import is_sharded, is_zero3, local_part
-from .tuner.layer import Linear
+from .tuner.layer import AdaptedLayer
 
 
 class _BaseWeight(NamedTuple):
@@ -70,7 +70,7 @@ class SPPGuardCallback(TrainerCallback):
             )
         self.check_base_steps = check_base_steps
         self._trained: dict[str, nn.Parameter] = {}
-        self._layers: dict[str, Linear] = {}
+        self._layers: dict[str, AdaptedLayer] = {}
         self._base: dict[str, _BaseWeight] = {}
 
     @property
@@ -82,7 +82,7 @@ class SPPGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        layers = [module for module in model.modules() if isinstance(module, Linear)]
+        layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
         if not layers:
             raise ValueError(
                 "SPPGuardCallback needs a model with an SPP adapter, and the model to train has none. Call "
@@ -155,7 +155,7 @@ class SPPGuardCallback(TrainerCallback):
             self._base[name] = now
 
 
-def _base_part(layer: Linear) -> torch.Tensor | None:
+def _base_part(layer: AdaptedLayer) -> torch.Tensor | None:
     """What can be looked at of the weight under a layer, in rows; `None` if it is not in memory."""
     base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
     if base_weight is not None and (is_zero3(base_weight) or is_sharded(base_weight)):
@@ -168,7 +168,7 @@ def _base_part(layer: Linear) -> torch.Tensor | None:
     return weight.reshape(-1, layer.in_features)
 
 
-def _look_at_base(layer: Linear) -> _BaseWeight:
+def _look_at_base(layer: AdaptedLayer) -> _BaseWeight:
     weight = cast(torch.Tensor, _base_part(layer))
     base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
     is_trained = base_weight is not None and base_weight.requires_grad
@@ -178,7 +178,7 @@ def _look_at_base(layer: Linear) -> _BaseWeight:
     return _BaseWeight(record_mask(weight), values, _version(layer))
 
 
-def _version(layer: Linear) -> int:
+def _version(layer: AdaptedLayer) -> int:
     """How often PyTorch has counted a change in place; not every quantized layer has a weight to ask."""
     base_weight = getattr(layer.get_base_layer(), layer.parameter_name, None)
     return 0 if base_weight is None else local_part(base_weight)._version

@@ -12,11 +12,7 @@ RELEASED = "dev" not in __version__
 
 def how_to_install(extra: str = "", code: str = "") -> str:
     """
-    The command that installs this package, and where to run it.
-
-    Args:
-        extra (`str`, *optional*): An extra of it, such as `"train"`.
-        code (`str`, *optional*): What to put around the command, such as a backtick.
+    The command that installs this package, or an extra of it, and where to run it; `code` is put around the command.
     """
     extras = f"[{extra}]" if extra else ""
     requirement = f"peft-spp{extras}" if RELEASED else f".{extras}"

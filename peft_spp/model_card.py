@@ -12,14 +12,18 @@ from typing import Any, Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 
+from .checkpoints.safetensors_files import read_header
 from .durable import write_file
 from .installing import how_to_install
 from .sparsity.base_masks import BaseRecord
 from .sparsity.mask_record import MaskRecord
 
+
+_HEAD = re.compile(r"\.(score|classifier)(\.out_proj)?\.weight$")
 
 CARD = "README.md"
 TAGS = ("spp", "sparse")
@@ -98,6 +102,7 @@ def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
     card.text = _put(card.text, f"adapter {name}", _facts(config, name, masks))
     if name == "default" or _comment("adapter default") not in card.text:
         more = "" if name == "default" else f', subfolder="{name}"'
+        more += _labels(folder, config)
         install = how_to_install(code="`")
         usage = _USAGE.format(install=install, auto_class=_auto_class(config), place=PLACEHOLDER, more=more)
         card.text = _put(card.text, "usage", usage)
@@ -186,6 +191,15 @@ def _pattern(pattern: Mapping[str, Any]) -> str:
 def _auto_class(config: AdapterSettings) -> str:
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type))
     return f"Auto{PeftModel.__name__ if peft_class is None else peft_class.__name__}"
+
+
+def _labels(folder: Path, config: AdapterSettings) -> str:
+    """How many outputs the head has, for the call that loads a classifier: Transformers makes one with two."""
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or not weights.is_file():
+        return ""
+    heads = [one.shape[0] for one in read_header(weights) if _HEAD.search(one.key)]
+    return f", num_labels={heads[0]}" if len(heads) == 1 and heads[0] != 2 else ""
 
 
 def _comment(key: str) -> str:

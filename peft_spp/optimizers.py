@@ -4,11 +4,42 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+from peft.optimizers import loraplus
 from torch import nn
 
 from .tuner import SPPLayer
+
+
+def warn_in_loraplus() -> None:
+    """
+    Make `peft.optimizers.create_loraplus_optimizer` warn of a model with SPP adapters. Calling it again is a no-op.
+
+    Programs may have imported the function before this package, so what is wrapped is what it calls with the model.
+    """
+    names = loraplus.get_parameter_names
+    if not hasattr(names, "warns_of_spp"):
+        loraplus.get_parameter_names = _warning(names)
+
+
+def _warning(get_parameter_names: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(get_parameter_names)
+    def names_of(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(layer, SPPLayer) for layer in model.modules()):
+            warnings.warn(
+                "create_loraplus_optimizer looks for the names of LoRA's factors, so `loraplus_lr_ratio` has no "
+                "effect on SPP: A and B get the same learning rate. Use "
+                "`peft_spp.spp_parameter_groups(model, lr, B_lr_ratio=...)`.",
+                stacklevel=3,
+            )
+        return get_parameter_names(model, *args, **kwargs)
+
+    setattr(names_of, "warns_of_spp", True)  # noqa: B010  (for mypy)
+    return names_of
 
 
 def spp_parameter_groups(

@@ -35,6 +35,7 @@ _RELIED_ON = {
     "peft.utils.other": ("AuxiliaryTrainingWrapper.adapter_state_dict_load_map", "get_pattern_key"),
     "peft.config": ("PeftConfigMixin._split_kwargs", "PeftConfigMixin._get_peft_type"),
     "peft.utils.peft_types": ("register_peft_method",),
+    "peft.optimizers.loraplus": ("get_parameter_names",),
 }
 
 
@@ -42,9 +43,6 @@ def check_peft() -> None:
     """
     Check that the installed PEFT can be used, before anything of it is changed. A warning says that it is newer than
     what this package was tested with.
-
-    Raises:
-        ImportError: If it is too old, or is newer and lacks something that is used of it.
     """
     version = peft.__version__
     if Version(version) < Version(MIN_PEFT):

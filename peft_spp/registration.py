@@ -5,7 +5,7 @@ PEFT has no entry point for plug-ins: `peft.utils.register_peft_method` refuses 
 `PeftType` enum (huggingface/peft#2273). So the enum gets one more member at run time; everything after that is PEFT's
 own registration. And PEFT writes an adapter where it will be read, file after file, and loads one in steps; so
 `PeftModel.save_pretrained` and the entrances for loading are wrapped, for SPP adapters only, to make that durable and
-to check an adapter before a model is changed for it.
+to check an adapter before a model is changed for it. PEFT's LoRA+, which does not know SPP's factors, warns of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 
 from ._version import __version__
 from .enum_extension import extend_str_enum
+from .optimizers import warn_in_loraplus
 from .tuner.entrances import guard_entrances
 from .tuner.saving import save_durably
 
@@ -50,5 +51,6 @@ def register(config_cls: type, model_cls: type) -> None:
         )
     setattr(peft.PeftModel, "save_pretrained", save_durably(peft.PeftModel.save_pretrained))  # noqa: B010  (for mypy)
     guard_entrances()
+    warn_in_loraplus()
     extend_str_enum(PeftType, MEMBER)
     register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=False)

@@ -60,7 +60,6 @@ def kinds() -> str:
 
 
 def read_texts(file: Path) -> list[str]:
-    """Read the texts of a file."""
     if not file.is_file():
         raise FileNotFoundError(f"the file {str(file)!r} does not exist")
     builder = builder_of(file)

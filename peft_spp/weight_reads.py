@@ -34,9 +34,9 @@ def only_describes_weight(holders: Iterable[type[nn.Module]], child: str) -> boo
     return bool(reads) and all(read.describes for read in reads)
 
 
-def computes_with_weight(holders: Iterable[type[nn.Module]], child: str) -> bool:
+def computes_with_weight(holders: Iterable[type[nn.Module]], child: str, parameter: str = "weight") -> bool:
     """Whether the code around a layer reads the numbers of its weight, as Mamba's does for the time step."""
-    reads = (read for holder in holders for read in _reads_of(cast(Any, holder), child))
+    reads = (read for holder in holders for read in _reads_of(cast(Any, holder), child, parameter))
     return any(read.is_direct and not read.describes for read in reads)
 
 
@@ -48,8 +48,8 @@ class _Read(NamedTuple):
 
 
 @cache
-def _reads_of(holder: Any, child: str) -> tuple[_Read, ...]:
-    return tuple(read for function in _functions(holder) for read in _reads(function, child))
+def _reads_of(holder: Any, child: str, parameter: str = "weight") -> tuple[_Read, ...]:
+    return tuple(read for function in _functions(holder) for read in _reads(function, child, parameter))
 
 
 def _functions(holder: type[nn.Module]) -> Iterator[FunctionType]:
@@ -62,7 +62,7 @@ def _functions(holder: type[nn.Module]) -> Iterator[FunctionType]:
                 yield function
 
 
-def _reads(function: FunctionType, child: str) -> Iterator[_Read]:
+def _reads(function: FunctionType, child: str, parameter: str) -> Iterator[_Read]:
     if child not in _names(function.__code__):
         return
     try:
@@ -75,7 +75,7 @@ def _reads(function: FunctionType, child: str) -> Iterator[_Read]:
         if isinstance(node, ast.Attribute) and node.attr == child and isinstance(node.ctx, ast.Load):
             outer = parents[node]
             if isinstance(outer, ast.Attribute):
-                if outer.attr == "weight":
+                if outer.attr == parameter:
                     yield _Read(True, _describes(outer, parents))
             elif not (isinstance(outer, ast.Call) and outer.func is node) and not _describes(node, parents):
                 yield _Read(False, False)  # under another name, or by another function, its weight may be read

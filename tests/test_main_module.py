@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from peft import get_peft_model
 
 from peft_spp import SPPConfig
@@ -53,3 +54,14 @@ def test_what_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch, argume
         main()
     assert getattr(raised.value, "code", 1) != 0
     assert not arguments or arguments[0] in str(raised.value)
+
+
+def test_an_installed_command_that_is_not_a_module_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`transformers serve`: the package `transformers` is not a program."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["peft_spp", "transformers", "version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0) and capsys.readouterr().out.strip() == transformers.__version__

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_spp import SPPConfig, SPPLayer, spp_parameter_groups
+from peft_spp.optimizers import warn_in_loraplus
 
 from helpers.tiny import randomize, tiny_llama
 from helpers.tiny_moe import tiny_moe
@@ -100,8 +101,19 @@ def test_a_model_without_trained_factors_is_refused() -> None:
 def test_peft_s_own_groups_have_nothing_of_spp_in_b() -> None:
     """When this fails, docs/training.md may send readers to PEFT's function."""
     model = adapted()
-    groups = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.5, loraplus_lr_ratio=4.0).param_groups
+    with pytest.warns(UserWarning, match=r"no effect on SPP.*spp_parameter_groups") as seen:
+        groups = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.5, loraplus_lr_ratio=4.0).param_groups
     assert {group["lr"] for group in groups if group["params"]} == {0.5}
+    assert [one.filename for one in seen] == [__file__]
+
+
+def test_peft_s_own_groups_are_silent_about_lora() -> None:
+    warn_in_loraplus()  # again
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.5, loraplus_lr_ratio=4.0).param_groups
+    assert {group["lr"] for group in groups if group["params"]} == {0.5, 2.0}
 
 
 def test_peft_s_rescaling_is_refused_and_layers_have_their_own() -> None:
@@ -121,9 +133,7 @@ def test_peft_s_rescaling_is_refused_and_layers_have_their_own() -> None:
 
 
 def test_tied_embeddings() -> None:
-    with pytest.raises(TypeError, match="ensure_weight_tying"):
-        SPPConfig(ensure_weight_tying=True)  # type: ignore[call-arg]
-    with pytest.warns(UserWarning, match="no implementation exists to tie"):
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
         model = adapted(tiny_llama(tie_word_embeddings=True), modules_to_save=["embed_tokens"]).base_model.model
     assert isinstance(model.model.embed_tokens, ModulesToSaveWrapper) and type(model.lm_head) is nn.Linear
     with warnings.catch_warnings():

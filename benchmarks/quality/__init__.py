@@ -6,10 +6,12 @@ Small language models are trained on real text, pruned in several ways, and fine
 competes with, all on the same number of tokens and each at a learning rate of its own. Measured is what is deployed:
 the merged model, saved, and loaded by plain Transformers.
 
-- `suites`: what is run, as data;  `methods`: how each method adapts a model, and how it is deployed;
+- `design`, `suites`: what a suite is made of, and what is run, as data;
+- `methods`: how each method adapts a model, and how it is deployed;
 - `data`, `base_models`: the texts, and the dense and pruned models, which are kept between runs;
 - `tuning`, `evaluation`, `harness_tasks`: one fine-tuning run, and what is measured;
 - `jobs`: one measurement;  `store`: those that are done;  `plan`: which come next, learning rates among them;
 - `pretrained`: the suite of a pretrained model;  `samples`: what that model writes;  `estimate`: what is left;
-- `analysis`, `tables`, `pictures`, `page`: what the results say, and `pretrained_results`, `pretrained_page`.
+- `analysis`, `tables`, `pictures`, `page`: what the results say, and `pretrained_results`,
+  `pretrained_findings`, `pretrained_page`.
 """

@@ -18,13 +18,14 @@ from ..harness import describe_environment, make_console
 from ..harness import options as opt
 from .base_models import BaseModel
 from .data import load_texts
+from .design import Checkpoint, Suite, TuningBudget
 from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
 from .pretrained import PRETRAINED
 from .pretrained_page import write_pretrained
 from .store import Store
-from .suites import QUICK, SUITES, Checkpoint, Suite, TuningBudget
+from .suites import QUICK, SUITES
 
 
 PAGES = {"small": Path("docs/quality.md"), "pretrained": Path("docs/pretrained.md")}
@@ -54,6 +55,10 @@ def main(
             help="Of the suite llama only these checkpoints, by name or folder. Of the suite pretrained the folder of "
             "a dense model. May be repeated."
         ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these methods of the suite, such as masked_full. May be repeated."),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -92,9 +97,10 @@ def main(
     if chosen.name == PRETRAINED.name and data is None and not (plan_only or report_only):
         raise typer.BadParameter("The suite pretrained needs texts to tune on, and questions.", param_hint="--data")
     chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
+    narrowed = only_methods(chosen, method or [])
     console = make_console()
     if plan_only:
-        for line in describe(chosen):
+        for line in describe(narrowed):
             console.print(line, markup=False)
         return
     run = opt.start_run(f"quality-{suite}", device, machine, output_dir, threads, quick)
@@ -106,6 +112,8 @@ def main(
     if not report_only:
         texts = load_texts(data, seed=0)
         store.begin(describe_run(run.device), {"text": texts.source, "suite": described(chosen)})
+        # what is left out is described all the same: the page tells what is missing
+        chosen = replace(chosen, studies=narrowed.studies)
         folder = work_dir.expanduser()
         if suite == PRETRAINED.name and data is not None and not (quick or task):
             tasks = write_tasks(data, folder / "tasks")
@@ -148,6 +156,25 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
         models.append(model)
         studies += [replace(study, model=model.name) for study in suite.studies if study.model == studied]
     return replace(suite, models=tuple(models), studies=tuple(studies))
+
+
+def only_methods(suite: Suite, methods: list[str]) -> Suite:
+    """
+    A suite with only some of its methods, all if none is named.
+
+    Raises:
+        typer.BadParameter: If the suite does not have one of them.
+    """
+    known = {contender.method for study in suite.studies for contender in study.contenders}
+    if unknown := set(methods) - known:
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))} is not one of: {', '.join(sorted(known))}.", param_hint="--method"
+        )
+    studies = [
+        replace(study, contenders=tuple(one for one in study.contenders if not methods or one.method in methods))
+        for study in suite.studies
+    ]
+    return replace(suite, studies=tuple(study for study in studies if study.contenders))
 
 
 def described(suite: Suite) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .design import Pruning
 from .methods import METHODS, RANKS, SHARE
 from .plan import contender_name
 from .store import Record, Store
-from .suites import Pruning
 
 
 TEXTS = {"data": "", "samples": " on samples", "both": " on mixed text"}

@@ -34,8 +34,8 @@ from peft_spp.pruning.by_block import prune_model
 from peft_spp.pruning.registry import METHODS
 
 from .data import Texts, blocks_of
+from .design import Checkpoint, Pruning, TrainedModel, TuningBudget
 from .samples import sampled_blocks
-from .suites import Checkpoint, Pruning, TrainedModel, TuningBudget
 from .tuning import TuningSettings, as_tensor, train
 
 

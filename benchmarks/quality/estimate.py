@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from .suites import Study, TuningBudget
+from .design import Study, TuningBudget
 
 
 class Estimate:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from .data import Problem
-from .suites import Pruning
+from .design import Pruning
 
 
 BATCH = 16

@@ -25,10 +25,10 @@ from ..harness import Contestant, Rounds, measure_interleaved
 from ..harness.memory import storage_bytes, trace_memory
 from .base_models import BaseModel, fingerprint, load_plain
 from .data import UNLIKE
+from .design import Checkpoint, Pruning
 from .evaluation import exact_match, loss_per_token, sparsity_measures
 from .harness_tasks import evaluate_tasks
 from .methods import ADAPTER_FILE, METHODS, Method, remask, trainable_parameters
-from .suites import Checkpoint, Pruning
 from .tuning import TuningSettings, train
 
 

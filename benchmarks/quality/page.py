@@ -14,10 +14,11 @@ from peft_spp.durable import write_text
 from ..harness.plots import machine_note
 from . import prose
 from .analysis import Analysis, analyze
+from .design import Pruning
 from .methods import METHODS
 from .pictures import draw_parameters, draw_sparsity
 from .store import Store
-from .suites import SUITES, Pruning
+from .suites import SUITES
 from .tables import main_table, percent, perplexity, prunings_table, rates_table, table, variations_table
 
 

@@ -14,8 +14,9 @@ from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from ..harness import plots
 from .analysis import Analysis, Outcome
+from .design import Pruning
 from .methods import METHODS
-from .suites import PRUNERS, REQUESTS, Pruning
+from .suites import PRUNERS, REQUESTS
 
 
 # the re-masked LoRA is what LoRA is where the zeros are to stay; the other two are marked as dense

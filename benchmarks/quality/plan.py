@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,11 @@ from rich.progress import Progress
 from peft_spp.demo.display import add_bar
 
 from .base_models import BaseModel
+from .design import Checkpoint, Contender, Study, Suite
 from .estimate import Estimate
 from .jobs import measure_base, measure_rate, measure_steps, measure_tuned
 from .methods import METHODS, equal_options
-from .store import Store, key_of
-from .suites import Checkpoint, Contender, Study, Suite
+from .store import UNSTABLE, Store, key_of
 
 
 EXTENSIONS = 2
@@ -87,6 +87,12 @@ def equal_time_steps(steps: int, seconds: Mapping[str, Any], reference: str, nam
     return max(1, round(steps / statistics.median(own / other for own, other in pairs)))
 
 
+def is_worse(long: Mapping[str, Any], short: Mapping[str, Any]) -> bool:
+    """Whether a run ended with a higher validation loss than a shorter one, or with none because it diverged."""
+    losses = [float("inf") if run["validation_loss"] is None else run["validation_loss"] for run in (long, short)]
+    return losses[0] > losses[1]
+
+
 def contender_name(method: str, options: Mapping[str, Any]) -> str:
     """A short name that tells contenders apart, such as `hira r=8`."""
     return " ".join([method, *(f"{name}={options[name]}" for name in sorted(options))])
@@ -137,21 +143,59 @@ class Session:
         for contender in sorted(study.contenders, key=lambda one: one.equal is not None):
             options = self._options(contender, base)
             name = contender_name(contender.method, options)
-            steps = self.suite.budget.steps
+            steps, rate = self.suite.budget.steps, chosen.get(name)
             if contender.equal == "time":
-                rate = chosen[name]
                 assert profile is not None, "equal time needs several methods that are timed side by side"
                 steps = equal_time_steps(steps, profile, "spp", name)
-            elif study.rates_from is not None:
-                rate = self._rate_of(study, contender.method, options)
             else:
-                grid = contender.rates or METHODS[contender.method].rates
-                validation_loss = partial(self._validation_loss, study, contender, options)
-                rate = choose_rate(grid, validation_loss, grid_only=self._rate_runs[0] == "rate")
+                rate = self._stable_rate(study, contender, options)
+            assert rate is not None
             chosen[name] = rate
             for seed in study.seeds:
                 self._tune(study, contender, options, rate, seed, steps)
                 self.progress.advance(self._total)
+
+    def _stable_rate(self, study: Study, contender: Contender, options: Mapping[str, Any]) -> float:
+        """
+        The learning rate that a contender is tuned at.
+
+        Short runs favor rates that are too high for long ones. Where the long run with the first seed ends worse than
+        the short one did, it is kept as `unstable`, and the best of the other rates is taken.
+        """
+        while True:
+            rate, others = self._best_rate(study, contender, options)
+            long = self._tune(study, contender, options, rate, study.seeds[0], self.suite.budget.steps)
+            kind, steps = self._rate_runs
+            origin = study if study.rates_from is None else replace(study, pruning=study.rates_from)
+            short = self.store.find(
+                kind, self._settings(origin, contender, options, rate, study.seeds[0], steps, kind)
+            )
+            if kind == "tune" or short is None or not others or not is_worse(long, short):
+                return rate
+            settings = self._settings(study, contender, options, rate, study.seeds[0], self.suite.budget.steps)
+            self.store.relabel("tune", settings, UNSTABLE, write=self._is_main)
+
+    def _best_rate(
+        self, study: Study, contender: Contender, options: Mapping[str, Any]
+    ) -> tuple[float, Sequence[float]]:
+        """The rate with the lowest validation loss of those that long runs did not find unstable, and the others."""
+        unstable = {
+            record.settings["rate"]
+            for record in self.store.records
+            if record.kind == UNSTABLE
+            and record.settings["base"] == self.bases[study.model].fingerprint
+            and record.settings["pruning"] in {one.name for one in (study.pruning, study.rates_from) if one}
+            and (record.settings["method"], record.settings["options"]) == (contender.method, dict(options))
+        }
+        if study.rates_from is not None:
+            losses = self._losses_of(study, contender.method, options)
+            left = [rate for rate in losses if rate not in unstable]
+            best = min(left, key=losses.__getitem__)
+        else:
+            left = [rate for rate in contender.rates or METHODS[contender.method].rates if rate not in unstable]
+            validation_loss = partial(self._validation_loss, study, contender, options)
+            best = choose_rate(tuple(left), validation_loss, grid_only=self._rate_runs[0] == "rate")
+        return best, [rate for rate in left if rate != best]
 
     def _validation_loss(self, study: Study, contender: Contender, options: Mapping[str, Any], rate: float) -> float:
         kind, steps = self._rate_runs
@@ -159,10 +203,10 @@ class Session:
         loss = measured["validation_loss"]
         return float("inf") if loss is None else float(loss)
 
-    def _rate_of(self, study: Study, method: str, options: Mapping[str, Any]) -> float:
-        """The rate that was chosen for another pruning of the same model."""
+    def _losses_of(self, study: Study, method: str, options: Mapping[str, Any]) -> dict[float, float]:
+        """The validation loss by rate, of the runs that chose the rate for another pruning of the same model."""
         assert study.rates_from is not None
-        losses = {
+        return {
             record.settings["rate"]: record.measured["validation_loss"]
             for record in self.store.records
             if record.kind == self._rate_runs[0]
@@ -174,7 +218,6 @@ class Session:
             and record.settings["equal"] is None
             and record.measured["validation_loss"] is not None
         }
-        return float(min(losses, key=losses.__getitem__))
 
     def _tune(
         self,
@@ -187,18 +230,7 @@ class Session:
         kind: str = "tune",
     ) -> dict[str, Any]:
         base = self.bases[study.model]
-        settings = {
-            "base": base.fingerprint,
-            "model": study.model,
-            "pruning": study.pruning.name,
-            "method": contender.method,
-            "options": dict(options),
-            "equal": contender.equal,
-            "rate": rate,
-            "seed": seed,
-            "steps": steps,
-            "batch": self.suite.budget.batch if kind == "tune" else 1,
-        }
+        settings = self._settings(study, contender, options, rate, seed, steps, kind)
         name = contender_name(contender.method, options)
         label = f"{study.model}, {study.pruning.label}: {name}, rate {rate:g}, seed {seed}"
 
@@ -218,6 +250,30 @@ class Session:
 
         whole = steps if kind == "tune" else steps / self.suite.budget.batch
         return self._measure(kind, settings, measure, whole, label)
+
+    def _settings(
+        self,
+        study: Study,
+        contender: Contender,
+        options: Mapping[str, Any],
+        rate: float,
+        seed: int,
+        steps: int,
+        kind: str = "tune",
+    ) -> dict[str, Any]:
+        """What tells a run from all others."""
+        return {
+            "base": self.bases[study.model].fingerprint,
+            "model": study.model,
+            "pruning": study.pruning.name,
+            "method": contender.method,
+            "options": dict(options),
+            "equal": contender.equal,
+            "rate": rate,
+            "seed": seed,
+            "steps": steps,
+            "batch": self.suite.budget.batch if kind == "tune" else 1,
+        }
 
     def _profile(self, study: Study) -> dict[str, Any] | None:
         """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""

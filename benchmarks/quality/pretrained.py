@@ -10,7 +10,8 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .suites import AT_2_4, Checkpoint, Contender, Pruning, Study, Suite, TuningBudget
+from .design import Checkpoint, Contender, Pruning, Study, Suite, TuningBudget
+from .suites import AT_2_4
 
 
 # Short runs choose the rate, and those favor rates that are too high for long ones: SPP at 2e-2 was the best of 6e-3,

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .analysis import Spread, label_of
+from .design import Pruning
 from .plan import contender_name
 from .store import Record, Store
-from .suites import Pruning
 
 
 METRIC = "acc_norm"

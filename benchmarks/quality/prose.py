@@ -120,10 +120,11 @@ first.
 """
 
 PRETRAINED_UNSTABLE = """
-Short runs favor rates that are too high for long ones: {label} at {rate:g}, the best of the short runs on {pruning},
-was unstable over {steps} steps. Its loss rose to {loss:.1f}, and its validation perplexity ended at {perplexity:.0f}.
-The grids leave such rates out.
+Short runs favor rates that are too high for long ones. A long run that ended worse than its short one is left out of
+the tables, and the best of the other rates was taken. That happened to {runs}.
 """
+
+PRETRAINED_UNSTABLE_RUN = "{label} at {rate:g} on {pruning} over {steps} steps: {end}"
 
 PRETRAINED_METHOD = """
 {model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of

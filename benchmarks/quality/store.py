@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peft_spp.durable import write_text
+
+
+UNSTABLE = "unstable"
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,9 @@ class Record:
     """A measurement.
 
     Args:
-        kind (`str`): `"base"`, `"profile"` or `"tune"`.
+        kind (`str`):
+            `"base"`, `"profile"`, `"tune"`, `"rate"` for a run that chooses a learning rate, where that is shorter, or
+            `"unstable"` for one that ended worse than the shorter one with the same rate.
         settings (`dict[str, Any]`): What tells it from all others of its kind.
         measured (`dict[str, Any]`): What came out. Infinite and NaN are `None`.
         environment (`int`): Where it was measured: the number of one of the store's environments.
@@ -88,6 +93,15 @@ class Store:
             self.environments.append(self._new_environment)
             self._new_environment = None
         self.records.append(Record(kind, dict(settings), dict(measured), len(self.environments) - 1))
+        if write:
+            self.save()
+
+    def relabel(self, kind: str, settings: Mapping[str, Any], new: str, write: bool = True) -> None:
+        """Give a measurement another kind: of several processes one is to `write`."""
+        key = key_of(kind, settings)
+        self.records = [
+            replace(one, kind=new) if key_of(one.kind, one.settings) == key else one for one in self.records
+        ]
         if write:
             self.save()
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from .analysis import Analysis, Outcome, Spread
-from .suites import PRUNERS, REQUESTS, Pruning
+from .design import Pruning
+from .suites import PRUNERS, REQUESTS
 
 
 def main_table(analysis: Analysis, model: str, pruning: Pruning) -> str:

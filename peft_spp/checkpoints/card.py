@@ -31,14 +31,9 @@ def without_invitation(text: str) -> str:
 
 @dataclass
 class Card:
-    """A model card.
+    """A model card."""
 
-    Args:
-        data (`dict[str, Any]`): Its metadata.
-        text (`str`): Its text.
-    """
-
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # its metadata
     text: str = ""
 
     def add_tags(self, tags: Iterable[str]) -> None:

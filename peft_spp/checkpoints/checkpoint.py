@@ -43,25 +43,15 @@ _NOT_CARRIED = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "ad
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of safetensors files.
-
-    Args:
-        folder (`Path`): Its folder.
-        config (`Mapping[str, Any]`): The content of its `config.json`, empty if there is none.
-        files (`tuple[TensorFile, ...]`): Its weight files.
-        tensors (`Mapping[str, StoredTensor]`): Its tensors, by name; of a compressed weight, values and bitmask.
-        compressed (`Mapping[str, CompressedTensor]`): Its compressed weights, by name.
-        carried (`tuple[Path, ...]`): The other files of the model, relative to the folder.
-        left_out (`tuple[Path, ...]`): Weights in the folder that are not part of the checkpoint, relative to it.
-    """
+    """A checkpoint of safetensors files."""
 
     folder: Path
-    config: Mapping[str, Any]
-    files: tuple[TensorFile, ...]
-    tensors: Mapping[str, StoredTensor]
-    compressed: Mapping[str, CompressedTensor]
-    carried: tuple[Path, ...]
-    left_out: tuple[Path, ...]
+    config: Mapping[str, Any]  # the content of its `config.json`, empty if there is none
+    files: tuple[TensorFile, ...]  # its weight files
+    tensors: Mapping[str, StoredTensor]  # its tensors, by name; of a compressed weight, values and bitmask
+    compressed: Mapping[str, CompressedTensor]  # its compressed weights, by name
+    carried: tuple[Path, ...]  # the other files of the model, relative to the folder
+    left_out: tuple[Path, ...]  # weights in the folder that are not part of the checkpoint, relative to it
 
     @property
     def layout(self) -> Layout:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Compressed weights in safetensors files: `<module>.weight` holds the values and `<module>.bitmask` their places.
+Compressed weights in safetensors files: `<module>.weight` holds the values and `<module>.bitmask` their places. Those
+of a parameter of another name, `<module>.<name>`, are in `<module>.<name>_bitmask`.
 
 How many columns a weight has neither of them tells, since rows of the bitmask are padded. The model knows, and for
 those who read the files alone the header says it.
@@ -27,8 +28,6 @@ from .stored import Stored
 COLUMNS = "bitmask_columns"
 """The entry of a header's metadata with the number of columns of each compressed weight, by its name, as JSON."""
 
-_WEIGHT, _BITMASK = ".weight", ".bitmask"
-
 
 def columns_text(columns: Mapping[str, int]) -> str:
     """The entry of a header."""
@@ -36,7 +35,6 @@ def columns_text(columns: Mapping[str, int]) -> str:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return dict(tensors.metadata() or {})
@@ -67,9 +65,7 @@ def compressed_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Find the compressed weights of a checkpoint."""
     pairs = {
-        name: f"{name.removesuffix(_WEIGHT)}{_BITMASK}"
-        for name, shape in shapes.items()
-        if name.endswith(_WEIGHT) and len(shape) == 1 and f"{name.removesuffix(_WEIGHT)}{_BITMASK}" in shapes
+        name: bitmask_of(name) for name, shape in shapes.items() if len(shape) == 1 and bitmask_of(name) in shapes
     }
     columns = read_columns(files)
     for name, bitmask in pairs.items():
@@ -81,7 +77,7 @@ def compressed_shapes(
         if len(shapes[bitmask]) < 2 or dtypes[bitmask] != "U8":
             raise ValueError(f"tensor {bitmask!r} has shape {shapes[bitmask]} and dtype {dtypes[bitmask]}: no bitmask")
     for name in columns:
-        if name not in pairs and (name in shapes or f"{name.removesuffix(_WEIGHT)}{_BITMASK}" in shapes):
+        if name not in pairs and (name in shapes or bitmask_of(name) in shapes):
             raise ValueError(f"{name!r} is compressed, and not both its values and its bitmask are there")
     found = {name: (*shapes[bitmask][:-1], columns[name]) for name, bitmask in pairs.items()}
     for name, shape in found.items():
@@ -91,14 +87,19 @@ def compressed_shapes(
 
 
 def bitmask_of(name: str) -> str:
-    """The name of the bitmask of a weight."""
-    return f"{name.removesuffix(_WEIGHT)}{_BITMASK}"
+    module, dot, last = name.rpartition(".")
+    return f"{module}{dot}{'bitmask' if last == 'weight' else f'{last}_bitmask'}"
+
+
+def is_bitmask(name: str) -> bool:
+    """Whether a tensor may be the bitmask of a weight, by its name."""
+    return name.endswith((".bitmask", "_bitmask"))
 
 
 def with_dense_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
     """List the tensors of a checkpoint as if nothing were compressed in it."""
     tensors = {one.key: one for stored in listed.values() for one in stored}
-    if not any(name.endswith(_BITMASK) for name in tensors):
+    if not any(is_bitmask(name) for name in tensors):
         return list(tensors.values())
     file_of = {one.key: file for file, stored in listed.items() for one in stored}
     shapes = compressed_shapes(

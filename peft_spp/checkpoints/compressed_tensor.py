@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..functional.bitmask import Compressed
 from ..functional.compressed import decompress
-from .compressed_files import bitmask_of, compressed_shapes, join
+from .compressed_files import bitmask_of, compressed_shapes, is_bitmask, join
 from .file_bytes import read_bytes
 from .old_compressed_files import find_parts, join_parts, read_shape
 from .tensor_file import StoredTensor
@@ -20,32 +20,21 @@ from .tensor_file import StoredTensor
 
 @dataclass(frozen=True)
 class CompressedTensor:
-    """A weight whose values and bitmask are two tensors of a checkpoint, in one file or in two.
-
-    Args:
-        values (`StoredTensor`): The values.
-        bitmask (`StoredTensor`): The bitmask.
-        shape (`tuple[int, ...]`): The shape of the weight.
-        name (`str`): Its name.
-        old (`bool`): Whether it is in a format that compressed-tensors had.
-        unread (`tuple[str, ...]`): The names of other tensors that belong to it.
-    """
+    """A weight whose values and bitmask are two tensors of a checkpoint, in one file or in two."""
 
     values: StoredTensor
     bitmask: StoredTensor
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the shape of the weight
     name: str
-    old: bool = False
-    unread: tuple[str, ...] = ()
+    old: bool = False  # whether it is in a format that compressed-tensors had
+    unread: tuple[str, ...] = ()  # the names of other tensors that belong to it
 
     @property
     def file(self) -> Path:
-        """The file of the values."""
         return self.values.file
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """Its dtype."""
         return self.values.dtype
 
     def load_compressed(self) -> Compressed:
@@ -74,7 +63,7 @@ def find_compressed(
                 tensors[parts.values], tensors[parts.bitmask], shape, name, True, (parts.shape, *parts.unread)
             )
         return found
-    if not any(name.endswith(".bitmask") for name in tensors):
+    if not any(is_bitmask(name) for name in tensors):
         return {}
     shapes = compressed_shapes(
         {name: one.shape for name, one in tensors.items()},

@@ -27,38 +27,24 @@ from .tensor_file import StoredTensor
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A stored tensor as Transformers takes it up.
-
-    Args:
-        tensor (`StoredTensor`): The tensor.
-        name (`str`): Its name once the model's renamings are applied.
-        pattern (`str`): Which of the sources of the converter it is; empty if there is none.
-    """
+    """A stored tensor as Transformers takes it up."""
 
     tensor: StoredTensor
-    name: str
-    pattern: str
+    name: str  # its name once the model's renamings are applied
+    pattern: str  # which of the sources of the converter it is; empty if there is none
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a checkpoint has a parameter, or several that are made together.
+    """Where a checkpoint has a parameter, or several that are made together."""
 
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        first (`str`): The first of the parameters.
-        parts (`tuple[Part, ...]`): What they are made of, in the order of Transformers.
-        converter (`WeightConverter`, *optional*): What makes them, if they are not stored as they are.
-    """
-
-    model: PreTrainedModel
-    first: str
-    parts: tuple[Part, ...]
-    converter: WeightConverter | None = None
+    model: PreTrainedModel  # the model, which may be on the meta device
+    first: str  # the first of the parameters
+    parts: tuple[Part, ...]  # what they are made of, in the order of Transformers
+    converter: WeightConverter | None = None  # what makes them, if they are not stored as they are
 
     @property
     def tensors(self) -> list[StoredTensor]:
-        """The stored tensors."""
         return [part.tensor for part in self.parts]
 
     @cached_property
@@ -82,15 +68,12 @@ class Origin:
 
     def stored(self, parameters: Mapping[str, Tensor]) -> list[tuple[StoredTensor, Tensor]]:
         """
-        What is stored of the parameters, which may have changed.
-
-        Raises:
-            ValueError: If they cannot be taken apart again.
+        What is stored of the parameters, which may have changed; a `ValueError` if they cannot be taken apart again.
         """
         if self.converter is None:
             return [(self.tensors[0], parameters[self.first])]
         try:
-            values = self._take_apart(parameters)
+            values = take_apart(self.model, self.converter, {name: parameters[name] for name in self.shapes})
         except Exception as error:  # whatever an operation without a way back raises
             raise ValueError(f"{self.first} cannot be taken apart again: {message(error)}") from error
         prefix = f"{self.model.base_model_prefix}."
@@ -102,18 +85,6 @@ class Origin:
                 raise ValueError(f"{self.first} cannot be taken apart again: there is no {part.tensor.name} in it")
             found.append((part.tensor, value))
         return found
-
-    def _take_apart(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert self.converter is not None
-        back = cast(WeightConverter, self.converter.reverse_transform())
-        groups: dict[str, WeightConverter] = {}
-        for name in self.shapes:
-            renamed, pattern = back.rename_source_key(name)
-            if pattern is None:
-                raise ValueError(f"nothing takes {name} apart")
-            _add(groups.setdefault(renamed, deepcopy(back)), renamed, name, pattern, parameters[name])
-        made = [_made(converter, name, self.model) for name, converter in groups.items()]
-        return {name: value for one in made for name, value in one.items()}
 
     def check_reversible(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise a `ValueError` unless the unchanged parameters give the bits that are stored."""
@@ -134,14 +105,8 @@ class Origin:
 
 def find_origins(model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> dict[str, Origin]:
     """
-    Find where a checkpoint has the parameters of a model, by the rules by which Transformers loads it.
-
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        tensors (`Iterable[StoredTensor]`): The tensors of the checkpoint.
-
-    Returns:
-        `dict[str, Origin]`: By the name of the parameter. What cannot be made is left out.
+    Where a checkpoint has the parameters of a model, by the rules by which Transformers loads it; those that cannot be
+    made of it are left out.
     """
     rules, by_name = _Rules(model), {one.name: one for one in tensors}
     groups: dict[str, list[Part]] = {}
@@ -161,20 +126,64 @@ def find_origins(model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> dic
 
 def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """
-    Find how a checkpoint calls the parameters of a model that it has as they are.
-
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        names (`Iterable[str]`): The names of the tensors in the checkpoint.
-
-    Returns:
-        `dict[str, str]`: Those names, by the names in the model.
+    The names in a checkpoint of those parameters of a model that it has as they are, by their names in the model.
     """
     found: dict[str, str] = {}
     for name, parameter, pattern in _Rules(model).taken_up(names):
         if not pattern:
             found.setdefault(parameter, name)
     return found
+
+
+def take_apart(
+    model: PreTrainedModel, converter: WeightConverter, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """
+    Take parameters apart as Transformers does when it saves them.
+
+    Args:
+        model (`PreTrainedModel`): The model, which may be on the meta device.
+        converter (`WeightConverter`): What makes these parameters when the model is loaded.
+        parameters (`Mapping[str, torch.Tensor]`): All that it makes together, by name.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What is stored, by the names before the model's renamings are reverted.
+
+    Raises:
+        ValueError: If nothing takes one of them apart. An operation without a way back raises what it likes.
+    """
+    back = cast(WeightConverter, converter.reverse_transform())
+    groups: dict[str, WeightConverter] = {}
+    for name, parameter in parameters.items():
+        renamed, pattern = back.rename_source_key(name)
+        if pattern is None:
+            raise ValueError(f"nothing takes {name} apart")
+        _add(groups.setdefault(renamed, deepcopy(back)), renamed, name, pattern, parameter)
+    made = [_made(one, name, model) for name, one in groups.items()]
+    return {name: value for one in made for name, value in one.items()}
+
+
+def put_together(
+    model: PreTrainedModel, converter: WeightConverter, name: str, parts: Mapping[str, list[Tensor]]
+) -> dict[str, Tensor]:
+    """
+    Make parameters of what is stored, as Transformers does when it loads them.
+
+    Args:
+        model (`PreTrainedModel`): The model, which may be on the meta device.
+        converter (`WeightConverter`): What makes the parameters.
+        name (`str`): The name of the first of them.
+        parts (`Mapping[str, list[torch.Tensor]]`): The stored tensors by the converter's patterns, in order. The
+            lists are emptied, so that the converter can free the tensors.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The parameters, by name.
+    """
+    converter = deepcopy(converter)
+    for pattern, tensors in parts.items():
+        while tensors:
+            _add(converter, name, name, pattern, tensors.pop(0))
+    return _made(converter, name, model)
 
 
 class _Rules:

@@ -13,17 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def empty_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-    """
-    Make the model that a `config.json` names, on the meta device.
-
-    Args:
-        folder (`Path`): The folder of the checkpoint.
-        config (`Mapping[str, Any]`): The content of its `config.json`.
-
-    Raises:
-        ValueError: If Transformers cannot make it.
-        KeyError: If it does not know the model.
-    """
+    """Make the model that a `config.json` names, on the meta device; a `KeyError` if Transformers does not know it."""
     named = config.get("architectures") or []
     cls = next((cls for name in named if (cls := getattr(transformers, str(name), None)) is not None), None)
     # without the question on the terminal whether the model's code may be run

@@ -33,33 +33,17 @@ _VALUES, _BITMASK, _SHAPE, _OFFSETS = ".compressed", ".bitmask", ".shape", ".row
 
 
 class Parts(NamedTuple):
-    """The tensors of one weight, by their names.
-
-    Args:
-        values (`str`): The values.
-        bitmask (`str`): The bitmask.
-        shape (`str`): The shape.
-        unread (`tuple[str, ...]`): What is not read.
-    """
+    """The tensors of one weight, by their names."""
 
     values: str
     bitmask: str
     shape: str
-    unread: tuple[str, ...]
+    unread: tuple[str, ...]  # what is not read
 
 
 def sparse_format(config: Mapping[str, Any]) -> str | None:
     """
-    Which of the formats a checkpoint is in.
-
-    Args:
-        config (`Mapping[str, Any]`): The content of its `config.json`.
-
-    Returns:
-        `str` or `None`: The format, or `None` if it is not a sparse checkpoint of compressed-tensors.
-
-    Raises:
-        ValueError: If it is one that cannot be read: of another format, or with quantized values.
+    The format of a checkpoint, `None` if it is not a sparse one of compressed-tensors; an error if it cannot be read.
     """
     for key in CONFIG_KEYS:
         outer = config.get(key)
@@ -89,12 +73,6 @@ def without_empty_formats(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     A configuration without what compressed-tensors wrote of sparse weights that it stored dense. It says nothing about
     how the tensors are stored, and engines that have dropped the sparse formats refuse the model for it.
-
-    Args:
-        config (`Mapping[str, Any]`): The content of a `config.json`.
-
-    Returns:
-        `dict[str, Any]`: A copy.
     """
     return {key: value for key, value in config.items() if key not in CONFIG_KEYS or not _is_dense(key, value)}
 
@@ -110,16 +88,8 @@ def _is_dense(key: str, outer: Any) -> bool:
 
 def find_parts(dtypes: Mapping[str, torch.dtype | str]) -> dict[str, Parts]:
     """
-    Find the weights in these formats.
-
-    Args:
-        dtypes (`Mapping[str, torch.dtype | str]`): The names of all tensors of a checkpoint, with their dtypes.
-
-    Returns:
-        `dict[str, Parts]`: The tensors of each weight, by its name.
-
-    Raises:
-        ValueError: If one of a weight's tensors is missing or of another dtype, or a weight is there twice.
+    The tensors of each weight in these formats; an error if one is missing or of another dtype, or a weight is there
+    twice.
     """
     found: dict[str, Parts] = {}
     for name in dtypes:
@@ -144,19 +114,7 @@ def find_parts(dtypes: Mapping[str, torch.dtype | str]) -> dict[str, Parts]:
 
 
 def read_shape(file: Path, name: str) -> tuple[int, int]:
-    """
-    Read the shape of a weight.
-
-    Args:
-        file (`Path`): The file that holds it.
-        name (`str`): The name of the tensor.
-
-    Returns:
-        `tuple[int, int]`: The shape.
-
-    Raises:
-        ValueError: If it is not two numbers that can be one.
-    """
+    """Read the shape of a weight; an error if it is not two numbers that can be one."""
     start, stop = byte_ranges(file)[name]
     numbers = read_bytes(file, start, stop).view(torch.int64).tolist() if stop - start == 16 else []
     if len(numbers) != 2 or min(numbers) < 1 or max(numbers) >= 1 << 31:
@@ -165,21 +123,7 @@ def read_shape(file: Path, name: str) -> tuple[int, int]:
 
 
 def join_parts(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...]) -> Compressed:
-    """
-    Make a compressed weight of what was read from files.
-
-    Args:
-        name (`str`): What to call it in an error.
-        values (`torch.Tensor`): Its values, a vector or a matrix.
-        bitmask (`torch.Tensor`): Its bitmask, uint8, rows padded to bytes.
-        shape (`tuple[int, ...]`): Its shape.
-
-    Returns:
-        [`Compressed`]: The weight.
-
-    Raises:
-        ValueError: If they do not fit each other.
-    """
+    """Make a compressed weight of what was read from files, checked to fit together; `name` is for the error."""
     rows, n = shape
     expected = (rows, -(-n // 8))
     if tuple(bitmask.shape) != expected:
@@ -191,18 +135,7 @@ def join_parts(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...
 
 
 def with_old_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
-    """
-    List the tensors of a checkpoint in these formats as if it were dense.
-
-    Args:
-        listed (`Mapping[Path, list[Stored]]`): The tensors of each file.
-
-    Returns:
-        `list[Stored]`: The tensors, with each compressed weight in its dense shape.
-
-    Raises:
-        ValueError: If a compressed weight cannot be read.
-    """
+    """List the tensors of a checkpoint in these formats as if it were dense."""
     tensors = {one.key: (file, one) for file, stored in listed.items() for one in stored}
     for name, parts in find_parts({one: stored.dtype for one, (_, stored) in tensors.items()}).items():
         (_, values), (file, bitmask), (shape_file, _) = (tensors.pop(one) for one in parts[:3])

@@ -83,17 +83,11 @@ def _raise(error: OSError) -> None:
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a folder is written as, which tells the files in it that are replaced from those that are not.
+    """What a folder is written as, which tells the files in it that are replaced from those that are not."""
 
-    Args:
-        what (`str`): What to call it.
-        sign (`Callable[[Path], bool]`): Whether a folder holds one.
-        own (`Callable[[Path, Iterable[str]], set[str]]`): Which of the relative names in a folder are a part of it.
-    """
-
-    what: str
-    sign: Callable[[Path], bool]
-    own: Callable[[Path, Iterable[str]], set[str]]
+    what: str  # what to call it
+    sign: Callable[[Path], bool]  # whether a folder holds one
+    own: Callable[[Path, Iterable[str]], set[str]]  # which of the relative names in a folder are a part of it
 
     def foreign(
         self, folder: Path, entries: Mapping[Path, Signature], copied: Mapping[Path, Path] | None = None

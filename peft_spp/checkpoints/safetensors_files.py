@@ -81,17 +81,11 @@ _FIX = "load the model and write it again with save_pretrained(folder), which wr
 
 @dataclass(frozen=True)
 class Listing:
-    """The weight files of a folder.
+    """The weight files of a folder."""
 
-    Args:
-        files (`dict[Path, list[str] | None]`): Each with the names that the index expects in it, or `None`.
-        index (`Path` or `None`): The index that names them.
-        loaded (`bool`): Whether Transformers loads them.
-    """
-
-    files: dict[Path, list[str] | None]
-    index: Path | None = None
-    loaded: bool = True
+    files: dict[Path, list[str] | None]  # each with the names that the index expects in it, or `None`
+    index: Path | None = None  # the index that names them
+    loaded: bool = True  # whether Transformers loads them
 
 
 def list_folder(folder: Path) -> Listing:
@@ -150,7 +144,6 @@ def _inside(source: Path, named: Any) -> Path:
 
 
 def read_json(file: Path, strict: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file."""
     more: dict[str, Any] = {"parse_constant": _no_constant, "object_pairs_hook": _without_duplicates} if strict else {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"), **more)

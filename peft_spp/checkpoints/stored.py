@@ -12,24 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as a source lists it.
+    """One tensor as a source lists it."""
 
-    Args:
-        key (`str`): The name it is stored under.
-        shape (`tuple[int, ...]`): Its shape.
-        dtype (`torch.dtype` or `str`): Its dtype, or the name of one that cannot be read.
-        load (`Callable[[], torch.Tensor]`): Reads it.
-        transposed (`bool` or `None`): Whether it is stored `(in, out)`, where its module tells.
-        linear (`bool` or `None`): Whether it is a linear layer's weight; `None` where only the name can tell.
-        problem (`str` or `None`): Why zeros cannot be told in it, beyond its dtype.
-        no_data (`bool`): Whether it is on the meta device.
-    """
-
-    key: str
+    key: str  # the name it is stored under
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    load: Callable[[], Tensor]
-    transposed: bool | None = None
-    linear: bool | None = None
-    problem: str | None = None
-    no_data: bool = False
+    dtype: torch.dtype | str  # its dtype, or the name of one that cannot be read
+    load: Callable[[], Tensor]  # reads it
+    transposed: bool | None = None  # whether it is stored `(in, out)`, where its module tells
+    linear: bool | None = None  # whether it is a linear layer's weight; `None` where only the name can tell
+    problem: str | None = None  # why zeros cannot be told in it, beyond its dtype
+    no_data: bool = False  # whether it is on the meta device

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,29 +18,25 @@ from .stored import Stored
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file.
-
-    Args:
-        file (`Path`): The file.
-        name (`str`): Its name in the file.
-        dtype (`torch.dtype` or `str`): Its dtype, or the file's name of one that is not floating.
-        shape (`tuple[int, ...]`): Its shape.
-        start (`int`): Where its bytes start in the file.
-        stop (`int`): Where they end.
-    """
+    """One tensor of a safetensors file."""
 
     file: Path
-    name: str
-    dtype: torch.dtype | str
+    name: str  # its name in the file
+    dtype: torch.dtype | str  # its dtype, or the file's name of one that is not floating
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    start: int  # where its bytes start in the file
+    stop: int  # where they end
 
     def load(self) -> Tensor:
-        """Read the tensor."""
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError(f"tensor {self.name!r} of {self.file} has dtype {self.dtype}, which is not floating")
         return read_bytes(self.file, self.start, self.stop).view(self.dtype).view(self.shape)
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """Some rows of the tensor, as a tensor."""
+        row_bytes = (self.stop - self.start) // max(self.shape[0], 1)
+        start, stop = (self.start + row * row_bytes for row in (first, last))
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, stop=stop)
 
     def describe(self) -> str:
         """The dtype and the shape, for messages."""
@@ -49,17 +45,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file that `safetensors` itself has accepted.
+    """A safetensors file that `safetensors` itself has accepted."""
 
-    Args:
-        path (`Path`): The file.
-        size (`int`): Its size in bytes.
-        tensors (`dict[str, StoredTensor]`): What it holds, in the order of the bytes.
-    """
-
-    path: Path
-    size: int
-    tensors: dict[str, StoredTensor]
+    path: Path  # the file
+    size: int  # its size in bytes
+    tensors: dict[str, StoredTensor]  # what it holds, in the order of the bytes
 
 
 def open_tensor_file(path: Path, listed: Sequence[Stored] | None = None) -> TensorFile:

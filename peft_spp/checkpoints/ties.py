@@ -17,13 +17,11 @@ _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "output_layer")
 
 
 class TiedNames:
-    """Tells tensors that Transformers ties to another.
+    """
+    Tells tensors that Transformers ties to another.
 
     A model's class decides which ones it ties. Where Transformers has no class of that name (code from the Hub), or
     the class ties nothing itself (the body of a model), those that are named like embeddings count.
-
-    Args:
-        config (`Mapping[str, Any]`): The content of the model's `config.json`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

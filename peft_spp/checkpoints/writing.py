@@ -25,21 +25,13 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write.
-
-    Args:
-        name (`str`): Its name.
-        dtype (`torch.dtype` or `str`): Its dtype, or the name that it has in files.
-        shape (`tuple[int, ...]`): Its shape.
-        size (`int`): Its bytes.
-        pieces (`Callable[[], Iterator[torch.Tensor]]`): Makes its bytes, each piece a vector of uint8.
-    """
+    """A tensor to write."""
 
     name: str
-    dtype: torch.dtype | str
+    dtype: torch.dtype | str  # its dtype, or the name that it has in files
     shape: tuple[int, ...]
-    size: int
-    pieces: Callable[[], Iterator[Tensor]]
+    size: int  # its bytes
+    pieces: Callable[[], Iterator[Tensor]]  # makes its bytes, each piece a vector of uint8
 
 
 def computed(name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> NewTensor:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..other_libraries import quiet_imports
+from ..pruning.options import OPTIONS
 from .console import (
     ExcludeModulesOption,
     JsonOption,
@@ -26,13 +26,10 @@ from .late_options import as_options, option
 
 
 class PruneCommand(Command):
-    """Has the pruning methods for `--method`, and the options of all of them; reading them imports PyTorch."""
+    """Has the pruning methods for `--method`, and the options of all of them."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)
-        if ctx.resilient_parsing:
-            # shell completion, which nobody waits seconds for
-            return params
         names = [one.name for one in params]
         first, last = names.index("pattern"), names.index("device")
         method, *others = as_options(_method_options())
@@ -45,17 +42,13 @@ class PruneCommand(Command):
 
 
 def _method_options() -> Iterator[Parameter]:
-    with quiet_imports():
-        from ..pruning.registry import METHODS, option_names
-
-    names = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+    names = Enum("Method", {name: name for name in OPTIONS}, type=str)  # type: ignore[misc]
     yield option("method", names, names["wanda"], help="The pruning method.")
-    for method in METHODS.values():
-        types = get_type_hints(method)
-        for field in fields(method):
-            if field.name in option_names(method):
-                flag = f"--{field.name.replace('_', '-')}"
-                yield option(field.name, types[field.name], field.default, flag=flag, help=field.metadata["help"])
+    for options in OPTIONS.values():
+        types = get_type_hints(options)
+        for field in fields(options):
+            flag = f"--{field.name.replace('_', '-')}"
+            yield option(field.name, types[field.name], field.default, flag=flag, help=field.metadata["help"])
 
 
 def prune(
@@ -110,7 +103,6 @@ def prune(
     routers and the language model head stay dense. The output is written completely or not at all.
     """
     from ..pruning import prune_checkpoint
-    from ..pruning.registry import METHODS, option_names
 
     method = context.obj["method"].value
     with progress_bar("Checking" if dry_run else "Pruning") as progress:
@@ -131,6 +123,6 @@ def prune(
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
-            **{name: context.obj[name] for name in option_names(METHODS[method])},
+            **{one.name: context.obj[one.name] for one in fields(OPTIONS[method])},
         )
     print_report(report, as_json)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers whose zeros are not stored, and how Transformers loads and saves them."""
+"""Linear layers and experts whose zeros are not stored, and how Transformers loads and saves them."""
 
 from .config import BitmaskConfig
+from .experts import CompressedExperts
 from .in_memory import compress, decompress
 from .layer import CompressedLinear
 from .on_disk import compress_checkpoint, decompress_checkpoint
@@ -13,6 +14,7 @@ from .report import CompressedModule, CompressionReport
 __all__ = [
     "BitmaskConfig",
     "BitmaskHfQuantizer",
+    "CompressedExperts",
     "CompressedLinear",
     "CompressedModule",
     "CompressionReport",

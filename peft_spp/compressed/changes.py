@@ -27,7 +27,7 @@ from ..installing import how_to_install
 from .config import BitmaskConfig
 from .models_on_disk import find_layers, plain_config
 from .report import CompressedModule, CompressionReport
-from .selection import names_of_layers, why_not_worth_it
+from .selection import module_name, why_not_worth_it
 
 
 _NOTE = (
@@ -42,11 +42,7 @@ _ANY_NOTE = re.compile(re.escape(_NOTE).replace(re.escape("{}"), "[^)]*"))
 
 
 class Change:
-    """What is written in the place of a checkpoint's files.
-
-    Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-    """
+    """What is written in the place of a checkpoint's files."""
 
     action = ""
 
@@ -60,7 +56,6 @@ class Change:
         raise NotImplementedError
 
     def metadata(self, file: Path) -> dict[str, str]:
-        """The new metadata of a file."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -68,7 +63,6 @@ class Change:
         raise NotImplementedError
 
     def card(self, text: str) -> str:
-        """The new card."""
         raise NotImplementedError
 
     @cached_property
@@ -155,15 +149,17 @@ class Compressing(Change):
         self._config = config
         layers, self.kept = find_layers(checkpoint, config.modules_to_not_convert)
         self._stored: dict[str, int] = {}
-        for name, weight in layers.items():
-            dense = weight.load()
-            stored = count_stored(dense)
-            reason = why_not_worth_it(stored, dense.shape, dense.dtype, config.min_sparsity)
+        for name, layer in layers.items():
+            stored = {weight.name: count_stored(weight.load()) for weight in layer.tensors}
+            dtype = _floating(layer.tensors[0])
+            reason = why_not_worth_it(sum(stored.values()), layer.shape, dtype, config.min_sparsity)
             if reason is not None:
                 self.kept[name] = reason
                 continue
-            self._stored[weight.name] = stored
-            self.record(name, weight, stored)
+            self._stored |= stored
+            for weight in layer.tensors:
+                alone = len(layer.tensors) == 1
+                self.record(name if alone else module_name(weight.name), weight, stored[weight.name])
 
     def tensors(self, file: Path) -> list[NewTensor]:
         bitmasks, others = [], []
@@ -173,8 +169,8 @@ class Compressing(Change):
             if one.name not in self._stored:
                 others.append(_dense(one))
                 continue
-            rows, n = one.shape
-            shape = (rows, bitmask_bytes(n))
+            *rows, n = one.shape
+            shape = (*rows, bitmask_bytes(n))
             # first, since rows of a multiple of 8 bytes keep what follows aligned, and are so themselves
             bitmasks.append(computed(bitmask_of(one.name), torch.uint8, shape, partial(_part, one, "bitmask")))
             stored = (self._stored[one.name],)
@@ -182,11 +178,11 @@ class Compressing(Change):
         return [*bitmasks, *others]
 
     def metadata(self, file: Path) -> dict[str, str]:
-        columns = {name: self.checkpoint.dense[name].shape[1] for name in self._stored}
+        columns = {name: self.checkpoint.dense[name].shape[-1] for name in self._stored}
         return {**read_metadata(file), **({COLUMNS: columns_text(columns)} if columns else {})}
 
     def config(self) -> dict[str, Any]:
-        config = BitmaskConfig(names_of_layers(self.kept), self._config.min_sparsity)
+        config = BitmaskConfig(list(self.kept), self._config.min_sparsity)
         return {**plain_config(self.checkpoint), "quantization_config": config.to_dict()}
 
     def card(self, text: str) -> str:
@@ -203,7 +199,7 @@ class Decompressing(Change):
         if not checkpoint.compressed:
             raise ValueError(f"the model in {checkpoint.folder} is not compressed: none of its weights has a bitmask")
         for name, weight in checkpoint.compressed.items():
-            self.record(name.removesuffix(".weight"), weight, math.prod(weight.values.shape))
+            self.record(module_name(name), weight, math.prod(weight.values.shape))
 
     def tensors(self, file: Path) -> list[NewTensor]:
         return [_dense(one) for one in self.checkpoint.dense.values() if one.file == file]

@@ -19,12 +19,7 @@ _PAGE_OUT = 21
 
 
 def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
-    """
-    Give back the memory that mapped files take. They are read again where they are needed. Only on Linux.
-
-    Args:
-        files (`Iterable[str]`): The files.
-    """
+    """Give back the memory that mapped files take. They are read again where they are needed. Only on Linux."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

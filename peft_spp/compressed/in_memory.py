@@ -3,24 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..functional.bitmask import count_stored
+from ..functional.compressed import compress as compress_weight
 from .config import BitmaskConfig
+from .expert_files import ExpertConverters
+from .experts import put_stack
 from .layer import CompressedLinear, put_dense_layers
 from .other_adapters import allow_merges, is_spp
 from .quantizer import BitmaskHfQuantizer
+from .saving import saving_transforms
 from .selection import (
     converted_names,
     find_linear_layers,
-    names_of_layers,
+    find_stacks,
+    module_name,
     transformers_models,
     warn_of_dense_layers,
     why_not_worth_it,
@@ -39,10 +43,11 @@ def compress(
     module: M, *, modules_to_not_convert: Sequence[str] | None = None, min_sparsity: float | None = None
 ) -> M | CompressedLinear:
     """
-    Stop storing the zeros of a model's linear layers.
+    Stop storing the zeros of a model's linear layers, and of the experts of a mixture.
 
-    The layers become [`CompressedLinear`], which compute the same and are frozen; a warning names those that have too
-    few zeros. A model of Transformers is saved compressed afterwards.
+    The layers become [`CompressedLinear`], and modules with stacks of experts get another class; they compute the same
+    and are frozen. A warning names those that have too few zeros. A model of Transformers is saved compressed
+    afterwards.
 
     Args:
         module (`nn.Module`): Any module, changed in place.
@@ -60,14 +65,16 @@ def compress(
     models = transformers_models(module)
     _check(module, models)
     layers, kept = find_linear_layers(module, modules_to_not_convert)
-    for name in _stored_in_another_form(models, list(layers)):
-        del layers[name]
-        kept[name] = "stored in another form"
+    stacks, dense_stacks = find_stacks(module, modules_to_not_convert)
+    kept |= dense_stacks
+    for name in _stored_in_another_form(models, layers, stacks):
+        layers.pop(name, None)
+        stacks.pop(name, None)
+        kept[module_name(name)] = "stored in another form"
     for name, layer in layers.items():
-        if layer.weight.is_meta:
-            raise ValueError(f"{name} has no data (it is on the meta device): load the model into memory first")
-        if layer.weight.shape != (layer.out_features, layer.in_features):
-            raise ValueError(f"{name} is {_NOT_WHOLE.format(f'has shape {tuple(layer.weight.shape)}')}")
+        _check_whole(name, layer.weight, (layer.out_features, layer.in_features))
+    for name, (owner, parameter) in stacks.items():
+        _check_whole(name, owner._parameters[parameter])
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), DTensor):
             raise ValueError(f"{name} is {_NOT_WHOLE.format('is a DTensor')}")
@@ -80,10 +87,18 @@ def compress(
             return CompressedLinear.from_linear(layer)
         else:
             module.set_submodule(name, CompressedLinear.from_linear(layer))
+    for name, (owner, parameter) in stacks.items():
+        weight = owner._parameters[parameter]
+        assert weight is not None
+        reason = why_not_worth_it(count_stored(weight), weight.shape, weight.dtype, min_sparsity)
+        if reason is not None:
+            kept[module_name(name)] = reason
+        else:
+            put_stack(owner, parameter, compress_weight(weight))
     warn_of_dense_layers(kept)
     for prefix, model in models.items():
         start = f"{prefix}." if prefix else ""
-        names = [name.removeprefix(start) for name in names_of_layers(kept) if name.startswith(start)]
+        names = [name.removeprefix(start) for name in kept if name.startswith(start)]
         its_own = BitmaskConfig(names, min_sparsity)
         _mark(model, its_own)
     return module
@@ -133,15 +148,26 @@ def _check(
             raise ValueError(f"the model is quantized with {getattr(method, 'value', method)}: load it without")
 
 
-def _stored_in_another_form(models: Mapping[str, PreTrainedModel], names: Sequence[str]) -> set[str]:
+def _check_whole(name: str, weight: Any, shape: tuple[int, ...] | None = None) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{name} has no data (it is on the meta device): load the model into memory first")
+    if weight.shape != (shape or weight.shape):
+        raise ValueError(f"{name} is {_NOT_WHOLE.format(f'has shape {tuple(weight.shape)}')}")
+
+
+def _stored_in_another_form(
+    models: Mapping[str, PreTrainedModel], layers: Iterable[str], stacks: Mapping[str, tuple[nn.Module, str]]
+) -> set[str]:
     found = set()
     for prefix, model in models.items():
         start = f"{prefix}." if prefix else ""
-        transforms = getattr(model, "_weight_conversions", None)
-        if transforms is None:
-            transforms = get_model_conversion_mapping(model, add_legacy=False)
-        inside = [f"{name.removeprefix(start)}.weight" for name in names if name.startswith(start)]
-        found |= {start + name.removesuffix(".weight") for name in converted_names(inside, transforms)}
+        transforms = saving_transforms(model)
+        inside = [f"{name.removeprefix(start)}.weight" for name in layers if name.startswith(start)]
+        found |= {start + module_name(name) for name in converted_names(inside, transforms)}
+        experts = ExpertConverters(model, transforms)
+        shapes = {name: owner.get_parameter(parameter).shape for name, (owner, parameter) in stacks.items()}
+        own = {name: shape for name, shape in shapes.items() if name.startswith(start)}
+        found |= {name for name, shape in own.items() if not experts.can_compress(name.removeprefix(start), shape)}
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..functional.bitmask import Compressed, bitmask_bytes, check_compressed, count_row_offsets
 from ..functional.compressed import compress, compressed_linear, decompress
+from .experts import CompressedExperts, put_dense_stacks
 
 
 class CompressedLinear(nn.Linear):
@@ -146,20 +147,20 @@ class CompressedLinear(nn.Linear):
 
 def put_dense_layers(module: nn.Module) -> None:
     """
-    Replace all [`CompressedLinear`] of a module by dense layers.
-
-    Args:
-        module (`nn.Module`): The module, changed in place.
-
-    Raises:
-        ValueError: If one of them has no data. Nothing is changed.
+    Replace all [`CompressedLinear`] of a module by dense layers, and make all [`CompressedExperts`] dense; or none if
+    one of them has no data.
     """
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, CompressedLinear)}
-    for name, layer in layers.items():
-        if layer.weight.is_meta:
+    experts = {name: layer for name, layer in module.named_modules() if isinstance(layer, CompressedExperts)}
+    weights = {name: [layer.compressed] for name, layer in layers.items()}
+    weights |= {name: [layer.compressed(stack) for stack in layer.stacks] for name, layer in experts.items()}
+    for name, own in weights.items():
+        if any(weight.values.is_meta for weight in own):
             raise ValueError(
                 f"{name} has no data in memory (it is offloaded): load the model without offloading, or decompress it "
                 "on disk with `peft-spp decompress`"
             )
     for name, layer in layers.items():
         module.set_submodule(name, layer.to_linear())
+    for module in experts.values():
+        put_dense_stacks(module)

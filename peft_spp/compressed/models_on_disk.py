@@ -3,74 +3,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import transformers
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_tensor import CompressedTensor
+from ..checkpoints.conversion import Origin, find_origins
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.old_compressed_files import CONFIG_KEYS
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .config import METHOD
-from .selection import find_linear_layers
+from .expert_files import ExpertConverters
+from .selection import find_linear_layers, find_stacks, module_name
 
 
 INSTEAD = "Load the model with from_pretrained and quantization_config=BitmaskConfig(), and save it instead."
 
 
-def find_layers(
-    checkpoint: Checkpoint, skip: Sequence[str] | None = None
-) -> tuple[dict[str, StoredTensor | CompressedTensor], dict[str, str]]:
-    """
-    Find what can be compressed, by the names that Transformers gives the tensors when it loads the model.
+class StoredLayer(NamedTuple):
+    """A layer of a checkpoint that can be compressed.
 
     Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
+        shape (`tuple[int, ...]`): The shape of its weight in the model.
+        tensors (`tuple[StoredTensor | CompressedTensor, ...]`): What is stored of it; of experts, often a tensor for
+            each of them.
+    """
 
-    Returns:
-        `tuple[dict[str, StoredTensor | CompressedTensor], dict[str, str]]`: The weight of each layer, by the layer's
-        name in the model, and for each other linear layer why not.
+    shape: tuple[int, ...]
+    tensors: tuple[StoredTensor | CompressedTensor, ...]
 
-    Raises:
-        ValueError: If the model is quantized or compressed already, or Transformers cannot build it.
+
+def find_layers(
+    checkpoint: Checkpoint, skip: Sequence[str] | None = None
+) -> tuple[dict[str, StoredLayer], dict[str, str]]:
+    """
+    The linear layers and stacks of experts that can be compressed, by [`module_name`] in the model that Transformers
+    loads, and for each other one why not.
     """
     model = _empty_model(checkpoint)
     layers, kept = find_linear_layers(model, skip)
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    state = model.state_dict()
-    found: dict[str, StoredTensor | CompressedTensor] = {}
-    for name, tensor in checkpoint.dense.items():
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        module = renamed.removesuffix(".weight")
-        if pattern is None and module in layers and renamed != module and tensor.shape == tuple(state[renamed].shape):
-            if tensor.dtype in BITS:
-                found[module] = tensor
-            else:
-                kept[module] = f"its weight is {str(tensor.dtype).removeprefix('torch.')}"
-    kept |= {name: "stored in another form" for name in layers if name not in found and name not in kept}
-    # in the order of the model
-    return {name: found[name] for name in layers if name in found}, kept
+    stacks, dense_stacks = find_stacks(model, skip)
+    experts = ExpertConverters(model, get_model_conversion_mapping(model))
+    shapes = {f"{name}.weight": tuple(layer.weight.shape) for name, layer in layers.items()}
+    shapes |= {name: tuple(owner.get_parameter(parameter).shape) for name, (owner, parameter) in stacks.items()}
+    kept |= dense_stacks
+    origins = find_origins(model, cast(Iterable[StoredTensor], checkpoint.dense.values()))
+    found: dict[str, StoredLayer] = {}
+    for name, shape in shapes.items():
+        origin, shown = origins.get(name), module_name(name)
+        is_whole = origin is not None and origin.shapes == {name: shape}
+        if origin is None or not is_whole or not _can_compress(origin, name in stacks, experts):
+            kept[shown] = "stored in another form"
+        elif any(one.dtype not in BITS for one in origin.tensors):
+            kept[shown] = f"its weight is {str(origin.tensors[0].dtype).removeprefix('torch.')}"
+        else:
+            found[shown] = StoredLayer(shape, tuple(origin.tensors))
+    return found, kept
+
+
+def _can_compress(origin: Origin, is_stack: bool, experts: ExpertConverters) -> bool:
+    if origin.converter is None:
+        return True
+    return is_stack and experts.can_compress(origin.first, origin.shapes[origin.first])
 
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """
-    The configuration of a checkpoint without what it says of compression.
-
-    Args:
-        checkpoint (`Checkpoint`): The checkpoint.
-
-    Returns:
-        `dict[str, Any]`: The configuration.
-    """
+    """The configuration of a checkpoint without what it says of compression."""
     said = CONFIG_KEYS if checkpoint.compressed else ()
     return {name: value for name, value in checkpoint.config.items() if name not in said}
 

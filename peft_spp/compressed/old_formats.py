@@ -63,16 +63,8 @@ def load_old_formats() -> None:
 
 def find_old_weights(files: Iterable[str]) -> set[str]:
     """
-    Find the weights in these formats.
-
-    Args:
-        files (`Iterable[str]`): The files of a checkpoint.
-
-    Returns:
-        `set[str]`: Their names in the files.
-
-    Raises:
-        ValueError: If one of a weight's tensors is missing or of another dtype.
+    The names of the weights in these formats in some files; an error if a tensor of one is missing or of another
+    dtype.
     """
     paths = [Path(file) for file in files if str(file).endswith(".safetensors")]
     # the bitmask comes in the dtype of the model, in which a byte is exact
@@ -99,20 +91,7 @@ def converter(operation: Any) -> WeightConverter:
 
 
 def read_weight(parameter: Tensor, name: str, tensors: dict[str, Any]) -> Tensor:
-    """
-    Make the dense weight of the tensors that were read.
-
-    Args:
-        parameter (`torch.Tensor`): The model's parameter, which knows the shape.
-        name (`str`): The name of the weight.
-        tensors (`dict[str, Any]`): What was read, by the pattern of its name.
-
-    Returns:
-        `torch.Tensor`: The weight.
-
-    Raises:
-        ValueError: If they do not fit each other.
-    """
+    """Make the dense weight of the tensors that were read, which are given by the patterns of their names."""
     values, bitmask = (_find(tensors, part) for part in (_VALUES, _BITMASK))
     shape = tuple(parameter.shape)
     if len(shape) != 2 or bitmask.ndim != 2:

@@ -34,7 +34,7 @@ def compress_checkpoint(
     progress: Progress | None = None,
 ) -> CompressionReport:
     """
-    Stop storing the zeros of a checkpoint's linear layers, from disk to disk and one tensor at a time.
+    Stop storing the zeros of a checkpoint's linear layers and experts, from disk to disk and one tensor at a time.
 
     The result is what `from_pretrained` with [`BitmaskConfig`] and `save_pretrained` make of the model;
     [`decompress_checkpoint`] gives every bit back. The output folder is changed in one step at the end.
@@ -95,15 +95,7 @@ def decompress_checkpoint(
 
 
 def compress_in_place(folder: Path) -> CompressionReport:
-    """
-    Compress a checkpoint that nobody else reads, file by file.
-
-    Args:
-        folder (`Path`): Its folder.
-
-    Returns:
-        [`CompressionReport`]: What was done.
-    """
+    """Compress a checkpoint that nobody else reads, file by file."""
     change = Compressing(read_checkpoint(folder), BitmaskConfig())
     for relative, tensors, metadata in change.files:
         new = folder / relative.with_name(f".{relative.name}.compressing")

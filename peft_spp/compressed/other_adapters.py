@@ -17,6 +17,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
+from .experts import find_compressed_stacks
 from .layer import CompressedLinear
 
 
@@ -39,12 +40,15 @@ def guard_other_adapters() -> None:
 def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Raise a `ValueError` if an adapter that is about to be added cannot train on a compressed layer."""
     layers = [name for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)]
-    names = [name.replace(".base_layer", "") for name in layers]  # where another adapter is already
-    if not names:
+    # without the part of another adapter that is there already
+    names, stacks = (
+        [name.replace(".base_layer", "") for name in found] for found in (layers, find_compressed_stacks(model))
+    )
+    if not names and not stacks:
         return
     config = tuner.peft_config[adapter_name]
     saved = tuple(config.modules_to_save or ()) if hasattr(config, "modules_to_save") else ()
-    for name in names:
+    for name in (*names, *stacks):
         parts = name.split(".")
         around = [".".join(parts[: at + 1]) for at in range(len(parts))]
         found = next((one for one in saved if any(module.endswith(one) for module in around)), None)
@@ -59,6 +63,13 @@ def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: 
         raise ValueError(
             f"{what} cannot train on {target}, whose weight is compressed: make the model dense first with "
             "peft_spp.decompress(model), or leave compressed layers out of target_modules"
+        )
+    wanted = getattr(config, "target_parameters", None) or ()
+    stack = next((name for name in stacks if any(f".{name}".endswith(f".{one}") for one in wanted)), None)
+    if stack is not None and _method(config) != "SPP":
+        raise ValueError(
+            f"an adapter of the method {_method(config)} cannot train on {stack}, which is compressed: make the "
+            "model dense first with peft_spp.decompress(model), or leave it out of target_parameters"
         )
 
 
@@ -119,9 +130,13 @@ def _checked(merge: Any) -> Any:
     return checked
 
 
+def _method(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def _reads_weight(config: PeftConfig) -> str | None:
     """What an adapter is called, if it is not known to leave the weight of its base layer unread."""
-    method = str(getattr(config.peft_type, "value", config.peft_type))
+    method = _method(config)
     if method not in TRAIN:
         return f"an adapter of the method {method}"
     start = getattr(config, "init_lora_weights", True)

@@ -4,24 +4,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightTransform, revert_weight_conversion
+from transformers.core_model_loading import ConversionOps, WeightTransform
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoints.compressed_files import COLUMNS, columns_text
+from ..architecture import find_expert_stacks
+from ..checkpoints.compressed_files import bitmask_of
 from ..functional.bitmask import check_compressed, count_stored
 from ..functional.compressed import compress
 from .config import BitmaskConfig
+from .expert_files import ExpertConverters, read_experts, save_as_dense
+from .experts import CompressedExperts, put_row_offsets, put_stack_without_values
 from .file_memory import page_out
 from .layer import CompressedLinear, put_dense_layers
 from .old_formats import check_names, converter, find_old_weights, read_weight, save_in_our_format
-from .selection import converted_names, find_linear_layers, names_of_layers, warn_of_dense_layers, why_not_worth_it
+from .operations import Compress, Read, ReadOld, one_of
+from .saving import state_and_metadata
+from .selection import (
+    converted_names,
+    find_linear_layers,
+    find_stacks,
+    module_name,
+    warn_of_dense_layers,
+    why_not_worth_it,
+)
 
 
 _SPLIT_SIZES = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
@@ -34,7 +46,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     The model is built dense, without data. A layer becomes a [`CompressedLinear`] when its weight comes: as values and
     bitmask from a compressed checkpoint, which so needs no list of its layers; or dense, and then it is compressed
-    before the next one is read. Dense it is too when it comes in a format that compressed-tensors had.
+    before the next one is read. Dense it is too when it comes in a format that compressed-tensors had. The module of a
+    stack of experts becomes a [`CompressedExperts`] in the same way.
 
     Args:
         quantization_config ([`BitmaskConfig`]): The configuration, of which a copy is kept.
@@ -49,9 +62,11 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         # what to compress when it comes, and why other layers stay dense
         self._waiting: set[str] = set()
+        self._places: dict[str, int] = {}
+        self.stacks: tuple[str, ...] = ()
         self._kept: dict[str, str] = {}
         self._row_offsets: dict[str, Tensor] = {}
-        self._problems: list[str] = []
+        self.problems: list[str] = []
         self._files: list[str] = []
         self._old: set[str] = set()
         self.old_format: str | None = None
@@ -77,7 +92,10 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if param_name in self._waiting:
             return True
         module, _, name = param_name.rpartition(".")
-        return name in ("weight", "bitmask") and isinstance(model.get_submodule(module), CompressedLinear)
+        layer = model.get_submodule(module)
+        if isinstance(layer, CompressedExperts):
+            return any(name in (stack, bitmask_of(stack)) for stack in layer.stacks)
+        return name in ("weight", "bitmask") and isinstance(layer, CompressedLinear)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
@@ -95,31 +113,44 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         if not self.pre_quantized:
             self._files = kwargs.get("checkpoint_files") or []
-            layers, self._kept = find_linear_layers(model, self.quantization_config.modules_to_not_convert)
-            self._waiting = {f"{name}.weight" for name in layers}
+            skip = self.quantization_config.modules_to_not_convert
+            layers, self._kept = find_linear_layers(model, skip)
+            stacks, kept = find_stacks(model, skip)
+            self._kept |= kept
+            self.stacks = tuple(stacks)
+            waiting = [*(f"{name}.weight" for name in layers), *stacks]
+            self._waiting = set(waiting)
+            self._places = {module_name(name): place for place, name in enumerate(waiting)}
             self._old = find_old_weights(self._files)
             if self.old_format is not None and not self._files:
                 raise ValueError(
                     f"the model's configuration names the format {self.old_format!r} of compressed-tensors, which is "
                     "only read from files: load the folder, without state_dict"
                 )
+        else:
+            self.stacks = tuple(find_expert_stacks(model))
         return model
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
-        for name in converted_names(sorted(self._waiting), weight_conversions):
+        experts = ExpertConverters(model, weight_conversions)
+        apart = {name for name in self.stacks if not experts.can_compress(name, model.get_parameter(name).shape)}
+        layers = converted_names(sorted(self._waiting.difference(self.stacks)), weight_conversions)
+        for name in sorted(self._waiting & (apart | layers)):
             self._waiting.discard(name)
-            self._kept[name.removesuffix(".weight")] = "stored in another form"
+            self._kept[module_name(name)] = "stored in another form"
         check_names(self._old, model, weight_conversions)
+        if self.pre_quantized:
+            weight_conversions = read_experts(self, model, weight_conversions)
         updated: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
-        return [*updated, converter(_ReadOld(self))] if self._old else updated
+        return [*updated, converter(ReadOld(self))] if self._old else updated
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Compress(self)
+        return Compress(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"deserialize": _Read}
+        return {"deserialize": Read}
 
     def compress(self, model: nn.Module, name: str, dense: Tensor) -> dict[str, Tensor]:
         """
@@ -136,8 +167,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if name not in self._waiting:
             return {name: dense}
         self._waiting.discard(name)
-        module = name.removesuffix(".weight")
-        if dense.shape != model.get_submodule(module).weight.shape:
+        module = module_name(name)
+        if dense.shape != model.get_parameter(name).shape:
             return {name: dense}  # Transformers reports it, as for any model
         reason = why_not_worth_it(count_stored(dense), dense.shape, dense.dtype, self.quantization_config.min_sparsity)
         if reason is not None:
@@ -145,6 +176,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return {name: dense}
         compressed = compress(dense)
         page_out(self._files)
+        if name in self.stacks:
+            return self.put_stack(model, name, compressed.values, compressed.bitmask, compressed.row_offsets)
         return self._put(model, module, compressed.values, compressed.bitmask, compressed.row_offsets)
 
     def read(self, model: nn.Module, name: str, values: Tensor | None, bitmask: Tensor) -> dict[str, Tensor]:
@@ -170,11 +203,30 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             row_offsets = check_compressed(values, bitmask, (layer.out_features, layer.in_features), name)
         except ValueError as error:
             # Raised here it would become a line of Transformers' report. It is raised when all is read.
-            self._problems.append(str(error))
+            self.problems.append(str(error))
             return {}
-        if bitmask.data_ptr() % 8:
-            bitmask = bitmask.clone()  # a view of the file, and kernels read words of 8 bytes
         return self._put(model, module, values, bitmask, row_offsets)
+
+    def put_stack(
+        self, model: nn.Module, name: str, values: Tensor, bitmask: Tensor, row_offsets: Tensor
+    ) -> dict[str, Tensor]:
+        """
+        Make room in the model for a compressed stack of experts that has been checked.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the parameter.
+            values (`torch.Tensor`): Its values.
+            bitmask (`torch.Tensor`): Its bitmask.
+            row_offsets (`torch.Tensor`): Where its rows begin.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The tensors of the stack, by name.
+        """
+        module, _, parameter = name.rpartition(".")
+        put_stack_without_values(model.get_submodule(module), parameter)
+        self._row_offsets[name] = row_offsets
+        return {name: nn.Parameter(values, requires_grad=False), bitmask_of(name): _aligned(bitmask)}
 
     def read_old(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
         """
@@ -191,7 +243,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         try:
             return {name: read_weight(model.get_parameter(name), name, tensors)}
         except ValueError as error:
-            self._problems.append(str(error))
+            self.problems.append(str(error))
             return {}
 
     def read_alone(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -209,8 +261,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         is_weight = name.endswith(".weight") and isinstance(
             model.get_submodule(name.removesuffix(".weight")), nn.Linear
         )
-        if is_weight and any(_one(one).ndim == 1 for one in tensors.values()):
-            self._problems.append(f"{name}: the checkpoint has its values and no bitmask")
+        if is_weight and any(one_of(one).ndim == 1 for one in tensors.values()):
+            self.problems.append(f"{name}: the checkpoint has its values and no bitmask")
             return {}
         return tensors
 
@@ -220,35 +272,31 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         layer = model.get_submodule(module)
         assert isinstance(layer, nn.Linear)
         model.set_submodule(module, CompressedLinear.without_values(layer))
-        self._row_offsets[module] = row_offsets
-        return {f"{module}.weight": nn.Parameter(values, requires_grad=False), f"{module}.bitmask": bitmask}
+        name = f"{module}.weight"
+        self._row_offsets[name] = row_offsets
+        return {name: nn.Parameter(values, requires_grad=False), bitmask_of(name): _aligned(bitmask)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self._problems:
-            more = f" ({len(self._problems) - 1} more weights are wrong too)" if len(self._problems) > 1 else ""
-            raise ValueError(f"{self._problems[0]}{more}. The checkpoint is damaged; copy it again.")
+        if self.problems:
+            more = f" ({len(self.problems) - 1} more weights are wrong too)" if len(self.problems) > 1 else ""
+            raise ValueError(f"{self.problems[0]}{more}. The checkpoint is damaged; copy it again.")
         for name, row_offsets in self._row_offsets.items():
-            layer = model.get_submodule(name)
-            assert isinstance(layer, CompressedLinear)
             # Transformers leaves buffers that are not saved without a value
-            layer.row_offsets = row_offsets.to(layer.row_offsets.device)
+            put_row_offsets(model, name, row_offsets)
         self._row_offsets.clear()
         if self._old:
             save_in_our_format(model)
+        transforms: Any = getattr(model, "_weight_conversions", None)
+        save_as_dense(transforms or [])
         if not self.pre_quantized:
-            warn_of_dense_layers(self._kept)
-            self.quantization_config.modules_to_not_convert = names_of_layers(self._kept)
+            # in the order of the model, and not of the files
+            names = sorted(self._kept, key=lambda name: self._places.get(name, -1))
+            warn_of_dense_layers({name: self._kept[name] for name in names})
+            self.quantization_config.modules_to_not_convert = names
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        # for those who read the files without the model
-        columns = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, CompressedLinear):
-                saved = revert_weight_conversion(model, {f"{name}.weight": layer.weight})
-                columns[next(iter(saved))] = layer.in_features
-        has_adapters = getattr(model, "_hf_peft_config_loaded", False)  # then only adapters are saved
-        return None, {} if has_adapters or not columns else {COLUMNS: columns_text(columns)}
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        return state_and_metadata(model)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         put_dense_layers(model)
@@ -267,46 +315,6 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class _Operation(ConversionOps):  # type: ignore[misc]
-    def __init__(self, hf_quantizer: BitmaskHfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: Any) -> _Operation:
-        return self  # the loader copies an operation for each tensor; all report to one quantizer
-
-
-class _Compress(_Operation):
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        result: dict[str, Tensor] = {}
-        for name in list(input_dict):
-            result |= self.hf_quantizer.compress(kwargs["model"], name, _one(input_dict.pop(name)))
-        return result
-
-
-class _Read(_Operation):
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
-        weight, bitmask = (input_dict.get(name) for name in ("weight", "bitmask"))
-        if bitmask is None:
-            return self.hf_quantizer.read_alone(model, full_layer_name, input_dict)
-        return self.hf_quantizer.read(model, full_layer_name, None if weight is None else _one(weight), _one(bitmask))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Write()
-
-
-class _ReadOld(_Operation):
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.hf_quantizer.read_old(kwargs["model"], kwargs["full_layer_name"], input_dict)
-
-
-class _Write(ConversionOps):  # type: ignore[misc]
-    """Values and bitmask are saved as they are in memory."""
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-
-def _one(tensors: Tensor | Sequence[Tensor]) -> Tensor:
-    return tensors if isinstance(tensors, Tensor) else tensors[0]
+def _aligned(bitmask: Tensor) -> Tensor:
+    # it may be a view of the file, and kernels read words of 8 bytes
+    return bitmask.clone() if bitmask.data_ptr() % 8 else bitmask

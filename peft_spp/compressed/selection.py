@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
@@ -20,28 +21,14 @@ from ..functional.bitmask import BITS, is_worth_it
 from ..weight_reads import computes_with_weight
 
 
-FUSED = "fused experts"
-"""Why a parameter that holds the weights of all experts of a mixture stays dense."""
-
-
 def find_linear_layers(
     model: nn.Module, skip: Sequence[str] | None = None
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """
-    Find the linear layers that can be compressed.
-
-    Args:
-        model (`nn.Module`): Any model, on any device.
-        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
-
-    Returns:
-        `tuple[dict[str, nn.Linear], dict[str, str]]`: The layers by name, and for each other linear layer, and each
-        parameter with fused experts, why not.
+    The linear layers that can be compressed, and for each other one why not.
     """
     skipped, tied = _skipped(model, skip)
-    # how many modules hold a parameter, and how many places hold a module
-    owners = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    owners, places = _owners(model)
     found, kept = {}, {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
@@ -60,28 +47,53 @@ def find_linear_layers(
             kept[name] = f"its weight is {module.weight.dtype}"
         else:
             found[name] = module
-    kept |= dict.fromkeys(find_expert_stacks(model), FUSED)
     return found, kept
 
 
-def names_of_layers(kept: Mapping[str, str]) -> list[str]:
-    """The layers among what stays dense, which is what a configuration lists."""
-    return [name for name, reason in kept.items() if reason != FUSED]
+def find_stacks(
+    model: nn.Module, skip: Sequence[str] | None = None
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]:
+    """
+    Find the parameters with the weights of all experts of a mixture that can be compressed.
+
+    Args:
+        model (`nn.Module`): Any model, on any device.
+        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
+
+    Returns:
+        `tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]`: By the name of the parameter, the module that has
+        it and its name there; and for each other one why not, by [`module_name`].
+    """
+    skipped, tied = _skipped(model, skip)
+    owners, places = _owners(model)
+    found, kept = {}, {}
+    for name, (module, parameter) in find_expert_stacks(model).items():
+        weight, shown = module._parameters.get(parameter), module_name(name)
+        owner = name.removesuffix(f".{parameter}")
+        if name in tied or owners[id(weight)] > 1 or places[id(module)] > 1:
+            kept[shown] = "tied"
+        elif not should_convert_module(shown, skipped):
+            kept[shown] = "left out"
+        elif parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+            kept[shown] = "its weight is computed"
+        elif "forward" in vars(module) or _has_hooks(module):
+            kept[shown] = "its module has another forward pass than its class, or hooks"
+        elif _is_read(model, owner, parameter):
+            kept[shown] = "it is read outside its module"
+        elif weight is None or weight.dtype not in BITS or type(weight.data) is not Tensor:
+            kept[shown] = f"its weight is {None if weight is None else weight.dtype}"
+        else:
+            found[name] = (module, parameter)
+    return found, kept
+
+
+def module_name(weight: str) -> str:
+    """What a weight is called in reports and configurations: its module, and a parameter of another name itself."""
+    return weight.removesuffix(".weight")
 
 
 def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_sparsity: float | None) -> str | None:
-    """
-    Tell why a weight is not compressed.
-
-    Args:
-        stored (`int`): How many of its values are not `+0.0`.
-        shape (`Sequence[int]`): Its shape.
-        dtype (`torch.dtype`): Its dtype.
-        min_sparsity (`float`, *optional*): See [`BitmaskConfig`].
-
-    Returns:
-        `str` or `None`: The reason, or `None` if it is to be compressed.
-    """
+    """Why a weight with so many stored values is not compressed; `None` if it is to be."""
     numel = math.prod(shape)
     if not numel:
         return "it is empty"
@@ -92,46 +104,21 @@ def why_not_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype, min_
 
 def converted_names(names: Sequence[str], transforms: Sequence[WeightTransform]) -> set[str]:
     """
-    Find the tensors that Transformers makes of others when it loads a model, and takes apart again when it saves it.
-
-    Args:
-        names (`Sequence[str]`): The names of tensors of the model.
-        transforms (`Sequence[WeightTransform]`): How tensors of files become those of the model.
-
-    Returns:
-        `set[str]`: Those of the names that are not saved as they are, apart from their name.
+    Those of a model's tensors that Transformers makes of others when it loads it, and takes apart when it saves it.
     """
     made = [one.reverse_transform() for one in transforms if isinstance(one, WeightConverter)]
     return {name for name in names if any(one.rename_source_key(name)[1] is not None for one in made)}
 
 
 def warn_of_dense_layers(kept: Mapping[str, str]) -> None:
-    """
-    Say which layers stay dense for another reason than that they were left out, and which experts.
-
-    Args:
-        kept (`Mapping[str, str]`): The reason for each layer.
-    """
-    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied", FUSED)]
-    experts = [name for name, reason in kept.items() if reason == FUSED]
-    sentences = [f"{len(told)} layers stay dense: {_first(told)}."] if told else []
-    sentences += (
-        [f"{len(experts)} parameters stay dense, since they are {FUSED}: {_first(experts)}."] if experts else []
-    )
-    if sentences:
-        warnings.warn(" ".join(sentences), stacklevel=2)
+    """Say which layers and experts stay dense for another reason than that they were left out."""
+    told = [f"{name} ({reason})" for name, reason in kept.items() if reason not in ("left out", "tied")]
+    if told:
+        warnings.warn(f"{len(told)} layers stay dense: {_first(told)}.", stacklevel=2)
 
 
 def transformers_models(module: nn.Module) -> dict[str, PreTrainedModel]:
-    """
-    Find the outermost models of Transformers in a module.
-
-    Args:
-        module (`nn.Module`): Any module.
-
-    Returns:
-        `dict[str, PreTrainedModel]`: The models by name; `""` is the module itself.
-    """
+    """The outermost models of Transformers in a module, by name; `""` is the module itself."""
     found: dict[str, PreTrainedModel] = {}
     for name, inner in module.named_modules():
         if isinstance(inner, PreTrainedModel) and not any(not one or name.startswith(f"{one}.") for one in found):
@@ -156,11 +143,17 @@ def _skipped(module: nn.Module, skip: Sequence[str] | None) -> tuple[list[str], 
     return names, tied
 
 
-def _is_read(model: nn.Module, name: str) -> bool:
+def _owners(model: nn.Module) -> tuple[Counter[int], Counter[int]]:
+    """How many modules hold a parameter, and how many places hold a module."""
+    owners = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
+    return owners, Counter(id(child) for module in model.modules() for child in module._modules.values())
+
+
+def _is_read(model: nn.Module, name: str, parameter: str = "weight") -> bool:
     """Whether a module around a layer computes with its weight, as `nn.TransformerEncoderLayer` does."""
     *parts, child = name.split(".")
     around = {type(model.get_submodule(".".join(parts[:at]))) for at in range(len(parts) + 1)}
-    return bool(name) and computes_with_weight(around, child)
+    return bool(name) and computes_with_weight(around, child, parameter)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -20,18 +20,11 @@ CHECK_SCRIPT = Path(__file__).with_name("check_saved_models.py")
 
 @dataclass(frozen=True)
 class SavedModelCheck:
-    """
-    What was measured on a saved model.
+    """What was measured on a saved model."""
 
-    Args:
-        perplexity (`float`): Perplexity on the held-out text.
-        sparsity (`float`): Share of zeros in the linear layers.
-        groups_2_4 (`float`): Share of groups of four weights along the input that are 2:4.
-    """
-
-    perplexity: float
-    sparsity: float
-    groups_2_4: float
+    perplexity: float  # perplexity on the held-out text
+    sparsity: float  # share of zeros in the linear layers
+    groups_2_4: float  # share of groups of four weights along the input that are 2:4
 
     @property
     def is_2_4(self) -> bool:

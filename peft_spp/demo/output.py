@@ -22,12 +22,7 @@ _FILES = FolderKind(
 
 
 class OutputFolder:
-    """
-    The demo's files.
-
-    Args:
-        root (`Path`): The folder that holds them.
-    """
+    """The demo's files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

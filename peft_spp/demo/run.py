@@ -27,7 +27,6 @@ from .training import ProgressCallback, fine_tune, train_dense
 
 
 def run_demo(output: OutputFolder, config: DemoConfig, console: Console) -> dict[str, SavedModelCheck]:
-    """Run the demo."""
     started = time.perf_counter()
     output.prepare()
     with quiet_libraries(), make_progress(console) as progress:

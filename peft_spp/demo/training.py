@@ -27,13 +27,7 @@ from .display import add_bar
 
 
 class ProgressCallback(TrainerCallback):
-    """
-    Shows a training run as a bar.
-
-    Args:
-        progress (`Progress`): The display.
-        description (`str`): What to call the run.
-    """
+    """Shows a training run as a bar."""
 
     def __init__(self, progress: Progress, description: str) -> None:
         self._progress = progress
@@ -105,7 +99,6 @@ def fine_tune(
     adapter_dir: Path,
     callback: ProgressCallback,
 ) -> None:
-    """Fine-tune the model with an adapter, and save the adapter."""
     trainer = SFTTrainer(
         model,
         SFTConfig(

@@ -17,14 +17,7 @@ def autocasts(device_type: str) -> bool:
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    """A context without autocast, which would cast float32 products of small factors again.
-
-    Args:
-        device_type (`str`): The type of the device that is computed on, such as `"cuda"`.
-
-    Returns:
-        `AbstractContextManager`: The context; one that does nothing where autocast is off.
-    """
+    """A context without autocast, which would cast float32 products of small factors again."""
     if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -32,15 +25,8 @@ def autocast_off(device_type: str) -> AbstractContextManager[Any]:
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
     """
-    Whether autograd records what is computed from these tensors.
-
-    Where it does not, a Function that saves tensors is of no use, and the compiler cannot trace it.
-
-    Args:
-        tensors (`torch.Tensor`, *optional*): The inputs.
-
-    Returns:
-        `bool`: Whether gradients are on and one of the inputs needs one.
+    Whether autograd records what is computed from these tensors. Where it does not, a Function that saves tensors is
+    of no use, and the compiler cannot trace it.
     """
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -56,9 +42,6 @@ def is_transformed() -> bool:
     backward pass of batched gradients, and in forward-mode differentiation.
 
     Operators and Functions of our own are opaque to it then, so plain operations have to take their place.
-
-    Returns:
-        `bool`: Whether they have to.
     """
     # There is no public way to ask. PyTorch asks the first in every call of a Function.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -69,12 +52,6 @@ def is_followed(*tensors: torch.Tensor) -> bool:
     Whether something wants to see operators: compilation, tracing, a profiler, a dispatch mode, a subclass of tensors.
 
     Where nothing does, a kernel can be called past PyTorch's dispatcher, which takes 20 µs for an operator in Python.
-
-    Args:
-        tensors (`torch.Tensor`): The inputs.
-
-    Returns:
-        `bool`: Whether the operator has to be called.
     """
     return (
         torch.compiler.is_compiling()
@@ -92,16 +69,8 @@ def needed_gradients(
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
     """
-    The gradients of the inputs of a Function that need one, such that they can be differentiated again.
-
-    Args:
-        needs (`Sequence[bool]`): Whether each input needs a gradient.
-        inputs (`Sequence[torch.Tensor | None]`): The inputs, `None` in place of those that are no tensors.
-        compute (`Callable`): Computes the output from all inputs, by plain operations.
-        grad (`torch.Tensor`): The gradient of the output.
-
-    Returns:
-        `tuple[torch.Tensor | None, ...]`: A gradient or `None` for each input.
+    The gradients of those inputs that need one, `None` for the others, through plain operations: they can be
+    differentiated again.
     """
     wanted = [index for index, is_needed in enumerate(needs) if is_needed and inputs[index] is not None]
 

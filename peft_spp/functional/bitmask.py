@@ -57,6 +57,22 @@ class Compressed(NamedTuple):
         return torch.Size((*self.bitmask.shape[:-1], self.columns))
 
 
+def one_of_stack(stack: Compressed, index: int) -> Compressed:
+    """
+    One weight of a stack, with the values of all of them.
+
+    Args:
+        stack ([`Compressed`]): The weights, shape `(E, m, n)`.
+        index (`int`): Which one.
+
+    Returns:
+        [`Compressed`]: shape `(m, n)`, not a copy.
+    """
+    m = stack.bitmask.shape[1]
+    row_offsets = stack.row_offsets[index * m : (index + 1) * m + 1]
+    return Compressed(stack.values, stack.bitmask[index], row_offsets, stack.columns)
+
+
 def bitmask_bytes(columns: int) -> int:
     """How many bytes a row of the bitmask has."""
     return -(-columns // WORD) * (WORD // 8)
@@ -94,15 +110,7 @@ def compress(weight: Tensor) -> Compressed:
 
 
 def count_stored(weight: Tensor) -> int:
-    """
-    How many places of a weight are stored.
-
-    Args:
-        weight (`torch.Tensor`): float32, bfloat16 or float16, shape `(..., m, n)`, any strides.
-
-    Returns:
-        `int`: The places that are not `+0.0`.
-    """
+    """How many places of a weight are not `+0.0`."""
     rows = weight.detach().reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
     return sum(int(_stored_places(rows[part]).count_nonzero()) for part in _row_chunks(rows))
 
@@ -128,30 +136,14 @@ def decompress(compressed: Compressed) -> Tensor:
 
 
 def stored_places(compressed: Compressed) -> Tensor:
-    """
-    Which places of the weight are stored.
-
-    Args:
-        compressed ([`Compressed`]): The weight.
-
-    Returns:
-        `torch.Tensor`: Boolean, in the weight's shape.
-    """
+    """Which places of the weight are stored, as a boolean tensor of its shape."""
     bits = compressed.bitmask
     rows = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
     return unpack_bits(rows, compressed.columns).reshape(compressed.shape)
 
 
 def count_row_offsets(bitmask: Tensor) -> Tensor:
-    """
-    Where the values of each row begin, counted from the bitmask.
-
-    Args:
-        bitmask (`torch.Tensor`): uint8, shape `(..., bytes)`.
-
-    Returns:
-        `torch.Tensor`: int64, shape `(rows + 1,)`; the last one is the number of stored values.
-    """
+    """Where the values of each row begin, counted from the bitmask; the last one is the number of stored values."""
     rows = bitmask.reshape(math.prod(bitmask.shape[:-1]), bitmask.shape[-1])
     ones = _ones_in_bytes(bitmask.device)
     counts = [ones[rows[part].int()].sum(1) for part in _row_chunks(rows)]
@@ -160,20 +152,8 @@ def count_row_offsets(bitmask: Tensor) -> Tensor:
 
 def check_compressed(values: Tensor, bitmask: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """
-    Check that a bitmask and values fit each other, before anything is read by them.
-
-    Args:
-        values (`torch.Tensor`): The stored values.
-        bitmask (`torch.Tensor`): The bitmask.
-        shape (`Sequence[int]`): The shape that the weight should have.
-        name (`str`): What to call the weight in the error.
-
-    Returns:
-        `torch.Tensor`: The row offsets.
-
-    Raises:
-        ValueError: If the dtypes or shapes do not fit, a bit beyond the last column is set, or the number of bits is
-            not the number of values.
+    Check that a bitmask and values fit each other and the shape, before anything is read by them; returns the row
+    offsets.
     """
     *rows, n = shape
     expected = (*rows, bitmask_bytes(n))
@@ -199,17 +179,7 @@ def check_compressed(values: Tensor, bitmask: Tensor, shape: Sequence[int], name
 
 
 def is_worth_it(stored: int, shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """
-    Whether a weight takes fewer bytes compressed than dense.
-
-    Args:
-        stored (`int`): How many of its values are not `+0.0`.
-        shape (`Sequence[int]`): Its shape.
-        dtype (`torch.dtype`): Its dtype.
-
-    Returns:
-        `bool`: At 2 bytes a value, from about 1/16 zeros on.
-    """
+    """Whether a weight takes fewer bytes compressed than dense: at 2 bytes a value, from about 1/16 zeros on."""
     *rows, n = shape
     compressed = stored * dtype.itemsize + math.prod(rows) * bitmask_bytes(n)
     return compressed < math.prod(shape) * dtype.itemsize
@@ -244,16 +214,7 @@ def _pack_bits(stored: Tensor) -> Tensor:
 
 
 def unpack_bits(bitmask: Tensor, n: int) -> Tensor:
-    """
-    Which places a bitmask has.
-
-    Args:
-        bitmask (`torch.Tensor`): uint8, shape `(rows, bytes)`.
-        n (`int`): The number of columns.
-
-    Returns:
-        `torch.Tensor`: bool, shape `(rows, n)`.
-    """
+    """Which places a bitmask has, as booleans of shape `(rows, n)`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
     return (bitmask.unsqueeze(2) >> shifts).bitwise_and_(1).view(len(bitmask), bitmask.shape[1] * 8)[:, :n].bool()
 

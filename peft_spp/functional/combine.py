@@ -14,17 +14,11 @@ from .row_blocks import check_row_blocks, row_block_index
 
 
 class RankOneBlocks(NamedTuple):
-    """The SPP factors that come closest to a sum of others.
+    """The SPP factors that come closest to a sum of others."""
 
-    Args:
-        A (`torch.Tensor`): The input factor, float64 on the CPU, shape `(r, n)`.
-        B (`torch.Tensor`): The output factor, float64 on the CPU, shape `(m, 1)`; its scaling is 1.
-        relative_error (`float`): The Frobenius norm of what is missing, over that of the sum.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    relative_error: float
+    A: torch.Tensor  # the input factor, float64 on the CPU, shape `(r, n)`
+    B: torch.Tensor  # the output factor, float64 on the CPU, shape `(m, 1)`; its scaling is 1
+    relative_error: float  # the Frobenius norm of what is missing, over that of the sum
 
 
 @torch.no_grad()

@@ -37,15 +37,8 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def unpack(factors: Sequence[Factors]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     """
-    A, B and s of each adapter, as the kernels take them: with s a number.
-
-    Args:
-        factors (`Sequence[Factors]`): The factors of each adapter.
-
-    Returns:
-        `tuple[list[torch.Tensor], list[torch.Tensor], list[float]]`: A, B and s. Where s is a tensor, B is multiplied
-        by it and s is 1. That gives the same bits, since the kernels multiply B by s first, too, unless the weight
-        alone is float64.
+    A, B and s of each adapter, as the kernels take them: with s a number. Where it is a tensor, B is multiplied by it
+    and s is 1: the same bits, since the kernels multiply B by s first, too, unless the weight alone is float64.
     """
     numbered = [
         Factors(A, B.to(compute_dtype(A, B)) * s, 1.0) if isinstance(s, torch.Tensor) else Factors(A, B, float(s))
@@ -57,7 +50,7 @@ def unpack(factors: Sequence[Factors]) -> tuple[list[torch.Tensor], list[torch.T
 def check_factors(weight: torch.Tensor | Compressed, factors: Sequence[Factors]) -> None:
     """Raise a `ValueError` if the shapes of the factors do not fit the `(m, n)` weight or `(E, m, n)` stack."""
     if len(weight.shape) == 3:
-        _check_stack_factors(weight, factors)
+        check_stack(weight, factors)
         return
     m, n = weight.shape
     for A, B, _ in factors:
@@ -69,8 +62,20 @@ def check_factors(weight: torch.Tensor | Compressed, factors: Sequence[Factors])
         check_row_blocks(m, A.shape[0])
 
 
-def _check_stack_factors(weight: torch.Tensor | Compressed, factors: Sequence[Factors]) -> None:
-    layers, m, n = weight.shape
+def check_stack(stack: torch.Tensor | Compressed, factors: Sequence[Factors], inputs_first: bool = False) -> None:
+    """[`check_factors`] of an `(E, m, n)` stack, or of one that has its weights as `(n, m)`."""
+    layers, m, n = stack.shape
+    _check_stack_factors((layers, n, m) if inputs_first else (layers, m, n), factors)
+
+
+def factors_of_each(factors: Sequence[Factors], layers: int) -> list[list[Factors]]:
+    """The factors of each layer of a stack. They are cut at once, so that their gradients are put together at once."""
+    cut = [(A.unflatten(0, (layers, -1)).unbind(), B.unflatten(0, (layers, -1)).unbind(), s) for A, B, s in factors]
+    return [[Factors(A[index], B[index], s) for A, B, s in cut] for index in range(layers)]
+
+
+def _check_stack_factors(shape: tuple[int, int, int], factors: Sequence[Factors]) -> None:
+    layers, m, n = shape
     for A, B, _ in factors:
         if A.ndim != 2 or A.shape[1] != n or A.shape[0] % layers or B.shape != (layers * m, 1):
             raise ValueError(

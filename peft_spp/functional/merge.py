@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .bitmask import Compressed
-from .factors import Factors, check_factors
+from .bitmask import Compressed, one_of_stack, stored_places
+from .compressed import decompress
+from .factors import Factors, check_factors, check_stack, factors_of_each
 from .kernels.cpu.bitmask import scaled_values
 from .weight import scaled_weight
 
@@ -42,15 +43,16 @@ def merged_weight(weight: torch.Tensor, factors: Sequence[Factors]) -> torch.Ten
     return merged
 
 
-def merged_compressed(weight: Compressed, factors: Sequence[Factors]) -> Compressed:
+def merged_compressed(weight: Compressed, factors: Sequence[Factors], *, inputs_first: bool = False) -> Compressed:
     """
     [`merged_weight`] of a weight without its zeros: other values in the same places.
 
     A value that becomes zero, by underflow or by a factor of -1, stays stored, so that the bitmask is the same.
 
     Args:
-        weight ([`Compressed`]): W, shape `(m, n)`.
+        weight ([`Compressed`]): W, shape `(m, n)`, or a stack of weights `(E, m, n)`.
         factors (`Sequence[Factors]`): The factors of the adapters to merge.
+        inputs_first (`bool`): Whether a stack has its weights as `(n, m)`.
 
     Returns:
         [`Compressed`]: With a new vector of values, and the tensors of `weight` for the rest.
@@ -58,9 +60,20 @@ def merged_compressed(weight: Compressed, factors: Sequence[Factors]) -> Compres
     Raises:
         ValueError: If the shapes of the factors do not fit the weight.
     """
-    check_factors(weight, factors)
     with torch.no_grad():
-        return weight._replace(values=scaled_values(weight, factors))
+        if len(weight.shape) == 2:
+            check_factors(weight, factors)
+            return weight._replace(values=scaled_values(weight, factors))
+        check_stack(weight, factors, inputs_first)
+        values = torch.empty_like(weight.values)
+        for index, own in enumerate(factors_of_each(factors, weight.shape[0])):
+            one = one_of_stack(weight, index)
+            if inputs_first:
+                merged = merged_weight(decompress(one).mT, own).mT
+                values[one.row_offsets[0] : one.row_offsets[-1]] = merged[stored_places(one)]
+            else:
+                scaled_values(one, own, out=values)
+        return weight._replace(values=values)
 
 
 def _are_finite(factors: Sequence[Factors]) -> bool:

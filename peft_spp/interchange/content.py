@@ -22,31 +22,21 @@ from .report import ExchangedModule
 
 @dataclass(frozen=True)
 class AdapterContent:
-    """An adapter in memory, ready to be written to a folder.
+    """An adapter in memory, ready to be written to a folder."""
 
-    Args:
-        config (`PeftConfig`): Its settings.
-        tensors (`Mapping[str, torch.Tensor]`): Its tensors, under the names that PEFT saves them by.
-        modules (`tuple[ExchangedModule, ...]`): The adapted modules.
-        others (`tuple[str, ...]`): The names of the tensors that are not factors.
-        text (`str`): The text of its model card, without what an SPP configuration adds when it is saved.
-    """
-
-    config: PeftConfig
-    tensors: Mapping[str, Tensor]
-    modules: tuple[ExchangedModule, ...]
-    others: tuple[str, ...]
-    text: str
+    config: PeftConfig  # its settings
+    tensors: Mapping[str, Tensor]  # its tensors, under the names that PEFT saves them by
+    modules: tuple[ExchangedModule, ...]  # the adapted modules
+    others: tuple[str, ...]  # the names of the tensors that are not factors
+    text: str  # the text of its model card, without what an SPP configuration adds when it is saved
 
     def card(self) -> ModelCard:
-        """A model card for the adapter."""
         task_type = getattr(self.config.task_type, "value", self.config.task_type)
         tags = [str(getattr(self.config.peft_type, "value", self.config.peft_type)).lower()]
         return new_model_card(self.config.base_model_name_or_path, task_type, tags, self.text)
 
 
 def write_adapter(out: OutputFolder, content: AdapterContent, card: ModelCard) -> None:
-    """Write the files of an adapter."""
     weights = out.new_file(Path(SAFETENSORS_WEIGHTS_NAME))
     save_file(dict(content.tensors), weights, metadata={"format": "pt"})
     card.save(weights.with_name(CARD))

@@ -28,19 +28,12 @@ _SAVED_TWICE = re.compile(r"(.+)\.(modules_to_save|original_module)\.(\w+)")
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """What an adapter holds for one module.
+    """What an adapter holds for one module."""
 
-    Args:
-        name (`str`): The name of the module in the model that the adapter was trained on.
-        A (`StoredTensor`): The input factor, shape `(r, n)`.
-        B (`StoredTensor`): The output factor, shape `(m, 1)`.
-        alpha (`float`): The alpha of the scaling.
-    """
-
-    name: str
-    A: StoredTensor
-    B: StoredTensor
-    alpha: float
+    name: str  # the name of the module in the model that the adapter was trained on
+    A: StoredTensor  # the input factor, shape `(r, n)`
+    B: StoredTensor  # the output factor, shape `(m, 1)`
+    alpha: float  # the alpha of the scaling
 
     @property
     def r(self) -> int:
@@ -60,36 +53,34 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An SPP adapter in a local folder, as tools use it that have no model.
-
-    Args:
-        folder (`Path`): The folder.
-        config (`SPPConfig`): Its settings.
-        modules (`dict[str, AdaptedModule]`): The adapted modules, by name.
-        trained (`dict[str, StoredTensor]`):
-            The tensors that take the place of the model's own, by their name there: biases and `modules_to_save`.
-        base (`BaseRecord`, *optional*): The record of the base model that it was trained on.
-        saved (`SavedAdapter`): The adapter that this was made of.
-    """
+    """An SPP adapter in a local folder, as tools use it that have no model."""
 
     folder: Path
-    config: SPPConfig
-    modules: dict[str, AdaptedModule]
+    config: SPPConfig  # its settings
+    modules: dict[str, AdaptedModule]  # the adapted modules, by name
+    # the tensors that take the place of the model's own, by their name there: biases and `modules_to_save`
     trained: dict[str, StoredTensor]
-    base: BaseRecord | None
-    saved: SavedAdapter
+    base: BaseRecord | None  # the record of the base model that it was trained on
+    saved: SavedAdapter  # the adapter that this was made of
 
 
-def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter, and check that all of it can be merged."""
-    return take_apart(read_adapter(folder))
+def load_adapter(folder: Path, *, parameters: bool = False) -> Adapter:
+    """
+    Read an adapter, and check that all of it can be merged.
+
+    Args:
+        folder (`Path`): Its folder.
+        parameters (`bool`, *optional*, defaults to `False`):
+            Whether it may have `target_parameters`, whose names only the model tells.
+    """
+    return take_apart(read_adapter(folder), parameters=parameters)
 
 
-def take_apart(saved: SavedAdapter) -> Adapter:
+def take_apart(saved: SavedAdapter, *, parameters: bool = False) -> Adapter:
     """Sort the tensors of an adapter by what a merge does with them."""
     assert saved.folder is not None and saved.weights is not None
     config, file = saved.config, saved.folder / CONFIG_NAME
-    if config.target_parameters:
+    if config.target_parameters and not parameters:
         raise ValueError(f"{file} has target_parameters, which are not supported here. {INSTEAD}")
     if config.trainable_token_indices:
         raise ValueError(f"{file} has trainable_token_indices, which are not supported here. {INSTEAD}")

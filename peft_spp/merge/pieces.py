@@ -38,37 +38,23 @@ _MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of bytes to write.
+    """A range of bytes to write."""
 
-    Args:
-        file (`Path`): The file to read them from.
-        start (`int`): The first byte to read.
-        stop (`int`): The byte after the last.
-        merge (`Merge`, *optional*): The weight that they are a part of, if an adapter is merged into it.
-        factors (`Factors`, *optional*): The factors that belong to this part of the weight.
-        rows (`Compressed`, *optional*): This part, if the weight is compressed; the bytes are its values.
-    """
-
-    file: Path
-    start: int
-    stop: int
-    merge: Merge | None = None
-    factors: Factors | None = None
-    rows: Compressed | None = None
+    file: Path  # the file to read them from
+    start: int  # the first byte to read
+    stop: int  # the byte after the last
+    merge: Merge | None = None  # the weight that they are a part of, if an adapter is merged into it
+    factors: Factors | None = None  # the factors that belong to this part of the weight
+    rows: Compressed | None = None  # this part, if the weight is compressed; the bytes are its values
 
 
 @dataclass(frozen=True)
 class Written:
-    """A piece, ready to write.
-
-    Args:
-        piece (`Piece`): The piece.
-        data (`torch.Tensor`): uint8, its bytes.
-        counts (`PairCounts`): What became of its zeros, if it is a part of a merged weight.
-    """
+    """A piece, ready to write."""
 
     piece: Piece
-    data: Tensor
+    data: Tensor  # uint8, its bytes
+    # what became of its zeros, if it is a part of a merged weight
     counts: PairCounts = field(default_factory=PairCounts)
 
 
@@ -107,14 +93,14 @@ def _cut(file: TensorFile, plan: Plan) -> Iterator[Piece]:
     """Cover the whole file, its header included: what lies between changed tensors is copied unchanged."""
     copied_to = 0
     for name, tensor in file.tensors.items():
-        merge, trained = plan.merges.get(name), plan.replaced.get(name)
-        if merge is None and trained is None:
+        merges, trained = plan.merges.get(name, []), plan.replaced.get(name)
+        if not merges and trained is None:
             continue
         yield from _cut_range(file.path, copied_to, tensor.start)
         copied_to = tensor.stop
-        if merge is not None:
+        for merge in merges:
             yield from _cut_weight(merge)
-        elif trained is not None:
+        if trained is not None:
             yield from _cut_range(trained.file, trained.start, trained.stop)
     yield from _cut_range(file.path, copied_to, file.size)
 
@@ -137,13 +123,15 @@ def _cut_values(merge: Merge, weight: CompressedTensor) -> Iterator[Piece]:
     offsets = compressed.row_offsets
     itemsize = compressed.values.element_size()
     max_rows = max(1, PIECE_BYTES // max(compressed.columns * itemsize, 1))
-    for tile in row_tiles(weight.shape[0], merge.module.r, max_rows=max_rows):
+    within = slice(merge.first, merge.first + weight.shape[0])
+    for tile in row_tiles(merge.module.B.shape[0], merge.module.r, within, max_rows):
         part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
-        first, last = offsets[tile.rows.start], offsets[tile.rows.stop]
+        own = slice(tile.rows.start - merge.first, tile.rows.stop - merge.first)
+        first, last = offsets[own.start], offsets[own.stop]
         rows = Compressed(
             compressed.values[first:last],
-            compressed.bitmask[tile.rows],
-            offsets[tile.rows.start : tile.rows.stop + 1] - first,
+            compressed.bitmask[own],
+            offsets[own.start : own.stop + 1] - first,
             compressed.columns,
         )
         start, stop = (weight.values.start + int(one) * itemsize for one in (first, last))
@@ -155,9 +143,10 @@ def _cut_rows(merge: Merge, weight: StoredTensor) -> Iterator[Piece]:
     factors = _load_factors(merge)
     row_bytes = (weight.stop - weight.start) // weight.shape[0]
     max_rows = max(1, PIECE_BYTES // max(row_bytes, 1))
-    for tile in row_tiles(weight.shape[0], merge.module.r, max_rows=max_rows):
+    within = slice(merge.first, merge.first + weight.shape[0])
+    for tile in row_tiles(merge.module.B.shape[0], merge.module.r, within, max_rows):
         part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
-        start, stop = (weight.start + row * row_bytes for row in (tile.rows.start, tile.rows.stop))
+        start, stop = (weight.start + (row - merge.first) * row_bytes for row in (tile.rows.start, tile.rows.stop))
         yield Piece(weight.file, start, stop, merge, part)
 
 

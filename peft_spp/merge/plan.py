@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.ties import TiedNames
 from ..functional.row_blocks import check_row_blocks
 from .adapter import INSTEAD, AdaptedModule, Adapter
+from .parameters import AdaptedParameter, find_parameters
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,57 +24,69 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Merge:
-    """A weight to merge an adapter into.
+    """A weight to merge an adapter into, or some rows of one."""
 
-    Args:
-        weight (`StoredTensor` or `CompressedTensor`): The weight.
-        module (`AdaptedModule`): What the adapter holds for it.
-        transposed (`bool`): Whether the weight is stored `(in, out)`, as `Conv1D` does.
-    """
-
-    weight: StoredTensor | CompressedTensor
-    module: AdaptedModule
-    transposed: bool
+    weight: StoredTensor | CompressedTensor  # the weight as a matrix, which may be a part of a tensor
+    module: AdaptedModule  # what the adapter holds for it
+    transposed: bool  # whether the weight is stored `(in, out)`, as `Conv1D` does
+    first: int = 0  # the first row that is in `weight`, if the others are elsewhere
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What changes in a checkpoint, by the names of its tensors.
+    """What changes in a checkpoint, by the names of its tensors."""
 
-    Args:
-        merges (`Mapping[str, Merge]`): The weights to merge into.
-        replaced (`Mapping[str, StoredTensor]`): The tensors that trained ones take the place of.
-        stored (`Mapping[str, str]`): What the checkpoint calls the adapted modules.
-    """
-
-    merges: Mapping[str, Merge]
-    replaced: Mapping[str, StoredTensor]
-    stored: Mapping[str, str]
+    merges: Mapping[str, list[Merge]]  # the weights to merge into, in the order of the bytes
+    replaced: Mapping[str, StoredTensor]  # the tensors that trained ones take the place of
+    stored: Mapping[str, str]  # what the checkpoint calls the adapted modules
+    parameters: Sequence[AdaptedParameter]  # the adapted parameters that are not weights of modules
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     """Match an adapter with a checkpoint, and check that it fits."""
-    wanted = [*(f"{name}.weight" for name in adapter.modules), *adapter.trained]
-    found = _match(wanted, checkpoint, adapter)
+    parameters = find_parameters(checkpoint, adapter)
+    modules = {name: module for name, module in adapter.modules.items() if name not in parameters}
     tied = TiedNames(checkpoint.config)
-    for name, stored in found.items():
-        if name in tied or stored in tied:
+    trained = _without_copies(adapter, checkpoint, tied)
+    wanted = [*(f"{name}.weight" for name in modules), *trained]
+    found = _match(wanted, checkpoint, adapter) if wanted else {}
+    for name, stored in [*found.items(), *((one.name, one.name) for one in parameters.values())]:
+        if (name in tied or stored in tied) and not _stays_tied(name, checkpoint, adapter, tied):
             raise ValueError(
                 f"{adapter.folder} adapts {name!r}, whose weight is tied to another module: {checkpoint.folder} "
                 f"stores one tensor for both. {INSTEAD}"
             )
     layout = checkpoint.layout
-    merges = {}
-    for name, module in adapter.modules.items():
+    merges: dict[str, list[Merge]] = {}
+    for name, module in modules.items():
         weight = checkpoint.dense[found[f"{name}.weight"]]
         square_is_transposed = layout.is_transposed(weight.name.removesuffix(".weight"), len(weight.shape))
         transposed = _is_transposed(weight, module, square_is_transposed, adapter)
-        merges[weight.name] = Merge(weight, module, transposed)
-    replaced = {found[name]: tensor for name, tensor in adapter.trained.items()}
+        merges[weight.name] = [Merge(weight, module, transposed)]
+    for parameter in parameters.values():
+        for rows in parameter.rows:
+            _check_floating(rows.matrix)
+            transposed = parameter.transposed != rows.flipped
+            one = Merge(rows.matrix, parameter.experts[rows.expert], transposed, rows.first)
+            merges.setdefault(rows.matrix.name, []).append(one)
+    replaced = {found[name]: tensor for name, tensor in trained.items()}
     for name, tensor in replaced.items():
         _check_same_kind(checkpoint.dense[name], tensor)
-    modules = {name: found[f"{name}.weight"].removesuffix(".weight") for name in adapter.modules}
-    return Plan(merges, replaced, modules)
+    names = {name: found[f"{name}.weight"].removesuffix(".weight") for name in modules}
+    return Plan(merges, replaced, names, list(parameters.values()))
+
+
+def _without_copies(adapter: Adapter, checkpoint: Checkpoint, tied: TiedNames) -> dict[str, StoredTensor]:
+    """The trained tensors; of those that stay tied only the one that the checkpoint has, if it has one of them."""
+    shared = [name for name in adapter.trained if adapter.config.ensure_weight_tying and name in tied]
+    there = [name for name in shared if name in checkpoint.dense]
+    return {name: one for name, one in adapter.trained.items() if not there or name not in shared or name in there}
+
+
+def _stays_tied(name: str, checkpoint: Checkpoint, adapter: Adapter, tied: TiedNames) -> bool:
+    """Whether a trained tensor is for all modules that share it, and the checkpoint has it once."""
+    for_all = adapter.config.ensure_weight_tying and name in adapter.trained
+    return for_all and sum(one in tied for one in checkpoint.dense) == 1
 
 
 def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:
@@ -125,14 +138,7 @@ def _names_in_the_model(checkpoint: Checkpoint) -> dict[str, str]:
 def _is_transposed(
     weight: StoredTensor | CompressedTensor, module: AdaptedModule, square_is_transposed: bool, adapter: Adapter
 ) -> bool:
-    where = f"tensor {weight.name!r} of {weight.file}"
-    if isinstance(weight, CompressedTensor) and weight.old:
-        raise ValueError(f"{where} is in a compressed-tensors format: run `peft-spp decompress` or `compress` first")
-    if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "
-            "float32, bfloat16 or float16, and not into quantized ones."
-        )
+    where = _check_floating(weight)
     shape = (module.B.shape[0], module.A.shape[1])
     if weight.shape not in (shape, shape[::-1]):
         raise ValueError(
@@ -146,6 +152,19 @@ def _is_transposed(
     if adapter.config.fan_in_fan_out and not square_is_transposed:
         raise ValueError(f"cannot tell whether {where} is stored (in, out) or (out, in). {INSTEAD}")
     return square_is_transposed
+
+
+def _check_floating(weight: StoredTensor | CompressedTensor) -> str:
+    """Check that factors can be merged into a stored matrix. It returns what to call it in messages."""
+    where = f"tensor {weight.name!r} of {weight.file}"
+    if isinstance(weight, CompressedTensor) and weight.old:
+        raise ValueError(f"{where} is in a compressed-tensors format: run `peft-spp decompress` or `compress` first")
+    if weight.dtype not in _DTYPES or len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{where} is {weight.describe()}. SPP adapters are merged into two-dimensional weights in float64, "
+            "float32, bfloat16 or float16, and not into quantized ones."
+        )
+    return where
 
 
 def _check_same_kind(stored: StoredTensor | CompressedTensor, trained: StoredTensor) -> None:

@@ -16,8 +16,10 @@ class MergedModule(PlainData):
     """What merging did to the weight of one module.
 
     Args:
-        name (`str`): The name of the module in the model that the adapter was trained on.
-        tensor (`str`): The name of its weight in the checkpoint.
+        name (`str`):
+            The name of the module in the model that the adapter was trained on; of an expert, that of the parameter
+            and its number.
+        tensor (`str`): The name of its weight in the checkpoint, or the names of the tensors that hold its rows.
         file (`str`): The file of the checkpoint that holds it.
         shape (`tuple[int, ...]`): The shape of the weight as stored.
         dtype (`str`): Its dtype, such as `"bfloat16"`.

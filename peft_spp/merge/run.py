@@ -103,10 +103,10 @@ def merge_checkpoint(
     folder.check_apart_from(adapter_folder, "adapter")
     checkpoint = read_checkpoint(base_folder)
     folder.check(checkpoint.size, checkpoint.copies)
-    loaded = load_adapter(adapter_folder)
+    loaded = load_adapter(adapter_folder, parameters=True)
     merged_id = check_merged_before(loaded, checkpoint)
     plan = plan_merge(checkpoint, loaded)
-    base_masks = compare_base(loaded, checkpoint, check_base, plan.stored)
+    base_masks = compare_base(loaded, checkpoint, check_base, plan)
     base_card = read_card(base_folder / CARD)
 
     counted = _Counted(sum(file.size for file in checkpoint.files), progress)
@@ -152,24 +152,18 @@ def _named_base(adapter_folder: Path, config: SPPConfig) -> Path:
 
 @dataclass
 class _Counted:
-    """Passes pieces on, adds up their counts and tells how far the merge is.
+    """Passes pieces on, adds up their counts and tells how far the merge is."""
 
-    Args:
-        total (`int`): How many bytes there will be.
-        progress (`Callable[[int, int], object]`, *optional*): Called after each piece.
-        done (`int`): How many bytes there were.
-        zeros (`dict[str, PairCounts]`): The counts of each merged weight, by the name of its tensor.
-    """
-
-    total: int
-    progress: Progress | None
-    done: int = 0
+    total: int  # how many bytes there will be
+    progress: Progress | None  # called after each piece
+    done: int = 0  # how many bytes there were
+    # the counts of each merged weight, by the name of its module
     zeros: dict[str, PairCounts] = field(default_factory=dict)
 
     def pieces(self, workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Tensor]:
         for written in merged_pieces(workers, file, plan):
             if written.piece.merge is not None:
-                self.zeros.setdefault(written.piece.merge.weight.name, PairCounts()).add(written.counts)
+                self.zeros.setdefault(written.piece.merge.module.name, PairCounts()).add(written.counts)
             self.done += written.data.numel()
             yield written.data
             if self.progress is not None:
@@ -213,7 +207,10 @@ def _report(
     counted: _Counted,
     base_masks: str,
 ) -> MergeReport:
-    modules = [_merged_module(checkpoint, merge, counted.zeros[name]) for name, merge in plan.merges.items()]
+    by_module: dict[str, list[Merge]] = {}
+    for merge in (one for merges in plan.merges.values() for one in merges):
+        by_module.setdefault(merge.module.name, []).append(merge)
+    modules = [_merged_module(checkpoint, merges, counted.zeros[name]) for name, merges in by_module.items()]
     stored = sum(len(file.tensors) for file in checkpoint.files)
     return MergeReport(
         base=str(checkpoint.folder),
@@ -232,15 +229,16 @@ def _report(
     )
 
 
-def _merged_module(checkpoint: Checkpoint, merge: Merge, zeros: PairCounts) -> MergedModule:
-    weight, module = merge.weight, merge.module
+def _merged_module(checkpoint: Checkpoint, merges: list[Merge], zeros: PairCounts) -> MergedModule:
+    weights, module = [one.weight for one in merges], merges[0].module
+    shape = (module.B.shape[0], module.A.shape[1])
     return MergedModule(
         name=module.name,
-        tensor=weight.name,
-        file=weight.file.relative_to(checkpoint.folder).as_posix(),
-        shape=weight.shape,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        transposed=merge.transposed,
+        tensor=", ".join(one.name for one in weights),
+        file=", ".join(dict.fromkeys(one.file.relative_to(checkpoint.folder).as_posix() for one in weights)),
+        shape=shape[::-1] if merges[0].transposed else shape,
+        dtype=str(weights[0].dtype).removeprefix("torch."),
+        transposed=merges[0].transposed,
         r=module.r,
         scaling=module.scaling,
         zeros_before=zeros.zeros_before,

@@ -20,17 +20,11 @@ BY_MAGNITUDE = "Only magnitude pruning works for this model."
 
 @dataclass
 class CalibrationBatch:
-    """
-    A batch of calibration data on its way through the blocks.
+    """A batch of calibration data on its way through the blocks."""
 
-    Args:
-        hidden_states (`torch.Tensor`): The inputs of the block that is next.
-        block_arguments (`list`):
-            What each block is called with in addition to the hidden states, positional and by keyword: attention
-            masks, position embeddings and so on.
-    """
-
-    hidden_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    hidden_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # the inputs of the block that is next
+    # what each block is called with in addition to the hidden states, positional and by keyword: attention masks,
+    # position embeddings and so on
     block_arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def run_block(self, index: int, block: nn.Module) -> torch.Tensor:

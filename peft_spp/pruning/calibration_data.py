@@ -19,22 +19,14 @@ _CACHES = ("past_key_values", "past_key_value", "cache_params", "mems", "state")
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """
-    Keyword arguments of a model's forward, for sequences without padding.
-
-    Args:
-        arguments (`dict[str, Any]`): The arguments.
-        padded (`dict[str, Any]`, *optional*):
-            The arguments of the batch that the sequences were cut from, where padding precedes them: the model may
-            count positions from the start of the padding.
-        rows (`list[int]`): Which sequences of that batch they are.
-        columns (`slice`): Which of its tokens.
-    """
+    """Keyword arguments of a model's forward, for sequences without padding."""
 
     arguments: dict[str, Any]
+    # the arguments of the batch that the sequences were cut from, where padding precedes them: the model may count
+    # positions from the start of the padding
     padded: dict[str, Any] | None = None
-    rows: list[int] = field(default_factory=list)
-    columns: slice = field(default_factory=lambda: slice(None))
+    rows: list[int] = field(default_factory=list)  # which sequences of that batch they are
+    columns: slice = field(default_factory=lambda: slice(None))  # which of its tokens
 
 
 def calibration_inputs(

@@ -18,7 +18,6 @@ SEQUENCE_LENGTH = 2048
 
 
 def read_documents(file: Path) -> list[str]:
-    """Read the texts of a file."""
     documents = [document for document in read_texts(file) if document.strip()]
     if not documents:
         raise ValueError(f"the calibration file {file} contains no text")

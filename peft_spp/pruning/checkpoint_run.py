@@ -33,21 +33,13 @@ Progress = Callable[[int, int], object]
 
 @dataclass
 class CheckpointRun:
-    """Prunes layer by layer or block by block, and tells how far it is.
-
-    Args:
-        method (`PruningMethod`): The method.
-        skeleton (`Skeleton`): The model.
-        layers (`dict[str, PrunableLayer]`): Its layers to prune.
-        progress (`Callable[[int, int], object]`, *optional*): Called after each step.
-        modules (`dict[str, PrunedModule]`): What was done so far.
-    """
+    """Prunes layer by layer or block by block, and tells how far it is."""
 
     method: PruningMethod
-    skeleton: Skeleton
-    layers: dict[str, PrunableLayer]
-    progress: Progress | None
-    modules: dict[str, PrunedModule] = field(default_factory=dict)
+    skeleton: Skeleton  # the model
+    layers: dict[str, PrunableLayer]  # its layers to prune
+    progress: Progress | None  # called after each step
+    modules: dict[str, PrunedModule] = field(default_factory=dict)  # what was done so far
     _done: int = 0
     _total: int = 0
 

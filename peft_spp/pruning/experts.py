@@ -19,22 +19,13 @@ from ..checkpoints.layout import model_types
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """
-    One expert of a stack, which is pruned as a linear layer.
+    """One expert of a stack, which is pruned as a linear layer."""
 
-    Args:
-        stack_name (`str`): The name of the stack, a parameter of the model.
-        module (`nn.Module`): The module that has it.
-        parameter_name (`str`): Its name in the module.
-        index (`int`): Which expert it is.
-        is_transposed (`bool`): Whether the weight is stored as (in_features, out_features).
-    """
-
-    stack_name: str
-    module: nn.Module
-    parameter_name: str
-    index: int
-    is_transposed: bool
+    stack_name: str  # the name of the stack, a parameter of the model
+    module: nn.Module  # the module that has it
+    parameter_name: str  # its name in the module
+    index: int  # which expert it is
+    is_transposed: bool  # whether the weight is stored as (in_features, out_features)
 
     @property
     def stack(self) -> Tensor:

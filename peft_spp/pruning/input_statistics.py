@@ -135,9 +135,6 @@ class InputNorms(InputStatistics):
     Accumulates ‖X_j‖₂, the norm over all calibration tokens of each input feature j, for several linear layers.
 
     The squares are accumulated in float32, or in float64 for a model in float64.
-
-    Args:
-        layers (`dict[str, PrunableLayer]`): The layers to observe by their names.
     """
 
     def of_features(self, features: torch.Tensor) -> torch.Tensor:
@@ -152,12 +149,7 @@ class InputNorms(InputStatistics):
 
 
 class InputHessians(InputStatistics):
-    """
-    Accumulates 2 X Xᵀ, the Hessian of the squared error of each output, for several linear layers.
-
-    Args:
-        layers (`dict[str, PrunableLayer]`): The layers to observe by their names.
-    """
+    """Accumulates 2 X Xᵀ, the Hessian of the squared error of each output, for several linear layers."""
 
     def of_features(self, features: torch.Tensor) -> torch.Tensor:
         return 2 * features.T @ features

@@ -21,6 +21,7 @@ from ..architecture import (
 )
 from ..checkpoints.names import is_fused_experts, matches
 from ..compressed import CompressedLinear
+from ..compressed.experts import find_compressed_stacks
 from ..sparsity import NMPattern
 from .experts import Expert, find_experts
 
@@ -64,6 +65,7 @@ def find_target_layers(
         raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
     layers = prunable_layers(model)
     compressed = next((name for name, layer in layers.items() if isinstance(layer, CompressedLinear)), None)
+    compressed = compressed or next(iter(find_compressed_stacks(model)), None)
     if compressed is not None:
         raise ValueError(f"{compressed} is compressed: call peft_spp.decompress(model) before pruning.")
     if target_modules is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,15 +16,10 @@ from .layers import PrunableLayer, weight_matrix
 from .mask import check_pruning_request, num_to_prune
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a method: its own option, with the help that the command prints."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class PruningMethod(ABC):
     """
-    A method and what it is asked for. Fields that a method adds, with [`option`], are its options.
+    A method and what it is asked for. A method that has options derives from them too (`options.py`).
 
     Args:
         pattern (`str` or `NMPattern`, *optional*): N:M pattern such as `"2:4"`.

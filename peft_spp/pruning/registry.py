@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pruning methods by name. A new one is a line here: its fields become options of `prune_checkpoint` and of the
-command, and `benchmarks.pruning` measures it."""
+"""The pruning methods by name. A new one is a line here and one in `options.OPTIONS`: its options become those of
+`prune_checkpoint` and of the command, and `benchmarks.pruning` measures it."""
 
 from __future__ import annotations
 

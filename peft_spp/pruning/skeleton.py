@@ -69,7 +69,6 @@ class Skeleton:
     def find_targets(
         self, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
     ) -> dict[str, PrunableLayer]:
-        """Find the layers to prune."""
         try:
             layers = find_target_layers(self.model, target_modules, exclude_modules)
         except ValueError as error:

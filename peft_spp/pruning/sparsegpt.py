@@ -24,14 +24,8 @@ from .by_block import prune_model
 from .input_statistics import InputHessians
 from .layers import PrunableLayer, weight_matrix
 from .mask import pruning_mask
-from .methods import PruningMethod, option
-
-
-DAMPING = 0.01
-"""λ, as a fraction of the mean of the Hessian's diagonal."""
-
-BLOCK_SIZE = 128
-"""How many inputs are pruned before the weights of all later ones are brought up to date."""
+from .methods import PruningMethod
+from .options import BLOCK_SIZE, DAMPING, SparseGPTOptions
 
 
 def prune_sparsegpt(
@@ -96,15 +90,12 @@ def prune_sparsegpt(
 
 
 @dataclass(frozen=True)
-class SparseGPT(PruningMethod):
+class SparseGPT(SparseGPTOptions, PruningMethod):
     """SparseGPT, for one layer: see [`prune_sparsegpt`]."""
 
     name = "SparseGPT"
     paper = "https://huggingface.co/papers/2301.00774"
     statistics = InputHessians
-
-    damping: float = option(DAMPING, "SparseGPT: damping, as a fraction of the mean of the Hessian's diagonal.")
-    block_size: int = option(BLOCK_SIZE, "SparseGPT: number of inputs between two weight updates.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,20 +21,12 @@ from .processes import is_first_process
 
 @dataclass(frozen=True)
 class BaseReport:
-    """
-    The zeros of the layers that are adapted.
+    """The zeros of the layers that are adapted."""
 
-    Args:
-        patterns (`Counter[str]`): How many layers have each pattern.
-        zeros (`int`): The zeros of all of them.
-        numel (`int`): The weights of all of them.
-        dense (`int`): How many of the layers have no zeros.
-    """
-
-    patterns: Counter[str]
-    zeros: int
-    numel: int
-    dense: int
+    patterns: Counter[str]  # how many layers have each pattern
+    zeros: int  # the zeros of all of them
+    numel: int  # the weights of all of them
+    dense: int  # how many of the layers have no zeros
 
     @classmethod
     def of(cls, layers: Iterable[Any]) -> BaseReport:
@@ -75,12 +67,7 @@ def sparsity_on_disk(model: str, layers: Sequence[str]) -> BaseReport | None:
 
 
 class SparsityCallback(TrainerCallback):
-    """
-    Says at the start of the training how sparse the base model is.
-
-    Args:
-        guard (`SPPGuardCallback`): The guard, which has looked at the base model by then.
-    """
+    """Says at the start of the training how sparse the base model is."""
 
     def __init__(self, guard: SPPGuardCallback) -> None:
         self._guard = guard

@@ -26,32 +26,20 @@ _ONLINE: Flags = {
 
 @dataclass(frozen=True)
 class Method:
-    """
-    A method of training, by the names of TRL's classes.
+    """A method of training, by the names of TRL's classes."""
 
-    Args:
-        name (`str`): The name of the command, as of TRL's.
-        trainer (`str`): The trainer.
-        config (`str`): Its training arguments.
-        summary (`str`): The first line of the command's help.
-        columns (`tuple[tuple[str, ...], ...]`):
-            The columns that a row may have, one of these sets. The first that the data has is trained on.
-        script (`str`): The arguments of TRL's script.
-        task_type (`str`): The task of the adapter, as PEFT has it.
-        arguments (`type[SPPArguments]`): SPP's own arguments.
-        recipe (`str`): The class that checks what is special to this method and makes its trainer.
-        often_set (`Flags`): Flags of TRL for the command's help, in addition to those of all methods.
-    """
-
-    name: str
+    name: str  # the name of the command, as of TRL's
     trainer: str
-    config: str
-    summary: str
+    config: str  # its training arguments
+    summary: str  # the first line of the command's help
+    # the columns that a row may have, one of these sets. The first that the data has is trained on.
     columns: tuple[tuple[str, ...], ...]
-    script: str = "trl:ScriptArguments"
-    task_type: str = "CAUSAL_LM"
-    arguments: type[SPPArguments] = SPPArguments
+    script: str = "trl:ScriptArguments"  # the arguments of TRL's script
+    task_type: str = "CAUSAL_LM"  # the task of the adapter, as PEFT has it
+    arguments: type[SPPArguments] = SPPArguments  # SPP's own arguments
+    # the class that checks what is special to this method and makes its trainer
     recipe: str = f"{__package__}.recipe:Recipe"
+    # flags of TRL for the command's help, in addition to those of all methods
     often_set: Flags = field(default_factory=dict)
 
     @property

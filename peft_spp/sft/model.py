@@ -34,22 +34,13 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 
 
 class BaseModel(NamedTuple):
-    """
-    A base model without its weights.
+    """A base model without its weights."""
 
-    Args:
-        empty (`PreTrainedModel`): The model on the meta device.
-        processor (`Any`): Its tokenizer, or the processor of a multimodal model.
-        layers (`list[str]`): The names of the layers that are adapted.
-        trainable (`int`): How many parameters are trained.
-        total (`int`): How many parameters there are, those of the adapter among them.
-    """
-
-    empty: PreTrainedModel
-    processor: Any
-    layers: list[str]
-    trainable: int
-    total: int
+    empty: PreTrainedModel  # the model on the meta device
+    processor: Any  # its tokenizer, or the processor of a multimodal model
+    layers: list[str]  # the names of the layers that are adapted
+    trainable: int  # how many parameters are trained
+    total: int  # how many parameters there are, those of the adapter among them
 
     @property
     def tokenizer(self) -> Any:

@@ -28,22 +28,13 @@ from .rehearsal import rehearse
 
 @dataclass(frozen=True)
 class Run:
-    """
-    A run whose arguments, model, data and checkpoint have been found to be usable.
+    """A run whose arguments, model, data and checkpoint have been found to be usable."""
 
-    Args:
-        recipe (`Recipe`): The method, with all arguments.
-        model (`BaseModel`): The base model without its weights.
-        train_dataset (`Dataset` or `IterableDataset`): The data to train on.
-        eval_dataset (`Dataset` or `IterableDataset`, *optional*): The data to evaluate on.
-        checkpoint (`str`, *optional*): The folder of the checkpoint to go on from.
-    """
-
-    recipe: Recipe
-    model: BaseModel
-    train_dataset: datasets.Dataset | datasets.IterableDataset
-    eval_dataset: datasets.Dataset | datasets.IterableDataset | None
-    checkpoint: str | None
+    recipe: Recipe  # the method, with all arguments
+    model: BaseModel  # the base model without its weights
+    train_dataset: datasets.Dataset | datasets.IterableDataset  # the data to train on
+    eval_dataset: datasets.Dataset | datasets.IterableDataset | None  # the data to evaluate on
+    checkpoint: str | None  # the folder of the checkpoint to go on from
 
 
 def main(args: Sequence[str], method: str = "sft") -> None:

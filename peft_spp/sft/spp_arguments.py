@@ -50,6 +50,7 @@ class SPPArguments:
         spp_modules_to_save (`list[str]`, *optional*): Modules to train and save in full.
         spp_trainable_token_indices (`list[str]`, *optional*):
             Tokens whose embeddings to train: indices, or a JSON object from names of embeddings to lists of indices.
+        spp_ensure_weight_tying (`bool`): Keep tied modules tied that are trained and saved in full.
         spp_bias (`str`): Which biases to train: 'none', 'all' or 'spp_only'.
         spp_init_weights (`str`): How to initialize the adapter: 'true', 'false' or 'positive'.
         spp_check_base (`str`): What to do if a checkpoint's adapter is for other masks: 'warn', 'error' or 'off'.
@@ -95,6 +96,10 @@ class SPPArguments:
             "help": "Tokens whose embeddings to train: indices, or names of embeddings with indices in JSON: "
             """'{"embed_tokens": [0, 1]}'."""
         },
+    )
+    spp_ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep the embedding and the head tied where one of them is trained and saved in full."},
     )
     spp_bias: Literal["none", "all", "spp_only"] = field(default="none", metadata={"help": "Which biases to train."})
     spp_init_weights: Literal["true", "false", "positive"] = field(

@@ -67,14 +67,7 @@ class DistillationSFTTrainer(Carded, SFTTrainer):
 
 def divergence(scores: Tensor, wanted: Tensor) -> Tensor:
     """
-    The sum over tokens of KL(wanted ‖ scores), in float32.
-
-    Args:
-        scores (`torch.Tensor`): Logits of the model, shape `(tokens, vocabulary)`.
-        wanted (`torch.Tensor`): Logits of the teacher, of the same shape.
-
-    Returns:
-        `torch.Tensor`: A number. It is differentiable in `scores`, of which only the logits are kept for that.
+    The sum over tokens of KL(wanted ‖ scores) of logits, in float32. Only the logits are kept for the backward pass.
     """
     parts = zip(scores.split(TOKENS_AT_ONCE), wanted.split(TOKENS_AT_ONCE), strict=True)
     total = scores.new_zeros((), dtype=torch.float32)

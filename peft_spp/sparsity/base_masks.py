@@ -144,11 +144,14 @@ def _describe(mask: MaskRecord) -> str:
 
 
 def record_weights(weights: Iterable[tuple[str, Tensor | Compressed]]) -> dict[str, MaskRecord]:
-    """Record the masks of weights, one at a time."""
-    return {
-        name: record_mask(weight if isinstance(weight, Compressed) else weight.reshape(-1, weight.shape[-1]))
-        for name, weight in weights
-    }
+    return {name: record_mask(_as_matrix(weight)) for name, weight in weights}
+
+
+def _as_matrix(weight: Tensor | Compressed) -> Tensor | Compressed:
+    """A stack as one tall weight."""
+    if isinstance(weight, Compressed):
+        return weight._replace(bitmask=weight.bitmask.reshape(-1, weight.bitmask.shape[-1]))
+    return weight.reshape(-1, weight.shape[-1])
 
 
 def record_checkpoint(

@@ -18,17 +18,11 @@ CHUNK_ELEMENTS_ON_ACCELERATOR = 1 << 23
 
 
 class Format(NamedTuple):
-    """How a floating dtype writes its values.
+    """How a floating dtype writes its values."""
 
-    Args:
-        integer (`torch.dtype`): The signed integer dtype of the same size.
-        non_finite (`int`): The bits from which on, sign aside, a value is infinite or NaN.
-        negative_zero (`bool`): Whether a lone sign bit is `-0.0` (in the `fnuz` formats it is their only NaN).
-    """
-
-    integer: torch.dtype
-    non_finite: int
-    negative_zero: bool = True
+    integer: torch.dtype  # the signed integer dtype of the same size
+    non_finite: int  # the bits from which on, sign aside, a value is infinite or NaN
+    negative_zero: bool = True  # whether a lone sign bit is `-0.0` (in the `fnuz` formats it is their only NaN)
 
 
 FORMATS: dict[torch.dtype, Format] = {
@@ -51,17 +45,11 @@ def count_true(values: Tensor) -> int:
 
 
 class Look(NamedTuple):
-    """What a piece of a weight holds.
+    """What a piece of a weight holds."""
 
-    Args:
-        nonzero (`torch.Tensor`): Boolean, the shape of the piece: neither `0.0` nor `-0.0`.
-        negative_zeros (`int`): How many are `-0.0`.
-        non_finite (`int`): How many are infinite or NaN.
-    """
-
-    nonzero: Tensor
-    negative_zeros: int
-    non_finite: int
+    nonzero: Tensor  # boolean, the shape of the piece: neither `0.0` nor `-0.0`
+    negative_zeros: int  # how many are `-0.0`
+    non_finite: int  # how many are infinite or NaN
 
 
 def look_at(piece: Tensor) -> Look:

@@ -14,38 +14,24 @@ from .pattern import fullest_group
 
 @dataclass
 class Counts:
-    """What one weight holds.
+    """What one weight holds."""
 
-    Args:
-        zeros (`int`): How many values are `0.0` or `-0.0`.
-        negative_zeros (`int`): How many are `-0.0`.
-        non_finite (`int`): How many are infinite or NaN.
-        fullest (`dict[int, int]`): For each group size, the count of non-zeros in the fullest group of inputs.
-    """
-
-    zeros: int = 0
-    negative_zeros: int = 0
-    non_finite: int = 0
+    zeros: int = 0  # how many values are `0.0` or `-0.0`
+    negative_zeros: int = 0  # how many are `-0.0`
+    non_finite: int = 0  # how many are infinite or NaN
+    # for each group size, the count of non-zeros in the fullest group of inputs
     fullest: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
 class PairCounts:
-    """What became of the zeros between two versions of one weight.
+    """What became of the zeros between two versions of one weight."""
 
-    Args:
-        zeros_before (`int`): How many values were zero.
-        zeros_after (`int`): How many are zero.
-        lost (`int`): How many were zero and are not.
-        negative_zeros (`int`): How many are `-0.0`.
-        non_finite (`int`): How many are infinite or NaN.
-    """
-
-    zeros_before: int = 0
-    zeros_after: int = 0
-    lost: int = 0
-    negative_zeros: int = 0
-    non_finite: int = 0
+    zeros_before: int = 0  # how many values were zero
+    zeros_after: int = 0  # how many are zero
+    lost: int = 0  # how many were zero and are not
+    negative_zeros: int = 0  # how many are `-0.0`
+    non_finite: int = 0  # how many are infinite or NaN
 
     @property
     def gained(self) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..functional.bitmask import Compressed
 from ..functional.compressed import decompress
-from ..functional.kernels.cpu.mask import mask_sums
+from ..native.mask import mask_sums
 from .pattern import parse_patterns, pattern_name
 
 
@@ -163,6 +163,39 @@ def record_mask(weight: Tensor | Compressed) -> MaskRecord:
         raise ValueError(f"a mask can be recorded only for a weight of shape (out, in), got {tuple(weight.shape)}")
     with torch.no_grad():
         return _record(weight.detach())
+
+
+def record_rows(shape: tuple[int, int], pieces: Iterable[Tensor]) -> MaskRecord:
+    """
+    [`record_mask`] of a weight that is never in memory as a whole.
+
+    Args:
+        shape (`tuple[int, int]`): The shape of the weight, `(out, in)`.
+        pieces (`Iterable[torch.Tensor]`): Its rows, in their order, on CPU.
+
+    Returns:
+        `MaskRecord`: The record.
+
+    Raises:
+        ValueError: If the pieces are not the rows of a weight of this shape.
+    """
+    word_numbers = _word_numbers(shape[1], torch.device("cpu"))
+    rows, columns = _sampled_places(*shape, torch.device("cpu"))
+    histogram, row_sums = torch.zeros(256, dtype=torch.int64), torch.empty(len(_SEEDS), shape[0], dtype=torch.int64)
+    sampled_zero = torch.empty(len(rows), dtype=torch.bool)
+    stop = 0
+    with torch.no_grad():
+        for piece in pieces:
+            start, stop = stop, stop + piece.shape[0]
+            if piece.shape[1] != shape[1] or stop > shape[0]:
+                raise ValueError(f"{tuple(piece.shape)} are not rows {start} to {stop} of a weight of shape {shape}")
+            row_sums[:, start:stop], counts = mask_sums(piece, word_numbers) or _mask_sums(piece, word_numbers)
+            histogram += counts
+            here = (start <= rows) & (rows < stop)
+            sampled_zero[here] = piece[rows[here] - start, columns[here]] == 0
+    if stop != shape[0]:
+        raise ValueError(f"there are {stop} rows of a weight of shape {shape}")
+    return _finish(torch.Size(shape), histogram, row_sums, sampled_zero)
 
 
 def _record(weight: Tensor) -> MaskRecord:

@@ -26,38 +26,23 @@ from .bits import FORMATS
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of a source, not yet read.
+    """One weight of a source, not yet read."""
 
-    Args:
-        name (`str`): The plain name of its module.
-        shape (`tuple[int, ...]`): Its shape as stored.
-        dtype (`str`): Its dtype, such as `"bfloat16"`.
-        transposed (`bool`): Whether it is stored `(in, out)` and not `(out, in)`.
-        load (`Callable[[], torch.Tensor]`): Reads it.
-        left_out (`str` or `None`): Why it does not count, if it does not.
-        unreadable (`str` or `None`): Why zeros cannot be told in it, if they cannot.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    transposed: bool
-    load: Callable[[], Tensor]
-    left_out: str | None = None
-    unreadable: str | None = None
+    name: str  # the plain name of its module
+    shape: tuple[int, ...]  # its shape as stored
+    dtype: str  # its dtype, such as `"bfloat16"`
+    transposed: bool  # whether it is stored `(in, out)` and not `(out, in)`
+    load: Callable[[], Tensor]  # reads it
+    left_out: str | None = None  # why it does not count, if it does not
+    unreadable: str | None = None  # why zeros cannot be told in it, if they cannot
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a source that may be linear layers.
+    """The weights of a source that may be linear layers."""
 
-    Args:
-        label (`str`): What to call the source.
-        found (`dict[str, Weight]`): The weights that were asked for, by plain module name, in the order stored.
-    """
-
-    label: str
-    found: dict[str, Weight]
+    label: str  # what to call the source
+    found: dict[str, Weight]  # the weights that were asked for, by plain module name, in the order stored
 
     @property
     def linear(self) -> dict[str, Weight]:
@@ -222,6 +207,12 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
             continue
         told = says_transposed(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter_name in getattr(module, "stacks", ()):
+                stack = cast(Any, module).compressed(parameter_name)
+                load = partial(decompress, stack)
+                key, dtype, no_data = _join(name, parameter_name), stack.values.dtype, stack.values.is_meta
+                yield Stored(key, tuple(stack.shape), dtype, load, told, False, no_data=no_data)
+                continue
             yield _listed(
                 _join(name, parameter_name),
                 partial(getattr, module, parameter_name),

@@ -43,7 +43,6 @@ _SHOWN = 3
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, SPPLayer]:
-    """The layers that an adapter adapts."""
     return {
         name.removeprefix(PREFIX): module
         for name, module in own_modules(model)
@@ -151,7 +150,6 @@ def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
 
 
 def check_saved(written: Iterable[str], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
-    """Check that all tensors of an adapter are saved."""
     have, want = {saved_name(name) for name in written}, expected_tensors(model, config, adapter_name)
     missing = [name for name in want if name not in have]
     if missing:
@@ -185,7 +183,6 @@ def restore_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, t
 
 
 def other_adapters(model: nn.Module, adapter_name: str) -> list[str]:
-    """The names of a model's other adapters."""
     return [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
 
 

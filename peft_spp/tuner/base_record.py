@@ -16,7 +16,7 @@ from ..sparsity.base_masks import BaseRecord, no_record, record_weights, warn_or
 from ..sparsity.mask_record import MaskRelation
 from .config import SPPConfig
 from .engines import whole_parameters
-from .layer import Linear
+from .layer import AdaptedLayer
 from .quantized import QuantizedLinear
 from .saved_adapter import SavedAdapter
 from .targets import shortest_unambiguous_suffix
@@ -108,7 +108,7 @@ def keeps_attributes(model: Any) -> bool:
 
 def _weights(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor | Compressed]]:
     for module in model.modules():
-        if isinstance(module, Linear) and adapter_name in module.spp_A:
+        if isinstance(module, AdaptedLayer) and adapter_name in module.spp_A:
             with whole_parameters(module):
                 weight = module.recorded_weight()
                 stored = weight.values if isinstance(weight, Compressed) else weight

@@ -95,6 +95,10 @@ class SPPConfig(PeftConfig):
             Lets you specify which token indices to selectively fine-tune without requiring to re-train the whole
             embedding matrix, using the `peft.TrainableTokensModel` method: a list of indices for the model's input
             embedding layer, or a dictionary from the name of an embedding module to such a list.
+        ensure_weight_tying (`bool`):
+            Whether modules that the model ties, such as the embedding and the head, stay tied when `modules_to_save`
+            or `trainable_token_indices` name one of them: both use the trained weight of the embedding.
+            Adapters of tied `target_modules` are not tied: SPP does not adapt an embedding layer.
         check_base (`str`):
             What to do if a saved adapter is loaded onto a base model with other masks than the one it
             was trained on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
@@ -195,6 +199,14 @@ class SPPConfig(PeftConfig):
         },
     )
 
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether modules that the model ties, such as the embedding and the head, stay tied when "
+            "`modules_to_save` or `trainable_token_indices` name one of them. Adapters of tied `target_modules` are "
+            "not tied."
+        },
+    )
     check_base: Literal["warn", "error", "off"] = field(
         default="warn",
         metadata={

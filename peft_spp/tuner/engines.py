@@ -176,13 +176,7 @@ _of_thread = _OfThread()
 
 
 class _Dispatch:
-    """
-    The forward pass of a module while threads replace it, each for itself.
-
-    Args:
-        module (`nn.Module`): The module.
-        own (`Callable`, *optional*): The forward pass that was set on the instance.
-    """
+    """The forward pass of a module while threads replace it, each for itself."""
 
     def __init__(self, module: nn.Module, own: Callable[..., Any] | None) -> None:
         self.module = module

@@ -14,13 +14,7 @@ from .module_names import ModuleNames
 
 
 class Injection:
-    """
-    What adding one adapter did to a model, and how to undo it.
-
-    Args:
-        model (`nn.Module`): The model, before the adapter is added.
-        adapter_name (`str`): The name of the adapter.
-    """
+    """What adding one adapter did to a model, and how to undo it."""
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model

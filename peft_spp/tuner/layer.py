@@ -10,47 +10,44 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..functional import scaled_weight, spp_linear
 from .config import SPPConfig
 from .engines import call_inside, is_hooked, is_sharded, own_forward
 from .layer_factors import SPPLayer
 from .layer_merging import MergeableLayer
+from .weight_access import Plain, WeightAccess
 
 
-class Linear(MergeableLayer):
+class AdaptedLayer(MergeableLayer):
     """
-    SPP on a `torch.nn.Linear` or a `transformers.pytorch_utils.Conv1D`.
+    What is the same for every module with adapters, whatever it does with its weight.
 
     Args:
-        base_layer (`nn.Module`): The layer to adapt, or a tuner layer around one.
+        base_layer (`nn.Module`): The module to adapt, or a tuner layer around one.
         adapter_name (`str`): The name of the first adapter.
-        config (`SPPConfig`): Its configuration.
+        backend ([`WeightAccess`]): How to read and replace the weight.
+        config (`SPPConfig`): The configuration of the adapter.
         r (`int`): The number of row blocks.
         spp_alpha (`float`): The alpha of the scaling.
-        fan_in_fan_out (`bool`): Whether the weight is stored as (in_features, out_features).
-        is_target_conv_1d_layer (`bool`): Whether the base layer is a `Conv1D`.
-        module_name (`str`): The name of the layer in the model, for messages.
+        module_name (`str`): The name of the module in the model, for messages.
     """
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
+        backend: WeightAccess,
         config: SPPConfig,
         r: int,
         spp_alpha: float,
-        fan_in_fan_out: bool = False,
-        is_target_conv_1d_layer: bool = False,
         module_name: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self.backend = backend
         SPPLayer.__init__(self, base_layer, module_name=module_name, **kwargs)
-        self.fan_in_fan_out = fan_in_fan_out
-        self.is_target_conv_1d_layer = is_target_conv_1d_layer
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
 
@@ -85,7 +82,7 @@ class Linear(MergeableLayer):
         if is_sharded(self._base_weight()) or self._base_weight().is_meta:
             read.append(self.get_base_layer())
         result: torch.Tensor = call_inside(
-            [module for module in read if is_hooked(module)], partial(self._effective_weight, names)
+            [module for module in read if is_hooked(module)], partial(self._scaled, names)
         )
         return result
 
@@ -93,8 +90,50 @@ class Linear(MergeableLayer):
         """Whether the code that reads `weight` may compute with it."""
         return self.parameter_name == "weight" and not self.weight_is_only_described
 
-    def _effective_weight(self, names: Sequence[str]) -> torch.Tensor:
-        return self._transpose(scaled_weight(self._transpose(self._base_weight()), self.get_factors(names)))
+    def _scaled(self, names: Sequence[str]) -> torch.Tensor:
+        return self.backend.scaled(self.get_base_layer(), self.get_factors(names))
+
+    def _dropout_is_active(self, adapter_name: str) -> bool:
+        dropout = self.spp_dropout[adapter_name]
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
+
+    def __repr__(self) -> str:
+        rep = super().__repr__()
+        return "spp." + rep
+
+
+class Linear(AdaptedLayer):
+    """
+    SPP on a `torch.nn.Linear` or a `transformers.pytorch_utils.Conv1D`.
+
+    Args:
+        base_layer (`nn.Module`): The layer to adapt, or a tuner layer around one.
+        adapter_name (`str`): The name of the first adapter.
+        config (`SPPConfig`): Its configuration.
+        r (`int`): The number of row blocks.
+        spp_alpha (`float`): The alpha of the scaling.
+        fan_in_fan_out (`bool`): Whether the weight is stored as (in_features, out_features).
+        is_target_conv_1d_layer (`bool`): Whether the base layer is a `Conv1D`.
+        module_name (`str`): The name of the layer in the model, for messages.
+        backend ([`WeightAccess`], *optional*): How to read and replace the weight if it is not an ordinary parameter.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SPPConfig,
+        r: int,
+        spp_alpha: float,
+        fan_in_fan_out: bool = False,
+        is_target_conv_1d_layer: bool = False,
+        module_name: str = "",
+        backend: WeightAccess | None = None,
+        **kwargs: Any,
+    ) -> None:
+        backend = backend or Plain(is_transposed=fan_in_fan_out)
+        super().__init__(base_layer, adapter_name, backend, config, r, spp_alpha, module_name, **kwargs)
+        self.is_target_conv_1d_layer = is_target_conv_1d_layer
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.follow_base_layer()
@@ -164,24 +203,13 @@ class Linear(MergeableLayer):
     def _spp_linear(
         self, x: torch.Tensor, adapter_names: Sequence[str], bias: torch.Tensor | None, identity: bool = True
     ) -> torch.Tensor:
-        return spp_linear(
-            x,
-            self._base_weight(),
-            bias,
-            self.get_factors(adapter_names),
-            fan_in_fan_out=self.fan_in_fan_out,
-            identity=identity,
-        )
+        return self.backend.linear(self.get_base_layer(), x, bias, self.get_factors(adapter_names), identity)
 
     def _is_linear_map(self, forward: Callable[..., torch.Tensor]) -> bool:
         """Whether the forward pass is exactly a linear map, so that one matmul with W' can take its place."""
-        function = type(forward).forward if isinstance(forward, nn.Module) else getattr(forward, "__func__", None)
-        return function in (nn.Linear.forward, Conv1D.forward)
-
-    def _dropout_is_active(self, adapter_name: str) -> bool:
-        dropout = self.spp_dropout[adapter_name]
-        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
-
-    def __repr__(self) -> str:
-        rep = super().__repr__()
-        return "spp." + rep
+        # either the base layer itself, or its class's forward pass bound to it; asking for the base layer takes longer
+        module = forward if isinstance(forward, nn.Module) else getattr(forward, "__self__", None)
+        if not isinstance(module, nn.Module) or isinstance(module, BaseTunerLayer):
+            return False
+        is_its_own = module is forward or getattr(forward, "__func__", None) is type(module).forward
+        return is_its_own and self.backend.forward_is_known(module)

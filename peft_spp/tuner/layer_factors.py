@@ -51,7 +51,8 @@ class SPPLayer(BaseTunerLayer):
         # Mark the weight as unmerged
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: torch.Tensor | None = None
+        # as the layer stores it, while an adapter is merged
+        self._unmerged_weight: Any = None
         # a place that a merge changed in a weight that only the caller's gathering has made whole: it may not stay
         self._unproven_place: int | None = None
         # flag to enable/disable casting of input to weight dtype during forward call

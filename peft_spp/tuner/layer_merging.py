@@ -6,16 +6,18 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..architecture import what_computes
-from ..functional import Compressed, merged_weight, scaled_weight
+from ..functional import Compressed, scaled_weight
 from .engines import is_dtensor, is_sharded, is_unsharded, is_zero3, whole_parameters
 from .layer_factors import SPPLayer
+from .weight_access import WeightAccess
 
 
 # several threads may come to a merged layer whose adapters are disabled
@@ -23,9 +25,19 @@ _unmerging = threading.Lock()
 
 
 class MergeableLayer(nn.Module, SPPLayer):
-    """A layer whose adapters can be merged into its weight, which is stored transposed with `fan_in_fan_out`."""
+    """A layer whose adapters can be merged into its weight, in whichever form `backend` finds it there."""
 
-    fan_in_fan_out: bool
+    backend: WeightAccess
+
+    @property
+    def parameter_name(self) -> str:  # type: ignore[override]
+        """What the base layer calls the weight."""
+        return self.backend.parameter_name
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight is stored as (in_features, out_features)."""
+        return self.backend.is_transposed
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """
@@ -39,7 +51,8 @@ class MergeableLayer(nn.Module, SPPLayer):
         """
         self.follow_base_layer()
         with whole_parameters(self):
-            return self._transpose(scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False))
+            delta = scaled_weight(self.unmerged_weight(), self.get_factors([adapter]), identity=False)
+            return self.backend.stored(delta)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -72,18 +85,46 @@ class MergeableLayer(nn.Module, SPPLayer):
         self.check_writable()
         if keep_unmerged:
             self.check_merge_stays()
-        with whole_parameters(self, write=True):
-            merged = self._merged_weight([*self.merged_adapters, *new_adapters])
-            if safe_merge:
-                self._check_merged_weight(merged, new_adapters)
-            weight = self._base_weight()
+        base_layer = self.get_base_layer()
+        with self._whole(write=True):
+            merged = self._merged(new_adapters, safe_merge)
+            if not self.backend.is_lossless:
+                warnings.warn(
+                    f"Merge spp module to a quantized linear ({self.backend.kind(base_layer)}) may get different "
+                    "generations due to rounding errors.",
+                    stacklevel=2,
+                )
             if keep_unmerged and self._unmerged_weight is None:
-                self._unmerged_weight = weight.detach().to("cpu", copy=True)
-            if keep_unmerged and (is_zero3(weight) or is_unsharded(weight)):
-                changed = (weight != self._transpose(merged)).reshape(-1)
-                self._unproven_place = int(changed.int().argmax()) if changed.any() else None
-            weight.data.copy_(self._transpose(merged))
+                self._unmerged_weight = self.backend.copy(self.backend.packed(base_layer))
+            if keep_unmerged and self.backend.is_lossless:
+                self._keep_proof(self.backend.numbers(merged))
+            self.backend.put(base_layer, merged)
         self.merged_adapters.extend(new_adapters)
+
+    def _merged(self, new_adapters: list[str], safe_merge: bool) -> Any:
+        """The weight to put, with the adapters that are merged already and others."""
+        unmerged = self._unmerged()
+        # a compressed weight has its whole shape in its bitmask
+        weight = None if isinstance(unmerged, Compressed) else self.unmerged_weight()
+        if weight is not None and weight.shape[-2:] != (self.out_features, self.in_features):
+            raise RuntimeError(
+                f"The weight of module {self.module_name!r} is not fully in memory: its shape is "
+                f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "
+                "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
+                "process, for example with `peft-spp merge`."
+            )
+        factors = self.get_factors([*self.merged_adapters, *new_adapters])
+        merged = self.backend.merged(self.get_base_layer(), unmerged, factors)
+        if safe_merge:
+            self._check_finite(self.backend.numbers(merged), new_adapters)
+        return merged
+
+    def _keep_proof(self, merged: torch.Tensor) -> None:
+        """Keep a place that a merge changes in a weight that only the caller's gathering has made whole."""
+        weight = self._base_weight()
+        if is_zero3(weight) or is_unsharded(weight):
+            changed = (weight != merged).reshape(-1)
+            self._unproven_place = int(changed.int().argmax()) if changed.any() else None
 
     def unmerge(self) -> None:
         """
@@ -95,8 +136,8 @@ class MergeableLayer(nn.Module, SPPLayer):
         self.follow_base_layer()
         self.check_writable()
         if not self._is_merge_lost():
-            with whole_parameters(self, write=True):
-                self._base_weight().data.copy_(self._unmerged_weight)
+            with self._whole(write=True):
+                self.backend.put(self.get_base_layer(), self._unmerged_weight)
         self._unmerged_weight = None
         self._unproven_place = None
         self.merged_adapters.clear()
@@ -111,7 +152,7 @@ class MergeableLayer(nn.Module, SPPLayer):
         Raises:
             ValueError: If it has become something that cannot be adapted.
         """
-        weight = getattr(self.get_base_layer(), self.parameter_name, None)
+        weight = getattr(self.get_base_layer(), self.backend.parameter_name, None)
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor and not is_dtensor(weight):
             self.convert()
 
@@ -142,7 +183,7 @@ class MergeableLayer(nn.Module, SPPLayer):
         Raises:
             RuntimeError: If the weight is sharded.
         """
-        if is_sharded(self._base_weight()):
+        if self.backend.is_lossless and is_sharded(self._base_weight()):
             # disabling the adapters inside a forward pass would unmerge the gathered weight, and leave the shards
             raise RuntimeError(
                 f"The weight of module {self.module_name!r} is sharded. Merge it with `merge_and_unload`; or, with "
@@ -158,7 +199,7 @@ class MergeableLayer(nn.Module, SPPLayer):
             RuntimeError: If FSDP2 has unsharded the weight, or sharded it again since it was merged.
         """
         self.prove_merge()
-        if is_unsharded(self._base_weight()):
+        if self.backend.is_lossless and is_unsharded(self._base_weight()):
             raise RuntimeError(
                 f"FSDP2 has unsharded the weight of module {self.module_name!r}, and `reshard()` discards what is "
                 "written to it. Call `reshard()` first: `merge_and_unload` merges into the shards."
@@ -188,7 +229,7 @@ class MergeableLayer(nn.Module, SPPLayer):
             return False
         with whole_parameters(self):
             now = self._base_weight().detach().reshape(-1)[self._unproven_place]
-        before = cast(torch.Tensor, self._unmerged_weight).reshape(-1)[self._unproven_place]
+        before = self.backend.numbers(self._unmerged_weight).reshape(-1)[self._unproven_place]
         # the weight may have been gathered in a lower precision
         return bool(now.to(before) == before)
 
@@ -202,11 +243,14 @@ class MergeableLayer(nn.Module, SPPLayer):
         Raises:
             ValueError: If the merged weight would not be finite.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        new_adapters = [name for name in names if name in self.spp_A and name not in self.merged_adapters]
+        new_adapters = self._new_adapters(adapter_names)
         if new_adapters:
-            with whole_parameters(self):
-                self._check_merged_weight(self._merged_weight([*self.merged_adapters, *new_adapters]), new_adapters)
+            with self._whole():
+                self._merged(new_adapters, safe_merge=True)
+
+    def _new_adapters(self, adapter_names: list[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name in self.spp_A and name not in self.merged_adapters]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -216,36 +260,30 @@ class MergeableLayer(nn.Module, SPPLayer):
             self._merge(safe_merge, adapter_names, keep_unmerged=False)
         return self.get_base_layer()
 
-    def _transpose(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
-
     def _base_weight(self) -> torch.Tensor:
         weight: torch.Tensor = getattr(self.get_base_layer(), self.parameter_name)
         return weight
 
+    def _whole(self, write: bool = False) -> AbstractContextManager[None]:
+        # packages that quantize keep their weights whole
+        return whole_parameters(self, write) if self.backend.is_lossless else nullcontext()
+
+    def _unmerged(self) -> Any:
+        """The weight as it was before any merge, in the form that the layer stores."""
+        if self._unmerged_weight is not None:
+            return self._unmerged_weight
+        return self.backend.packed(self.get_base_layer())
+
     def unmerged_weight(self) -> torch.Tensor:
         """The base layer's weight as it was before any merge, shape (out_features, in_features)."""
-        weight = self._base_weight().detach()
-        if self._unmerged_weight is not None:
-            weight = self._unmerged_weight.to(weight.device, weight.dtype)
-        return self._transpose(weight)
+        return self.backend.dequantize(self.get_base_layer(), self._unmerged())
 
     def recorded_weight(self) -> torch.Tensor | Compressed:
         """The unmerged weight, in the form that its mask is read from."""
-        return self.unmerged_weight()
+        unmerged = self._unmerged()
+        return unmerged if isinstance(unmerged, Compressed) and not self.fan_in_fan_out else self.unmerged_weight()
 
-    def _merged_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
-        weight = self.unmerged_weight()
-        if weight.shape[-2:] != (self.out_features, self.in_features):
-            raise RuntimeError(
-                f"The weight of module {self.module_name!r} is not fully in memory: its shape is "
-                f"{tuple(weight.shape)}, not {(self.out_features, self.in_features)}. With FSDP1 merge inside "
-                "`FullyShardedDataParallel.summon_full_params(model)`, or save the adapter and merge it in a single "
-                "process, for example with `peft-spp merge`."
-            )
-        return merged_weight(weight, self.get_factors(adapter_names))
-
-    def _check_merged_weight(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
+    def _check_finite(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():
             return
         broken = [

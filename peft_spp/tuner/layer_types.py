@@ -18,40 +18,30 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture import is_stored_transposed
 from ..checkpoints.layout import model_types
+from .compressed_experts import is_compressed_stack, parameter_shape
 from .config import SPPConfig
-from .engines import whole_shape
-from .layer import Linear
+from .layer import AdaptedLayer, Linear
 from .param_wrapper import ParamWrapper
 from .quantized import QuantizedLinear, find_backend
 from .targets import check_linear, check_not_split, check_weight
 
 
 class Request(NamedTuple):
-    """
-    A module that is to be adapted.
+    """A module that is to be adapted."""
 
-    Args:
-        target (`nn.Module`): The module, or a tuner layer around it.
-        config (`SPPConfig`): The configuration of the adapter.
-        module_name (`str`): The name in the model, of a parameter with its name.
-        parameter_name (`str`, *optional*): The module's parameter, where `target_parameters` names one.
-        model_config (`dict`): The configuration of the model.
-    """
-
-    target: nn.Module
-    config: SPPConfig
-    module_name: str
-    parameter_name: str | None
-    model_config: dict[str, object]
+    target: nn.Module  # the module, or a tuner layer around it
+    config: SPPConfig  # the configuration of the adapter
+    module_name: str  # the name in the model, of a parameter with its name
+    parameter_name: str | None  # the module's parameter, where `target_parameters` names one
+    model_config: dict[str, object]  # the configuration of the model
 
     @property
     def base_layer(self) -> nn.Module:
-        """The module itself."""
         target = self.target
         return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
 
 
-Make: TypeAlias = Callable[..., Linear]
+Make: TypeAlias = Callable[..., AdaptedLayer]
 """Makes the adapted layer of the target, the name of the adapter, its configuration, r and alpha."""
 
 
@@ -60,9 +50,10 @@ def parameter(request: Request) -> Make | None:
     if request.parameter_name is None:
         return None
     base_layer, name = request.base_layer, request.parameter_name
-    weight = getattr(base_layer, name)
-    check_weight(weight, f"Target parameter {request.module_name!r}", dimensions=(2, 3))
-    transposed = is_stored_transposed(base_layer, len(whole_shape(weight)), model_types(request.model_config))
+    if not is_compressed_stack(base_layer, name):
+        check_weight(getattr(base_layer, name), f"Target parameter {request.module_name!r}", dimensions=(2, 3))
+    dims = len(parameter_shape(base_layer, name))
+    transposed = is_stored_transposed(base_layer, dims, model_types(request.model_config))
     return partial(ParamWrapper, parameter_name=name, is_transposed=transposed)
 
 
@@ -93,15 +84,7 @@ LAYER_TYPES: tuple[Callable[[Request], Make | None], ...] = (parameter, quantize
 
 
 def find_layer_type(request: Request) -> Make:
-    """
-    How to adapt a module.
-
-    Args:
-        request ([`Request`]): The module.
-
-    Raises:
-        ValueError: If no type of layer knows it, or the one that does cannot adapt it.
-    """
+    """How to adapt a module; an error if no type of layer knows it, or the one that does cannot adapt it."""
     if request.parameter_name is None:
         check_not_split(request.base_layer, request.module_name)
     made = (layer_type(request) for layer_type in LAYER_TYPES)

@@ -33,22 +33,13 @@ from .saved_adapter import SavedAdapter, check_finite, check_finite_as, read_ada
 
 @dataclass
 class Loading:
-    """
-    An adapter that is being loaded.
+    """An adapter that is being loaded."""
 
-    Args:
-        saved ([`SavedAdapter`]): What is loaded.
-        adapter_name (`str`): The name that it gets in the model.
-        ignore_shapes (`bool`): Whether tensors of other shapes are left out, as PEFT's `ignore_mismatched_sizes`.
-        check_base (`str`, *optional*): What the call says for `check_base`.
-        undo (`list[Callable[[], None]]`): How to undo what was done up to now, in this order.
-    """
-
-    saved: SavedAdapter
-    adapter_name: str
-    ignore_shapes: bool = False
-    check_base: str | None = None
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    saved: SavedAdapter  # what is loaded
+    adapter_name: str  # the name that it gets in the model
+    ignore_shapes: bool = False  # whether tensors of other shapes are left out, as PEFT's `ignore_mismatched_sizes`
+    check_base: str | None = None  # what the call says for `check_base`
+    undo: list[Callable[[], None]] = field(default_factory=list)  # how to undo what was done up to now, in this order
 
 
 _loading: ContextVar[Loading | None] = ContextVar("peft_spp_loading", default=None)

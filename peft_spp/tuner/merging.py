@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
+from ..compressed.layer import put_dense_layers
 from .base_record import keeps_attributes
 from .engines import is_sharded, whole_parameters, whole_shape
-from .layer import Linear
-from .layer_factors import SPPLayer
-from .quantized import QuantizedLinear, unload_dequantized
+from .layer import AdaptedLayer
+from .quantized import unload_dequantized
 
 
 class MergingModel(BaseTuner):
@@ -27,8 +27,8 @@ class MergingModel(BaseTuner):
         untie_adapted_weights(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        for module in self._unquantized_layers():
-            module.check_merge_stays()
+        for layer in self._adapted_layers():
+            layer.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -40,8 +40,8 @@ class MergingModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            for module in self._unquantized_layers():
-                module.check_unload_stays()
+            for layer in self._adapted_layers():
+                layer.check_unload_stays()
             self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(  # type: ignore[return-value]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -86,27 +86,26 @@ class MergingModel(BaseTuner):
         merged: nn.Module = super().merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        if dequantize:
+            put_dense_layers(merged)  # the experts, which are merged in the form that they have
         mark_merged(merged, identities)
         return merged
 
-    def _unquantized_layers(self) -> list[Linear]:
-        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        return [layer for layer in layers if not (isinstance(layer, QuantizedLinear) and layer.quantizes)]
+    def _adapted_layers(self) -> list[AdaptedLayer]:
+        return [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                module.follow_base_layer()
-                if any(name in module.spp_A for name in names):
-                    module.check_writable()
-        for module in self.model.modules():
-            if isinstance(module, QuantizedLinear) and module.quantizes:
-                if quantized:  # a weight may not survive quantizing, safe merge or not
-                    module.check_merge(adapter_names)
-            elif safe_merge and isinstance(module, Linear):
-                module.check_merge(adapter_names)
+        layers = self._adapted_layers()
+        for layer in layers:
+            layer.follow_base_layer()
+            if any(name in layer.spp_A for name in names):
+                layer.check_writable()
+        for layer in layers:
+            # a weight may not survive quantizing, safe merge or not
+            if safe_merge if layer.backend.is_lossless else quantized:
+                layer.check_merge(adapter_names)
 
 
 def untie_adapted_weights(model: nn.Module) -> None:
@@ -120,7 +119,7 @@ def untie_adapted_weights(model: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
-        if not isinstance(module, SPPLayer) or (isinstance(module, QuantizedLinear) and module.quantizes):
+        if not isinstance(module, AdaptedLayer) or not module.backend.is_lossless:
             continue  # a merge gives a layer that quantizes a new weight
         base_layer, name = module.get_base_layer(), module.parameter_name
         weight = getattr(base_layer, name)
@@ -143,26 +142,36 @@ def merged_ids(model: nn.Module, adapter_names: list[str]) -> list[str]:
 
 
 def _identity(model: nn.Module, adapter_name: str) -> str | None:
-    layers = [one for one in model.modules() if isinstance(one, Linear) and adapter_name in one.spp_A]
-    if not layers or not all(_is_whole(layer, adapter_name) for layer in layers):
+    # the names that factors are saved under: the wrappers of several parameters of a module are nested
+    layers = {
+        name: one for name, one in model.named_modules() if isinstance(one, AdaptedLayer) and adapter_name in one.spp_A
+    }
+    if not layers or not all(_is_whole(layer, adapter_name) for layer in layers.values()):
         return None
     return adapter_id(_factors(layers, adapter_name))
 
 
-def _is_whole(layer: Linear, adapter_name: str) -> bool:
+def _is_whole(layer: AdaptedLayer, adapter_name: str) -> bool:
     parameters = [one for part in _parts(layer, adapter_name) for one in part.parameters()]
     return all(math.prod(whole_shape(one)) and (is_sharded(one) or not one.is_meta) for one in parameters)
 
 
-def _factors(layers: Iterable[Linear], adapter_name: str) -> Iterator[Factor]:
-    for layer in layers:
+def _factors(layers: Mapping[str, AdaptedLayer], adapter_name: str) -> Iterator[Factor]:
+    for name, layer in layers.items():
         part_A, part_B = _parts(layer, adapter_name)
         with whole_parameters(part_A), whole_parameters(part_B):
             A, B = cast(Tensor, part_A.weight), cast(Tensor, part_B.weight)
-            yield layer.module_name, float(layer.scaling[adapter_name]), A, B
+            yield name, _scaling_in_files(layer, adapter_name, A.shape[0]), A, B
 
 
-def _parts(layer: Linear, adapter_name: str) -> tuple[nn.Module, nn.Module]:
+def _scaling_in_files(layer: AdaptedLayer, adapter_name: str, rows: int) -> float:
+    """alpha by the rows of A, which is all that a file tells: those of all experts."""
+    scaling, r = float(layer.scaling[adapter_name]), layer.r[adapter_name]
+    # dividing and multiplying may have changed the last digit of alpha
+    return scaling if rows == r else float(f"{scaling * r:.15g}") / rows
+
+
+def _parts(layer: AdaptedLayer, adapter_name: str) -> tuple[nn.Module, nn.Module]:
     return layer.spp_A[adapter_name], layer.spp_B[adapter_name]
 
 

@@ -21,7 +21,7 @@ from .adapter_tensors import check_can_be_saved
 from .base_record import check_not_merged, record_base, relate_base, warn_of_dense_layers
 from .config import SPPConfig
 from .injection import Injection
-from .layer import Linear
+from .layer import AdaptedLayer
 from .layer_factors import SPPLayer
 from .layer_types import Request, find_layer_type
 from .loading import check_fits, loading_of, take_record
@@ -36,6 +36,7 @@ from .targets import (
     check_task,
     heads_saved_whole,
     other_maps,
+    saved_with_ties,
     transformer_block_linear_targets,
     warn_of_fused_experts,
     warn_of_other_maps,
@@ -117,6 +118,13 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                     f"parameters, but got {sorted(config.target_parameters)} for the new adapter and {sorted(others)} "
                     f"for adapter {adapter_name!r}."
                 )
+
+    def _add_modules_to_save_to_tie(self, peft_config: SPPConfig, tied_weight_keys: list[str]) -> None:  # type: ignore[override]
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = next(name for name, module in self.model.named_modules() if module is embeddings)
+        peft_config.modules_to_save = saved_with_ties(peft_config.modules_to_save or [], embedding, tied_weight_keys)
+        # an attribute and not a field, as of LoRA's configuration: the model tells it
+        vars(peft_config)["modules_to_tie"] = set(tied_weight_keys)
 
     def inject_adapter(
         self,
@@ -268,7 +276,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
 
         # of several parameters of a module, each has a wrapper, around the wrappers of those before
         wrap_target_param = isinstance(target, ParamWrapper) and adapter_name in target.spp_A
-        if isinstance(target, Linear) and not wrap_target_param:
+        if isinstance(target, AdaptedLayer) and not wrap_target_param:
             injection.adds_to(target)
             target.update_layer(adapter_name, r, spp_alpha=alpha, config=spp_config)
             new_module = target

@@ -18,12 +18,7 @@ _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 class ModuleNames:
-    """
-    The names of a model's modules with the wrappers in it and without them.
-
-    Args:
-        model (`nn.Module`): The model.
-    """
+    """The names of a model's modules with the wrappers in it and without them."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import scaled_weight
+from .compressed_experts import access_to_parameter, parameter_shape
 from .config import SPPConfig
-from .engines import call_inside, forward_within, innermost, is_hooked, whole_shape
-from .layer import Linear
-from .layer_factors import SPPLayer
+from .engines import call_inside, forward_within, innermost, is_hooked
+from .layer import AdaptedLayer
+from .weight_access import Plain
 
 
 _TRACED = "_spp_replacements"
@@ -24,7 +24,7 @@ _USERS = "_spp_users"
 _lock = threading.Lock()
 
 
-class ParamWrapper(Linear):
+class ParamWrapper(AdaptedLayer):
     """
     SPP on an `nn.Parameter`, chosen with `target_parameters`: a weight, or a stack of the weights of all experts.
 
@@ -52,6 +52,8 @@ class ParamWrapper(Linear):
             be done on a parameter.
     """
 
+    backend: Plain
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -64,16 +66,12 @@ class ParamWrapper(Linear):
         module_name: str = "",
         **kwargs: Any,
     ) -> None:
-        nn.Module.__init__(self)
-        self.parameter_name = parameter_name
-        self.fan_in_fan_out = is_transposed
-        self.is_target_conv_1d_layer = False
-        SPPLayer.__init__(self, base_layer, module_name=module_name, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config)
+        inner = base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer
+        backend = access_to_parameter(inner, parameter_name, is_transposed)
+        super().__init__(base_layer, adapter_name, backend, config, r, spp_alpha, module_name, **kwargs)
 
     def _read_features(self) -> None:
-        shape = whole_shape(self._base_weight())
+        shape = parameter_shape(self.get_base_layer(), self.parameter_name)
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"spp.{type(self).__name__} was initialized with {len(shape)} dimensional Parameter "
@@ -126,9 +124,9 @@ class ParamWrapper(Linear):
         return call_inside(hooked, partial(self._with_scaled_parameter, names), *args, **kwargs)
 
     def _with_scaled_parameter(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        compute = partial(self._scaled, factors=self.get_factors(names))
         base_layer = self.get_base_layer()
         module = innermost(base_layer)
+        compute = self.backend.replacement(module, self.get_factors(names))
         replaced = partial(replaced_parameter, module, self.parameter_name, compute)
         if module is base_layer and not is_hooked(base_layer):
             with replaced():
@@ -146,12 +144,6 @@ class ParamWrapper(Linear):
                 "its backward pass would skip the adapter. Wrap the block around it instead."
             )
 
-    def _scaled(self, parameter: torch.Tensor, factors: list[Any]) -> torch.Tensor:
-        return self._transpose(scaled_weight(self._transpose(parameter), factors))
-
-    def _transpose(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.transpose(-2, -1) if self.fan_in_fan_out else weight
-
     def __repr__(self) -> str:
         # the name of the parameter tells nested wrappers apart
         rep = super().__repr__()
@@ -160,12 +152,7 @@ class ParamWrapper(Linear):
 
 
 class _Replacement:
-    """
-    Computes the tensor that stands for a parameter when it is first asked for, and keeps it.
-
-    Args:
-        compute (`Callable[[torch.Tensor], torch.Tensor]`): Makes it of the parameter.
-    """
+    """Computes the tensor that stands for a parameter when it is first asked for, and keeps it."""
 
     def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
         self.compute = compute
@@ -274,6 +261,8 @@ def _with_replaced(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
     """The class of a module of which some parameters are looked up: with properties, which come before attributes."""
 
     def looked_up(name: str) -> property:
+        is_computed = isinstance(getattr(cls, name, None), property)  # as compressed stacks are
+
         def read(self: Any) -> Tensor:
             # in replicas, and where FSDP1 flattens parameters, they are plain attributes
             if name in self.__dict__:
@@ -286,7 +275,7 @@ def _with_replaced(cls: type[nn.Module], names: frozenset[str]) -> type[nn.Modul
             parameter = self._parameters.get(name)
             replacement = _find(self, name)
             if replacement is None:
-                return read(self) if parameter is None else parameter
+                return read(self) if parameter is None or is_computed else parameter
             try:
                 return replacement.of(parameter, lambda: read(self))
             except AttributeError as error:

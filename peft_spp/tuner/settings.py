@@ -94,17 +94,11 @@ def check_format_version(version: Any) -> None:
 
 
 class Expression(NamedTuple):
-    """A regular expression that is matched with the names of modules.
+    """A regular expression that is matched with the names of modules."""
 
-    Args:
-        field (`str`): The field of the configuration that it comes from.
-        pattern (`str`): What PEFT makes of it.
-        whole (`bool`): Whether it has to match the whole name, or the start of it.
-    """
-
-    field: str
-    pattern: str
-    whole: bool
+    field: str  # the field of the configuration that it comes from
+    pattern: str  # what PEFT makes of it
+    whole: bool  # whether it has to match the whole name, or the start of it
 
 
 def expressions(settings: Mapping[str, Any]) -> list[Expression]:
@@ -254,6 +248,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of integers, or a dictionary from names to such lists",
     ),
     "fan_in_fan_out": (_is_bool, "True or False"),
+    "ensure_weight_tying": (_is_bool, "True or False"),
     "inference_mode": (_is_bool, "True or False"),
     "auto_mapping": (_any_of(_is_none, _is_map_to(_any_of(_is_none, _is_string))), "a dictionary of strings"),
     "base_model_name_or_path": (_any_of(_is_none, _is_string, lambda v: isinstance(v, os.PathLike)), "a string"),

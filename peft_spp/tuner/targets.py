@@ -22,6 +22,7 @@ from ..architecture import (
     why_not_linear_map,
 )
 from ..checkpoints.names import plain_name
+from ..compressed.experts import find_compressed_stacks
 from .config import SPPConfig
 from .engines import is_tensor_parallel, whole_parameters, whole_shape
 from .module_names import own_modules
@@ -59,7 +60,7 @@ def transformer_block_linear_targets(model: nn.Module, layers_to_transform: list
 
 def fused_experts(model: nn.Module) -> list[str]:
     """The parameters that hold the weights of all experts of a mixture, which are not linear layers."""
-    return [plain_name(name) for name in find_expert_stacks(model)]
+    return [plain_name(name) for name in (*find_expert_stacks(model), *find_compressed_stacks(model))]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -212,6 +213,23 @@ def heads_saved_whole(config: SPPConfig) -> list[str]:
     names: dict[Any, list[str]] = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
     heads = names.get(config.task_type, [])
     return [name for name in heads if name not in (config.modules_to_save or [])]
+
+
+def saved_with_ties(modules_to_save: Sequence[str], embedding: str, tied: Iterable[str]) -> list[str]:
+    """
+    What to train and save in full where some of it is tied to the embedding: that, and not the modules tied to it.
+
+    Args:
+        modules_to_save (`Sequence[str]`): What the configuration names.
+        embedding (`str`): The name of the input embedding.
+        tied (`Iterable[str]`): The names of the modules that have its weight.
+    """
+
+    def names(one: str, module: str) -> bool:
+        return f".{one}." in f".{module}."
+
+    kept = [one for one in modules_to_save if not any(names(one, module) for module in tied)]
+    return kept if any(names(one, embedding) for one in kept) else [*kept, embedding]
 
 
 def check_task(model: nn.Module, config: SPPConfig) -> None:

@@ -9,11 +9,13 @@ from typer.testing import CliRunner
 
 from benchmarks import (
     compressed_layers,
+    compressed_models,
     decode,
     dense_tokens,
     layer,
     mask_record,
     memory,
+    other_layers,
     passes,
     step_profile,
     training_step,
@@ -196,6 +198,30 @@ def test_compressed_layers(tmp_path):
         assert {"dense", "compressed"} <= set(computing["samples"]) == set(passed["samples"])
         assert all(len(samples) == 2 for samples in (*computing["samples"].values(), *passed["samples"].values()))
         assert 0 < computing["values"]["compressed"]["bytes"] < computing["values"]["dense"]["bytes"]
+    path.with_suffix(".png").unlink()
+    assert run(compressed_layers, "--plot-only", str(path)).exit_code == 0
+    assert path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_compressed_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed_models, "NEW_TOKENS", 3)
+    content, path, output = quick(compressed_models, tmp_path)
+    tasks = {case["parameters"]["task"]: set(case["samples"]) for case in content["cases"]}
+    assert tasks["generate"] == {"dense", "own", "50%", "75%"} and tasks["training step"] == {"dense", "2:4"}
+    assert "compressed, 50 %" in output and path.with_suffix(".png").read_bytes().startswith(PNG_SIGNATURE)
+    path.with_suffix(".png").unlink()
+    assert run(compressed_models, "--plot-only", str(path)).exit_code == 0
+    assert path.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_layers_of_other_libraries_compute_the_same_up_to_their_rounding(tokens):
+    weights, x = [torch.randn(64, 128).bfloat16() for _ in range(2)], torch.randn(tokens, 128).bfloat16()
+    for name, layers in other_layers.other_layers(weights, x).items():
+        for weight, compute in zip(weights, layers, strict=True):
+            expected = x.double() @ weight.double().t()
+            error = (compute().double() - expected).norm() / expected.norm()
+            assert error < (0.15 if "4 bit" in name else 0.02), name
 
 
 @pytest.mark.skipif(bitmask.tier() in (None, "portable"), reason="it has no kernel of the same make")

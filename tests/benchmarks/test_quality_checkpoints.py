@@ -22,10 +22,11 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import jobs, samples
 from benchmarks.quality.base_models import BaseModel
 from benchmarks.quality.data import load_texts
+from benchmarks.quality.design import Checkpoint, Pruning, Study
 from benchmarks.quality.harness_tasks import evaluate_tasks
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.pretrained import FOUR, OTHERS, PRETRAINED
-from benchmarks.quality.suites import AT_2_4, CHECKPOINTS, Checkpoint, Pruning, Study
+from benchmarks.quality.suites import AT_2_4, CHECKPOINTS
 from benchmarks.quality.tuning import distillation_loss
 from peft_spp.demo.data import train_tokenizer
 from peft_spp.pruning import prune_magnitude

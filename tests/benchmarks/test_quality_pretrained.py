@@ -4,20 +4,25 @@
 import math
 import re
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+import typer
+from rich.progress import Progress
 
 
 pytest.importorskip("datasets")
 
-from benchmarks.quality.__main__ import described
+from benchmarks.quality import plan
+from benchmarks.quality.__main__ import described, only_methods
+from benchmarks.quality.design import Contender, Pruning, Study
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.harness_tasks import _probability, write_tasks
 from benchmarks.quality.pretrained import FOUR, POSITIVE, PRETRAINED, distilled
 from benchmarks.quality.pretrained_page import write_pretrained
 from benchmarks.quality.pretrained_results import comparisons_of
 from benchmarks.quality.store import Store
-from benchmarks.quality.suites import AT_2_4, Study
+from benchmarks.quality.suites import AT_2_4
 
 
 COMMON = {"base": "b", "model": "tiny"}
@@ -122,12 +127,56 @@ def test_the_estimate_counts_what_two_studies_share_once():
 
 def test_a_rate_that_a_long_run_did_not_survive_is_on_the_page(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
-    assert "unstable" not in (tmp_path / "page.md").read_text()
+    assert "too high for long ones" not in (tmp_path / "page.md").read_text()
     settings = {**COMMON, "pruning": "wanda-2:4", "method": "spp_positive", "rate": 0.02, "steps": 300}
     store.add("unstable", settings, {"max_loss": 9.35, "validation_loss": math.log(456.0)})
     write_pretrained(store, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text().replace("\n", " ")
-    assert "at 0.02" in text and "unstable over 300 steps" in text and "ended at 456" in text
+    assert "at 0.02 on Wanda 2:4 over 300 steps" in text and "ended at 456." in text
+    store.add("unstable", settings | {"rate": 0.2}, {"max_loss": None, "validation_loss": None})
+    write_pretrained(store, tmp_path / "page.md")
+    assert "at 0.2 on Wanda 2:4 over 300 steps: it diverged." in (tmp_path / "page.md").read_text().replace("\n", " ")
+
+
+def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rate(tmp_path, monkeypatch):
+    def measured_as(losses):
+        return lambda *_, rate, **__: {"validation_loss": losses[rate], "max_loss": 1.0}
+
+    monkeypatch.setattr(plan, "measure_rate", measured_as({1e-3: 5.0, 1e-2: 4.0, 1e-1: 3.0}))
+    monkeypatch.setattr(plan, "measure_tuned", measured_as({1e-3: 4.5, 1e-2: 3.5, 1e-1: None}))
+    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
+    base = SimpleNamespace(
+        fingerprint="b",
+        spec=PRETRAINED.models[0],
+        is_made=True,
+        accelerator=SimpleNamespace(is_main_process=True),
+        training=dict,
+    )
+    contender = Contender("spp", rates=(1e-3, 1e-2, 1e-1))
+    at_50 = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
+    suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
+    for _ in range(2):  # the second run finds all it needs
+        store = Store.open(tmp_path / "results.json", suite.name)
+        store.begin(ENVIRONMENT, {})
+        with Progress(disable=True) as progress:
+            plan.Session(suite, {"pretrained": base}, store, progress).run()
+        runs = [
+            (one.kind, one.settings["pruning"], one.settings["rate"]) for one in store.records if one.kind != "base"
+        ]
+        assert runs[3:] == [
+            ("unstable", "wanda-2:4", 1e-1),
+            ("tune", "wanda-2:4", 1e-2),
+            # at another pruning this rate is known to be too high
+            ("tune", "wanda-0.5", 1e-2),
+        ]
+
+
+def test_a_suite_can_be_narrowed_to_some_of_its_methods():
+    suite = only_methods(PRETRAINED, ["lora", "masked_full"])
+    assert {one.method for study in suite.studies for one in study.contenders} == {"lora", "masked_full"}
+    assert all(study.contenders for study in suite.studies) and only_methods(PRETRAINED, []) == PRETRAINED
+    with pytest.raises(typer.BadParameter, match=r"lora2 is not one of: .*lora"):
+        only_methods(PRETRAINED, ["lora", "lora2"])
 
 
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):

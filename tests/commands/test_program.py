@@ -51,6 +51,7 @@ def run(*arguments: object, **variables: str) -> tuple[dict[str, object], subpro
         (["sft", "--help"], "--spp_target_modules"),
         (["grpo", "--help"], "--reward_funcs"),
         (["merge", "--help"], "--check-base"),
+        (["prune", "--help"], "--damping"),
         (["--show-completion", "bash"], "_PEFT_SPP_COMPLETE"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -69,6 +70,7 @@ def test_help_does_without_the_libraries_that_are_slow_to_import(arguments: list
         ("sft --learn", "--learning_rate"),
         ("dpo --be", "--beta"),
         ("prune --calib", "--calibration"),
+        ("prune --damp", "--damping"),
     ],
 )
 def test_completion_does_without_them_too(words: str, completed: str) -> None:

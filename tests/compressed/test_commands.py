@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`peft-spp compress` and `decompress`: from disk to disk, and back to the same bits."""
 
-import copy
 import json
 import shutil
 import struct
@@ -18,9 +17,8 @@ from peft_spp.cli import app
 from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
 from peft_spp.functional.bitmask import bitmask_bytes
 
-from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
+from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears, prune_, tiny
-from helpers.tiny_moe import experts, tiny_moe
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -204,27 +202,6 @@ def test_a_file_of_a_few_bytes_does_not_ask_for_all_memory(tmp_path, shape):
         result = run(command, tmp_path / "small", *([tmp_path / "out"] if command == "decompress" else []))
         assert result.exit_code == 2
         assert "model.safetensors" in result.stderr or "a.weight" in result.stderr
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_mixtures_keep_their_experts_dense(name, tmp_path):
-    model = tiny_moe(name, pattern="0.5")
-    for layer in block_linears(model).values():
-        prune_(layer.weight, "0.5")
-    model.save_pretrained(tmp_path / "dense")
-    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
-    assert len(report) == 8
-    assert {one for one, reason in report.kept.items() if reason == "fused experts"} == experts(model).keys()
-    assert "4 stay dense (fused experts): model.layers.0.mlp.experts" in str(report)
-    with pytest.warns(UserWarning, match="4 parameters stay dense, since they are fused experts"):
-        in_memory = peft_spp.compress(copy.deepcopy(model))
-    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert config == in_memory.config.quantization_config.to_dict()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
-    assert same_tensors(loaded.dequantize().state_dict(), model.state_dict())
-    decompress_checkpoint(tmp_path / "small", tmp_path / "again")
-    assert same_tensors(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "dense"))
 
 
 def test_the_body_of_a_model_and_a_model_without_head(tmp_path):

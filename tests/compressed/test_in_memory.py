@@ -300,24 +300,3 @@ def test_it_compiles_without_graph_breaks():
     expected = model(IDS).logits
     compiled = torch.compile(peft_spp.compress(model), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("settings", [{}, {"min_sparsity": 0.99}])
-def test_experts_that_stay_dense_are_named_next_to_the_layers(settings):
-    class Mixture(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.Module()
-            self.experts.down_proj = nn.Parameter(torch.zeros(4, 8, 8))
-            self.input_linear = nn.Module()
-            self.input_linear.weight = nn.Parameter(torch.zeros(4, 8, 8))
-            self.conv, self.linear = nn.Conv1d(8, 8, 3), nn.Linear(8, 8)
-
-    model = Mixture()
-    prune_(model.linear.weight, "0.5")
-    with pytest.warns(UserWarning) as told:
-        peft_spp.compress(model, **settings)
-    start = "1 layers stay dense: linear (" if settings else "2 parameters stay dense"
-    end = "2 parameters stay dense, since they are fused experts: experts.down_proj, input_linear.weight."
-    text = str(told[0].message)
-    assert text.startswith(start) and text.endswith(end) and len(told) == 1

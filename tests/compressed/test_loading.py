@@ -24,7 +24,6 @@ from peft_spp import BitmaskConfig, CompressedLinear, SPPConfig
 
 from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears, prune_, tiny
-from helpers.tiny_moe import experts, tiny_moe
 
 
 pytestmark = pytest.mark.filterwarnings("error:.*stay dense")
@@ -226,28 +225,6 @@ def test_offloading_to_disk_is_refused(dense, compressed, tmp_path):
 def test_another_methods_configuration_is_refused(compressed):
     with pytest.raises(ValueError, match="quantized with BitmaskConfig"):
         load(compressed, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_mixtures_load_right_with_dense_experts(name, tmp_path):
-    model = tiny_moe(name, pattern="0.5")
-    with torch.no_grad():
-        for layer in block_linears(model).values():
-            prune_(layer.weight, "0.5")
-    model.save_pretrained(tmp_path / "dense")
-    with pytest.warns(UserWarning, match="4 parameters stay dense, since they are fused experts") as told:
-        loaded = load(tmp_path / "dense", quantization_config=BitmaskConfig())
-    assert sum("stay dense" in str(one.message) for one in told) == 1
-    text = str(told[0].message)
-    assert all(one in text for one in experts(model)) and len(experts(model)) == 4
-    assert not any("experts" in one for one in loaded.config.quantization_config.modules_to_not_convert)
-    assert len(compressed_layers(loaded)) == 8
-    loaded.save_pretrained(tmp_path / "compressed")
-    again = load(tmp_path / "compressed")
-    assert compressed_layers(again) == compressed_layers(loaded)
-    for one in (loaded, again):
-        assert torch.allclose(one(IDS).logits, model(IDS).logits, atol=1e-5)
-        assert same_tensors(one.dequantize().state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(

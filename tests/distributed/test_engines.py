@@ -181,6 +181,13 @@ def test_experts_with_sharded_parameters(mixture, tmp_path, config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_compressed_experts(mixture, tmp_path, config):
+    adapter = {"target_parameters": PARAMETERS}
+    check(config, mixture, tmp_path, run_in_one_process(mixture, **adapter), adapter, compressed=True)
+
+
+@pytest.mark.slow
 @SHARDED
 @pytest.mark.parametrize("case", ["sound", "zeros", "values", "factor"])
 def test_the_guard_watches_sharded_parameters(base, tmp_path, config, case):

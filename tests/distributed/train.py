@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_spp.checkpoints.names import unwrapped_name
 from peft_spp.compressed import CompressedLinear, compress
+from peft_spp.compressed.experts import CompressedExperts
 from peft_spp.tuner.engines import is_sharded, is_zero3, whole_parameters
 
 
@@ -120,6 +121,9 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 if isinstance(module, CompressedLinear):
                     found[f"{unwrapped_name(name)}.weight"] = module.dequantize()
                     continue
+                if isinstance(module, CompressedExperts):
+                    for stack in module.stacks:
+                        found[f"{unwrapped_name(name)}.{stack}"] = module.dequantize(stack)
                 for parameter_name, parameter in module.named_parameters():
                     if parameter.ndim > 1:
                         key = f"{unwrapped_name(name)}.{parameter_name}"

@@ -30,11 +30,12 @@ from peft_spp.functional import merged_weight
 from peft_spp.functional.bitmask import Compressed
 from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels.cpu import backend as cpu_backend
-from peft_spp.functional.kernels.cpu import bitmask, bitmask_calls, library
+from peft_spp.functional.kernels.cpu import bitmask, bitmask_calls
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 from peft_spp.functional.kernels.scaled import ScaledWeight
+from peft_spp.native import library
 
 from helpers.factored import relative_error
 

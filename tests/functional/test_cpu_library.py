@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_spp.functional.kernels.cpu import library
+from peft_spp.native import library
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="compiled on Linux only")
@@ -179,7 +179,7 @@ try:
 except AttributeError:
     print("hidden")
 from pathlib import Path
-from peft_spp.functional.kernels.cpu.library import load_library
+from peft_spp.native.library import load_library
 def mapped():
     names = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     return {name for name in names if "omp" in name}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from peft_spp.functional.factors import Factors
-from peft_spp.functional.kernels.cpu import library
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
 from peft_spp.functional.kernels.scaled import ScaledWeight
+from peft_spp.native import library
 
 
 pytestmark = pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
@@ -199,7 +199,7 @@ import logging, torch
 logging.basicConfig()
 from peft_spp.functional import scaled_weight
 from peft_spp.functional.factors import Factors
-from peft_spp.functional.kernels.cpu.library import load_library
+from peft_spp.native.library import load_library
 W, A, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 1)
 with torch.no_grad():
     assert torch.equal(scaled_weight(W, [Factors(A, B, 2.0)]), 3 * W)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_spp.functional.kernels.cpu import library
+from peft_spp.native import library
 
 
 TESTS = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from bitmask_cases import DTYPES, MASKS, bits_of, make_weight
 from triton_cases import DEVICE, assert_scaled, make_factors, unit
 
 from peft_spp.functional import Factors
-from peft_spp.functional.bitmask import Compressed, compress
+from peft_spp.functional.bitmask import Compressed, compress, one_of_stack
 from peft_spp.functional.kernels.scaled import ScaledWeight
 from peft_spp.functional.kernels.triton import triton
 
@@ -162,6 +162,17 @@ def test_few_tokens(dtype, ranks, tokens):
         y = triton.compressed_linear(x, ScaledWeight(make_compressed(weight), factors, True, dtype), bias)
         assert y.dtype == dtype
         assert_linear(y, x, weight, factors, bias=bias)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_one_weight_of_a_stack(index):
+    stack = torch.stack([make_weight(9, 130, torch.float32, mask) for mask in ("rows", "random", "all")])
+    one, factors, x = one_of_stack(make_compressed(stack), index), make_factors(9, 130, [3]), torch.randn(2, 130)
+    out = triton.compressed_weight(ScaledWeight(one, [], True, torch.float32))
+    assert torch.equal(bits_of(out.cpu()), bits_of(stack[index]))
+    for own in ([], factors):
+        y = triton.compressed_linear(x.to(DEVICE), ScaledWeight(one, own, True, torch.float32), None)
+        assert_linear(y, x, stack[index], own)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])

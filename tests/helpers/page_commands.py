@@ -19,7 +19,7 @@ from peft_spp.sft.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 # what is not ours: named here, so that a misspelt program does not pass
-OTHERS = {"pytest", "mutmut", "mkdocs", "ruff", "mypy", "git", "zstd", "twine"}
+OTHERS = {"swift", "pytest", "mutmut", "mkdocs", "ruff", "mypy", "git", "zstd", "twine"}
 
 
 def check_command(words: list[str]) -> None:

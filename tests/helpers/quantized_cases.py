@@ -113,6 +113,8 @@ def packed_bits(layer: nn.Module) -> list[torch.Tensor]:
     """Copies of all tensors that a quantized layer's weight is made of."""
     if hasattr(layer, "W_q"):
         return [layer.W_q.data.clone(), layer.meta["scale"].clone(), layer.meta["zero"].clone()]
+    if not hasattr(layer, "weight"):
+        return [buffer.clone() for buffer in layer.buffers()]
     weight = layer.weight
     if isinstance(layer, CompressedLinear):
         return [weight.data.clone(), layer.bitmask.clone()]

@@ -55,8 +55,8 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     metadata = {name for name in names if name.startswith(f"peft_spp-{__version__}.dist-info/")}
-    cpu = "peft_spp/functional/kernels/cpu"
-    assert {"peft_spp/py.typed", f"{cpu}/native.cpp", f"{cpu}/bitmask_avx2.cpp", f"{cpu}/bitmask.h"} < names
+    native = "peft_spp/native"
+    assert {"peft_spp/py.typed", f"{native}/native.cpp", f"{native}/bitmask_avx2.cpp", f"{native}/bitmask.h"} < names
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
     sources = {
         path.relative_to(ROOT).as_posix()

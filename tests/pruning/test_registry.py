@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from peft_spp.pruning import prune_checkpoint
 from peft_spp.pruning.by_block import prune_model
 from peft_spp.pruning.layers import LinearLayer, apply_mask, weight_matrix
 from peft_spp.pruning.mask import pruning_mask
-from peft_spp.pruning.methods import PruningMethod, option
+from peft_spp.pruning.methods import PruningMethod
+from peft_spp.pruning.options import OPTIONS, option
 from peft_spp.pruning.registry import METHODS, create_method, option_names
 from peft_spp.sparsity import sparsity_report
 
@@ -25,14 +26,17 @@ from helpers.tiny import tiny_llama
 
 
 @dataclass(frozen=True)
-class Largest(PruningMethod):
+class LargestOptions:
+    keep_largest: bool = option(False, "Largest: prune the smallest instead.")
+
+
+@dataclass(frozen=True)
+class Largest(LargestOptions, PruningMethod):
     """The largest weights, or with `keep_largest` the smallest, are pruned."""
 
     name = "largest"
     paper = "https://example.org"
     statistics = None
-
-    keep_largest: bool = option(False, "Largest: prune the smallest instead.")
 
     def prune(self, name: str, layer: LinearLayer, statistic: torch.Tensor | None) -> None:
         scores = weight_matrix(layer).abs() * (1 if self.keep_largest else -1)
@@ -58,8 +62,9 @@ def test_a_line_in_the_registry_is_all_that_a_method_needs(tmp_path: Path, monke
     assert zero and all(torch.equal(model.state_dict()[name] != 0, where) for name, where in zero.items())
 
 
-def test_the_fields_of_a_method_are_options_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_options_of_a_method_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "largest", Largest)
+    monkeypatch.setitem(OPTIONS, "largest", LargestOptions)
     tiny_llama().save_pretrained(tmp_path / "dense")
     folders = [str(tmp_path / "dense"), str(tmp_path / "out")]
     options = ["--method", "largest", "--pattern", "2:4", "--keep-largest", "--damping", "0.5", "--json"]
@@ -79,6 +84,13 @@ def test_an_option_of_another_method_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'sparsegpt' has no option 'speed': it has damping, block_size"):
         prune_checkpoint(tmp_path / "dense", tmp_path / "out", method="sparsegpt", pattern="2:4", speed=0.1)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_method_has_its_options() -> None:
+    assert OPTIONS.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        assert issubclass(method, OPTIONS[name]) or not option_names(method), name
+        assert option_names(method) == tuple(one.name for one in fields(OPTIONS[name])), name
 
 
 @pytest.mark.parametrize("name", METHODS)

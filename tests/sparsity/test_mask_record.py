@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_spp.functional.compressed import compress
-from peft_spp.functional.kernels.cpu.library import load_library
+from peft_spp.native.library import load_library
 from peft_spp.sparsity import MaskRecord, record_mask, sparsity_report
 from peft_spp.sparsity import mask_record as module
+from peft_spp.sparsity.mask_record import record_rows
 
 from helpers.sparsity_tiny_models import keep_n_m
 
@@ -396,3 +397,18 @@ def test_the_bitmask_alone_is_read(monkeypatch):
     compressed = compress(torch.ones(4, 64))
     monkeypatch.setattr("peft_spp.sparsity.mask_record.decompress", None)
     assert record_mask(compressed).zeros == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_come_piece_by_piece_are_recorded_as_a_whole_weight_is(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(90, 130).to(dtype)
+    weight[torch.rand(90, 130) < 0.4] = 0
+    for pieces in (weight.split(90), weight.split(1), weight.split([50, 3, 37]), weight.t().contiguous().t().split(7)):
+        assert record_rows((90, 130), pieces) == record_mask(weight)
+    other = weight.clone()
+    other[77, 5] = 0 if other[77, 5] else 1
+    assert record_rows((90, 130), other.split(40)) != record_mask(weight)
+    for pieces in (weight[:89].split(40), torch.cat([weight, weight[:1]]).split(40), weight[:, :129].split(40)):
+        with pytest.raises(ValueError, match=r"\(90, 130\)"):
+            record_rows((90, 130), pieces)

@@ -35,6 +35,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "alpha_pattern": (['{"q_proj": 1.5}'], {"q_proj": 1.5}),
     "modules_to_save": (["lm_head"], ["lm_head"]),
     "trainable_token_indices": (["5", "7"], [5, 7]),
+    "ensure_weight_tying": (["true"], True),
     "bias": (["spp_only"], "spp_only"),
     "init_weights": (["positive"], "positive"),
     "check_base": (["error"], "error"),

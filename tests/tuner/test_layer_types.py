@@ -14,6 +14,7 @@ from peft_spp.tuner.layer import Linear
 from peft_spp.tuner.layer_types import LAYER_TYPES, Request, find_layer_type
 from peft_spp.tuner.param_wrapper import ParamWrapper
 from peft_spp.tuner.quantized import QuantizedLinear
+from peft_spp.tuner.weight_access import Plain
 
 from helpers import reference
 
@@ -68,6 +69,45 @@ def test_a_new_type_is_a_function_in_the_list(monkeypatch):
     merged = model.merge_and_unload()
     assert type(merged.map) is Map and (merged.map.weight[weight == 0] == 0).all()
     torch.testing.assert_close(merged.map(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Pointwise(Plain):
+    """A weight of shape (outputs, inputs, 1), as convolutions with a kernel of one have it."""
+
+    def rows(self, weight):
+        return weight[..., 0]
+
+    def stored(self, weight):
+        return weight.unsqueeze(-1)
+
+
+class PointwiseMap(Map):
+    def __init__(self, n, m):
+        super().__init__(n, m)
+        self.weight = nn.Parameter(self.weight.detach().unsqueeze(-1))
+
+    def forward(self, x):
+        return x @ self.weight[..., 0].T
+
+
+def test_a_weight_in_another_shape_is_two_methods(monkeypatch):
+    monkeypatch.setattr(layer_types, "LAYER_TYPES", (lambda request: partial(Linear, backend=Pointwise()),))
+    torch.manual_seed(0)
+    net = nn.Sequential(PointwiseMap(6, 8))
+    with torch.no_grad():
+        net[0].weight[torch.rand(8, 6) < 0.5] = 0.0
+    weight, x = net[0].weight.detach().clone(), torch.randn(3, 6)
+    model = get_peft_model(net, SPPConfig(target_modules=["0"], r=4, init_weights=False))
+    layer = model.base_model.model[0]
+    expected = reference.linear(x.double(), weight[..., 0].double(), None, layer.get_factors(["default"]))
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight, weight + layer.get_delta_weight("default"))
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-6)
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, weight)
+    merged = model.merge_and_unload()
+    assert merged[0].weight.shape == weight.shape and (merged[0].weight[weight == 0] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_spp import SPPConfig
-from peft_spp.tuner import layer as layer_module
+from peft_spp.tuner import weight_access
 from peft_spp.weight_reads import only_describes_weight
 
 from helpers import reference
@@ -249,8 +249,8 @@ def test_a_weight_that_is_only_described_is_not_computed(monkeypatch):
     assert not only_describes_weight([nn.TransformerEncoderLayer], "linear1")
 
     computed = []
-    original = layer_module.scaled_weight
-    monkeypatch.setattr(layer_module, "scaled_weight", lambda *args, **kw: computed.append(1) or original(*args, **kw))
+    scaled = weight_access.scaled_weight
+    monkeypatch.setattr(weight_access, "scaled_weight", lambda *args, **kw: computed.append(1) or scaled(*args, **kw))
     settings = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     settings["decoder_start_token_id"] = 0
     model = get_peft_model(tiny("T5ForConditionalGeneration", **settings), SPPConfig(r=2))

@@ -2,6 +2,7 @@
 """Adapters on disk, whole and broken, through each of the ways to load one."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
     PeftModel,
     get_peft_model,
     inject_adapter_in_model,
@@ -17,6 +19,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from peft_spp import SPPConfig
 
@@ -265,3 +268,23 @@ def test_trained_biases_come_back(bias, tmp_path):
     # what is not trained is the base's own, which is drawn anew here
     again.load_state_dict({name: p for name, p in model.state_dict().items() if name not in trained}, strict=False)
     assert torch.equal(again(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(("labels", "said"), [(1, ", num_labels=1"), (2, ""), (3, ", num_labels=3")])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_the_card_of_a_classifier_loads_as_many_labels_as_it_has(tmp_path, labels, said, name):
+    """A reward model has one; Transformers gives a new head two."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=labels)
+    model = get_peft_model(base, SPPConfig(r=3, task_type="SEQ_CLS"), adapter_name=name)
+    model.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    call = re.search(r"^model = (AutoPeftModelForSequenceClassification\.from_pretrained\(.*\))$", card, re.MULTILINE)
+    assert call[1].count("num_labels") == bool(said) and said in call[1]
+    if name != "default":
+        return  # PEFT looks for a base in a local folder in the adapter's subfolder
+    loaded = eval(
+        call[1].replace("<this adapter>", str(tmp_path / "saved")),
+        {"AutoPeftModelForSequenceClassification": AutoPeftModelForSequenceClassification},
+    )
+    assert loaded.base_model.model.num_labels == labels

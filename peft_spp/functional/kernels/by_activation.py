@@ -34,13 +34,6 @@ def is_cheaper(tokens: int, w: ScaledWeight) -> bool:
     By weight, every element of W is scaled. By activation, each token costs a second column in the matmul (m·n
     multiply-adds, of which the matmul does `balance` while one element is scaled) and a scaled row of length n for
     every row block. So, in units of the time to scale one element, `tokens · (m·n / balance + r·n) < m·n`.
-
-    Args:
-        tokens (`int`): The number of rows of x.
-        w ([`ScaledWeight`]): The weight; W is dense.
-
-    Returns:
-        `bool`: False for weights so small that neither costs anything.
     """
     m, n = w.dense.shape
     if m * n < _LEAST_ELEMENTS:

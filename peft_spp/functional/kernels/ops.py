@@ -58,18 +58,11 @@ def pack(A: Sequence[torch.Tensor], B: Sequence[torch.Tensor], scaling: Sequence
 
 
 def backend_of(tensor: torch.Tensor) -> KernelBackend:
-    """The backend of the device where a tensor is."""
     return BACKENDS.get(tensor.device.type.upper(), composite)
 
 
 def implement(library: Library, functions: dict[str, Callable[..., Any]]) -> None:
-    """
-    Give operators an implementation on every backend.
-
-    Args:
-        library (`torch.library.Library`): The library that defines them.
-        functions (`dict[str, Callable]`): The implementation of each operator, which takes the backend first.
-    """
+    """Give operators an implementation on every backend."""
     IMPLEMENTATIONS.update({f"{library.ns}::{name}": function for name, function in functions.items()})
     for key, backend in BACKENDS.items():
         for name, function in functions.items():
@@ -166,45 +159,25 @@ implement(
 )
 
 
+# what follows the tensors that a result is shaped like is only looked at from its end
 @register_fake("peft_spp::scaled_weight")
-def _(
-    weight: torch.Tensor,
-    A: list[torch.Tensor],
-    B: list[torch.Tensor],
-    scaling: list[float],
-    identity: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _(weight: torch.Tensor, *settings: Any) -> torch.Tensor:
+    *_, dtype = settings
     return torch.empty_like(weight, dtype=dtype)
 
 
 @register_fake("peft_spp::scaled_weight_backward")
 def _(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    A: list[torch.Tensor],
-    B: list[torch.Tensor],
-    scaling: list[float],
-    identity: bool,
-    needs_weight: bool,
-    needs_factors: bool,
+    grad: torch.Tensor, weight: torch.Tensor, A: list[torch.Tensor], B: list[torch.Tensor], *settings: Any
 ) -> list[torch.Tensor]:
+    *_, needs_weight, needs_factors = settings
     grads = [torch.empty_like(grad, dtype=weight.dtype)] if needs_weight else []
     return grads + (like_factors(A, B) if needs_factors else [])
 
 
 @register_fake("peft_spp::linear")
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    A: list[torch.Tensor],
-    B: list[torch.Tensor],
-    scaling: list[float],
-    fan_in_fan_out: bool,
-    identity: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, *settings: Any) -> torch.Tensor:
+    *_, fan_in_fan_out, _identity, dtype = settings
     return x.new_empty((*x.shape[:-1], weight.shape[1 if fan_in_fan_out else 0]), dtype=dtype)
 
 
@@ -215,14 +188,9 @@ def _(
     weight: torch.Tensor,
     A: list[torch.Tensor],
     B: list[torch.Tensor],
-    scaling: list[float],
-    fan_in_fan_out: bool,
-    identity: bool,
-    dtype: torch.dtype,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_factors: bool,
+    *settings: Any,
 ) -> list[torch.Tensor]:
+    *_, needs_x, needs_weight, needs_factors = settings
     grads = [x.new_empty(x.shape)] if needs_x else []
     if needs_weight:
         grads.append(weight.new_empty(weight.shape))

@@ -13,19 +13,12 @@ from ..factors import Factors
 
 
 class ScaledWeight(NamedTuple):
-    """W' = W ⊙ (1 + Σ s · P(A) ⊙ B), before anything of it is computed.
+    """W' = W ⊙ (1 + Σ s · P(A) ⊙ B), before anything of it is computed."""
 
-    Args:
-        weight (`torch.Tensor` or [`Compressed`]): W, shape `(m, n)`.
-        factors (`Sequence[Factors]`): The factors of each adapter. Only a compressed W may have none.
-        identity (`bool`): Whether to include the 1.
-        dtype (`torch.dtype`): The dtype of W', and of the matmuls with it.
-    """
-
-    weight: torch.Tensor | Compressed
-    factors: Sequence[Factors]
-    identity: bool
-    dtype: torch.dtype
+    weight: torch.Tensor | Compressed  # W, shape `(m, n)`
+    factors: Sequence[Factors]  # the factors of each adapter. Only a compressed W may have none.
+    identity: bool  # whether to include the 1
+    dtype: torch.dtype  # the dtype of W', and of the matmuls with it
 
     @property
     def dense(self) -> torch.Tensor:

@@ -62,7 +62,9 @@ class Bitmask(Backend):
     def scaled(self, layer: Any, factors: Sequence[Factors]) -> torch.Tensor:
         return compressed_weight(layer.compressed, factors)
 
-    def merged(self, packed: Compressed, factors: Sequence[Factors]) -> tuple[Compressed, torch.Tensor]:
+    def merged(self, layer: nn.Module, packed: Compressed, factors: Sequence[Factors]) -> Compressed:
         packed = packed._replace(values=packed.values.to(packed.bitmask.device))  # a copy is in host memory
-        merged = merged_compressed(packed, factors)
-        return merged, merged.values
+        return merged_compressed(packed, factors)
+
+    def numbers(self, packed: Compressed) -> torch.Tensor:
+        return packed.values

@@ -5,23 +5,16 @@ from __future__ import annotations
 
 import torch
 
-from ..layer import Linear
+from ..layer import AdaptedLayer, Linear
 from .layer import QuantizedLinear
 from .registry import find_backend, is_foreign
 
 
-def follow_base_layer(layer: Linear) -> None:
+def follow_base_layer(layer: AdaptedLayer) -> None:
     """
-    Turn a layer on a plain weight into one on a quantized weight, if its base layer has been quantized in place.
-
-    `torchao.quantize_` does so, for example.
-
-    Args:
-        layer ([`~peft_spp.tuner.layer.Linear`]): The layer; its class changes.
-
-    Raises:
-        ValueError: If the new weight cannot be adapted: its format is not known, an adapter is merged into it, or it
-            is a parameter that belongs to no linear layer. Also if the factors have been quantized with it.
+    Turn a layer on a plain weight into one on a quantized weight, if its base layer has been quantized in place, as
+    `torchao.quantize_` does. An error if the new weight cannot be adapted, an adapter is merged into it, or the
+    factors are quantized too.
     """
     base_layer = layer.get_base_layer()
     weight = getattr(base_layer, layer.parameter_name, None)
@@ -52,7 +45,6 @@ def follow_base_layer(layer: Linear) -> None:
     layer.__class__ = QuantizedLinear
     assert isinstance(layer, QuantizedLinear)
     layer.backend = backend
-    layer._unmerged_packed = None
 
 
-Linear.convert = follow_base_layer
+AdaptedLayer.convert = follow_base_layer

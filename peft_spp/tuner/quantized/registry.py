@@ -36,31 +36,13 @@ _backends: list[Backend] = [
 
 def find_backend(layer: nn.Module) -> Backend | None:
     """
-    The backend of a quantized linear layer.
-
-    Args:
-        layer (`nn.Module`): Any module.
-
-    Returns:
-        `Backend` or `None`: The one registered last of those that match; `None` if the layer is not known to be a
-        quantized one.
+    The backend of a quantized linear layer, the one registered last of those that match; `None` if there is none.
     """
     return next((backend for backend in reversed(_backends) if backend.matches(layer)), None)
 
 
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
-    """
-    The weight of a quantized linear layer.
-
-    Args:
-        layer (`nn.Module`): The layer.
-
-    Returns:
-        `torch.Tensor`: Floating, shape `(out_features, in_features)`.
-
-    Raises:
-        ValueError: If no backend matches the layer.
-    """
+    """The weight of a quantized linear layer, shape `(out_features, in_features)`."""
     backend = find_backend(layer)
     if backend is None:
         raise ValueError(
@@ -73,9 +55,6 @@ def dequantized_weight(layer: nn.Module) -> torch.Tensor:
 def is_foreign(tensor: torch.Tensor) -> bool:
     """
     Whether a tensor is of another package's type, with its own operators; a quantized one where no backend matches.
-
-    Args:
-        tensor (`torch.Tensor`): Any tensor.
     """
     kind = type(tensor)
     has_own_operators = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__

@@ -14,17 +14,8 @@ from .registry import dequantized_weight, find_backend
 
 def unload_dequantized(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """
-    Replace every quantized linear layer by a plain one, with the adapters merged into those that are adapted.
-
-    The new layers have the dtype of the model's other parameters, so that the model runs as it is.
-
-    Args:
-        model (`nn.Module`): The base model, with the adapters in it; it is changed.
-        adapter_names (`list[str]`, *optional*): The adapters to merge, by default the active ones.
-        safe_merge (`bool`): Whether to check first that every merged weight is finite.
-
-    Raises:
-        ValueError: If `safe_merge` is set and a merged weight is not finite; the model is as it was then.
+    Replace every quantized linear layer by a plain one in the dtype of the model's other parameters, with the adapters
+    merged into those that are adapted. `safe_merge` checks first that every merged weight is finite.
     """
     layers = list(_quantized_layers(model))
     if safe_merge:

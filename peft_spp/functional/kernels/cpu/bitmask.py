@@ -50,14 +50,7 @@ MOST_TOKENS = 8
 
 
 def supports(compressed: Compressed, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
-    """
-    Whether there is a compiled pass for a weight and factors, with W' in a dtype.
-
-    Args:
-        compressed ([`Compressed`]): The weight, shape `(m, n)`.
-        factors (`Sequence[Factors]`): The factors of each adapter.
-        dtype (`torch.dtype`): The dtype of W'.
-    """
+    """Whether there is a compiled pass for a weight and factors, with W' in a dtype."""
     values, bitmask, row_offsets, _ = compressed
     return (
         values.dtype in NAMES
@@ -143,18 +136,9 @@ def expand(
 
 def scaled_values(compressed: Compressed, factors: Sequence[Factors], out: Tensor | None = None) -> Tensor:
     """
-    The values of the merged weight; see [`peft_spp.functional.merged_weight`].
-
-    The places stay those of the weight: a value that becomes zero is a `+0.0` that is stored.
-
-    Args:
-        compressed ([`Compressed`]): The weight, shape `(m, n)`.
-        factors (`Sequence[Factors]`): The factors of the adapters to merge.
-        out (`torch.Tensor`, *optional*): Where to write; may be the values themselves. New by default.
-
-    Returns:
-        `torch.Tensor`: `out`, of the shape and dtype of the values. Of a layer of a stack, only the layer's own values
-        are written.
+    The values of the merged weight in `out`, which may be the values themselves; see
+    [`peft_spp.functional.merged_weight`]. The places stay those of the weight: a value that becomes zero is a `+0.0`
+    that is stored. Of a layer of a stack, only the layer's own values are written.
     """
     values, bitmask, row_offsets, n = compressed
     out = torch.empty_like(values) if out is None else out

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....native.library import load_library
 from ...bitmask import Compressed
-from .library import load_library
 
 
 # bytes of a line of the caches
@@ -39,12 +39,7 @@ Tokens = _structure(
 
 @cache
 def tier() -> str | None:
-    """
-    The kernels that run here.
-
-    Returns:
-        `str` or `None`: `"avx512"`, `"avx2"` or `"portable"`; `None` if nothing is compiled.
-    """
+    """The kernels that run here: `"avx512"`, `"avx2"` or `"portable"`; `None` if nothing is compiled."""
     library = load_library("bitmask") if sys.byteorder == "little" else None
     if library is None:
         return None

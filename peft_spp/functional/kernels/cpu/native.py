@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ....native.library import load_library
 from ...factors import Factors, compute_dtype
 from .elementwise import Elementwise
-from .library import load_library
 
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -125,13 +125,8 @@ def make_adapters(
     gradients: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Any:
     """
-    Adapters as the C++ sources take them; the tensors must outlive the call.
-
-    Args:
-        scaled_factors (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
-            A and B of each, B times the scaling; float32 and contiguous.
-        gradients (`Sequence[tuple[torch.Tensor, torch.Tensor]]`, *optional*):
-            Where to add the gradient of A of each, and to write the parts of that of B.
+    Adapters as the C++ sources take them, of A and B times the scaling, float32 and contiguous; the tensors must
+    outlive the call. With `gradients` that of A is added there, and the parts of that of B are written.
     """
     pointers = []
     for index, (A, B) in enumerate(scaled_factors):

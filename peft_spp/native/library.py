@@ -52,14 +52,9 @@ def load_library(name: str = "native") -> ctypes.CDLL | None:
     Compile and load C++ sources, once a process; the library is kept, so that later processes only load it.
 
     The environment variable `PEFT_SPP_NATIVE=0` turns it off, `CXX` names the compiler, and `XDG_CACHE_HOME` the
-    folder to keep the library in (by default `~/.cache`).
-
-    Args:
-        name (`str`, *optional*, defaults to `"native"`): Which: `"bitmask"` has what compressed weights need.
-
-    Returns:
-        `ctypes.CDLL`, or `None` where it is turned off or cannot be had: off Linux, or without a C++ compiler. The
-        reason is logged. Results are then computed with PyTorch's operations, more slowly.
+    folder to keep the library in (by default `~/.cache`). `None` where it is turned off or cannot be had: off Linux,
+    or without a C++ compiler. The reason is logged, and PyTorch's operations serve, more slowly. `"bitmask"` is the
+    library of compressed weights.
     """
     if os.environ.get("PEFT_SPP_NATIVE", "1") == "0" or sys.platform != "linux":
         return None

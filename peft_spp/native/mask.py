@@ -29,15 +29,8 @@ class _Mask(ctypes.Structure):
 
 def mask_sums(weight: Tensor, word_numbers: Tensor) -> tuple[Tensor, Tensor] | None:
     """
-    Sum the mixed words of each row of a weight's mask, and count the words' bytes.
-
-    Args:
-        weight (`torch.Tensor`): Floating, shape `(out, in)`; `-0.0` counts as zero and NaN does not.
-        word_numbers (`torch.Tensor`): int64, shape `(2, words)`: what each word of 64 places is mixed with.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]` or `None`: int64: the sums modulo 2^64, of shape `(2, out)`, and how often
-        each of the 256 bytes occurs. `None` if there is no compiled pass for this weight.
+    Sum the mixed words of each row of a weight's mask modulo 2^64, shape `(2, out)`, and count each of the words' 256
+    bytes. `None` if there is no compiled pass for this weight. `-0.0` counts as zero and NaN does not.
     """
     transposed = weight.stride(0) < weight.stride(1)
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.stride(0 if transposed else 1) != 1:

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts whose zeros are not stored, in files: loading, saving, the commands, and files that are damaged."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import peft_spp
+from peft_spp import BitmaskConfig, SPPConfig
+from peft_spp.cli import app
+from peft_spp.compressed.experts import find_compressed_stacks
+from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
+from peft_spp.sparsity import compare_sparsity, sparsity_report
+
+from helpers.compressed_cases import same_tensors, tensors_of
+from helpers.mixtures import SAVED_ONE_BY_ONE, expert_weights, mixture
+from helpers.tiny import block_linears, prune_, randomize
+from helpers.tiny_moe import IDS
+
+
+# and two with other names in a checkpoint than in the model
+KINDS = [*SAVED_ONE_BY_ONE, "granitemoe", "aria_text"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay dense")
+
+
+def pruned(kind, dtype=torch.float32):
+    model = mixture(kind, dtype).eval()
+    for weight in expert_weights(model).values():
+        prune_(weight, "0.5")
+        with torch.no_grad():
+            weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-7])
+    for layer in block_linears(model).values():
+        prune_(layer.weight, "0.5")
+    return model
+
+
+def load(folder, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **settings})
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def stacks_of(model):
+    return {name for name, one in model.named_parameters() if one.ndim == 3}
+
+
+@pytest.fixture(params=KINDS)
+def saved(request, tmp_path):
+    """A mixture in bfloat16, and the folder of a dense checkpoint of it."""
+    model = pruned(request.param, torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    return model, tmp_path / "dense"
+
+
+def test_all_ways_to_a_compressed_checkpoint_give_the_same_and_all_ways_back_every_bit(saved, tmp_path):
+    model, dense = saved
+    names = stacks_of(model)
+    first = load(dense, quantization_config=BitmaskConfig())
+    in_memory = peft_spp.compress(copy.deepcopy(model))
+    assert find_compressed_stacks(first).keys() == find_compressed_stacks(in_memory).keys() == names
+    first.save_pretrained(tmp_path / "loaded")
+    in_memory.save_pretrained(tmp_path / "in memory")
+    compress_checkpoint(dense, tmp_path / "command")
+    tensors = tensors_of(tmp_path / "command")
+    for folder in ("loaded", "in memory"):
+        assert same_tensors(tensors_of(tmp_path / folder), tensors)
+        configs = [json.loads((tmp_path / one / "config.json").read_text()) for one in (folder, "command")]
+        assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+    expected = model(IDS).logits
+    for folder in ("loaded", "in memory", "command"):
+        decompress_checkpoint(tmp_path / folder, tmp_path / f"{folder} again")
+        assert same_tensors(tensors_of(tmp_path / f"{folder} again"), tensors_of(dense))
+    again = load(tmp_path / "command")
+    assert find_compressed_stacks(again).keys() == names
+    assert again.config.quantization_config.to_dict() == first.config.quantization_config.to_dict()
+    again.save_pretrained(tmp_path / "saved again")
+    assert same_tensors(tensors_of(tmp_path / "saved again"), tensors)
+    for one in (first, in_memory, again):
+        assert (one(IDS).logits - expected).norm() < 0.1 * expected.norm()
+        assert same_tensors(peft_spp.decompress(one).state_dict(), model.state_dict())
+        one.save_pretrained(tmp_path / "dense again")
+        assert same_tensors(tensors_of(tmp_path / "dense again"), tensors_of(dense))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("shard_size", ["1GB", "6KB"])
+@pytest.mark.parametrize("settings", [{}, {"dtype": torch.float16}, {"device_map": "cpu"}], ids=str)
+def test_shards_dtypes_and_device_maps(kind, shard_size, settings, tmp_path):
+    pruned(kind).save_pretrained(tmp_path / "dense", max_shard_size=shard_size)
+    plain = load(tmp_path / "dense", **settings)
+    first = load(tmp_path / "dense", quantization_config=BitmaskConfig(), **settings)
+    first.save_pretrained(tmp_path / "small", max_shard_size=shard_size)
+    for one in (first, load(tmp_path / "small", **settings)):
+        assert find_compressed_stacks(one).keys() == stacks_of(plain)
+        assert same_tensors(one.dequantize().state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_checkpoint_with_whole_stacks_keeps_them_whole(kind, tmp_path):
+    model = pruned(kind)
+    model.save_pretrained(tmp_path / "dense", save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors_of(tmp_path / "dense"))
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    loaded = load(tmp_path / "small")
+    assert find_compressed_stacks(loaded).keys() == stacks_of(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_tensors(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "small"))
+    assert "model.layers.0.mlp.experts.gate_up_proj_bitmask" in tensors_of(tmp_path / "again")
+    assert same_tensors(loaded.dequantize().state_dict(), model.state_dict())
+
+
+def test_the_body_of_a_model_loads_alone(tmp_path):
+    model = pruned("qwen2_moe")
+    peft_spp.compress(copy.deepcopy(model)).save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path)
+    assert len(find_compressed_stacks(body)) == 4
+    assert same_tensors(body.dequantize().state_dict(), model.model.state_dict())
+
+
+def test_a_stack_without_zeros_stays_dense_as_a_whole(tmp_path):
+    model = pruned("mixtral")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    torch.nn.init.ones_(model.get_parameter(name)[1:])
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.warns(UserWarning, match=r"1 layers stay dense: model\.layers\.1\.mlp\.experts\.gate_up_proj \(1"):
+        first = load(tmp_path / "dense", quantization_config=BitmaskConfig(min_sparsity=0.3))
+    assert first.config.quantization_config.modules_to_not_convert == ["lm_head", name]
+    first.save_pretrained(tmp_path / "loaded")
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small", min_sparsity=0.3)
+    assert report.kept.keys() == {"lm_head", name}
+    assert same_tensors(tensors_of(tmp_path / "small"), tensors_of(tmp_path / "loaded"))
+    loaded = load(tmp_path / "small")
+    assert find_compressed_stacks(loaded).keys() == stacks_of(model) - {name}
+    assert same_tensors(loaded.dequantize().state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+def test_reports_read_compressed_experts_from_files(kind, tmp_path):
+    pruned(kind).save_pretrained(tmp_path / "dense")
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    reports = [sparsity_report(tmp_path / name).to_dict()["modules"] for name in ("dense", "small")]
+    assert reports[0] == reports[1]
+    before = compare_sparsity(tmp_path / "dense", tmp_path / "dense").to_dict()["modules"]
+    assert compare_sparsity(tmp_path / "dense", tmp_path / "small").to_dict()["modules"] == before
+    run("inspect", tmp_path / "small")
+    run("compare", tmp_path / "dense", tmp_path / "small")
+    tensors = tensors_of(tmp_path / "small")
+    for one in report:
+        bitmask = f"{one.name}.bitmask" if one.tensor.endswith(".weight") else f"{one.name}_bitmask"
+        assert one.stored == tensors[one.tensor].numel()
+        assert one.compressed_bytes == 4 * one.stored + tensors[bitmask].numel()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_merge_from_disk_to_disk_leaves_the_experts_compressed(kind, tmp_path):
+    model = pruned(kind)
+    model.save_pretrained(tmp_path / "dense")
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    adapted = get_peft_model(load(tmp_path / "small"), SPPConfig(r=4, target_parameters=[]))
+    randomize(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    run("merge", tmp_path / "adapter", tmp_path / "merged", "--base", tmp_path / "small")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
+    assert same_tensors(tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_merged_model_is_saved_compressed(kind, tmp_path):
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    small, dense = peft_spp.compress(pruned(kind)), pruned(kind)
+    for name, model in (("small", small), ("dense", dense)):
+        adapted = get_peft_model(model, SPPConfig(r=4, target_modules=[], target_parameters=parameters))
+        torch.manual_seed(0)
+        randomize(adapted)
+        adapted.merge_and_unload().save_pretrained(tmp_path / name)
+    loaded = load(tmp_path / "small")
+    assert len(find_compressed_stacks(loaded)) == 4
+    assert same_tensors(loaded.dequantize().state_dict(), load(tmp_path / "dense").state_dict())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_pruning_by_command_writes_compressed_experts(kind, tmp_path):
+    mixture(kind).save_pretrained(tmp_path / "dense")
+    arguments = ("--method", "magnitude", "--pattern", "2:4")
+    run("prune", tmp_path / "dense", tmp_path / "plain", *arguments)
+    run("prune", tmp_path / "dense", tmp_path / "small", *arguments, "--compress")
+    assert any("experts" in name and name.endswith("bitmask") for name in tensors_of(tmp_path / "small"))
+    run("decompress", tmp_path / "small", tmp_path / "again")
+    assert same_tensors(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "plain"))
+
+
+def test_offloaded_experts_are_saved_whole_or_not_at_all(tmp_path):
+    for kind in ("gpt_oss", "mixtral"):
+        model = peft_spp.compress(pruned(kind))
+        expected = model(IDS).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        torch.testing.assert_close(model(IDS).logits, expected)
+        with pytest.raises(ValueError, match=r"has no data in memory \(it is offloaded\)"):
+            peft_spp.decompress(model)
+        if SAVED_ONE_BY_ONE[kind]:
+            with pytest.raises(ValueError, match=r"experts\.gate_up_proj has no data in memory \(it is offloaded\)"):
+                model.save_pretrained(tmp_path / kind)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+def test_a_device_map_puts_experts_on_the_host(kind, compressed, offload_buffers, tmp_path):
+    model = pruned(kind)
+    (peft_spp.compress(model) if compressed else model).save_pretrained(tmp_path)
+    settings = {} if compressed else {"quantization_config": BitmaskConfig()}
+    names = [f"model.{name}" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")]
+    # accelerate takes one for the device that computes, and the other for the host
+    device_map = {**dict.fromkeys([*names, "lm_head"], torch.device("cpu")), "model.layers.1": "cpu"}
+    loaded = load(tmp_path, device_map=device_map, offload_buffers=offload_buffers, **settings)
+    stacks = find_compressed_stacks(loaded)
+    assert [loaded.get_parameter(name).is_meta for name in sorted(stacks)] == [False, False, True, True]
+    assert torch.equal(loaded(IDS).logits, load(tmp_path, **settings)(IDS).logits)
+
+
+# the weights of one expert, one that is stored for itself and one of a whole stack
+PARTS = {
+    "mixtral": ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.1.mlp.experts.gate_up_proj"),
+    "qwen2_moe": ("model.layers.1.mlp.experts.0.down_proj.weight", "model.layers.1.mlp.experts.down_proj"),
+    "gpt_oss": ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.gate_up_proj"),
+}
+
+
+def bitmask_of(name):
+    return name.replace(".weight", ".bitmask") if name.endswith(".weight") else f"{name}_bitmask"
+
+
+def more_values(tensors, name):
+    tensors[name] = torch.cat([tensors[name], torch.ones(1)])
+
+
+def no_value_at_all(tensors, name):
+    tensors[name] = torch.empty(0)
+
+
+def fewer_rows(tensors, name):
+    tensors[bitmask_of(name)] = tensors[bitmask_of(name)][:-1].clone()
+
+
+def fewer_columns(tensors, name):
+    tensors[bitmask_of(name)] = tensors[bitmask_of(name)][..., :-1].clone()
+
+
+def flat_bitmask(tensors, name):
+    tensors[bitmask_of(name)] = tensors[bitmask_of(name)].flatten()
+
+
+def floating_bitmask(tensors, name):
+    tensors[bitmask_of(name)] = tensors[bitmask_of(name)].float()
+
+
+def bit_beyond_the_last_column(tensors, name):
+    tensors[bitmask_of(name)][..., -1] |= 128
+
+
+def integer_values(tensors, name):
+    tensors[name] = tensors[name].view(torch.int32)
+
+
+def values_as_a_matrix(tensors, name):
+    tensors[name] = tensors[name][None].clone()
+
+
+def no_bitmask(tensors, name):
+    del tensors[bitmask_of(name)]
+
+
+def no_values(tensors, name):
+    del tensors[name]
+
+
+DAMAGES = [
+    more_values, no_value_at_all, fewer_rows, fewer_columns, flat_bitmask, floating_bitmask,
+    bit_beyond_the_last_column, integer_values, values_as_a_matrix, no_bitmask, no_values,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    for kind in PARTS:
+        peft_spp.compress(pruned(kind)).save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", list(PARTS))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_the_tensor_named(kind, damage, folders, tmp_path):
+    shutil.copytree(folders / kind, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+    tensors = load_file(file)
+    name, stack = PARTS[kind]
+    damage(tensors, name)
+    save_file(tensors, file, header["__metadata__"])
+    # of experts that are incomplete the stack is named
+    named = stack if damage in (no_bitmask, no_values) else name
+    for settings in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=f"{named.replace('.', chr(92) + '.')}.*The checkpoint is damaged"):
+            load(tmp_path / "model", **settings)
+    result = CliRunner().invoke(app, ["decompress", str(tmp_path / "model"), str(tmp_path / "out")])
+    assert (result.exit_code != 0 and name in result.output.replace("\n", "")) or bitmask_of(name) in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [one for one in DAMAGES if one not in (no_bitmask, no_values)])
+def test_a_damaged_state_dict_does_not_change_a_model(damage):
+    model = peft_spp.compress(pruned("gpt_oss"))
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    tensors = {name: one.clone() for name, one in before.items()}
+    name, _ = PARTS["gpt_oss"]
+    damage(tensors, name)
+    experts = model.get_submodule(name.rpartition(".")[0])
+    inside = {one.rpartition(".")[2]: tensor for one, tensor in tensors.items() if one.startswith(name)}
+    with pytest.raises(ValueError, match="gate_up_proj"):
+        experts.load_state_dict(inside, strict=False)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ensure_weight_tying`: what a model ties stays tied where it is trained and saved in full, as with LoRA."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_spp import SPPConfig
+from peft_spp.merge import merge_checkpoint
+
+from helpers.merge_cases import Case, assert_same_bits, edit_tensors, merged_by_peft, save_adapter, stored
+from helpers.tiny import tiny_llama
+
+
+IDS = torch.arange(10)[None]
+NAMES = [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["model.embed_tokens"]]
+
+
+def tied(model: torch.nn.Module) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = [getattr(one, "modules_to_save", {"default": one})["default"] for one in (embedding, head)]
+    return parts[0].weight is parts[1].weight
+
+
+def adapt(model: torch.nn.Module, config_class: type = SPPConfig, **settings: object) -> PeftModel:
+    return get_peft_model(model, config_class(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+
+
+@pytest.mark.parametrize("names", NAMES, ids="+".join)
+def test_the_same_is_tied_trained_and_saved_as_with_lora(tmp_path: Path, names: list[str]) -> None:
+    models = {}
+    for config_class in (SPPConfig, LoraConfig):
+        model = adapt(
+            tiny_llama(tie_word_embeddings=True), config_class, modules_to_save=names, ensure_weight_tying=True
+        )
+        assert tied(model.base_model.model)
+        model.save_pretrained(tmp_path / config_class.__name__)
+        models[config_class] = model
+    spp, lora = (models[one] for one in (SPPConfig, LoraConfig))
+    whole = [
+        {name for name, one in model.named_parameters() if one.requires_grad and "modules_to_save" in name}
+        for model in (spp, lora)
+    ]
+    assert whole[0] == whole[1] and len(whole[0]) == 1
+    saved = [
+        {name for name in load_file(tmp_path / one / "adapter_model.safetensors") if "_proj" not in name}
+        for one in ("SPPConfig", "LoraConfig")
+    ]
+    # under both names, as PEFT does
+    prefix = "base_model.model."
+    assert saved[0] == saved[1] == {f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"}
+
+
+def test_it_comes_back_tied_and_is_merged_tied(tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = adapt(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), modules_to_save=["lm_head"], ensure_weight_tying=True
+    )
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=10.0)
+    before = model(input_ids=IDS).logits
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    expected = model(input_ids=IDS).logits
+    assert not torch.allclose(expected, before)
+    model.save_pretrained(tmp_path / "adapter")
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert tied(loaded.base_model.model)
+    assert torch.equal(loaded(input_ids=IDS).logits, expected)
+    assert torch.equal(loaded.merge_and_unload()(input_ids=IDS).logits, expected)
+
+
+def test_a_merge_from_disk_to_disk_replaces_the_tensor_that_both_share(tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    case = Case(tmp_path / "base", tmp_path / "adapter", AutoModelForCausalLM)
+    config = SPPConfig(r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"], ensure_weight_tying=True)
+    save_adapter(case.adapter, AutoModelForCausalLM.from_pretrained(case.base), config)
+    report = merge_checkpoint(case.base, case.adapter, tmp_path / "out")
+    assert report.replaced == ("model.embed_tokens.weight",)
+    assert_same_bits(stored(tmp_path / "out"), stored(merged_by_peft(case, tmp_path / "peft")))
+
+    # where the checkpoint has a second copy, one of the two would be left
+    weight = stored(case.base)["model.embed_tokens.weight"]
+    edit_tensors(case.base / "model.safetensors", **{"lm_head.weight": weight.clone()})
+    with pytest.raises(ValueError, match="tied to another module"):
+        merge_checkpoint(case.base, case.adapter, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tie", "message"),
+    [
+        ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, False, "no tied modules were found"),
+        ({"ensure_weight_tying": True}, True, "no tied modules are added"),
+        ({"modules_to_save": ["lm_head"]}, True, "`ensure_weight_tying` is not set to True"),
+    ],
+)
+def test_the_warnings_are_those_of_lora(settings: dict[str, object], tie: bool, message: str) -> None:
+    for config_class in (SPPConfig, LoraConfig):
+        with pytest.warns(UserWarning, match=message):
+            adapt(tiny_llama(tie_word_embeddings=tie), config_class, **settings)
+
+
+def test_adapters_of_tied_targets_are_not_tied_and_a_warning_says_so() -> None:
+    config = SPPConfig(r=4, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    with pytest.warns(UserWarning, match="no implementation exists to tie the adapters"):
+        get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_trained_tokens_stay_tied(tie: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = adapt(tiny_llama(tie_word_embeddings=tie), trainable_token_indices=[1, 2], ensure_weight_tying=True)
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                one.fill_(3.0)
+    head = model.base_model.model.lm_head
+    weight = head.token_adapter.get_merged_weights(["default"]) if tie else head.weight
+    assert bool((weight[1:3] == 3).all()) is tie
+    assert any("does not have tied weights" in str(one.message) for one in seen) is not tie
+
+
+def test_other_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        SPPConfig(ensure_weight_tying="yes")
