@@ -10,7 +10,7 @@ from .commands.compare import compare
 from .commands.compress import compress, decompress
 from .commands.convert import convert
 from .commands.demo import demo
-from .commands.ending import Command, CommandGroup
+from .commands.exit_codes import Command, CommandGroup
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.merge import merge

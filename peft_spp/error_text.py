@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages of errors, for messages of ours."""
+"""The messages of other libraries' exceptions, on one line, to be quoted in messages of ours."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from ._version import __version__
 from .enum_extension import extend_str_enum
 from .optimizers import warn_in_loraplus
-from .tuner.entrances import guard_entrances
+from .tuner.load_checks import guard_entrances
 from .tuner.saving import save_durably
 
 

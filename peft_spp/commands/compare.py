@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import JsonOption, as_modules, progress_bar
-from .ending import FOUND
+from .exit_codes import FOUND
 from .terminal import print_text
 
 

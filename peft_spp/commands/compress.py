@@ -46,7 +46,7 @@ def compress(
 
     The result loads with Transformers after `import peft_spp`. The output is written completely or not at all.
     """
-    from ..compressed.on_disk import compress_checkpoint
+    from ..compressed.checkpoint_run import compress_checkpoint
 
     with progress_bar("Compressing") as progress:
         report = compress_checkpoint(
@@ -73,7 +73,7 @@ def decompress(
 
     The output is written completely or not at all.
     """
-    from ..compressed.on_disk import decompress_checkpoint
+    from ..compressed.checkpoint_run import decompress_checkpoint
 
     with progress_bar("Decompressing") as progress:
         report = decompress_checkpoint(model, out, overwrite=overwrite, dry_run=dry_run, progress=progress)

@@ -21,7 +21,7 @@ from .console import (
     print_report,
     progress_bar,
 )
-from .ending import Command
+from .exit_codes import Command
 from .late_options import as_options, option
 
 

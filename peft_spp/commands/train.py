@@ -12,7 +12,7 @@ import typer
 
 from ..sft.methods import METHODS, Method
 from .console import needs_train_extra
-from .ending import TROUBLE, Command
+from .exit_codes import TROUBLE, Command
 from .late_options import as_options, option
 
 

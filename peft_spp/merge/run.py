@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging an adapter into a checkpoint, from disk to disk."""
+"""
+Merging an adapter into a checkpoint, from disk to disk: the steps, and the folders.
+
+What does not fit is refused where it is found: in the adapter (`adapter.py`), between adapter and checkpoint
+(`plan.py`), between masks (`base_check.py`), or in a weight (`pieces.py`).
+"""
 
 from __future__ import annotations
 

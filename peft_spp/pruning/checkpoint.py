@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import OTHER_WEIGHTS, Checkpoint, read_checkpoint
 from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.own_files import CARD, MODEL
-from ..compressed.on_disk import compress_in_place
+from ..compressed.checkpoint_run import compress_in_place
 from ..devices import usable_device
 from ..durable import sync_file
 from ..sparsity import NMPattern

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import peft_spp
 from peft_spp import BitmaskConfig
 from peft_spp.cli import app
-from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
+from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_checkpoint
 from peft_spp.functional.bitmask import bitmask_bytes
 
 from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of

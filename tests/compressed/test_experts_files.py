@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import peft_spp
 from peft_spp import BitmaskConfig, SPPConfig
 from peft_spp.cli import app
+from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_checkpoint
 from peft_spp.compressed.experts import find_compressed_stacks
-from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import same_tensors, tensors_of

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from peft_spp import BitmaskConfig, CompressedLinear
 from peft_spp.cli import app
-from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
+from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from peft_spp import SPPConfig
 from peft_spp.checkpoints.compressed_files import read_metadata
 from peft_spp.cli import app
-from peft_spp.compressed.on_disk import compress_checkpoint, decompress_checkpoint
+from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_checkpoint
 from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The kernels of the Triton backend. Importing this module needs Triton; [`triton`] imports it at its first call.
+The Triton kernels: W' on a GPU, its product with few tokens, and the gradients of the factors. Importing this module
+needs Triton; [`triton`] imports it at its first call.
 
 Tuples hold one entry for each adapter; the loops over them are unrolled. An adapter's row blocks are identified by
 `length = m // r`, the rows of a block, and `longer = m % r`, the number of blocks at the top with one row more.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPP on quantized base layers: one interface, a backend a file."""
 
-from .applied import Applied
 from .backend import Backend
+from .by_unit_vectors import Applied
 from .conversion import follow_base_layer
 from .dequantized_loading import how_to_dequantize
 from .layer import QuantizedLinear

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .applied import Applied
 from .backend import Backend
 from .bitmask import Bitmask
 from .bnb import Bnb4bit, Bnb8bit
+from .by_unit_vectors import Applied
 from .hqq import Hqq
 from .torchao import Torchao
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import peft_spp.sparsity
 from peft_spp.cli import app
-from peft_spp.commands.ending import CommandGroup
+from peft_spp.commands.exit_codes import CommandGroup
 from peft_spp.commands.terminal import make_printable, print_text
 
 from helpers.tiny import prune_, tiny_llama
