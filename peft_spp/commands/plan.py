@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,23 @@ from .console import JsonOption, as_modules, print_report
 
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+
+
+class Engine(StrEnum):
+    """How several GPUs share the work."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+class Dtype(StrEnum):
+    """The dtype of a base model."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 def plan(
@@ -23,14 +41,12 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
     engine: Annotated[
-        Literal["ddp", "fsdp2", "zero2", "zero3"],
+        Engine,
         typer.Option(help="How several GPUs share the work. fsdp2 and zero3 shard the base model."),
-    ] = "fsdp2",
+    ] = Engine.fsdp2,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch on each GPU.")] = 1,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="The dtype of the base model.")
-    ] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="The dtype of the base model.")] = Dtype.bfloat16,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute the blocks again in the backward pass.")
     ] = False,
@@ -67,14 +83,14 @@ def plan(
     targets: Any = as_modules(target_modules, "--target-modules")
     found = plan_checkpoint(
         model,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, dtype.value),
         config=SPPConfig(task_type="CAUSAL_LM", r=r, target_modules=targets, target_parameters=[]),
         batch=batch,
         sequence=sequence,
         gradient_checkpointing=gradient_checkpointing,
         sparsity=sparsity if compressed else None,
         gpus=gpus,
-        engine=engine,
+        engine=engine.value,
     )
     print_report(Estimate(found, memory, device_tflops, utilization), as_json)
 

@@ -104,7 +104,8 @@ def prune(
     """
     from ..pruning import prune_checkpoint
 
-    method = context.obj["method"].value
+    method = context.obj["method"]
+    method = getattr(method, "value", method)  # older versions of Typer leave it a string
     with progress_bar("Checking" if dry_run else "Pruning") as progress:
         report = prune_checkpoint(
             model,
