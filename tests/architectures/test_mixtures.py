@@ -10,7 +10,6 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_spp import SPPConfig
-from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.tiny import is_positive_zero, randomize
@@ -138,12 +137,3 @@ def test_generation_with_the_adapter_is_that_of_the_merged_model(name):
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     generated = model.generate(input_ids=IDS, **settings)
     assert torch.equal(model.merge_and_unload().generate(input_ids=IDS, **settings), generated)
-
-
-def test_merging_on_disk_says_what_to_do_instead(tmp_path):
-    base = tiny_moe("gpt_oss")
-    base.save_pretrained(tmp_path / "base")
-    get_peft_model(base, spp_config()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"target_parameters.*merge_and_unload"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
