@@ -9,6 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+
+pytest.importorskip("matplotlib")
+
 from benchmarks.planning import LARGE, PAGE, SMALL, Small, llama, measure, plan_of
 from peft_spp.cli import app
 from peft_spp.planning import plan_checkpoint, plan_training
