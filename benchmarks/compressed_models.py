@@ -64,7 +64,7 @@ LABELS = {
 COLORS = {"own": plots.GREEN, "50%": plots.ORANGE, "75%": plots.VERMILLION, "2:4": plots.PURPLE}
 PROMPT = 8
 # many enough that what a prompt costs, which is the same for all, does not hide the speed of a token
-NEW_TOKENS = 128
+NEW_TOKENS = 64
 PROMPTS = [128, 512]
 
 app = typer.Typer(add_completion=False)
