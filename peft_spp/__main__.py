@@ -46,8 +46,19 @@ def main() -> None:
     elif _is_command_only(name):
         (command,) = entry_points(group="console_scripts", name=name)
         raise SystemExit(command.load()())
+    elif not _is_module(name):
+        own_commands = {one.name or getattr(one.callback, "__name__", "") for one in app.registered_commands}
+        own = f" `peft-spp {name}` is a command of its own." if name in own_commands else ""
+        raise SystemExit(f"{name!r} is not a Python module or a command that is installed with one.{own}")
     else:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):  # a folder that is no package, or no name of a module
+        return False
 
 
 def _is_command_only(name: str) -> bool:

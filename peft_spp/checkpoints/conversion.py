@@ -91,7 +91,7 @@ class Origin:
         if self.converter is None:
             return
         for tensor, value in self.stored(parameters):
-            if not _same_bits(value, tensor.load()):
+            if not same_bits(value, tensor.load()):
                 raise ValueError(f"{self.first} cannot be taken apart again: {tensor.name} would change")
 
     def tensors_of_expert(self, index: int, experts: int) -> list[StoredTensor]:
@@ -222,7 +222,7 @@ def _made(converter: WeightConverter, name: str, model: PreTrainedModel) -> dict
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

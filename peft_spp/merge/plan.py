@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_tensor import CompressedTensor
-from ..checkpoints.conversion import stored_names
+from ..checkpoints.conversion import same_bits, stored_names
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.tensor_file import StoredTensor
 from ..checkpoints.ties import TiedNames
@@ -53,8 +53,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     for name, stored in [*found.items(), *((one.name, one.name) for one in parameters.values())]:
         if (name in tied or stored in tied) and not _stays_tied(name, checkpoint, adapter, tied):
             raise ValueError(
-                f"{adapter.folder} adapts {name!r}, whose weight is tied to another module: {checkpoint.folder} "
-                f"stores one tensor for both. {INSTEAD}"
+                f"{adapter.folder} adapts {name!r}, whose weight is tied to another module, which Transformers would "
+                f"change with it when it loads the merged model. {INSTEAD}"
             )
     layout = checkpoint.layout
     merges: dict[str, list[Merge]] = {}
@@ -77,16 +77,27 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
 
 
 def _without_copies(adapter: Adapter, checkpoint: Checkpoint, tied: TiedNames) -> dict[str, StoredTensor]:
-    """The trained tensors; of those that stay tied only the one that the checkpoint has, if it has one of them."""
-    shared = [name for name in adapter.trained if adapter.config.ensure_weight_tying and name in tied]
+    """The trained tensors; of those that stay tied only those that the checkpoint has, if it has one of them."""
+    shared = _trained_together(adapter, tied)
     there = [name for name in shared if name in checkpoint.dense]
     return {name: one for name, one in adapter.trained.items() if not there or name not in shared or name in there}
 
 
 def _stays_tied(name: str, checkpoint: Checkpoint, adapter: Adapter, tied: TiedNames) -> bool:
-    """Whether a trained tensor is for all modules that share it, and the checkpoint has it once."""
-    for_all = adapter.config.ensure_weight_tying and name in adapter.trained
-    return for_all and sum(one in tied for one in checkpoint.dense) == 1
+    """Whether a trained tensor is for all modules that share it, and everything that the checkpoint has of them."""
+    shared, stored = _trained_together(adapter, tied), [one for one in checkpoint.dense if one in tied]
+    return name in shared and (len(stored) == 1 or all(one in shared for one in stored))
+
+
+def _trained_together(adapter: Adapter, tied: TiedNames) -> list[str]:
+    """
+    The trained tensors that were one in training: the adapter has it once for each module that shares it.
+
+    The setting alone does not say so. PEFT ties nothing where it finds no second module.
+    """
+    shared = [name for name in adapter.trained if adapter.config.ensure_weight_tying and name in tied]
+    values = [adapter.trained[name].load() for name in shared]
+    return shared if len(shared) > 1 and all(same_bits(values[0], one) for one in values[1:]) else []
 
 
 def _match(wanted: Collection[str], checkpoint: Checkpoint, adapter: Adapter) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ..sparsity.mask_record import MaskRelation
 from .config import SPPConfig
 from .engines import whole_parameters
 from .layer import AdaptedLayer
+from .param_wrapper import ParamWrapper
 from .quantized import QuantizedLinear
 from .saved_adapter import SavedAdapter
 from .targets import shortest_unambiguous_suffix
@@ -91,7 +92,18 @@ def warn_of_dense_layers(record: BaseRecord, model: nn.Module, adapter_name: str
             stacklevel=4,
         )
         return
-    sparse = [name for name in masks if name not in dense]
+    wrapped = {one.module_name for one in model.modules() if isinstance(one, ParamWrapper)}
+    parameters = [name for name in dense if name in wrapped]
+    if parameters:
+        dense = [name for name in dense if name not in parameters]
+        warnings.warn(
+            f"{len(parameters)} adapted parameters hold no zeros, so SPP has nothing to preserve there: "
+            f"{some(parameters, _SHOWN)}. To leave them out, take them out of `target_parameters`.",
+            stacklevel=4,
+        )
+    if not dense:
+        return
+    sparse = [name for name in masks if name not in dense and name not in parameters]
     endings = sorted({shortest_unambiguous_suffix(name, sparse) or name for name in dense})
     shown = f"{endings}" if len(endings) <= _SHOWN_ENDINGS else "..."
     warnings.warn(

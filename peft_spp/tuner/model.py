@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..sparsity.mask_record import MaskRelation
@@ -106,6 +106,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
 
     def _check_new_adapter_config(self, config: SPPConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
+        self._check_ties(config)
         if not config.target_parameters:
             return
         # Which parameter a factor belongs to is identified by its place in the nested wrappers, so all adapters need
@@ -118,6 +119,17 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                     f"parameters, but got {sorted(config.target_parameters)} for the new adapter and {sorted(others)} "
                     f"for adapter {adapter_name!r}."
                 )
+
+    def _check_ties(self, config: SPPConfig) -> None:
+        """Refuse to tie the modules of a second adapter: PEFT finds no ties in modules that are wrapped already."""
+        wrapped = any(isinstance(one, AuxiliaryTrainingWrapper) for one in self.model.modules())
+        is_tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
+        if config.ensure_weight_tying and wrapped and is_tied:
+            raise ValueError(
+                "This model already has an adapter with `modules_to_save` or `trainable_token_indices`. Another one "
+                "with `ensure_weight_tying=True` would be trained untied: let it be the only adapter of its model, or "
+                "leave `ensure_weight_tying` out."
+            )
 
     def _add_modules_to_save_to_tie(self, peft_config: SPPConfig, tied_weight_keys: list[str]) -> None:  # type: ignore[override]
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]

@@ -340,6 +340,13 @@ def test_layers_without_zeros_are_named_with_what_leaves_them_out(recwarn):
     assert not dense_warnings(recwarn)
 
 
+def test_parameters_without_zeros_are_taken_out_of_the_targets(recwarn):
+    get_peft_model(pruned_llama(), SPPConfig(r=4, target_parameters=["embed_tokens.weight"]))
+    (message,) = dense_warnings(recwarn)
+    assert message.startswith("1 adapted parameters hold no zeros") and "`exclude_modules=" not in message
+    assert "model.embed_tokens.weight" in message and "take them out of `target_parameters`" in message
+
+
 def test_names_that_sparse_layers_share_are_told_apart_or_left_to_the_user(recwarn):
     base = pruned_llama()
     torch.nn.init.ones_(base.model.layers[1].mlp.up_proj.weight)

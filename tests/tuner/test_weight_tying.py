@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_spp import SPPConfig
 from peft_spp.merge import merge_checkpoint
@@ -86,11 +86,18 @@ def test_a_merge_from_disk_to_disk_replaces_the_tensor_that_both_share(tmp_path:
     assert report.replaced == ("model.embed_tokens.weight",)
     assert_same_bits(stored(tmp_path / "out"), stored(merged_by_peft(case, tmp_path / "peft")))
 
-    # where the checkpoint has a second copy, one of the two would be left
+    # where the checkpoint has a second copy, it is replaced, too
     weight = stored(case.base)["model.embed_tokens.weight"]
     edit_tensors(case.base / "model.safetensors", **{"lm_head.weight": weight.clone()})
+    merge_checkpoint(case.base, case.adapter, tmp_path / "again")
+    merged = stored(tmp_path / "again")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert_same_bits({name: one for name, one in merged.items() if name != "lm_head.weight"}, stored(tmp_path / "out"))
+
+    # and copies that differ were not one in training
+    edit_tensors(case.adapter / "adapter_model.safetensors", **{"base_model.model.lm_head.weight": weight + 1})
     with pytest.raises(ValueError, match="tied to another module"):
-        merge_checkpoint(case.base, case.adapter, tmp_path / "again")
+        merge_checkpoint(case.base, case.adapter, tmp_path / "differ")
 
 
 @pytest.mark.parametrize(
@@ -131,3 +138,36 @@ def test_trained_tokens_stay_tied(tie: bool) -> None:
 def test_other_values_are_refused() -> None:
     with pytest.raises(ValueError, match="ensure_weight_tying"):
         SPPConfig(ensure_weight_tying="yes")
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_what_peft_did_not_tie_is_not_merged_from_disk_as_if_it_were(tmp_path: Path) -> None:
+    # of a GPT-2's embedding PEFT says that nothing is tied to it, and only the embedding is trained
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    config = SPPConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True)
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        base.transformer.wte.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"'transformer.wte.weight', whose weight is tied.*merge_and_unload"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_adapter_is_not_trained_untied(tmp_path: Path) -> None:
+    settings = {"r": 4, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+    model = adapt(tiny_llama(tie_word_embeddings=True), modules_to_save=["lm_head"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="would be trained untied"):
+        model.add_adapter("second", SPPConfig(**settings))
+    assert [*model.peft_config] == ["default"] and tied(model.base_model.model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would be trained untied"):
+        model.load_adapter(tmp_path, "again")
+    # where nothing is tied there is nothing to untie
+    model = adapt(tiny_llama(tie_word_embeddings=False), modules_to_save=["lm_head"])
+    model.add_adapter("second", SPPConfig(**settings))
