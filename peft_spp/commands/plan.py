@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from enum import StrEnum
 from typing import Annotated, Any
@@ -53,7 +54,10 @@ def plan(
     compressed: Annotated[
         bool, typer.Option("--compressed", help="Do not store the zeros of the base model.")
     ] = False,
-    sparsity: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of zeros, for --compressed.")] = 0.5,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="The share of zeros, for --compressed.", show_default="0.5"),
+    ] = None,
     r: Annotated[int, typer.Option(min=1, help="The row blocks of A.")] = 16,
     target_modules: Annotated[
         list[str] | None,
@@ -79,16 +83,20 @@ def plan(
     from ..planning.estimate import Estimate
     from ..tuner import SPPConfig
 
+    if sparsity is not None and not compressed:
+        raise ValueError(f"--sparsity {sparsity:g} does nothing without --compressed: add it")
+    if not math.isfinite(device_tflops):
+        raise ValueError(f"--device-tflops {device_tflops} is not finite")
     memory = None if device_memory is None else _bytes(device_memory)
     targets: Any = as_modules(target_modules, "--target-modules")
     found = plan_checkpoint(
         model,
         dtype=getattr(torch, dtype.value),
-        config=SPPConfig(task_type="CAUSAL_LM", r=r, target_modules=targets, target_parameters=[]),
+        config=SPPConfig(r=r, target_modules=targets, target_parameters=[]),
         batch=batch,
         sequence=sequence,
         gradient_checkpointing=gradient_checkpointing,
-        sparsity=sparsity if compressed else None,
+        sparsity=(0.5 if sparsity is None else sparsity) if compressed else None,
         gpus=gpus,
         engine=engine.value,
     )
@@ -96,7 +104,7 @@ def plan(
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*(\w+)", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)\s*(\w+)", text)
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"--device-memory {text} is not a number with one of {', '.join(_UNITS)}, such as 80GB")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -67,7 +67,7 @@ def compress(
     layers, kept = find_linear_layers(module, modules_to_not_convert)
     stacks, dense_stacks = find_stacks(module, modules_to_not_convert)
     kept |= dense_stacks
-    for name in _stored_in_another_form(models, layers, stacks):
+    for name in stored_in_another_form(models, layers, stacks):
         layers.pop(name, None)
         stacks.pop(name, None)
         kept[module_name(name)] = "stored in another form"
@@ -155,9 +155,10 @@ def _check_whole(name: str, weight: Any, shape: tuple[int, ...] | None = None) -
         raise ValueError(f"{name} is {_NOT_WHOLE.format(f'has shape {tuple(weight.shape)}')}")
 
 
-def _stored_in_another_form(
+def stored_in_another_form(
     models: Mapping[str, PreTrainedModel], layers: Iterable[str], stacks: Mapping[str, tuple[nn.Module, str]]
 ) -> set[str]:
+    """Those of the layers and stacks that Transformers stores in a form that has no place for a bitmask."""
     found = set()
     for prefix, model in models.items():
         start = f"{prefix}." if prefix else ""

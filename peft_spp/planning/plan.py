@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,17 +13,22 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import get_peft_model
 from torch import nn
 
-from ..architecture import find_block_lists
+from ..architecture import find_block_lists, find_expert_stacks
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.hub import local_folder
 from ..checkpoints.own_files import CONFIG
+from ..checkpoints.safetensors_files import read_json
 from ..compressed import CompressedLinear
 from ..compressed.config import METHOD
-from ..compressed.selection import find_linear_layers
-from ..functional.bitmask import Compressed, is_worth_it
+from ..compressed.experts import put_stack
+from ..compressed.in_memory import stored_in_another_form
+from ..compressed.selection import find_linear_layers, find_stacks, transformers_models
+from ..error_text import one_line
+from ..functional.bitmask import Compressed, bitmask_bytes, is_worth_it
 from ..reports import PlainData, plain_table
 from ..tuner import SPPConfig
 from .trace import trace_step
@@ -41,6 +47,7 @@ class TrainingPlan(PlainData):
     Args:
         parameters (`int`): The parameters of the base model.
         trainable (`int`): Those of the adapter.
+        experts (`int`): The parameters of stacks of experts, where no adapter is on them.
         dtype (`str`): The dtype of the base model.
         sparsity (`float`, *optional*): The zeros that are not stored; `None` for dense weights.
         gpus (`int`): How many GPUs there are.
@@ -61,6 +68,7 @@ class TrainingPlan(PlainData):
 
     parameters: int
     trainable: int
+    experts: int
     dtype: str
     sparsity: float | None
     gpus: int
@@ -99,6 +107,8 @@ class TrainingPlan(PlainData):
             f"{self.parameters:,} parameters on {where}, {self.batch} × {self.sequence} tokens, {checkpointing} "
             "gradient checkpointing. Computed, not measured."
         )
+        if self.experts:
+            first += f" The experts ({self.experts:,} parameters) are not adapted."
         cells = [(name, f"{size / 1e9:.{2 if size >= 1e7 else 4}f}") for name, size in rows]
         return f"{first}\n\n{plain_table(('memory', 'GB'), cells, right=['GB'])}"
 
@@ -141,19 +151,20 @@ def plan_training(
     Raises:
         ValueError: If the model is not on the meta device, does not run there, or the settings do not fit together.
     """
-    _check(model, sparsity, gpus, engine)
+    _check(model, sparsity, gpus, engine, batch, sequence)
+    config = config or SPPConfig()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(iter(model.parameters())).dtype
     model.requires_grad_(False)
     cast(Any, model).config.use_cache = False  # as trainers do
-    if sparsity is not None:
-        _compress(model, sparsity)
-    blocks = [block for blocks in find_block_lists(dict(model.named_modules())).values() for block in blocks]
-    stored, buffers = _bytes(model.parameters()), _bytes(model.buffers())
+    experts = [owner.get_parameter(name) for owner, name in find_expert_stacks(model).values()]
+    sized, expanded = (model, 0) if sparsity is None else _compress(model, sparsity)
+    blocks = [block for blocks in find_block_lists(dict(sized.named_modules())).values() for block in blocks]
+    stored, buffers = _bytes(sized.parameters()), _bytes(sized.buffers())
     in_blocks = [_bytes(block.parameters()) for block in blocks]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of experts and layers without zeros, which meta cannot tell
-        adapted: Any = get_peft_model(model, config or SPPConfig(task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
         adapted.train()
         if gradient_checkpointing:
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
@@ -161,13 +172,13 @@ def plan_training(
         ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
         try:
             trace = trace_step(adapted, lambda: adapted(input_ids=ids, labels=ids).loss, on_cpu)
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"a training step of {type(model).__name__} cannot be followed without data: {error}"
+                f"a training step of {type(model).__name__} cannot be followed without data: {one_line(error)}"
             ) from error
     factors = _bytes(trainable)
     is_sharded = gpus > 1 and engine in _SHARDED
-    optimizer, step = 2 * factors, trace.peak
+    optimizer, step = 2 * factors, trace.peak + expanded
     gathered = 0
     if gpus > 1 and engine == "ddp":
         step += factors  # the buckets that gradients are reduced in
@@ -182,6 +193,7 @@ def plan_training(
     return TrainingPlan(
         parameters=parameters,
         trainable=sum(parameter.numel() for parameter in trainable),
+        experts=0 if config.target_parameters else sum(stack.numel() for stack in experts),
         dtype=str(dtype).removeprefix("torch."),
         sparsity=sparsity,
         gpus=gpus,
@@ -222,20 +234,32 @@ def plan_checkpoint(
     file = Path(folder) / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}")
-    content = json.loads(file.read_text(encoding="utf-8"))
-    method = content.get("quantization_config", {}).get("quant_method")
-    if method is not None and method != METHOD:
+    content = read_json(file)
+    quantization = content.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config={quantization!r} in {file} is not an object")
+    method = quantization.get("quant_method")
+    if quantization and method != METHOD:
         raise ValueError(
             f"the model in {folder} is quantized ({method}): only dense and compressed weights are planned"
         )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    if method == METHOD and settings.get("sparsity") is None:
+        raise ValueError(
+            f"the model in {folder} is compressed, and {CONFIG} does not have its share of zeros: set sparsity "
+            "(--compressed --sparsity 0.5)"
+        )
     try:
-        empty = empty_model(folder, content)
-    except KeyError as error:
-        raise ValueError(f"Transformers does not know the model in {folder}: {error}") from error
-    finally:
-        torch.set_default_dtype(before)
+        empty = empty_model(folder, content, dtype)
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"Transformers cannot build the model of {file}: {one_line(error)}") from error
     return plan_training(cast(nn.Module, empty).to("meta"), **settings)
 
 
@@ -244,29 +268,68 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e9:.4f} GB"
 
 
-def _check(model: nn.Module, sparsity: float | None, gpus: int, engine: str) -> None:
+def _check(model: nn.Module, sparsity: float | None, gpus: int, engine: str, batch: int, sequence: int) -> None:
     if any(not parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} has data: make it under `torch.device('meta')`")
+    for name, value in (("gpus", gpus), ("batch", batch), ("sequence", sequence)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is not positive")
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is not one of {', '.join(map(repr, ENGINES))}")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} is not between 0 and 1")
     if sparsity is not None and gpus > 1 and engine == "zero3":
         raise ValueError("engine='zero3' cannot shard compressed weights: use 'fsdp2', 'zero2' or 'ddp'")
+    _check_positions(model, sequence)
 
 
-def _compress(model: nn.Module, sparsity: float) -> None:
-    """Put compressed layers in the place of those that would be compressed with so many zeros."""
+def _check_positions(model: nn.Module, sequence: int) -> None:
+    """Refuse a sequence that is longer than a table of positions; on the meta device no index is out of range."""
+    limit = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or sequence <= limit:
+        return
+    for name, module in model.named_modules():
+        is_of_positions = re.search(r"pos|wpe", name.rpartition(".")[2]) is not None
+        # OPT's has two rows more than positions
+        if is_of_positions and isinstance(module, nn.Embedding) and 0 <= module.num_embeddings - limit <= 2:
+            raise ValueError(
+                f"sequence={sequence} is more than the {limit} positions that {name} of {type(model).__name__} has: "
+                "set a smaller sequence (--sequence)"
+            )
+
+
+def _compress(model: nn.Module, sparsity: float) -> tuple[nn.Module, int]:
+    """
+    Put compressed layers in the place of those that would be compressed with so many zeros.
+
+    Stacks of experts stay dense in the model, since the meta device cannot follow them from expert to expert. They are
+    compressed in the model that is returned, for its sizes, with the bytes of the largest expert, which is expanded.
+    """
     layers, _ = find_linear_layers(model)
+    stacks, _ = find_stacks(model)
+    apart = stored_in_another_form(transformers_models(model), layers, stacks)
     for name, layer in layers.items():
         weight = layer.weight
         stored = round(weight.numel() * (1 - sparsity))
-        if not is_worth_it(stored, weight.shape, weight.dtype):
+        if name in apart or not is_worth_it(stored, weight.shape, weight.dtype):
             continue
         compressed = CompressedLinear.without_values(layer)
         offsets = torch.empty(len(weight) + 1, dtype=torch.int64, device="meta")
         compressed.put(Compressed(weight.new_empty(stored), compressed.bitmask, offsets, layer.in_features))
         model.set_submodule(name, compressed)
+    sized, expanded = copy.deepcopy(model) if stacks else model, 0
+    for name, (_, parameter) in stacks.items():
+        owner = sized.get_submodule(name.rpartition(".")[0])
+        weight = owner.get_parameter(parameter)
+        stored = round(weight.numel() * (1 - sparsity))
+        if name in apart or not is_worth_it(stored, weight.shape, weight.dtype):
+            continue
+        experts, m, n = weight.shape
+        bitmask = torch.empty(experts, m, bitmask_bytes(n), dtype=torch.uint8, device="meta")
+        offsets = torch.empty(experts * m + 1, dtype=torch.int64, device="meta")
+        put_stack(owner, parameter, Compressed(weight.new_empty(stored), bitmask, offsets, n))
+        expanded = max(expanded, m * n * weight.dtype.itemsize)
+    return sized, expanded
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
