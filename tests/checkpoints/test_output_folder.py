@@ -3,6 +3,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,7 @@ def place(folder: Path, foreign: tuple[list[str], list[str], bool]) -> dict[str,
 @settings(max_examples=100, deadline=None)
 @example(kind=MODEL, foreign=([], ["README.md"], True), late=True, in_place=False, at=13, kill=False)
 @example(kind=MODEL, foreign=([], [], False), late=False, in_place=True, at=20, kill=False)
+@example(kind=MODEL, foreign=([], [], False), late=False, in_place=True, at=30, kill=False)
 @given(
     kind=st.sampled_from([MODEL, ADAPTER]),
     foreign=foreign_entries(),
@@ -197,7 +199,8 @@ def test_nothing_foreign_is_ever_lost(kind, foreign, late, in_place, at, kill):
         new = {f"out/{name}": text for name, text in NEW.items()}
         if finished:
             assert not mine and new.items() <= found.items()
-            assert {name for name in found if name.startswith("out/")} == new.keys()
+            # an old file that could not be removed is left in a hidden folder, and a warning names it
+            assert {name for name in found if re.match(r"out/(?!\.out\.replaced-)", name)} == new.keys()
         elif not new.items() <= found.items():
             # the old model is there, in its place or in one piece next to it
             kept = {} if late else expected

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from distributed_task import ADAM, GLOBAL_BATCH, STEPS, adapter_config, factors, token_ids
@@ -151,6 +152,9 @@ def main(base: str, output: Path, adapter: dict[str, Any], settings: dict[str, A
         (output / "losses.json").write_text(json.dumps(losses))
         torch.save(logits, output / "logits.pt")
         save_file(merged, output / "merged.safetensors")
+    # a thread of gloo that is left at the end of a process aborts it now and then
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
