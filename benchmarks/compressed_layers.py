@@ -72,7 +72,7 @@ from .other_layers import other_layers
 
 
 NAME = "compressed_layers"
-# the tiers have results of their own
+# each tier has its own file of results
 NAMES = {f"{NAME}_avx2": "avx2", f"{NAME}_portable": "portable", NAME: "avx512"}
 REFERENCE = "dense"
 RANK = 16

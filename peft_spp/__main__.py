@@ -48,7 +48,7 @@ def main() -> None:
         raise SystemExit(command.load()())
     elif not _is_module(name):
         own_commands = {one.name or getattr(one.callback, "__name__", "") for one in app.registered_commands}
-        own = f" `peft-spp {name}` is a command of its own." if name in own_commands else ""
+        own = f" `peft-spp {name}` is a separate command." if name in own_commands else ""
         raise SystemExit(f"{name!r} is not a Python module or a command that is installed with one.{own}")
     else:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -57,7 +57,7 @@ def main() -> None:
 def _is_module(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except (ImportError, ValueError):  # a folder that is no package, or no name of a module
+    except (ImportError, ValueError):  # a folder that is not a package, or not the name of a module
         return False
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-SPP in Axolotl, by a plug-in of its own: `plugins: [peft_spp.axolotl.SPPPlugin]` and `adapter: spp`.
+SPP in Axolotl, by a plug-in: `plugins: [peft_spp.axolotl.SPPPlugin]` and `adapter: spp`.
 
 Nothing else imports this module, so Axolotl is only needed by those who use it.
 """

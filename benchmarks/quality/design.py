@@ -143,7 +143,7 @@ class Study:
         contenders (`tuple[Contender, ...]`): What is compared.
         seeds (`tuple[int, ...]`): Of the factors and the order of the data. The first chooses the learning rate.
         rates_from (`Pruning`, *optional*):
-            Take the learning rates that were chosen for this pruning of the same model, instead of a grid of its own.
+            Take the learning rates that were chosen for this pruning of the same model, instead of its own grid.
         steps_only (`bool`): Whether only the costs of the contenders' training steps are measured.
     """
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,78 +17,8 @@ from .design import Checkpoint, Contender, Study, Suite
 from .estimate import Estimate
 from .jobs import measure_base, measure_rate, measure_steps, measure_tuned
 from .methods import METHODS, equal_options
-from .store import UNSTABLE, Store, key_of
-
-
-EXTENSIONS = 2
-"""How often a grid of learning rates is extended where the best is at its edge."""
-
-
-def choose_rate(
-    grid: tuple[float, ...], validation_loss: Callable[[float], float], *, grid_only: bool = False
-) -> float:
-    """
-    The learning rate with the lowest loss on the validation text.
-
-    Where the best is at an edge of the grid, the grid is extended beyond it by the step at that edge, at most
-    [`EXTENSIONS`] times. Then the rates halfway between the best and its neighbors are tried: with steps of three a
-    method is up to √3 away from its best rate, which can be more than what two methods differ by. A grid of one rate
-    is a choice already.
-
-    Args:
-        grid (`tuple[float, ...]`): Rates to try.
-        validation_loss (`Callable[[float], float]`): Measures a rate; infinite where training diverges.
-        grid_only (`bool`): Whether no other rates are tried.
-    """
-    losses = {rate: validation_loss(rate) for rate in sorted(grid)}
-    if grid_only:
-        return min(losses, key=losses.__getitem__)
-    for _ in range(EXTENSIONS):
-        beyond = rate_beyond(losses)
-        if beyond is None:
-            break
-        losses[beyond] = validation_loss(beyond)
-    for between in rates_between(losses):
-        losses[between] = validation_loss(between)
-    return min(losses, key=losses.__getitem__)
-
-
-def rate_beyond(losses: Mapping[float, float]) -> float | None:
-    """The rate beyond the edge at which the best one is; `None` if it is inside, or alone."""
-    rates = sorted(losses)
-    best = min(losses, key=losses.__getitem__)
-    if len(rates) == 1 or best not in (rates[0], rates[-1]):
-        return None
-    neighbor = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / neighbor:.2g}")
-
-
-def rates_between(losses: Mapping[float, float]) -> list[float]:
-    """The rates halfway, on a logarithmic scale, between the best one and those next to it."""
-    rates = sorted(losses)
-    best = rates.index(min(losses, key=losses.__getitem__))
-    neighbors = rates[max(best - 1, 0) : best] + rates[best + 1 : best + 2]
-    return [float(f"{math.sqrt(rates[best] * neighbor):.2g}") for neighbor in neighbors]
-
-
-def equal_time_steps(steps: int, seconds: Mapping[str, Any], reference: str, name: str) -> int:
-    """
-    How many steps of a contender take as long as the steps of another.
-
-    Args:
-        steps (`int`): The steps of the other.
-        seconds (`Mapping[str, Any]`): By name the `seconds` of each interleaved round.
-        reference (`str`): The other.
-        name (`str`): The contender.
-    """
-    pairs = zip(seconds[name]["seconds"], seconds[reference]["seconds"], strict=True)
-    return max(1, round(steps / statistics.median(own / other for own, other in pairs)))
-
-
-def is_worse(long: Mapping[str, Any], short: Mapping[str, Any]) -> bool:
-    """Whether a run ended with a higher validation loss than a shorter one, or with none because it diverged."""
-    losses = [float("inf") if run["validation_loss"] is None else run["validation_loss"] for run in (long, short)]
-    return losses[0] > losses[1]
+from .rates import choose_rate, equal_time_steps, is_worse
+from .store import UNSTABLE, Record, Store, key_of
 
 
 def contender_name(method: str, options: Mapping[str, Any]) -> str:
@@ -162,30 +90,25 @@ class Session:
         Short runs favor rates that are too high for long ones. Where the long run with the first seed ends worse than
         the short one did, it is kept as `unstable`, and the best of the other rates is taken.
         """
+        seed, (kind, steps) = study.seeds[0], self._rate_runs
+        origin = study if study.rates_from is None else replace(study, pruning=study.rates_from)
         while True:
             rate, others = self._best_rate(study, contender, options)
-            long = self._tune(study, contender, options, rate, study.seeds[0], self.suite.budget.steps)
-            kind, steps = self._rate_runs
-            origin = study if study.rates_from is None else replace(study, pruning=study.rates_from)
-            short = self.store.find(
-                kind, self._settings(origin, contender, options, rate, study.seeds[0], steps, kind)
-            )
+            long = self._tune(study, contender, options, rate, seed, self.suite.budget.steps)
+            short = self.store.find(kind, self._settings(origin, contender, options, rate, seed, steps, kind))
             if kind == "tune" or short is None or not others or not is_worse(long, short):
                 return rate
-            settings = self._settings(study, contender, options, rate, study.seeds[0], self.suite.budget.steps)
+            settings = self._settings(study, contender, options, rate, seed, self.suite.budget.steps)
             self.store.relabel("tune", settings, UNSTABLE, write=self._is_main)
 
     def _best_rate(
         self, study: Study, contender: Contender, options: Mapping[str, Any]
     ) -> tuple[float, Sequence[float]]:
         """The rate with the lowest validation loss of those that long runs did not find unstable, and the others."""
+        prunings = {one.name for one in (study.pruning, study.rates_from) if one}
+        records = self._records_of(study, contender.method, options)
         unstable = {
-            record.settings["rate"]
-            for record in self.store.records
-            if record.kind == UNSTABLE
-            and record.settings["base"] == self.bases[study.model].fingerprint
-            and record.settings["pruning"] in {one.name for one in (study.pruning, study.rates_from) if one}
-            and (record.settings["method"], record.settings["options"]) == (contender.method, dict(options))
+            one.settings["rate"] for one in records if one.kind == UNSTABLE and one.settings["pruning"] in prunings
         }
         if study.rates_from is not None:
             losses = self._losses_of(study, contender.method, options)
@@ -206,18 +129,22 @@ class Session:
     def _losses_of(self, study: Study, method: str, options: Mapping[str, Any]) -> dict[float, float]:
         """The validation loss by rate, of the runs that chose the rate for another pruning of the same model."""
         assert study.rates_from is not None
+        kind, steps = self._rate_runs
+        wanted = {"pruning": study.rates_from.name, "seed": 0, "steps": steps, "equal": None}
         return {
-            record.settings["rate"]: record.measured["validation_loss"]
-            for record in self.store.records
-            if record.kind == self._rate_runs[0]
-            and record.settings["base"] == self.bases[study.model].fingerprint
-            and record.settings["pruning"] == study.rates_from.name
-            and (record.settings["method"], record.settings["options"]) == (method, dict(options))
-            and record.settings["seed"] == 0
-            and record.settings["steps"] == self._rate_runs[1]
-            and record.settings["equal"] is None
-            and record.measured["validation_loss"] is not None
+            one.settings["rate"]: one.measured["validation_loss"]
+            for one in self._records_of(study, method, options)
+            if one.kind == kind
+            and all(one.settings[name] == value for name, value in wanted.items())
+            and one.measured["validation_loss"] is not None
         }
+
+    def _records_of(self, study: Study, method: str, options: Mapping[str, Any]) -> list[Record]:
+        """All that is measured of a method on the model, however that is pruned."""
+        wanted = {"base": self.bases[study.model].fingerprint, "method": method, "options": dict(options)}
+        return [
+            one for one in self.store.records if all(one.settings.get(name) == value for name, value in wanted.items())
+        ]
 
     def _tune(
         self,

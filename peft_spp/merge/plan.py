@@ -47,11 +47,12 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     parameters = find_parameters(checkpoint, adapter)
     modules = {name: module for name, module in adapter.modules.items() if name not in parameters}
     tied = TiedNames(checkpoint.config)
-    trained = _without_copies(adapter, checkpoint, tied)
+    shared = _trained_together(adapter, tied)
+    trained = _without_copies(adapter, checkpoint, shared)
     wanted = [*(f"{name}.weight" for name in modules), *trained]
     found = _match(wanted, checkpoint, adapter) if wanted else {}
     for name, stored in [*found.items(), *((one.name, one.name) for one in parameters.values())]:
-        if (name in tied or stored in tied) and not _stays_tied(name, checkpoint, adapter, tied):
+        if (name in tied or stored in tied) and not _stays_tied(name, checkpoint, shared, tied):
             raise ValueError(
                 f"{adapter.folder} adapts {name!r}, whose weight is tied to another module, which Transformers would "
                 f"change with it when it loads the merged model. {INSTEAD}"
@@ -76,16 +77,15 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     return Plan(merges, replaced, names, list(parameters.values()))
 
 
-def _without_copies(adapter: Adapter, checkpoint: Checkpoint, tied: TiedNames) -> dict[str, StoredTensor]:
+def _without_copies(adapter: Adapter, checkpoint: Checkpoint, shared: list[str]) -> dict[str, StoredTensor]:
     """The trained tensors; of those that stay tied only those that the checkpoint has, if it has one of them."""
-    shared = _trained_together(adapter, tied)
     there = [name for name in shared if name in checkpoint.dense]
     return {name: one for name, one in adapter.trained.items() if not there or name not in shared or name in there}
 
 
-def _stays_tied(name: str, checkpoint: Checkpoint, adapter: Adapter, tied: TiedNames) -> bool:
+def _stays_tied(name: str, checkpoint: Checkpoint, shared: list[str], tied: TiedNames) -> bool:
     """Whether a trained tensor is for all modules that share it, and everything that the checkpoint has of them."""
-    shared, stored = _trained_together(adapter, tied), [one for one in checkpoint.dense if one in tied]
+    stored = [one for one in checkpoint.dense if one in tied]
     return name in shared and (len(stored) == 1 or all(one in shared for one in stored))
 
 

@@ -34,5 +34,5 @@ def test_a_few_types_in_every_run(model_type):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", CHECKED)
 def test_every_type(model_type):
-    # a type that has its blocks under other names in another version of Transformers is no fault
+    # a type that has its blocks under other names in another version of Transformers is not a fault
     assert sweep.check(model_type)["status"] in {ROWS[model_type]["status"], "unusable"}

@@ -42,6 +42,6 @@ def test_a_few_types_in_every_run(model_type):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", CHECKED)
 def test_every_type(model_type):
-    # a type that cannot be built by another version of Transformers is no fault
+    # a type that cannot be built by another version of Transformers is not a fault
     row = from_disk.check(model_type)
     assert row == ROWS[model_type] or row["status"] == "unusable"

@@ -21,7 +21,7 @@ pytest.importorskip("datasets")
 from peft import PeftConfig
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import plan
+from benchmarks.quality import rates
 from benchmarks.quality.analysis import analyze
 from benchmarks.quality.data import load_texts
 from benchmarks.quality.design import Pruning
@@ -88,13 +88,13 @@ def test_the_best_rate_is_chosen_from_a_grid_that_is_extended_at_an_edge_and_ref
         tried.append(rate)
         return losses_around(best)(rate)
 
-    assert plan.choose_rate((1e-2, 3e-2, 9e-2), loss) == pytest.approx(expected, rel=0.02)
+    assert rates.choose_rate((1e-2, 3e-2, 9e-2), loss) == pytest.approx(expected, rel=0.02)
     assert sorted(tried)[0] >= 1e-3 and len(tried) == len(set(tried)) <= 7
 
 
 def test_a_grid_of_one_rate_is_not_extended_and_divergence_is_never_chosen():
-    assert plan.choose_rate((4e-3,), lambda rate: 1.0) == 4e-3
-    assert plan.choose_rate((1e-3, 1e-2, 1e-1), lambda rate: math.inf if rate > 1e-3 else 5.0) <= 1e-3
+    assert rates.choose_rate((4e-3,), lambda rate: 1.0) == 4e-3
+    assert rates.choose_rate((1e-3, 1e-2, 1e-1), lambda rate: math.inf if rate > 1e-3 else 5.0) <= 1e-3
 
 
 @pytest.mark.parametrize(("count", "batch", "steps"), [(7, 3, 9), (5, 5, 2), (4, 8, 3)])
@@ -111,9 +111,9 @@ def test_every_block_comes_once_before_any_comes_again(count, batch, steps):
 
 def test_steps_at_equal_time_follow_the_ratio_within_rounds():
     seconds = {"spp": {"seconds": [1.0, 2.0, 10.0]}, "hira": {"seconds": [2.0, 4.0, 20.0]}}
-    assert plan.equal_time_steps(64, seconds, "spp", "hira") == 32
-    assert plan.equal_time_steps(1, seconds, "spp", "hira") == 1
-    assert plan.equal_time_steps(64, seconds, "hira", "spp") == 128
+    assert rates.equal_time_steps(64, seconds, "spp", "hira") == 32
+    assert rates.equal_time_steps(1, seconds, "spp", "hira") == 1
+    assert rates.equal_time_steps(64, seconds, "hira", "spp") == 128
 
 
 class Recorder(nn.Module):

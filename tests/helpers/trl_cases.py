@@ -116,26 +116,29 @@ def count_vowels(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
+SHORT_RUN: dict[str, Any] = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 2e-2,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+"""Settings of every trainer: on CPU in float32, three steps long."""
+
+
 def make_trainer(kind: str, output_dir: Path, model: nn.Module | None = None, **settings: Any) -> Trainer:
     """A trainer on CPU in float32, three steps long; `settings` go to its configuration."""
     trainer_class, config_class = TRAINERS[kind]
     extra: dict[str, Any] = {}
-    arguments: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 2e-2,
-        "lr_scheduler_type": "linear",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    arguments = {**SHORT_RUN, "output_dir": str(output_dir)}
     if kind in ("grpo", "rloo"):
         arguments |= {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
         extra["reward_funcs"] = count_vowels

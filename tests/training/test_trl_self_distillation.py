@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from peft_spp import SPPLayer
 
 from helpers.trl_cases import (
+    SHORT_RUN,
     TEXTS,
     assert_zeros_kept,
     base_weights,
@@ -33,23 +33,12 @@ TRAINERS = {"sdft": (SDFTTrainer, SDFTConfig), "sdpo": (SDPOTrainer, SDPOConfig)
 
 def make_trainer(kind: str, teacher: str, folder: Path) -> Trainer:
     trainer_class, config_class = TRAINERS[kind]
-    arguments: dict[str, Any] = {
+    arguments = {
+        **SHORT_RUN,
         "output_dir": str(folder),
         "teacher_model_kind": teacher,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
         "num_generations": 2,
         "max_completion_length": 6,
-        "learning_rate": 2e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "seed": 3,
     }
     rows = {"prompt": [text[:12] for text in TEXTS], "privileged_context": TEXTS}
     more = {"reward_funcs": count_vowels} if kind == "sdpo" else {}
