@@ -263,7 +263,7 @@ def _tasks(base: BaseModel, source: str, adapter: Path | None = None) -> dict[st
         adapter=adapter,
         task_folder=folder,
         limit=base.budget.task_limit,
-        dtype=base.spec.compute if isinstance(base.spec, Checkpoint) else None,
+        dtype=str(base.load_dtype()).removeprefix("torch."),
     )
     return {"tasks": scores}
 
