@@ -29,7 +29,8 @@ def runtimes(compiler):
         yield told.strip()
 
 
-NATIVE = (["functional/test_cpu_native.py", "sparsity/test_mask_record.py"], "native and not without_a_compiler")
+MASKS = ["sparsity/test_mask_fingerprint.py", "sparsity/test_mask_record.py"]
+NATIVE = (["functional/test_cpu_native.py", *MASKS], "native and not without_a_compiler")
 BITMASK = (["functional/test_bitmask_kernels.py", "functional/test_bitmask_tokens.py"], "not lesser_processors")
 
 

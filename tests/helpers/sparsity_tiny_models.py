@@ -5,11 +5,26 @@ import torch
 from torch import Tensor, nn
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn]
+
+
+def pruned(rows: int, inputs: int, sparsity: float = 0.5, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    weight = torch.randn(rows, inputs)
+    weight[torch.rand(rows, inputs) < sparsity] = 0.0
+    return weight
+
+
 def keep_n_m(rows_by_inputs: Tensor, n: int, m: int) -> Tensor:
     """Zero all but the n largest of every m consecutive inputs."""
     groups = rows_by_inputs.detach().abs().reshape(rows_by_inputs.shape[0], -1, m)
     mask = torch.zeros_like(groups).scatter_(-1, groups.topk(n, dim=-1).indices, 1.0)
     return rows_by_inputs.detach() * mask.reshape(rows_by_inputs.shape)
+
+
+def half(rows: int, inputs: int) -> Tensor:
+    """A 2:4 weight whose other values are far from zero."""
+    return keep_n_m(torch.rand(rows, inputs) + 1, 2, 4)
 
 
 def tiny_llama(tie: bool = False) -> nn.Module:
