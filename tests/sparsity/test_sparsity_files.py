@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_spp.checkpoints import safetensors_files
+from peft_spp.checkpoints.safetensors_files import checked_shape, read_json
 from peft_spp.inspection import inspect_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
@@ -264,3 +265,27 @@ def test_the_header_of_a_file_is_read_once_and_not_for_each_tensor(tmp_path, mon
         opened.clear()
         report = read(tmp_path)
         assert len(report) == 200 and report.zeros == 200 * 12 and len(opened) == 1
+
+
+def test_strict_json_refuses_what_json_does_not_have(tmp_path):
+    file = tmp_path / "a.json"
+    for text, culprit in (
+        ('{"a": NaN}', "NaN"),
+        ('{"a": -Infinity}', "Infinity"),
+        ('{"a": {"k": 1, "j": 2, "k": 3}}', "'k'"),
+    ):
+        file.write_text(text)
+        assert set(read_json(file)) == {"a"}
+        with pytest.raises(ValueError, match=culprit) as raised:
+            read_json(file, strict=True)
+        assert str(file) in str(raised.value)
+    file.write_text('{"é": [1, 2.5, null]}', encoding="utf-8")
+    assert read_json(file) == read_json(file, strict=True) == {"é": [1, 2.5, None]}
+
+
+def test_shapes_that_cannot_be_counted_to_are_refused(tmp_path):
+    for shape in ((), (0,), (3, 4), (0, 2**62), (2**31, 2**31), (2**63 - 1, 0, 1)):
+        assert checked_shape(tmp_path, "w", list(shape)) == shape
+    for shape in ((2**63,), (0, 2**62, 2), (2**32, 2**31)):
+        with pytest.raises(ValueError, match="'w'"):
+            checked_shape(tmp_path, "w", shape)

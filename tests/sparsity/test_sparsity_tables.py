@@ -6,27 +6,19 @@ import re
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import GptOssConfig, LlamaConfig
-from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
-from peft_spp.checkpoints.safetensors_files import checked_shape, read_json
 from peft_spp.reports import MAX_ROWS, kind_of, percent, plain_table, some
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 from peft_spp.sparsity.counting import PairCounts
 
-from helpers.sparsity_tiny_models import keep_n_m, tiny_llama
+from helpers.sparsity_tiny_models import half
 
 
 def cells(text: str) -> dict[str, list[str]]:
     """The cells of each line by the first of them."""
     lines = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines())
     return {first: rest for first, *rest in lines if rest}
-
-
-def half(rows: int, inputs: int) -> torch.Tensor:
-    return keep_n_m(torch.rand(rows, inputs) + 1, 2, 4)
 
 
 def blocks(text: str) -> list[list[str]]:
@@ -317,96 +309,3 @@ def test_counts_of_pieces_add_up():
     counts.add(PairCounts(10, 20, 30, 40, 50))
     assert counts == PairCounts(11, 22, 33, 44, 55)
     assert PairCounts(zeros_before=10, zeros_after=9, lost=3).gained == 2
-
-
-def test_strict_json_refuses_what_json_does_not_have(tmp_path):
-    file = tmp_path / "a.json"
-    for text, culprit in (
-        ('{"a": NaN}', "NaN"),
-        ('{"a": -Infinity}', "Infinity"),
-        ('{"a": {"k": 1, "j": 2, "k": 3}}', "'k'"),
-    ):
-        file.write_text(text)
-        assert set(read_json(file)) == {"a"}
-        with pytest.raises(ValueError, match=culprit) as raised:
-            read_json(file, strict=True)
-        assert str(file) in str(raised.value)
-    file.write_text('{"é": [1, 2.5, null]}', encoding="utf-8")
-    assert read_json(file) == read_json(file, strict=True) == {"é": [1, 2.5, None]}
-
-
-def test_shapes_that_cannot_be_counted_to_are_refused(tmp_path):
-    for shape in ((), (0,), (3, 4), (0, 2**62), (2**31, 2**31), (2**63 - 1, 0, 1)):
-        assert checked_shape(tmp_path, "w", list(shape)) == shape
-    for shape in ((2**63,), (0, 2**62, 2), (2**32, 2**31)):
-        with pytest.raises(ValueError, match="'w'"):
-            checked_shape(tmp_path, "w", shape)
-
-
-class Experts(nn.Module):
-    def __init__(self, is_transposed):
-        super().__init__()
-        if is_transposed is not None:
-            self.is_transposed = is_transposed
-        stored = torch.stack([half(4, 8) for _ in range(2)])
-        self.down_proj = nn.Parameter(stored.transpose(1, 2).contiguous() if is_transposed is True else stored)
-        self.flat = nn.Parameter(torch.ones(2, 2))
-
-
-@pytest.mark.parametrize("is_transposed", [None, False, True, "yes"])
-def test_experts_say_themselves_how_they_are_stored(is_transposed):
-    report = sparsity_report(nn.ModuleDict({"experts": Experts(is_transposed)}))
-    module = report["experts.down_proj"]
-    assert module.transposed is (is_transposed is True) and module.pattern == "2:4"
-    assert (module.in_features, module.out_features, module.numel) == (8, 4, 64)
-    assert list(report.skipped) == ["experts.flat"]
-    assert list(sparsity_report(Experts(is_transposed)).skipped) == ["down_proj", "flat"]
-
-
-def test_the_configuration_of_a_model_says_how_its_experts_are_stored():
-    model = nn.ModuleDict({"experts": Experts(None)})
-    model["experts"].down_proj.data = model["experts"].down_proj.data.transpose(1, 2).contiguous()
-    for config, transposed in ((GptOssConfig(), True), (LlamaConfig(), False), ({"model_type": "gpt_oss"}, False)):
-        model.config = config
-        assert sparsity_report(model)["experts.down_proj"].transposed is transposed
-
-
-def test_a_conv1d_is_told_by_its_class_whatever_its_name():
-    class Conv1D(nn.Linear):
-        """Of the same name as transformers', and stored as linear layers are."""
-
-    layer = TransformersConv1D(8, 8)  # square, so that its bias does not tell
-    layer.weight.data = half(8, 8).T.contiguous()
-    other = Conv1D(8, 8)
-    other.weight.data = half(8, 8)
-    report = sparsity_report(nn.ModuleDict({"proj": layer, "other": other}))
-    assert [(one.transposed, one.pattern) for one in report] == [(True, "2:4"), (False, "2:4")]
-
-
-def test_in_a_model_the_class_tells_what_is_a_linear_layer():
-    report = sparsity_report(nn.ModuleDict({"fc": nn.Embedding(4, 8)}))
-    assert not report.modules and list(report.skipped) == ["fc"]
-
-
-def test_prompt_learning_is_seen_through():
-    model = tiny_llama()
-    expected = dict(sparsity_report(model).modules)
-    wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    assert dict(sparsity_report(wrapped).modules) == expected
-
-
-def test_wrapped_models_are_seen_through():
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Sequential(nn.Linear(4, 2))})
-    expected = dict(sparsity_report(model).modules)
-    assert set(expected) == {"a", "b.0"}
-    wrapped = nn.DataParallel(model)
-    report = sparsity_report(wrapped)
-    assert dict(report.modules) == expected and report.source == "DataParallel"
-    assert dict(sparsity_report(torch.compile(wrapped)).modules) == expected
-
-
-def test_a_layer_without_a_shape_yet_holds_no_data():
-    with pytest.raises(ValueError, match="'lazy'"):
-        sparsity_report(nn.ModuleDict({"lazy": nn.LazyLinear(4)}))
-    report = sparsity_report(nn.ModuleDict({"fine": nn.Linear(4, 4), "other": nn.LazyConv2d(4, 3)}))
-    assert list(report.modules) == ["fine"] and set(report.skipped) == {"other", "other.bias"}
