@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import nn
 
 from helpers.every_model import build
@@ -59,3 +60,14 @@ def expert_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def most_in_a_group(weight: torch.Tensor, size: int = 4) -> int:
     """The most weights that are not zero in a group of consecutive inputs."""
     return int((weight.reshape(-1, size) != 0).sum(dim=1).max())
+
+
+def tiny_llama4() -> nn.Module:
+    """A mixture of experts for texts and images."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 160, "pad_token_id": 0}
+    text |= {"num_local_experts": 4, "num_experts_per_tok": 1, "max_position_embeddings": 64}
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "image_size": 28}
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    return transformers.Llama4ForConditionalGeneration(config)

@@ -16,6 +16,9 @@ from unittest import mock
 import torch
 from torch import nn
 
+from peft_spp.pruning import prune_wanda
+from peft_spp.pruning.layers import find_target_layers
+
 from helpers.mixtures import INPUTS_FIRST
 
 
@@ -154,3 +157,25 @@ def plain_wanda(
 def weights_of(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The weights of some layers of a pruned model, as `(out, in)` matrices."""
     return {name: weight_of(model, name) for name in names}
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """With weights so large that attention matters, and experts in the one way that runs in float64."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3) if parameter.ndim > 1 else None
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
+def assert_plain_wanda(
+    model: nn.Module, batches: list[Any], sequences: list[dict[str, Any]], excluded: list[str] | None = None
+) -> None:
+    """Prune `model` on the batches: each weight has to be what plain Wanda makes of the sequences."""
+    dense = copy.deepcopy(model)
+    prune_wanda(model, batches, pattern="2:4", exclude_modules=excluded)
+    names = list(find_target_layers(model, None, excluded))
+    expected, pruned = plain_wanda(dense, names, sequences), weights_of(model, names)
+    assert [name for name in names if not torch.equal(pruned[name], expected[name])] == []
