@@ -54,6 +54,16 @@ def prune_(weight: torch.Tensor, pattern: str) -> None:
         weight[mask] = 0.0
 
 
+def masked_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny Llama, always with the same weights, half of which in the blocks are pruned as the seed says."""
+    model = tiny_llama().to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "layers" in name and weight.dim() == 2:
+            weight.data[torch.rand(weight.shape, generator=generator) < 0.5] = 0.0
+    return model
+
+
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers inside the blocks of a tiny Llama, without their adapters."""
     return {
