@@ -2,6 +2,9 @@
 """Tiny base models and adapters on disk, and what PEFT makes of them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,3 +119,19 @@ def auto(name: str) -> type:
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything in a folder, hidden files included."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def names(folder: Path) -> set[str]:
+    """The files of a model besides its card, which merging writes where there is none."""
+    return contents(folder).keys() - {"README.md"}
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
