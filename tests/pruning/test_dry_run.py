@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dry run and a run refuse the same, before anything is pruned."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_prune_checkpoint import SMALL, TEXT, edit_config, save_model
 
 from peft_spp.pruning import checkpoint, dense_run, prune_checkpoint
 
+from helpers.dense_checkpoints import SMALL, TEXT, edit_config, edit_shards, save_model
+from helpers.merge_cases import contents
 from helpers.tiny import tiny
 
 
@@ -24,42 +23,29 @@ def dense(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("dense") / "model")
 
 
-def edit_tensors(model: Path, **changes) -> None:
-    """Change tensors of a sharded model, or remove those that are `None`, from the index as well."""
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    for name, change in changes.items():
-        file = model / index["weight_map"][name]
-        tensors = load_file(file)
-        tensors[name] = change(tensors[name]) if change else None
-        if tensors[name] is None:
-            del tensors[name], index["weight_map"][name]
-        save_file(tensors, file, metadata={"format": "pt"})
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def without_a_norm(model: Path, options: dict) -> None:
-    edit_tensors(model, **{"model.layers.2.input_layernorm.weight": None})
+    edit_shards(model, **{"model.layers.2.input_layernorm.weight": None})
 
 
 def with_an_integer_norm(model: Path, options: dict) -> None:
-    edit_tensors(model, **{"model.layers.2.input_layernorm.weight": lambda tensor: tensor.to(torch.int8)})
+    edit_shards(model, **{"model.layers.2.input_layernorm.weight": lambda tensor: tensor.to(torch.int8)})
 
 
 def with_nan_in_a_norm(model: Path, options: dict) -> None:
-    edit_tensors(model, **{"model.layers.2.input_layernorm.weight": lambda tensor: tensor * torch.nan})
+    edit_shards(model, **{"model.layers.2.input_layernorm.weight": lambda tensor: tensor * torch.nan})
 
 
 def with_nan_in_the_embeddings(model: Path, options: dict) -> None:
-    edit_tensors(model, **{"model.embed_tokens.weight": lambda tensor: tensor.fill_(torch.inf)})
+    edit_shards(model, **{"model.embed_tokens.weight": lambda tensor: tensor.fill_(torch.inf)})
 
 
 def with_nan_in_the_last_weight(model: Path, options: dict) -> None:
-    edit_tensors(model, **{"model.layers.2.mlp.down_proj.weight": lambda tensor: tensor * torch.nan})
+    edit_shards(model, **{"model.layers.2.mlp.down_proj.weight": lambda tensor: tensor * torch.nan})
 
 
 def with_fewer_embeddings(model: Path, options: dict) -> None:
     edit_config(vocab_size=20)(model)
-    edit_tensors(
+    edit_shards(
         model,
         **dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), lambda tensor: tensor[:20].contiguous()),
     )
@@ -120,7 +106,7 @@ def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, monkeypatch, dense, brea
     (tmp_path / "text.txt").write_text(TEXT)
     options = {"pattern": "2:4", "calibration": tmp_path / "text.txt", **SMALL}
     breaks(model, options)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
 
     def too_late(*_: object) -> None:
         raise AssertionError("the run has started")
@@ -128,7 +114,7 @@ def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, monkeypatch, dense, brea
     monkeypatch.setattr(dense_run, "enter_blocks", too_late)
     with pytest.raises((ValueError, FileExistsError), match=message):
         prune_checkpoint(model, tmp_path / "out", dry_run=dry_run, **options)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +143,7 @@ def test_a_layer_that_no_data_reaches_is_refused_before_anything_is_written(tmp_
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_data_that_reach_a_layer_later_than_in_the_first_batch_are_enough(tmp_path, dense, dry_run):
     shutil.copytree(dense, tmp_path / "model")
-    edit_tensors(tmp_path / "model", **{"model.embed_tokens.weight": lambda tensor: tensor.index_fill(0, FIVE, 0.0)})
+    edit_shards(tmp_path / "model", **{"model.embed_tokens.weight": lambda tensor: tensor.index_fill(0, FIVE, 0.0)})
     options = {"pattern": "2:4", "dry_run": dry_run}
     silent = torch.full((1, 8), 5)  # all of its hidden states are zero
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.self_attn\.q_proj are all zero"):

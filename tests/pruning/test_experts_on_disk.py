@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_prune_checkpoint import peak_of_tensors
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
@@ -17,6 +16,7 @@ from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt,
 from peft_spp.pruning.skeleton import Skeleton
 from peft_spp.sparsity import sparsity_report
 
+from helpers.dense_checkpoints import peak_of_tensors
 from helpers.every_model import build
 from helpers.mixtures import SAVED_ONE_BY_ONE, batches, expert_weights, mixture, most_in_a_group
 from helpers.tiny_moe import tiny_moe
