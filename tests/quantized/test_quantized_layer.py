@@ -14,6 +14,7 @@ from peft_spp.tuner.quantized import Applied, QuantizedLinear, dequantized_weigh
 from peft_spp.tuner.quantized import registry as backends
 
 from helpers import reference
+from helpers.factored import relative_error
 from helpers.quantized_cases import ALL, EXACT_ZERO, IN, OUT, OneLayer, pruned_linear, quantized
 from helpers.tiny import randomize
 
@@ -24,8 +25,9 @@ def spp_on(kind, compute_dtype=None, linear=None, **config):
     return model, model.base_model.model.lin
 
 
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+def by_formula(layer, x, adapter="default"):
+    base = layer.get_base_layer()
+    return reference.linear(x, dequantized_weight(base), base.bias, layer.get_factors([adapter]))
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -77,8 +79,7 @@ def test_hira_fails_on_the_tensors_of_torchao_and_spp_does_not(kind):
         hira(x)
     model, layer = spp_on(kind)
     randomize(model)
-    base_layer = layer.get_base_layer()
-    expected = reference.linear(x, dequantized_weight(base_layer), base_layer.bias, layer.get_factors(["default"]))
+    expected = by_formula(layer, x)
     assert relative_error(model(x), expected) < 1e-6
 
 
@@ -87,11 +88,10 @@ def test_hira_fails_on_the_tensors_of_torchao_and_spp_does_not(kind):
 def test_the_compute_dtype_of_4_bit_layers(compute_dtype, dtype):
     model, layer = spp_on("nf4", compute_dtype, pruned_linear(dtype=dtype))
     randomize(model, 0.1)
-    weight = dequantized_weight(layer.get_base_layer())
-    assert weight.dtype == dtype
+    assert dequantized_weight(layer.get_base_layer()).dtype == dtype
     x = torch.randn(3, IN, dtype=dtype)
+    expected = by_formula(layer, x)
     y = model(x)
-    expected = reference.linear(x, weight, layer.get_base_layer().bias, layer.get_factors(["default"]))
     assert y.dtype == layer.get_base_layer()(x).dtype == dtype
     coarser = max(torch.finfo(dtype).eps, torch.finfo(compute_dtype).eps)
     assert relative_error(y, expected) < coarser
@@ -104,9 +104,7 @@ def test_autocast(kind):
     model, layer = spp_on(kind, torch.float32)
     randomize(model, 0.1)
     x = torch.randn(3, IN)
-    expected = reference.linear(
-        x, dequantized_weight(layer.get_base_layer()), layer.get_base_layer().bias, layer.get_factors(["default"])
-    )
+    expected = by_formula(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
     assert relative_error(y, expected) < 1e-2
@@ -167,9 +165,7 @@ def test_a_compiled_layer_is_one_graph_with_the_same_results(kind):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with torch.no_grad():
         assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), results[0][0])
-    base = layer.get_base_layer()
-    expected = reference.linear(x, dequantized_weight(base), base.bias, layer.get_factors(["default"]))
-    assert relative_error(results[0][0], expected) < 1e-6
+    assert relative_error(results[0][0], by_formula(layer, x)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-int8"])
@@ -210,10 +206,8 @@ def test_dropout_mixed_batch_and_disabled_adapter(kind):
         names = ["default", "__base__", "second", "default"]
         mixed = model(x, adapter_names=names)
         for i, name in enumerate(names):
-            if name == "__base__":
-                expected = base(x[i : i + 1])
-            else:
-                expected = reference.linear(x[i : i + 1], weight, base.bias, layer.get_factors([name]))
+            one = x[i : i + 1]
+            expected = base(one) if name == "__base__" else by_formula(layer, one, name)
             assert relative_error(mixed[i : i + 1], expected) < (0.02 if kind == "int8" else 1e-5)
 
 
