@@ -9,17 +9,15 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME
 from peft.utils.peft_types import PeftType
 
-from ..checkpoints.safetensors_files import read_json
 from ..durable import publish, working_folder
 from ..model_card import update_model_card
 from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord
 from .adapter_files import find_file, read_record, write_settings_id
-from .settings import FORMAT_VERSION, check_choice, check_format_version, check_settings
+from .settings import FORMAT_VERSION, check_choice, check_file, check_format_version, check_settings
 
 
 @dataclass
@@ -235,12 +233,9 @@ class SPPConfig(PeftConfig):
         # whether somebody else may have written the settings
         self.is_from_file = False
         self.peft_type = PeftType.SPP  # type: ignore[attr-defined]  # the member is added by registration.py
-        self.target_modules = (
-            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        )
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), list):
+                setattr(self, name, set(names))
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         check_format_version(self.format_version)
@@ -339,19 +334,7 @@ class SPPConfig(PeftConfig):
             ValueError: If it is not a JSON object, is of a newer version, or has a value that cannot be used; the
                 message names the file.
         """
-        file = Path(path_json_file)
-        settings = read_json(file, strict=True)
-        if "peft_type" in settings and settings["peft_type"] not in list(PeftType):
-            raise ValueError(
-                f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not support: "
-                "upgrade PEFT, or copy the file again"
-            )
-        if settings.get("peft_type") == "SPP":
-            try:
-                check_format_version(settings.get("format_version", FORMAT_VERSION))
-                check_settings(settings)
-            except ValueError as error:
-                raise ValueError(f"{file} has settings that are not valid: {error}") from error
+        check_file(Path(path_json_file))
         settings = super().from_json_file(path_json_file, **kwargs)
         settings.pop(WEIGHTS_ID, None)
         return settings

@@ -11,9 +11,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft.utils.peft_types import TaskType
+import peft
+from peft.utils.peft_types import PeftType, TaskType
+
+from ..checkpoints.safetensors_files import read_json
 
 
 FORMAT_VERSION = 1
@@ -45,6 +49,22 @@ for number, (pattern, whole) in enumerate(patterns):
     for name in names:
         match(name)
 """
+
+
+def check_file(file: Path) -> None:
+    """Check the settings in the file of a configuration; those of another method are left to PEFT."""
+    settings = read_json(file, strict=True)
+    if "peft_type" in settings and settings["peft_type"] not in list(PeftType):
+        raise ValueError(
+            f"{file} has peft_type {settings['peft_type']!r}, which PEFT {peft.__version__} does not support: "
+            "upgrade PEFT, or copy the file again"
+        )
+    if settings.get("peft_type") == "SPP":
+        try:
+            check_format_version(settings.get("format_version", FORMAT_VERSION))
+            check_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"{file} has settings that are not valid: {error}") from error
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
