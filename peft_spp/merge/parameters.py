@@ -57,7 +57,7 @@ def find_parameters(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Adapt
 
 
 def read_parameters(folder: Path, adapter: Adapter) -> dict[str, AdaptedParameter]:
-    """The same, of a base model of which nothing but its `config.json` is read: nowhere is said where the rows are."""
+    """The same without `rows`, of a base model of which only the `config.json` is read."""
     if not adapter.config.target_parameters:
         return {}
     return _read(_empty_model(folder, read_config(folder), adapter), folder, adapter)
