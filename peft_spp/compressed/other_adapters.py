@@ -40,7 +40,7 @@ def guard_other_adapters() -> None:
     for method in PEFT_TYPE_TO_TUNER_MAPPING.values():
         if "_pre_injection_hook" in vars(method):
             # FRoD reads the weights in it, before anything is injected
-            method._pre_injection_hook = _before(method._pre_injection_hook)
+            setattr(method, "_pre_injection_hook", _before(method._pre_injection_hook))  # noqa: B010
     for name in ("merge_adapter", "merge_and_unload"):
         setattr(BaseTuner, name, _checked(getattr(BaseTuner, name)))
 
