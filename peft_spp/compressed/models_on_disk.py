@@ -18,7 +18,7 @@ from ..checkpoints.old_compressed_files import CONFIG_KEYS
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .config import METHOD
-from .expert_files import ExpertConverters
+from .expert_converters import ExpertConverters
 from .selection import find_linear_layers, find_stacks, module_name
 
 
