@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peft_spp import SPPConfig, compress
 from peft_spp.durable import write_text
@@ -58,11 +59,18 @@ class Small:
         settings (`dict[str, Any]`): Of its configuration.
         batch (`int`): Sequences in the batch.
         sequence (`int`): Tokens in a sequence.
+        experts (`tuple[str, ...]`): The stacks of experts to adapt; with any, the model is a Mixtral.
     """
 
     settings: dict[str, Any]
     batch: int
     sequence: int
+    experts: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> SPPConfig:
+        """The adapter."""
+        return SPPConfig(task_type="CAUSAL_LM", target_parameters=list(self.experts))
 
 
 SMALL = {
@@ -89,6 +97,21 @@ SMALL = {
         },
         batch=1,
         sequence=512,
+    ),
+    "mixture, 11M": Small(
+        {
+            "hidden_size": 256,
+            "intermediate_size": 352,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "vocab_size": 4096,
+        },
+        batch=2,
+        sequence=256,
+        experts=("experts.gate_up_proj", "experts.down_proj"),
     ),
 }
 
@@ -146,7 +169,8 @@ def small_table() -> Iterator[str]:
 def plan_of(small: Small, dtype: torch.dtype, sparsity: float | None, checkpointing: bool) -> TrainingPlan:
     """The plan of a small model on a CPU."""
     return plan_training(
-        llama(small.settings, dtype, "meta"),
+        small_model(small, dtype, "meta"),
+        config=small.config,
         batch=small.batch,
         sequence=small.sequence,
         sparsity=sparsity,
@@ -157,16 +181,17 @@ def plan_of(small: Small, dtype: torch.dtype, sparsity: float | None, checkpoint
 
 def measure(small: Small, dtype: torch.dtype, sparsity: float | None, checkpointing: bool) -> int:
     """The bytes that its second training step takes at the highest, with all that stays between steps."""
-    model = llama(small.settings, dtype, "cpu")
+    model: Any = small_model(small, dtype, "cpu")
     if sparsity is not None:
         prune_magnitude(model, sparsity=sparsity)
         compress(model)
     model.requires_grad_(False)
-    adapted: Any = get_peft_model(model, SPPConfig(task_type="CAUSAL_LM")).train()  # type: ignore[arg-type]
+    adapted: Any = get_peft_model(model, small.config).train()
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter for parameter in adapted.parameters() if parameter.requires_grad)
-    ids = torch.zeros(small.batch, small.sequence, dtype=torch.long)
+    # of equal tokens all would go to the same experts
+    ids = torch.randint(small.settings["vocab_size"], (small.batch, small.sequence))
 
     def step() -> None:
         adapted(input_ids=ids, labels=ids).loss.backward()
@@ -177,6 +202,15 @@ def measure(small: Small, dtype: torch.dtype, sparsity: float | None, checkpoint
     states = [value for state in optimizer.state.values() for value in state.values()]
     static = storage_bytes([*adapted.parameters(), *adapted.buffers(), *states])
     return static + trace_memory(step, torch.device("cpu")).peak
+
+
+def small_model(small: Small, dtype: torch.dtype, device: str) -> nn.Module:
+    """A small model of random weights, or of none on the meta device."""
+    if not small.experts:
+        return llama(small.settings, dtype, device)
+    torch.manual_seed(0)
+    with _default_dtype(dtype), torch.device(device):
+        return MixtralForCausalLM(MixtralConfig(**small.settings, use_cache=False, max_position_embeddings=8192))
 
 
 def llama(settings: dict[str, Any], dtype: torch.dtype, device: str) -> LlamaForCausalLM:

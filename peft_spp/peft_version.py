@@ -22,6 +22,7 @@ _RELIED_ON = {
         "BaseTuner._check_new_adapter_config",
         "BaseTuner._check_target_module_exists",
         "BaseTuner._inject_parameters",
+        "BaseTuner._pre_injection_hook",
         "BaseTuner._prepare_adapter_config",
         "BaseTuner._unload_and_optionally_merge",
         "BaseTuner._get_adapter_state_dict",

@@ -128,13 +128,13 @@ PRETRAINED_UNSTABLE_RUN = "{label} at {rate:g} on {pruning} over {steps} steps: 
 
 PRETRAINED_METHOD = """
 {model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of
-the tuning text ({text}; a test part of each is held out), and tuned for {steps} steps of {batch} such sequences:
-AdamW, 10% warm-up, cosine to zero, gradients clipped to 1, no dropout, no weight decay. Files are in {dtype} and
-computation in {compute}, or in float32 on processors with AVX2 only, which multiply 16-bit numbers slowly; factors,
-the weights that full fine-tuning trains, and the optimizer are in float32. The deployed model is measured: the adapter
-saved, merged into the pruned model from disk, saved, and loaded by plain Transformers. {machine}, Python {python},
-PEFT {peft}, Transformers {transformers}; all {count} tuning runs took {hours:.1f} hours of processor time, on a
-machine with other work, so no time of a single run is given. Command: `{command}`; results: `{results}`.
+the tuning text ({text}; a test part of each is held out), anew on each machine, and tuned for {steps} steps of {batch}
+such sequences: AdamW, 10% warm-up, cosine to zero, gradients clipped to 1, no dropout, no weight decay. Files are in
+{dtype} and computation in {compute}, or in float32 on processors with AVX2 only, which multiply 16-bit numbers slowly;
+factors, the weights that full fine-tuning trains, and the optimizer are in float32. The deployed model is measured:
+the adapter saved, merged into the pruned model from disk, saved, and loaded by plain Transformers. {machine}, Python
+{python}, PEFT {peft}, Transformers {transformers}; all {count} tuning runs took {hours:.1f} hours of processor time,
+on a machine with other work, so no time of a single run is given. Command: `{command}`; results: `{results}`.
 """
 
 PRETRAINED_MISSING = """

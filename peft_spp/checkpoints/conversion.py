@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from ..error_text import message
+from ..reports import some
 from .tensor_file import StoredTensor
 
 
@@ -103,25 +105,85 @@ class Origin:
         return [one for group in groups for one in (group[index : index + 1] if len(group) == experts else group)]
 
 
-def find_origins(model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> dict[str, Origin]:
+class Origins(dict[str, Origin]):
+    """Where a checkpoint has the parameters of a model, by name; those that cannot be made of it are left out.
+
+    Args:
+        model (`PreTrainedModel`): The model, which may be on the meta device.
+        tensors (`Iterable[StoredTensor]`): What the checkpoint holds.
     """
-    Where a checkpoint has the parameters of a model, by the rules by which Transformers loads it; those that cannot be
-    made of it are left out.
-    """
-    rules, by_name = _Rules(model), {one.name: one for one in tensors}
-    groups: dict[str, list[Part]] = {}
-    for name, parameter, pattern in rules.taken_up(by_name):
-        renamed = apply_renamings(name, rules.renamings) if pattern else name
-        groups.setdefault(parameter, []).append(Part(by_name[name], renamed, pattern))
-    found: dict[str, Origin] = {}
-    for first, parts in groups.items():
-        origin = Origin(model, first, tuple(parts), _converter(parts, rules.of_pattern))
-        try:
-            names: Sequence[str] = list(origin.shapes)
-        except Exception:  # whatever an operation raises that does not fit what is stored
-            continue
-        found |= {name: origin for name in names if name in rules.state}
-    return found
+
+    def __init__(self, model: PreTrainedModel, tensors: Iterable[StoredTensor]) -> None:
+        super().__init__()
+        self._rules = _Rules(model)
+        self._parts: dict[str, list[Part]] = {}
+        by_name = {one.name: one for one in tensors}
+        for name, parameter, pattern in self._rules.taken_up(by_name):
+            renamed = apply_renamings(name, self._rules.renamings) if pattern else name
+            self._parts.setdefault(parameter, []).append(Part(by_name[name], renamed, pattern))
+        for first, parts in self._parts.items():
+            origin = Origin(model, first, tuple(parts), self._rules.converter(parts))
+            try:
+                names: Sequence[str] = list(origin.shapes)
+            except Exception:  # whatever an operation raises that does not fit what is stored
+                continue
+            self.update({name: origin for name in names if name in self._rules.state})
+
+    def whole(self, name: str, folder: Path, instead: str) -> Origin:
+        """
+        Where a parameter is.
+
+        Args:
+            name (`str`): The name of the parameter.
+            folder (`Path`): What to call the checkpoint in a message.
+            instead (`str`): What to do if Transformers may have other tensors to make it of.
+
+        Raises:
+            ValueError: If it is not there, or not all of it; the message names what is missing.
+        """
+        origin, expected = self.get(name), tuple(self._rules.state[name].shape)
+        if origin is not None and origin.shapes[name] == expected:
+            return origin
+        missing = self._missing_experts(name)
+        if missing:
+            raise ValueError(
+                f"{folder} has no tensor {some(list(map(repr, missing)), 3)}, which Transformers puts into {name!r} "
+                "when it loads the model: the checkpoint is not whole. Copy or download it again, with all its files."
+            )
+        if origin is None:
+            raise ValueError(
+                f"{folder} has no tensor {name!r}, nor the tensors that Transformers builds it from when it loads the "
+                f"model. {instead}"
+            )
+        one = origin.tensors[0]
+        what = f"has shape {one.shape}"
+        if origin.converter is not None:
+            what = f"and {len(origin.tensors) - 1} others make {name} of shape {origin.shapes[name]}"
+        raise ValueError(f"tensor {one.name!r} of {one.file} {what}, but config.json implies {expected}")
+
+    def _missing_experts(self, stack: str) -> list[str]:
+        """
+        The tensors of experts that are missing of a stack, as the checkpoint would call them; of a kind that is
+        missing altogether, the pattern of their names.
+        """
+        parts = self._parts.get(stack, [])
+        converter = self._rules.converter(parts)
+        if converter is None:
+            return []
+        names = {part.tensor.name: part.tensor.name.split(".") for part in parts}
+        # the names differ in one number, that of the expert
+        columns = enumerate(zip(*names.values(), strict=False))
+        numbers = [at for at, column in columns if len(set(column)) > 1 and all(map(str.isdecimal, column))]
+        expected = []
+        for pattern in converter.source_patterns:
+            of_kind = next((names[part.tensor.name] for part in parts if part.pattern == pattern), None)
+            if of_kind is None:
+                expected.append(pattern)
+            elif len(numbers) == 1:
+                before, after = of_kind[: numbers[0]], of_kind[numbers[0] + 1 :]
+                count = len(self._rules.state[stack])
+                expected += [".".join([*before, str(index), *after]) for index in range(count)]
+        return [name for name in expected if name not in names]
 
 
 def stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -197,6 +259,9 @@ class _Rules:
         self.state = model.state_dict()
         self._prefix = model.base_model_prefix
 
+    def converter(self, parts: Sequence[Part]) -> WeightConverter | None:
+        return next((self.of_pattern[part.pattern] for part in parts if part.pattern), None)
+
     def taken_up(self, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         """The stored tensors that are loaded, each with the (first) parameter it makes and its part in a converter."""
         # in the order of Transformers, which is that of the experts in a stack
@@ -206,10 +271,6 @@ class _Rules:
                 renamed, pattern = rename_source_key(name, [], [], self._prefix, self.state)
             if renamed in self.state:
                 yield name, renamed, pattern or ""
-
-
-def _converter(parts: Sequence[Part], of_pattern: Mapping[str, WeightConverter]) -> WeightConverter | None:
-    return next((of_pattern[part.pattern] for part in parts if part.pattern), None)
 
 
 def _add(converter: WeightConverter, target: str, source: str, pattern: str, tensor: Tensor) -> None:

@@ -53,7 +53,7 @@ def expert_rows(origin: Origin, name: str) -> list[ExpertRows] | None:
             ExpertRows(replace(one, shape=one.shape[1:]), index, flipped=flipped)
             for index, one in enumerate(one_by_one)
         ]
-    if origin.converter is None or not _puts_below(origin.converter):
+    if origin.converter is None or not puts_below(origin.converter):
         return None
     parts = [[one.tensor for one in origin.parts if one.pattern == pattern] for pattern in _patterns(origin)]
     if any(len(part) != shape[0] for part in parts):
@@ -73,8 +73,8 @@ def _flips(converter: WeightConverter | None, stored: tuple[int, ...], shape: tu
     return not only.check_dims or stored != shape
 
 
-def _puts_below(converter: WeightConverter) -> bool:
-    """Whether a converter stacks matrices, and if they are of several kinds puts the stacks together row by row."""
+def puts_below(converter: WeightConverter) -> bool:
+    """Whether a converter puts the matrices of each expert one below another, and makes a stack of the experts."""
     made_by = [(type(one), getattr(one, "dim", None)) for one in converter.operations]
     return made_by in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 

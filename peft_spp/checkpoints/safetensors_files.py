@@ -39,6 +39,15 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The floating dtypes by their names in a file."""
 
+OTHER_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    "C64": torch.complex64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Dtypes that hold no weights, but that a model may load. Those of 4 and 6 bits are only copied."""
+
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _PICKLED_MODEL = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -193,7 +202,7 @@ def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Store
                 view = tensors.get_slice(name)
                 dtype = DTYPES.get(view.get_dtype(), view.get_dtype())
                 shape = checked_shape(file, name, view.get_shape())
-                listed.append(Stored(name, shape, dtype, partial(_load, file, name, dtype, shape, ranges[name])))
+                listed.append(Stored(name, shape, dtype, partial(load_tensor, file, name, dtype, shape, ranges[name])))
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or damaged): {error}") from error
     return listed
@@ -209,9 +218,11 @@ def checked_shape(file: Path, name: str, shape: Sequence[int]) -> tuple[int, ...
     return tuple(shape)
 
 
-def _load(
-    file: Path, name: str, dtype: torch.dtype | str, shape: tuple[int, ...], byte_range: tuple[int, int]
+def load_tensor(
+    file: Path, name: str, dtype: torch.dtype | str, shape: Sequence[int], byte_range: tuple[int, int]
 ) -> Tensor:
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"tensor {name!r} of {file} has dtype {dtype}, which is not floating")
-    return read_bytes(file, *byte_range).view(dtype).view(shape)
+    """Read one tensor of a file."""
+    found = OTHER_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None:
+        raise ValueError(f"tensor {name!r} of {file} has dtype {dtype}, which PyTorch has no values for")
+    return read_bytes(file, *byte_range).view(found).view(tuple(shape))

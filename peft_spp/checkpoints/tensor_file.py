@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .file_bytes import byte_ranges, read_bytes
-from .safetensors_files import read_header
+from .file_bytes import byte_ranges
+from .safetensors_files import load_tensor, read_header
 from .stored import Stored
 
 
@@ -28,9 +28,7 @@ class StoredTensor:
     stop: int  # where they end
 
     def load(self) -> Tensor:
-        if not isinstance(self.dtype, torch.dtype):
-            raise ValueError(f"tensor {self.name!r} of {self.file} has dtype {self.dtype}, which is not floating")
-        return read_bytes(self.file, self.start, self.stop).view(self.dtype).view(self.shape)
+        return load_tensor(self.file, self.name, self.dtype, self.shape, (self.start, self.stop))
 
     def rows(self, first: int, last: int) -> StoredTensor:
         """Some rows of the tensor, as a tensor."""

@@ -26,6 +26,13 @@ def inspect(
             "regular expression for the full name."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model of an adapter, a folder or a Hub id: count the zeros of the merged weights. By "
+            "default, none are counted."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -39,7 +46,8 @@ def inspect(
     Show how sparse a model is and where its zeros are, or what an adapter learned.
 
     The model is not built: tensors are read from its files, one at a time. The plot of a model shows the sparsity by
-    layer and kind of module, and one mask; the plot of an adapter shows how much it changes the weights.
+    layer and kind of module, and one mask; the plot of an adapter shows how much it changes the weights. An adapter of
+    experts is shown expert by expert, and needs the config.json of its base model.
     """
     from ..inspection import AdapterInspection, CheckpointInspection, inspect_adapter, inspect_checkpoint
     from .sources import local_source
@@ -52,8 +60,11 @@ def inspect(
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         if pattern or modules:
             raise ValueError(f"--pattern and --modules apply to models, and {source} is an adapter")
-        found = inspect_adapter(path)
+        with progress_bar("Merging") as progress:
+            found = inspect_adapter(path, base=base, progress=progress)
     else:
+        if base is not None:
+            raise ValueError(f"--base applies to adapters, and {source} is a model")
         patterns = pattern or ("2:4", "4:8", "2:8")
         with progress_bar("Reading") as progress:
             found = inspect_checkpoint(path, patterns=patterns, modules=chosen, progress=progress)

@@ -63,6 +63,14 @@ def plan(
         list[str] | None,
         typer.Option(help="Linear layers to adapt, instead of all in the blocks: names, or one regular expression."),
     ] = None,
+    target_parameters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Stacks of experts to adapt: parameters by name or suffix, such as experts.down_proj (repeat the "
+            "option for several).",
+            show_default="none",
+        ),
+    ] = None,
     device_tflops: Annotated[
         float, typer.Option(min=0.1, help="What a GPU can do by its data sheet, in 10^12 operations a second.")
     ] = 312.0,
@@ -92,7 +100,7 @@ def plan(
     found = plan_checkpoint(
         model,
         dtype=getattr(torch, dtype.value),
-        config=SPPConfig(r=r, target_modules=targets, target_parameters=[]),
+        config=SPPConfig(r=r, target_modules=targets, target_parameters=target_parameters or []),
         batch=batch,
         sequence=sequence,
         gradient_checkpointing=gradient_checkpointing,

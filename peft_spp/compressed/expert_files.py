@@ -3,116 +3,30 @@
 Stacks of experts in files: a compressed checkpoint has the tensors of the dense one, each without its zeros.
 
 Where that is a tensor for each expert, Transformers makes the stack of them when it loads the model, and takes it
-apart when it saves it. Both need dense tensors. So a stack is made dense in between, by itself.
+apart when it saves it. Both need dense tensors. If it only puts rows below rows, the same is done here with the values
+and the bitmasks. Otherwise a stack is made dense in between, by itself.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    apply_renamings,
-    dot_natural_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightTransform
 
 from ..checkpoints.compressed_files import bitmask_of, join
-from ..checkpoints.conversion import put_together, take_apart
-from ..functional.bitmask import check_compressed
+from ..checkpoints.conversion import put_together
+from ..checkpoints.expert_rows import puts_below
+from ..functional.bitmask import Compressed, check_compressed
 from ..functional.compressed import compress, decompress
-from .experts import find_compressed_stacks
+from .expert_converters import BitmaskRenaming, ExpertConverters
+from .expert_rows import cut_rows, put_below
+from .file_memory import compress_each, page_out
 from .operations import Operation, one_of
-
-
-class _BitmaskRenaming(WeightRenaming):  # type: ignore[misc]
-    """A renaming of a weight, for its bitmask."""
-
-    __slots__ = ()
-
-
-class _WithDenseShapes:
-    """A model for operations that look at the shapes of its parameters: those of compressed stacks have all zeros."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._stacks = find_compressed_stacks(model)
-
-    def get_parameter(self, name: str) -> Tensor:
-        if name not in self._stacks:
-            return self._model.get_parameter(name)
-        module, stack = self._stacks[name]
-        return torch.empty(module.compressed(stack).shape, device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class ExpertConverters:
-    """
-    Which stacks of a model are stored in another form, by the rules by which it was or will be loaded.
-
-    Args:
-        model (`PreTrainedModel`): The model, which may be on the meta device.
-        transforms (`Sequence[WeightTransform]`): The rules.
-    """
-
-    def __init__(self, model: PreTrainedModel, transforms: Sequence[WeightTransform]) -> None:
-        self._with_shapes = cast(PreTrainedModel, _WithDenseShapes(model))
-        # the last rule is reverted first
-        converters = [one for one in reversed(transforms) if isinstance(one, WeightConverter)]
-        self._reverted = [(one, one.reverse_transform()) for one in converters]
-        self._renamings = [one for one in reversed(transforms) if isinstance(one, WeightRenaming)]
-
-    def find(self, name: str) -> WeightConverter | None:
-        """What makes a stack, if it is not stored as it is."""
-        return next((one for one, back in self._reverted if back.rename_source_key(name)[1] is not None), None)
-
-    def parts(self, name: str, stack: Tensor) -> dict[str, Tensor]:
-        """The stored tensors of a stack, by the names before the renamings are reverted; see [`take_apart`]."""
-        converter = self.find(name)
-        return {name: stack} if converter is None else take_apart(self._with_shapes, converter, {name: stack})
-
-    def can_compress(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a stack is stored as weights of two dimensions or more that nothing else is made of."""
-        try:
-            parts = self.parts(name, torch.empty(tuple(shape), device="meta"))
-        except Exception:  # whatever an operation without a way back raises
-            return False
-        places = sum(part.numel() for part in parts.values())
-        if places != torch.Size(shape).numel() or not all(part.ndim > 1 for part in parts.values()):
-            return False
-        # a bitmask has the name that its weight has in the files, and the model has to find it by that
-        back = [one.reverse_transform() for one in self._renamings]
-        return all(_renamed(self.bitmask_of(part), back) == bitmask_of(_renamed(part, back)) for part in parts)
-
-    def bitmask_of(self, part: str) -> str:
-        """The name of the bitmask of a part, before the renamings are reverted."""
-        return _renamed(bitmask_of(part), [one.reverse_transform() for one in self.for_bitmask(part)])
-
-    def for_bitmask(self, part: str) -> list[WeightRenaming]:
-        """Rules for the bitmask of a part, where the model has another name for the weight than the files."""
-        rules: list[WeightRenaming] = []
-        for one in self._renamings:
-            back = one.reverse_transform()
-            renamed, pattern = back.rename_source_key(part)
-            if pattern is None or back.rename_source_key(bitmask_of(part))[0] == bitmask_of(renamed):
-                continue
-            sources, targets = one._original_source_patterns, one._original_target_patterns
-            rule = _BitmaskRenaming([*map(bitmask_of, sources)], [*map(bitmask_of, targets)])
-            rule.scope_prefix, rule.base_model_prefix = one.scope_prefix, one.base_model_prefix
-            rules.append(rule)
-        return rules
-
-    def stored_name(self, name: str) -> str:
-        """The name of a part of a stack in the files that have been read."""
-        return _renamed(name, [one.reverse_transform() for one in self._renamings if one.was_used()])
 
 
 def read_experts(quantizer: Any, model: PreTrainedModel, transforms: list[WeightTransform]) -> list[WeightTransform]:
@@ -145,13 +59,41 @@ def read_experts(quantizer: Any, model: PreTrainedModel, transforms: list[Weight
     return [*rules, *renamings.values(), *(_whole(end, quantizer) for end in ends)]
 
 
+def compress_experts(
+    quantizer: Any, model: PreTrainedModel, transforms: list[WeightTransform]
+) -> list[WeightTransform]:
+    """
+    Make the rules by which stacks are compressed while they are loaded, if they are dense and made of other tensors.
+
+    Args:
+        quantizer (`BitmaskHfQuantizer`): What compresses them.
+        model (`PreTrainedModel`): The model, without data.
+        transforms (`list[WeightTransform]`): The rules for dense ones.
+
+    Returns:
+        `list[WeightTransform]`: The rules.
+    """
+    converters = ExpertConverters(model, transforms)
+    made = [converters.find(name) for name in quantizer.stacks]
+    return [
+        one.copy(
+            list(one._original_source_patterns),
+            list(one._original_target_patterns),
+            operations=[_CompressApart(quantizer, one, converters)],
+        )
+        if isinstance(one, WeightConverter) and one in made and puts_below(one)
+        else one
+        for one in transforms
+    ]
+
+
 def save_as_dense(transforms: list[WeightTransform]) -> None:
     """Put the rules for dense stacks back, by which a model is saved."""
     transforms[:] = [
-        operation.original if isinstance(operation, _ReadApart) else one
+        operation.original if isinstance(operation, _Apart) else one
         for one in transforms
         for operation in [one.operations[0] if isinstance(one, WeightConverter) else None]
-        if not isinstance(operation, _ReadWhole) and not isinstance(one, _BitmaskRenaming)
+        if not isinstance(operation, _ReadWhole) and not isinstance(one, BitmaskRenaming)
     ]
 
 
@@ -176,7 +118,8 @@ def stored_experts(
     converters = ExpertConverters(model, transforms)
     stored: dict[str, Any] = {}
     for name, stack in stacks.items():
-        if converters.find(name) is None:
+        converter = converters.find(name)
+        if converter is None:
             stored[name] = ({name: stack.values, converters.bitmask_of(name): stack.bitmask}, stack.columns)
             continue
         if stack.values.is_meta:
@@ -184,14 +127,17 @@ def stored_experts(
                 f"{name} has no data in memory (it is offloaded), and is stored as other tensors: load the model "
                 "without offloading to save it"
             )
-        for part, dense in converters.parts(name, decompress(stack)).items():
-            own = compress(dense)
-            stored[part] = ({part: own.values, converters.bitmask_of(part): own.bitmask}, own.columns)
+        if puts_below(converter):
+            kinds = list(converters.by_pattern(name, converter, stack.shape).values())
+            rows = cut_rows(stack, [next(iter(kind.values()))[0] for kind in kinds])
+            own = {
+                part: one for kind, cut in zip(kinds, rows, strict=True) for part, one in zip(kind, cut, strict=True)
+            }
+        else:
+            own = {part: compress(dense) for part, dense in converters.parts(name, decompress(stack)).items()}
+        for part, one in own.items():
+            stored[part] = ({part: one.values, converters.bitmask_of(part): one.bitmask}, one.columns)
     return stored
-
-
-def _renamed(name: str, renamings: Sequence[WeightTransform]) -> str:
-    return apply_renamings(name, cast(list[WeightRenaming], renamings))
 
 
 def _apart(original: WeightConverter, quantizer: Any, converters: ExpertConverters) -> WeightConverter:
@@ -231,7 +177,7 @@ class _ReadWhole(Operation):
         return self.hf_quantizer.put_stack(model, name, read, bits, row_offsets)  # type: ignore[no-any-return]
 
 
-class _ReadApart(Operation):
+class _Apart(Operation):
     """A stack that is made of other tensors."""
 
     supports_many_to_many = True
@@ -241,6 +187,35 @@ class _ReadApart(Operation):
         self.original = original
         self._converters = converters
 
+    def _expected(self, model: PreTrainedModel, name: str) -> dict[str, dict[str, Any]]:
+        return self._converters.by_pattern(name, self.original, model.get_parameter(name).shape)
+
+    def _dense(self, model: PreTrainedModel, name: str, parts: Sequence[list[Tensor]]) -> dict[str, Tensor]:
+        return put_together(model, self.original, name, dict(zip(self.original.source_patterns, parts, strict=True)))
+
+    def _put(self, model: PreTrainedModel, name: str, stack: Compressed) -> dict[str, Any]:
+        return self.hf_quantizer.put_stack(model, name, stack.values, stack.bitmask, stack.row_offsets)  # type: ignore[no-any-return]
+
+
+class _CompressApart(_Apart):
+    """A stack that is compressed tensor by tensor while it is put together."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any = (), *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        model, name = kwargs["model"], kwargs["full_layer_name"]
+        parts = [list(input_dict.pop(pattern, ())) for pattern in source_patterns]
+        expected = [list(kind.values()) for kind in self._expected(model, name).values()]
+        # what does not fit is put together and reported as for any model
+        fits = [[tuple(one.shape) for one in own] for own in parts] == expected
+        if not fits or not self.hf_quantizer.is_to_compress(model, name, [one for own in parts for one in own]):
+            return dict(self._dense(model, name, parts))
+        return self._put(model, name, put_below([compress_each(own, self.hf_quantizer.files) for own in parts]))
+
+
+class _ReadApart(_Apart):
+    """A stack that is made of compressed tensors."""
+
     def convert(
         self, input_dict: dict[str, Any], source_patterns: Any = (), *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -248,42 +223,35 @@ class _ReadApart(Operation):
         read = {pattern: list(input_dict.pop(pattern, ())) for pattern in source_patterns}
         count = len(self.original.source_patterns)
         of_pattern = dict(zip(source_patterns[:count], source_patterns[count:], strict=True))
-        is_compressed = any(read[bitmask] for bitmask in of_pattern.values())
+        parts = [read[values] for values in of_pattern]
         try:
-            parts = [read[values] for values in of_pattern]
-            if is_compressed:
-                pairs = [(read[values], read[bitmasks]) for values, bitmasks in of_pattern.items()]
-                parts = self._dense(model, name, pairs)
-            elif any(one.ndim == 1 for own in parts for one in own):
-                raise ValueError(f"{name}: the checkpoint has the values of its experts and no bitmasks")
+            if not any(read[bitmask] for bitmask in of_pattern.values()):
+                if any(one.ndim == 1 for own in parts for one in own):
+                    raise ValueError(f"{name}: the checkpoint has the values of its experts and no bitmasks")
+                return dict(self._dense(model, name, parts))
+            joined = self._joined(model, name, [(read[values], read[bits]) for values, bits in of_pattern.items()])
         except ValueError as error:
             self.hf_quantizer.problems.append(str(error))
             return {}
-        del read
-        stacks = put_together(model, self.original, name, dict(zip(self.original.source_patterns, parts, strict=True)))
-        del parts
-        if not is_compressed:
-            return dict(stacks)
-        stack = compress(stacks.pop(name))
-        return self.hf_quantizer.put_stack(model, name, stack.values, stack.bitmask, stack.row_offsets)  # type: ignore[no-any-return]
+        if puts_below(self.original):
+            stack = put_below(joined)
+        else:
+            del read
+            stack = compress(self._dense(model, name, [[decompress(one) for one in own] for own in joined])[name])
+        page_out(self.hf_quantizer.files)
+        return self._put(model, name, stack)
 
-    def _dense(
+    def _joined(
         self, model: PreTrainedModel, name: str, read: Sequence[tuple[list[Tensor], list[Tensor]]]
-    ) -> list[list[Tensor]]:
-        expected = self._converters.parts(name, torch.empty(model.get_parameter(name).shape, device="meta"))
-        names: dict[str, list[str]] = {}
-        for part in sorted(expected, key=dot_natural_key):
-            pattern = self.original.rename_source_key(part)[1]
-            names.setdefault(str(pattern), []).append(part)
-        dense = []
-        for pattern, (values, bitmasks) in zip(self.original.source_patterns, read, strict=True):
-            wanted = names.get(pattern, [])
+    ) -> list[list[Compressed]]:
+        joined = []
+        for (pattern, wanted), (values, bitmasks) in zip(self._expected(model, name).items(), read, strict=True):
             if not len(values) == len(bitmasks) == len(wanted):
                 raise ValueError(
                     f"{name}: of its {len(wanted)} experts the checkpoint has {len(values)} weights and "
                     f"{len(bitmasks)} bitmasks of the name {self._converters.stored_name(pattern)}"
                 )
-            named = [(self._converters.stored_name(part), tuple(expected[part].shape)) for part in wanted]
+            named = [(self._converters.stored_name(part), shape) for part, shape in wanted.items()]
             triples = zip(named, values, bitmasks, strict=True)
-            dense.append([decompress(join(part, one, bitmask, shape)) for (part, shape), one, bitmask in triples])
-        return dense
+            joined.append([join(part, one, bitmask, shape) for (part, shape), one, bitmask in triples])
+        return joined

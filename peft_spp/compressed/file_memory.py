@@ -11,7 +11,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from ..functional.bitmask import Compressed
+from ..functional.compressed import compress
 
 
 _PAGE_OUT = 21
@@ -34,3 +39,12 @@ def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
                 start, stop = (int(address, 16) for address in fields[0].split("-"))
                 # an older Linux does not know it, and nothing is lost by that
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGE_OUT)
+
+
+def compress_each(tensors: list[Tensor], files: Sequence[str | os.PathLike[str]]) -> list[Compressed]:
+    """Compress tensors that have been read of files. The list is emptied: each is freed before the next one."""
+    compressed = []
+    while tensors:
+        compressed.append(compress(tensors.pop(0)))
+        page_out(files)
+    return compressed

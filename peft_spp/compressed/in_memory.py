@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..functional.bitmask import count_stored
 from ..functional.compressed import compress as compress_weight
 from .config import BitmaskConfig
-from .expert_files import ExpertConverters
+from .expert_converters import ExpertConverters
 from .experts import put_stack
 from .layer import CompressedLinear, put_dense_layers
 from .other_adapters import allow_merges, is_spp

@@ -12,13 +12,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_tensor import CompressedTensor
-from ..checkpoints.conversion import Origin, find_origins
+from ..checkpoints.conversion import Origin, Origins
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.old_compressed_files import CONFIG_KEYS
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .config import METHOD
-from .expert_files import ExpertConverters
+from .expert_converters import ExpertConverters
 from .selection import find_linear_layers, find_stacks, module_name
 
 
@@ -52,7 +52,7 @@ def find_layers(
     shapes = {f"{name}.weight": tuple(layer.weight.shape) for name, layer in layers.items()}
     shapes |= {name: tuple(owner.get_parameter(parameter).shape) for name, (owner, parameter) in stacks.items()}
     kept |= dense_stacks
-    origins = find_origins(model, cast(Iterable[StoredTensor], checkpoint.dense.values()))
+    origins = Origins(model, cast(Iterable[StoredTensor], checkpoint.dense.values()))
     found: dict[str, StoredLayer] = {}
     for name, shape in shapes.items():
         origin, shown = origins.get(name), module_name(name)

@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
@@ -21,7 +22,10 @@ from .experts import find_compressed_stacks
 from .layer import CompressedLinear
 
 
-TRAIN = frozenset("SPP LORA BEFT BOFT FOURIERFT IA3 MISS OFT PVERA RANDLORA ROAD UNILORA VBLORA VERA WAVEFT".split())
+TRAIN = frozenset(
+    "SPP LORA ADALORA BEFT BOFT C3A FOURIERFT GRALORA IA3 MISS OFT PVERA RANDLORA ROAD UNILORA VBLORA VERA "
+    "WAVEFT".split()
+)
 """The methods whose outputs and gradients on compressed layers are tested to be those on dense ones."""
 
 _MERGE = ("spp_", "beft_")
@@ -33,6 +37,10 @@ def guard_other_adapters() -> None:
     if hasattr(BaseTuner.inject_adapter, "checks_compressed"):
         return
     setattr(BaseTuner, "inject_adapter", _inject_adapter(BaseTuner.inject_adapter))  # noqa: B010  (for mypy)
+    for method in PEFT_TYPE_TO_TUNER_MAPPING.values():
+        if "_pre_injection_hook" in vars(method):
+            # FRoD reads the weights in it, before anything is injected
+            setattr(method, "_pre_injection_hook", _before(method._pre_injection_hook))  # noqa: B010
     for name in ("merge_adapter", "merge_and_unload"):
         setattr(BaseTuner, name, _checked(getattr(BaseTuner, name)))
 
@@ -119,6 +127,15 @@ def _inject_adapter(original: Any) -> Any:
 
     inject_adapter.checks_compressed = True  # type: ignore[attr-defined]
     return inject_adapter
+
+
+def _before(hook: Any) -> Any:
+    @functools.wraps(hook)
+    def checked(self: BaseTuner, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        check_adapter(self, model, adapter_name)
+        hook(self, model, config, adapter_name)
+
+    return checked
 
 
 def _checked(merge: Any) -> Any:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from transformers.quantizers.base import HfQuantizer
 from ..architecture import find_expert_stacks
 from ..checkpoints.compressed_files import bitmask_of
 from ..functional.bitmask import check_compressed, count_stored
-from ..functional.compressed import compress
 from .config import BitmaskConfig
-from .expert_files import ExpertConverters, read_experts, save_as_dense
+from .expert_converters import ExpertConverters
+from .expert_files import compress_experts, read_experts, save_as_dense
 from .experts import CompressedExperts, put_row_offsets, put_stack_without_values
-from .file_memory import page_out
+from .file_memory import compress_each
 from .layer import CompressedLinear, put_dense_layers
 from .old_formats import check_names, converter, find_old_weights, read_weight, save_in_our_format
 from .operations import Compress, Read, ReadOld, one_of
@@ -67,7 +67,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._kept: dict[str, str] = {}
         self._row_offsets: dict[str, Tensor] = {}
         self.problems: list[str] = []
-        self._files: list[str] = []
+        self.files: list[str] = []
         self._old: set[str] = set()
         self.old_format: str | None = None
 
@@ -111,8 +111,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "out tp_plan and distributed_config (DDP, and FSDP2 of accelerate, take the whole model), or load the "
                 "model without BitmaskConfig (`peft-spp decompress`)."
             )
+        self.files = kwargs.get("checkpoint_files") or []
         if not self.pre_quantized:
-            self._files = kwargs.get("checkpoint_files") or []
             skip = self.quantization_config.modules_to_not_convert
             layers, self._kept = find_linear_layers(model, skip)
             stacks, kept = find_stacks(model, skip)
@@ -121,8 +121,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             waiting = [*(f"{name}.weight" for name in layers), *stacks]
             self._waiting = set(waiting)
             self._places = {module_name(name): place for place, name in enumerate(waiting)}
-            self._old = find_old_weights(self._files)
-            if self.old_format is not None and not self._files:
+            self._old = find_old_weights(self.files)
+            if self.old_format is not None and not self.files:
                 raise ValueError(
                     f"the model's configuration names the format {self.old_format!r} of compressed-tensors, which is "
                     "only read from files: load the folder, without state_dict"
@@ -141,8 +141,8 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._waiting.discard(name)
             self._kept[module_name(name)] = "stored in another form"
         check_names(self._old, model, weight_conversions)
-        if self.pre_quantized:
-            weight_conversions = read_experts(self, model, weight_conversions)
+        put_experts = read_experts if self.pre_quantized else compress_experts
+        weight_conversions = put_experts(self, model, weight_conversions)
         updated: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
         return [*updated, converter(ReadOld(self))] if self._old else updated
 
@@ -164,21 +164,37 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         Returns:
             `dict[str, torch.Tensor]`: The tensors of the layer, by name.
         """
-        if name not in self._waiting:
-            return {name: dense}
-        self._waiting.discard(name)
-        module = module_name(name)
-        if dense.shape != model.get_parameter(name).shape:
+        if name in self._waiting and dense.shape != model.get_parameter(name).shape:
+            self._waiting.discard(name)
             return {name: dense}  # Transformers reports it, as for any model
-        reason = why_not_worth_it(count_stored(dense), dense.shape, dense.dtype, self.quantization_config.min_sparsity)
-        if reason is not None:
-            self._kept[module] = reason
+        if not self.is_to_compress(model, name, [dense]):
             return {name: dense}
-        compressed = compress(dense)
-        page_out(self._files)
+        (compressed,) = compress_each([dense], self.files)
         if name in self.stacks:
             return self.put_stack(model, name, compressed.values, compressed.bitmask, compressed.row_offsets)
-        return self._put(model, module, compressed.values, compressed.bitmask, compressed.row_offsets)
+        return self._put(model, module_name(name), compressed.values, compressed.bitmask, compressed.row_offsets)
+
+    def is_to_compress(self, model: nn.Module, name: str, parts: Sequence[Tensor]) -> bool:
+        """
+        Whether a weight that has been read is to be compressed. It is answered once.
+
+        Args:
+            model (`nn.Module`): The model.
+            name (`str`): The name of the weight.
+            parts (`Sequence[torch.Tensor]`): The weight, or all that it is made of.
+
+        Returns:
+            `bool`: `False` if it is to stay dense.
+        """
+        if name not in self._waiting:
+            return False
+        self._waiting.discard(name)
+        shape, dtype = model.get_parameter(name).shape, parts[0].dtype
+        stored = sum(count_stored(one) for one in parts)
+        reason = why_not_worth_it(stored, shape, dtype, self.quantization_config.min_sparsity)
+        if reason is not None:
+            self._kept[module_name(name)] = reason
+        return reason is None
 
     def read(self, model: nn.Module, name: str, values: Tensor | None, bitmask: Tensor) -> dict[str, Tensor]:
         """

@@ -6,7 +6,7 @@ kernels are tested against.
 A place of the weight has one bit, set unless the place is `+0.0`; `-0.0`, infinities and NaN are stored as they are,
 so that nothing is lost. Bit `j % 8` of byte `j // 8` of a row belongs to column `j`, and rows are padded with zero
 bits to whole words of 64 places. The values follow each other row by row. Where a row's values begin is counted from
-the bitmask and never read from a file.
+the bitmask and never read from a file. A merge leaves the places as they are, so a value that it makes `+0.0` stays.
 """
 
 from __future__ import annotations
@@ -140,6 +140,24 @@ def stored_places(compressed: Compressed) -> Tensor:
     bits = compressed.bitmask
     rows = bits.reshape(math.prod(bits.shape[:-1]), bits.shape[-1])
     return unpack_bits(rows, compressed.columns).reshape(compressed.shape)
+
+
+def transposed_mask(weight: Compressed) -> Compressed:
+    """
+    The stored places of the transposed weight, each with a 1. Nothing of the weight's size is made.
+
+    Args:
+        weight ([`Compressed`]): The weight, shape `(..., m, n)`.
+
+    Returns:
+        [`Compressed`]: shape `(..., n, m)`.
+    """
+    *layers, m, n = weight.shape
+    bitmask = weight.bitmask.new_empty(math.prod(layers), n, bitmask_bytes(m))
+    for turned, own in zip(bitmask, weight.bitmask.reshape(len(bitmask), m, weight.bitmask.shape[-1]), strict=True):
+        turned.copy_(_pack_bits(unpack_bits(own, n).t()))
+    bitmask = bitmask.view(*layers, n, bitmask.shape[-1])
+    return Compressed(weight.values.new_ones(()).expand(weight.values.shape), bitmask, count_row_offsets(bitmask), m)
 
 
 def count_row_offsets(bitmask: Tensor) -> Tensor:

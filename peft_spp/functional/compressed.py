@@ -31,6 +31,8 @@ def decompress(weight: Compressed) -> torch.Tensor:
     Returns:
         `torch.Tensor`: In the shape of the weight, contiguous.
     """
+    if weight.values.is_meta:
+        return weight.values.new_empty(weight.shape)
     return expand(weight).view(weight.shape)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,11 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoints.checkpoint import OTHER_WEIGHTS, read_checkpoint
+from ..checkpoints.hub import local_folder
+from ..checkpoints.own_files import CONFIG
 from ..functional import Factors, expand_row_blocks, row_block_index
-from ..merge.adapter import AdaptedModule, load_adapter
-from ..reports import ModuleReport, PlainData, distinct, percent, shapes, some, span
+from ..merge.adapter import AdaptedModule, load_adapter, named_base
+from ..merge.parameters import AdaptedParameter, read_parameters
+from ..merge.plan import plan_merge
+from ..merge.run import count_zeros
+from ..reports import ModuleReport, PlainData, distinct, percent, shapes, share, some, span
 from ..sparsity import MaskRecord
 from ..sparsity.base_masks import BaseRecord
+from ..sparsity.counting import PairCounts
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class AdaptedModuleInspection(PlainData):
     """What an adapter does to one module, whose weight becomes W ⊙ (1 + D) with D = s · P(A) ⊙ B.
 
     Args:
-        name (`str`): The name of the module in the base model.
+        name (`str`): The name of the module in the base model; of an expert, that of the parameter and its number.
         shape (`tuple[int, int]`): The number of outputs and of inputs.
         r (`int`): The number of row blocks.
         scaling (`float`): s = alpha / r.
@@ -32,7 +39,9 @@ class AdaptedModuleInspection(PlainData):
         largest (`float`): The largest |D|.
         norm_A (`float`): ‖A‖.
         norm_B (`float`): ‖B‖, zero as long as nothing was trained.
-        mask (`MaskRecord`, *optional*): The mask of the weight that it was trained on.
+        mask (`MaskRecord`, *optional*):
+            The mask of the weight that it was trained on; of an expert, that of its stack.
+        zeros (`int`, *optional*): How many merged weights are zero, if a base model was given.
     """
 
     name: str
@@ -44,6 +53,7 @@ class AdaptedModuleInspection(PlainData):
     norm_A: float
     norm_B: float
     mask: MaskRecord | None
+    zeros: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,19 @@ class AdapterInspection(ModuleReport[AdaptedModuleInspection]):
         quantized = f", quantized with {self.quantization}" if self.quantization else ""
         lines = [f"SPP adapter {self.source}", f"of {self.base_model or 'an unnamed base model'}{quantized}"]
         if self.modules:
-            columns = ("module", "shape", "trained on", "r", "s", "change (rms)", "largest", "|A|", "|B|")
+            columns: tuple[str, ...] = (
+                "module",
+                "shape",
+                "trained on",
+                "r",
+                "s",
+                "change (rms)",
+                "largest",
+                "|A|",
+                "|B|",
+            )
+            if any(module.zeros is not None for module in self):
+                columns += ("merged zeros",)
             lines += ["", self.module_table(columns, _cells, right=columns[3:]), ""]
         untouched = sum(1 for module in self if module.norm_B == 0)
         lines.append(f"{len(self)} modules adapted; their weights change by {_share(self.change)} (root mean square)")
@@ -109,29 +131,56 @@ class AdapterInspection(ModuleReport[AdaptedModuleInspection]):
         return "\n".join(lines)
 
 
-def inspect_adapter(source: str | PathLike[str]) -> AdapterInspection:
+def inspect_adapter(
+    source: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> AdapterInspection:
     """Look into a saved SPP adapter.
+
+    The adapter of a stack of experts (`target_parameters`) is shown expert by expert. The base model's `config.json`
+    tells which parameters its factors belong to; nothing else is read of a base model that is not given.
 
     Args:
         source (`str` or `PathLike`): Its folder.
+        base (`str` or `PathLike`, *optional*):
+            The base model, as a local folder or the id of a repository on the Hub, to count the zeros of the merged
+            weights. By default none are counted, and the base model is the one that the adapter names.
+        progress (`Callable[[int, int], object]`, *optional*):
+            Called with the number of bytes done and of all bytes of the base model, again and again.
 
     Returns:
         `AdapterInspection`: The data, with a table as `str()`.
 
     Raises:
-        FileNotFoundError: If it is not an adapter.
-        ValueError: If it is one of another method, or is damaged or not finite.
+        FileNotFoundError: If it is not an adapter, or the base model is needed and not there.
+        ValueError: If it is one of another method, is damaged or not finite, or does not fit the base model.
     """
     folder = Path(source)
     adapter = load_adapter(folder)
-    base = adapter.base or BaseRecord()
+    parameters: Mapping[str, AdaptedParameter] = {}
+    zeros: Mapping[str, PairCounts] = {}
+    if base is not None:
+        checkpoint = read_checkpoint(local_folder(base, ignore=OTHER_WEIGHTS))
+        plan = plan_merge(checkpoint, adapter)
+        parameters, zeros = plan.parameters, count_zeros(checkpoint, plan, progress)
+    elif adapter.config.target_parameters:
+        parameters = read_parameters(named_base(folder, adapter.config, allow=[CONFIG]), adapter)
+    record = adapter.base or BaseRecord()
+    factors, masks = {}, {}
+    for saved, module in adapter.modules.items():
+        parameter = parameters.get(saved)
+        for one in parameter.experts if parameter is not None else [module]:
+            factors[one.name] = one
+            masks[one.name] = record.masks.get(parameter.name if parameter is not None else one.name)
     return AdapterInspection(
         source=str(folder),
         base_model=adapter.config.base_model_name_or_path,
-        quantization=base.quantization,
-        modules={name: _inspect(module, base.masks.get(name)) for name, module in adapter.modules.items()},
+        quantization=record.quantization,
+        modules={name: _inspect(one, masks[name], zeros.get(name)) for name, one in factors.items()},
         trained=tuple(adapter.trained),
-        factors=adapter.modules,
+        factors=factors,
     )
 
 
@@ -139,7 +188,7 @@ def _load(module: AdaptedModule) -> Factors:
     return module.load(torch.float32)
 
 
-def _inspect(module: AdaptedModule, mask: MaskRecord | None) -> AdaptedModuleInspection:
+def _inspect(module: AdaptedModule, mask: MaskRecord | None, zeros: PairCounts | None) -> AdaptedModuleInspection:
     A, B, _ = _load(module)
     scaling = module.scaling
     outputs, inputs = B.shape[0], A.shape[1]
@@ -157,6 +206,7 @@ def _inspect(module: AdaptedModule, mask: MaskRecord | None) -> AdaptedModuleIns
         norm_A=float(A.norm()),
         norm_B=float(B.norm()),
         mask=mask,
+        zeros=zeros.zeros_after if zeros is not None else None,
     )
 
 
@@ -164,6 +214,9 @@ def _cells(group: list[AdaptedModuleInspection]) -> list[str]:
     masks = dict.fromkeys(
         "" if module.mask is None else f"{module.mask.pattern}, {percent(module.mask.sparsity)}" for module in group
     )
+    counted = [module for module in group if module.zeros is not None]
+    numel = sum(math.prod(module.shape) for module in counted)
+    merged = [percent(share(sum(module.zeros or 0 for module in counted), numel))] if counted else []
     return [
         shapes(group),
         next(iter(masks)) if len(masks) == 1 else f"{len(masks)} masks",
@@ -173,6 +226,7 @@ def _cells(group: list[AdaptedModuleInspection]) -> list[str]:
         _share(max(module.largest for module in group)),
         span((module.norm_A for module in group), "{:.3g}".format),
         span((module.norm_B for module in group), "{:.3g}".format),
+        *merged,
     ]
 
 

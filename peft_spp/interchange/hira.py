@@ -117,6 +117,6 @@ def _other_settings(config: SPPConfig) -> Mapping[str, Any]:
     for one in fields(config):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         value = getattr(config, one.name)
-        if one.name not in _SAME and one.name not in _TAKEN_IN and value != default:
+        if one.name not in _SAME and one.name not in _TAKEN_IN and value not in (default, []):
             other[one.name] = value
     return other

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft.utils.constants import CONFIG_NAME
 
+from ..checkpoints.hub import local_folder
 from ..checkpoints.names import is_adapter
 from ..checkpoints.tensor_file import StoredTensor, open_tensor_file
+from ..error_text import message
 from ..functional import Factors
 from ..sparsity.base_masks import BaseRecord
 from ..tuner import SPPConfig
@@ -30,7 +33,8 @@ _SAVED_TWICE = re.compile(r"(.+)\.(modules_to_save|original_module)\.(\w+)")
 class AdaptedModule:
     """What an adapter holds for one module."""
 
-    name: str  # the name of the module in the model that the adapter was trained on
+    # the name of the module in the model that the adapter was trained on; of a parameter, what PEFT saves it by
+    name: str
     A: StoredTensor  # the input factor, shape `(r, n)`
     B: StoredTensor  # the output factor, shape `(m, 1)`
     alpha: float  # the alpha of the scaling
@@ -64,24 +68,11 @@ class Adapter:
     saved: SavedAdapter  # the adapter that this was made of
 
 
-def load_adapter(folder: Path, *, parameters: bool = False) -> Adapter:
-    """
-    Read an adapter, and check that all of it can be merged.
-
-    Args:
-        folder (`Path`): Its folder.
-        parameters (`bool`, *optional*, defaults to `False`):
-            Whether it may have `target_parameters`, whose names only the model tells.
-    """
-    return take_apart(read_adapter(folder), parameters=parameters)
-
-
-def take_apart(saved: SavedAdapter, *, parameters: bool = False) -> Adapter:
-    """Sort the tensors of an adapter by what a merge does with them."""
+def load_adapter(folder: Path) -> Adapter:
+    """Read an adapter, and sort its tensors by what a merge does with them."""
+    saved = read_adapter(folder)
     assert saved.folder is not None and saved.weights is not None
     config, file = saved.config, saved.folder / CONFIG_NAME
-    if config.target_parameters and not parameters:
-        raise ValueError(f"{file} has target_parameters, which are not supported here. {INSTEAD}")
     if config.trainable_token_indices:
         raise ValueError(f"{file} has trainable_token_indices, which are not supported here. {INSTEAD}")
     stored = open_tensor_file(saved.weights).tensors
@@ -106,3 +97,17 @@ def take_apart(saved: SavedAdapter, *, parameters: bool = False) -> Adapter:
                 f"{INSTEAD}"
             )
     return Adapter(saved.folder, config, modules, trained, saved.base, saved)
+
+
+def named_base(folder: Path, config: SPPConfig, **files: Sequence[str]) -> Path:
+    """The base model that an adapter names: a path in it may have been written in another working folder."""
+    file, name = folder / CONFIG_NAME, config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{file} does not name the base model. Pass it as base (--base on the command line).")
+    try:
+        return local_folder(name, revision=config.revision, **files)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{file} names {name!r} as the base model, which was not found from {Path.cwd()}: {message(error)}. Pass "
+            "the base model as base (--base on the command line)."
+        ) from error

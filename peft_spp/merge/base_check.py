@@ -30,7 +30,8 @@ def check_base(adapter: Adapter, checkpoint: Checkpoint, check: CheckBase, plan:
             raise ValueError(no_record(f"The adapter in {adapter.folder}"))
         return "not compared, since the adapter has no record of its base model"
     conv1d = None if not adapter.config.fan_in_fan_out else _conv1d(checkpoint)
-    of_parameters = {one.name: _record(one) for one in plan.parameters if one.name in adapter.base.masks}
+    parameters = [one for one in plan.parameters.values() if one.name in adapter.base.masks]
+    of_parameters = {one.name: _record(one) for one in parameters}
     modules = {name: mask for name, mask in adapter.base.masks.items() if name not in of_parameters}
     masks = of_parameters | record_checkpoint(
         replace(adapter.base, masks=modules), checkpoint.folder, conv1d=conv1d, stored=plan.stored

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,8 @@ class Plan:
     merges: Mapping[str, list[Merge]]  # the weights to merge into, in the order of the bytes
     replaced: Mapping[str, StoredTensor]  # the tensors that trained ones take the place of
     stored: Mapping[str, str]  # what the checkpoint calls the adapted modules
-    parameters: Sequence[AdaptedParameter]  # the adapted parameters that are not weights of modules
+    # the adapted parameters that are not weights of modules, by the names under which the adapter has their factors
+    parameters: Mapping[str, AdaptedParameter]
 
 
 def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
@@ -74,7 +75,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
     for name, tensor in replaced.items():
         _check_same_kind(checkpoint.dense[name], tensor)
     names = {name: found[f"{name}.weight"].removesuffix(".weight") for name in modules}
-    return Plan(merges, replaced, names, list(parameters.values()))
+    return Plan(merges, replaced, names, parameters)
 
 
 def _without_copies(adapter: Adapter, checkpoint: Checkpoint, shared: list[str]) -> dict[str, StoredTensor]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from peft.utils.constants import CONFIG_NAME
 from torch import Tensor
 
 from ..checkpoints.card import read_card
@@ -26,12 +26,10 @@ from ..checkpoints.own_files import CARD, CONFIG, MODEL
 from ..checkpoints.safetensors_files import read_header
 from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
-from ..error_text import message
 from ..sparsity.counting import PairCounts
-from ..tuner import SPPConfig
 from ..tuner.adapter_files import ADAPTER_FILES
 from ..tuner.saved_adapter import read_settings
-from .adapter import load_adapter
+from .adapter import load_adapter, named_base
 from .base_check import CHECKS, CheckBase, check_merged_before, mark_merged
 from .base_check import check_base as compare_base
 from .model_card import merged_card
@@ -102,28 +100,29 @@ def merge_checkpoint(
         raise ValueError(f"check_base={check_base!r} is not one of {', '.join(map(repr, CHECKS))}")
     adapter_folder = _adapter_folder(adapter, adapter_subfolder)
     _, config = read_settings(adapter_folder)
-    base_folder = _named_base(adapter_folder, config) if base is None else local_folder(base, ignore=OTHER_WEIGHTS)
+    base_folder = (
+        named_base(adapter_folder, config, ignore=OTHER_WEIGHTS)
+        if base is None
+        else local_folder(base, ignore=OTHER_WEIGHTS)
+    )
     folder = OutputFolder(Path(output), overwrite, MODEL)
     folder.check_apart_from(base_folder, "base model")
     folder.check_apart_from(adapter_folder, "adapter")
     checkpoint = read_checkpoint(base_folder)
     folder.check(checkpoint.size, checkpoint.copies)
-    loaded = load_adapter(adapter_folder, parameters=True)
+    loaded = load_adapter(adapter_folder)
     merged_id = check_merged_before(loaded, checkpoint)
     plan = plan_merge(checkpoint, loaded)
     base_masks = compare_base(loaded, checkpoint, check_base, plan)
     base_card = read_card(base_folder / CARD)
 
-    counted = _Counted(sum(file.size for file in checkpoint.files), progress)
     if dry_run:
-        with piece_workers() as workers:
-            for file in checkpoint.files:
-                for _ in counted.pieces(workers, file, plan):
-                    pass
-        return _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
+        zeros = count_zeros(checkpoint, plan, progress)
+        return _report(checkpoint, adapter_folder, folder, dry_run, plan, zeros, base_masks)
+    counted = _Counted(checkpoint, progress)
     with folder, piece_workers() as workers:
         _write(folder, checkpoint, plan, counted, workers)
-        report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted, base_masks)
+        report = _report(checkpoint, adapter_folder, folder, dry_run, plan, counted.zeros, base_masks)
         card = str(
             merged_card(base_card, report, hub_id(base or str(config.base_model_name_or_path)), hub_id(adapter))
         )
@@ -141,29 +140,29 @@ def _adapter_folder(adapter: str | os.PathLike[str], subfolder: str | None) -> P
     return local_folder(adapter, allow=files) / (subfolder or "")
 
 
-def _named_base(adapter_folder: Path, config: SPPConfig) -> Path:
-    """The base model that an adapter names: a path in it may have been written in another working folder."""
-    file, name = adapter_folder / CONFIG_NAME, config.base_model_name_or_path
-    if not name:
-        raise ValueError(f"{file} does not name the base model. Pass it as base (--base on the command line).")
-    try:
-        return local_folder(name, revision=config.revision, ignore=OTHER_WEIGHTS)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{file} names {name!r} as the base model, which was not found from {Path.cwd()}: {message(error)}. Pass "
-            "the base model as base (--base on the command line)."
-        ) from error
+def count_zeros(checkpoint: Checkpoint, plan: Plan, progress: Progress | None = None) -> dict[str, PairCounts]:
+    """Merge, write nothing, and tell what became of the zeros of each merged weight, by the name of its module."""
+    counted = _Counted(checkpoint, progress)
+    with piece_workers() as workers:
+        for file in checkpoint.files:
+            for _ in counted.pieces(workers, file, plan):
+                pass
+    return counted.zeros
 
 
 @dataclass
 class _Counted:
     """Passes pieces on, adds up their counts and tells how far the merge is."""
 
-    total: int  # how many bytes there will be
+    checkpoint: Checkpoint  # what they are pieces of
     progress: Progress | None  # called after each piece
     done: int = 0  # how many bytes there were
     # the counts of each merged weight, by the name of its module
     zeros: dict[str, PairCounts] = field(default_factory=dict)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(file.size for file in self.checkpoint.files)
 
     def pieces(self, workers: ThreadPoolExecutor, file: TensorFile, plan: Plan) -> Iterator[Tensor]:
         for written in merged_pieces(workers, file, plan):
@@ -209,13 +208,13 @@ def _report(
     output: OutputFolder,
     dry_run: bool,
     plan: Plan,
-    counted: _Counted,
+    zeros: Mapping[str, PairCounts],
     base_masks: str,
 ) -> MergeReport:
     by_module: dict[str, list[Merge]] = {}
     for merge in (one for merges in plan.merges.values() for one in merges):
         by_module.setdefault(merge.module.name, []).append(merge)
-    modules = [_merged_module(checkpoint, merges, counted.zeros[name]) for name, merges in by_module.items()]
+    modules = [_merged_module(checkpoint, merges, zeros[name]) for name, merges in by_module.items()]
     stored = sum(len(file.tensors) for file in checkpoint.files)
     return MergeReport(
         base=str(checkpoint.folder),

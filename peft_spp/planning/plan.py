@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -23,14 +23,14 @@ from ..checkpoints.hub import local_folder
 from ..checkpoints.own_files import CONFIG
 from ..checkpoints.safetensors_files import read_json
 from ..compressed import CompressedLinear
-from ..compressed.config import METHOD
+from ..compressed.config import METHOD, BitmaskConfig
 from ..compressed.experts import put_stack
 from ..compressed.in_memory import stored_in_another_form
-from ..compressed.selection import find_linear_layers, find_stacks, transformers_models
+from ..compressed.selection import find_linear_layers, find_stacks, transformers_models, why_not_worth_it
 from ..error_text import one_line
-from ..functional.bitmask import Compressed, bitmask_bytes, is_worth_it
+from ..functional.bitmask import Compressed, bitmask_bytes
 from ..reports import PlainData, plain_table
-from ..tuner import SPPConfig
+from ..tuner import ParamWrapper, SPPConfig
 from .trace import trace_step
 
 
@@ -47,7 +47,7 @@ class TrainingPlan(PlainData):
     Args:
         parameters (`int`): The parameters of the base model.
         trainable (`int`): Those of the adapter.
-        experts (`int`): The parameters of stacks of experts, where no adapter is on them.
+        experts (`int`): The parameters of those stacks of experts that no adapter is on.
         dtype (`str`): The dtype of the base model.
         sparsity (`float`, *optional*): The zeros that are not stored; `None` for dense weights.
         gpus (`int`): How many GPUs there are.
@@ -108,7 +108,7 @@ class TrainingPlan(PlainData):
             "gradient checkpointing. Computed, not measured."
         )
         if self.experts:
-            first += f" The experts ({self.experts:,} parameters) are not adapted."
+            first += f" Experts with {self.experts:,} parameters are not adapted."
         cells = [(name, f"{size / 1e9:.{2 if size >= 1e7 else 4}f}") for name, size in rows]
         return f"{first}\n\n{plain_table(('memory', 'GB'), cells, right=['GB'])}"
 
@@ -121,6 +121,8 @@ def plan_training(
     sequence: int = 2048,
     gradient_checkpointing: bool = False,
     sparsity: float | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    min_sparsity: float | None = None,
     gpus: int = 1,
     engine: str = "fsdp2",
     on_cpu: bool = False,
@@ -140,6 +142,8 @@ def plan_training(
         sequence (`int`, *optional*, defaults to 2048): Tokens in a sequence.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): Whether to use it, not re-entrant.
         sparsity (`float`, *optional*): Store the linear layers compressed, with this share of zeros.
+        modules_to_not_convert (`Sequence[str]`, *optional*): See [`BitmaskConfig`]; with `sparsity`.
+        min_sparsity (`float`, *optional*): See [`BitmaskConfig`]; with `sparsity`.
         gpus (`int`, *optional*, defaults to 1): How many GPUs there are.
         engine (`str`, *optional*, defaults to `"fsdp2"`): `"ddp"`, `"fsdp2"`, `"zero2"` or `"zero3"`. Only the second
             and the last shard the base model.
@@ -157,10 +161,13 @@ def plan_training(
     dtype = next(iter(model.parameters())).dtype
     model.requires_grad_(False)
     cast(Any, model).config.use_cache = False  # as trainers do
-    experts = [owner.get_parameter(name) for owner, name in find_expert_stacks(model).values()]
-    sized, expanded = (model, 0) if sparsity is None else _compress(model, sparsity)
-    blocks = [block for blocks in find_block_lists(dict(sized.named_modules())).values() for block in blocks]
-    stored, buffers = _bytes(sized.parameters()), _bytes(sized.buffers())
+    experts = {
+        name: owner.get_parameter(parameter).numel() for name, (owner, parameter) in find_expert_stacks(model).items()
+    }
+    if sparsity is not None:
+        _compress(model, sparsity, modules_to_not_convert, min_sparsity)
+    blocks = [block for blocks in find_block_lists(dict(model.named_modules())).values() for block in blocks]
+    stored, buffers = _bytes(model.parameters()), _bytes(model.buffers())
     in_blocks = [_bytes(block.parameters()) for block in blocks]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of experts and layers without zeros, which meta cannot tell
@@ -168,6 +175,10 @@ def plan_training(
         adapted.train()
         if gradient_checkpointing:
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted_parameters = {one.module_name for one in adapted.modules() if isinstance(one, ParamWrapper)}
+        for name in config.target_parameters or ():
+            if not any(f".{one}".endswith(f".{name}") for one in adapted_parameters):
+                raise ValueError(f"target_parameters: {type(model).__name__} has no parameter {name!r}")
         trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         ids = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
         try:
@@ -178,7 +189,7 @@ def plan_training(
             ) from error
     factors = _bytes(trainable)
     is_sharded = gpus > 1 and engine in _SHARDED
-    optimizer, step = 2 * factors, trace.peak + expanded
+    optimizer, step = 2 * factors, trace.peak
     gathered = 0
     if gpus > 1 and engine == "ddp":
         step += factors  # the buckets that gradients are reduced in
@@ -193,7 +204,7 @@ def plan_training(
     return TrainingPlan(
         parameters=parameters,
         trainable=sum(parameter.numel() for parameter in trainable),
-        experts=0 if config.target_parameters else sum(stack.numel() for stack in experts),
+        experts=sum(size for name, size in experts.items() if name not in adapted_parameters),
         dtype=str(dtype).removeprefix("torch."),
         sparsity=sparsity,
         gpus=gpus,
@@ -248,6 +259,13 @@ def plan_checkpoint(
             f"the model in {folder} is compressed, and {CONFIG} does not have its share of zeros: set sparsity "
             "(--compressed --sparsity 0.5)"
         )
+    if method == METHOD:
+        stored = BitmaskConfig(**quantization)
+        settings = {
+            "modules_to_not_convert": stored.modules_to_not_convert,
+            "min_sparsity": stored.min_sparsity,
+            **settings,
+        }
     try:
         empty = empty_model(folder, content, dtype)
     except (
@@ -298,38 +316,28 @@ def _check_positions(model: nn.Module, sequence: int) -> None:
             )
 
 
-def _compress(model: nn.Module, sparsity: float) -> tuple[nn.Module, int]:
-    """
-    Put compressed layers in the place of those that would be compressed with so many zeros.
-
-    Stacks of experts stay dense in the model, since the meta device cannot follow them from expert to expert. They are
-    compressed in the model that is returned, for its sizes, with the bytes of the largest expert, which is expanded.
-    """
-    layers, _ = find_linear_layers(model)
-    stacks, _ = find_stacks(model)
+def _compress(model: nn.Module, sparsity: float, skip: Sequence[str] | None, min_sparsity: float | None) -> None:
+    """Put compressed layers and stacks in the place of those that would be compressed with so many zeros."""
+    layers, _ = find_linear_layers(model, skip)
+    stacks, _ = find_stacks(model, skip)
     apart = stored_in_another_form(transformers_models(model), layers, stacks)
-    for name, layer in layers.items():
-        weight = layer.weight
-        stored = round(weight.numel() * (1 - sparsity))
-        if name in apart or not is_worth_it(stored, weight.shape, weight.dtype):
+    weights = {name: layer.weight for name, layer in layers.items()}
+    weights |= {name: owner.get_parameter(parameter) for name, (owner, parameter) in stacks.items()}
+    for name, weight in weights.items():
+        stored, rows = round(weight.numel() * (1 - sparsity)), math.prod(weight.shape[:-1])
+        if name in apart or why_not_worth_it(stored, weight.shape, weight.dtype, min_sparsity):
             continue
-        compressed = CompressedLinear.without_values(layer)
-        offsets = torch.empty(len(weight) + 1, dtype=torch.int64, device="meta")
-        compressed.put(Compressed(weight.new_empty(stored), compressed.bitmask, offsets, layer.in_features))
-        model.set_submodule(name, compressed)
-    sized, expanded = copy.deepcopy(model) if stacks else model, 0
-    for name, (_, parameter) in stacks.items():
-        owner = sized.get_submodule(name.rpartition(".")[0])
-        weight = owner.get_parameter(parameter)
-        stored = round(weight.numel() * (1 - sparsity))
-        if name in apart or not is_worth_it(stored, weight.shape, weight.dtype):
-            continue
-        experts, m, n = weight.shape
-        bitmask = torch.empty(experts, m, bitmask_bytes(n), dtype=torch.uint8, device="meta")
-        offsets = torch.empty(experts * m + 1, dtype=torch.int64, device="meta")
-        put_stack(owner, parameter, Compressed(weight.new_empty(stored), bitmask, offsets, n))
-        expanded = max(expanded, m * n * weight.dtype.itemsize)
-    return sized, expanded
+        bitmask = torch.empty(
+            *weight.shape[:-1], bitmask_bytes(weight.shape[-1]), dtype=torch.uint8, device=weight.device
+        )
+        offsets = torch.empty(rows + 1, dtype=torch.int64, device=weight.device)
+        compressed = Compressed(weight.new_empty(stored), bitmask, offsets, weight.shape[-1])
+        if name in stacks:
+            put_stack(*stacks[name], compressed)
+        else:
+            layer = CompressedLinear.without_values(layers[name])
+            layer.put(compressed)
+            model.set_submodule(name, layer)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

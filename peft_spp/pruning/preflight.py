@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from ..checkpoints.stored import count_non_finite
 from ..checkpoints.tensor_file import StoredTensor
 from .by_block import layers_of_block
 from .calibration_data import CalibrationInputs
@@ -27,17 +28,12 @@ def needed_tensors(skeleton: Skeleton, layers: dict[str, PrunableLayer], method:
     """Find the tensors that pruning will load, besides the weights to prune."""
     if method.statistics is None:
         return []
-    found = {}
+    found: dict[str, StoredTensor] = {}
     pruned = _pruned_whole(layers)
     for name in _names(skeleton, last_block(skeleton, layers)):
         if name in pruned or not skeleton.is_stored(name):
             continue
-        for stored in skeleton.origin(name).tensors:
-            if not isinstance(stored.dtype, torch.dtype):
-                raise ValueError(
-                    f"tensor {stored.name!r} of {stored.file} is {stored.describe()}, which is not supported"
-                )
-            found[stored.name] = stored
+        found |= {stored.name: stored for stored in skeleton.origin(skeleton.stored_name(name)).tensors}
     return list(found.values())
 
 
@@ -72,7 +68,7 @@ def _names(skeleton: Skeleton, last: int) -> Iterator[str]:
 
 def check_finite(tensor: StoredTensor) -> None:
     """Raise a `ValueError` that names a tensor with a value that is not finite."""
-    broken = int((~tensor.load().isfinite()).sum())
+    broken = count_non_finite(tensor.load())
     if broken:
         raise ValueError(
             f"tensor {tensor.name!r} of {tensor.file} contains {broken} NaN or infinite values: the model is broken"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.conversion import Origin, find_origins
+from ..checkpoints.conversion import Origin, Origins
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.old_compressed_files import without_empty_formats
 from ..checkpoints.ties import TiedNames
@@ -52,7 +52,7 @@ class Skeleton:
         self._state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
             self.model.named_buffers(remove_duplicate=False)
         )
-        self._origins = find_origins(self.model, checkpoint.tensors.values())
+        self._origins = Origins(self.model, checkpoint.tensors.values())
         self._targets: list[str] = []
         self._kept_in_float32 = _kept_in_float32(self.model, self.dtype)
 
@@ -78,38 +78,28 @@ class Skeleton:
         for parameter, name in {weight_name(name, layer): name for name, layer in layers.items()}.items():
             if parameter in tied:
                 raise ValueError(f"{name} shares its weight with the embeddings, which pruning would change too.")
-            self._check_dtype(parameter, name)
+            self._check_stored(parameter, name)
         return layers
 
-    def _check_dtype(self, parameter: str, layer: str) -> None:
+    def _check_stored(self, parameter: str, layer: str) -> None:
+        shared = self.stored_name(parameter)
+        if shared != parameter:
+            raise ValueError(f"{layer} has the same weight as {shared}, which would be pruned twice. {INSTEAD}")
         for weight in self.origin(parameter).tensors:
             what = f"tensor {weight.name!r} of {weight.file} is {weight.describe()}"
             if weight.dtype not in _DTYPES:
                 raise ValueError(f"{what}: prune before quantizing.")
-            if weight.dtype != self.dtype:
+            loaded = self._dtype_of(parameter)
+            if weight.dtype != loaded == self.dtype:
                 raise ValueError(f"{what}, but most others are {self.dtype}: save the model in one dtype first.")
-            if self._dtype_of(parameter) != weight.dtype:
+            if weight.dtype != loaded:
                 raise ValueError(
-                    f"{what}, but Transformers loads it in {self._dtype_of(parameter)}: exclude {layer} with "
-                    f"exclude_modules. {INSTEAD}"
+                    f"{what}, but Transformers loads it in {loaded}: exclude {layer} with exclude_modules. {INSTEAD}"
                 )
 
     def origin(self, name: str) -> Origin:
         """Where the checkpoint has a tensor of the model."""
-        origin = self._origins.get(name)
-        if origin is None:
-            raise ValueError(
-                f"{self.checkpoint.folder} has no tensor {name!r}, nor the tensors that Transformers builds it from "
-                f"when it loads the model. {INSTEAD}"
-            )
-        expected = tuple(self._state[name].shape)
-        if origin.shapes[name] != expected:
-            one = origin.tensors[0]
-            what = f"has shape {one.shape}"
-            if origin.converter is not None:
-                what = f"and {len(origin.tensors) - 1} others make {name} of shape {origin.shapes[name]}"
-            raise ValueError(f"tensor {one.name!r} of {one.file} {what}, but config.json implies {expected}")
-        return origin
+        return self._origins.whole(name, self.checkpoint.folder, INSTEAD)
 
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
@@ -126,7 +116,8 @@ class Skeleton:
     def load(self, name: str) -> None:
         """Load a tensor by its name in the model, or move it to the device if it is not part of the checkpoint."""
         if self._state[name].is_meta:
-            value = self.origin(name).load(self._dtype_of(name))[name]
+            stored = self.stored_name(name)
+            value = self.origin(stored).load(self._dtype_of(name))[stored]
             set_module_tensor_to_device(
                 self.model, name, self.device, value=value, dtype=self._dtype_of(name), clear_cache=False
             )
@@ -147,6 +138,10 @@ class Skeleton:
     def is_stored(self, name: str) -> bool:
         """Whether a tensor is read from the checkpoint, and not computed, by its name in the model."""
         return self._state[name].is_meta
+
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor that is in the checkpoint, which has one of those that are tied."""
+        return name if name in self._origins else self.model.all_tied_weights_keys.get(name, name)
 
     def names_of_block(self, index: int) -> list[str]:
         """The tensors of the block numbered `index`, by their names in the model."""

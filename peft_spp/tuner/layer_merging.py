@@ -15,6 +15,7 @@ from torch import nn
 
 from ..architecture import what_computes
 from ..functional import Compressed, scaled_weight
+from ..functional.bitmask import transposed_mask
 from .engines import is_dtensor, is_sharded, is_unsharded, is_zero3, whole_parameters
 from .layer_factors import SPPLayer
 from .weight_access import WeightAccess
@@ -281,7 +282,13 @@ class MergeableLayer(nn.Module, SPPLayer):
     def recorded_weight(self) -> torch.Tensor | Compressed:
         """The unmerged weight, in the form that its mask is read from."""
         unmerged = self._unmerged()
-        return unmerged if isinstance(unmerged, Compressed) and not self.fan_in_fan_out else self.unmerged_weight()
+        if not isinstance(unmerged, Compressed):
+            return self.unmerged_weight()
+        if not self.fan_in_fan_out:
+            return unmerged
+        # a stored zero counts as a zero, and only the values tell where it is
+        has_zeros = unmerged.values.is_meta or not unmerged.values.all()
+        return self.unmerged_weight() if has_zeros else transposed_mask(unmerged)
 
     def _check_finite(self, merged: torch.Tensor, adapter_names: Sequence[str]) -> None:
         if torch.isfinite(merged).all():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 import weakref
 from functools import partial
@@ -37,10 +38,14 @@ from .targets import (
     heads_saved_whole,
     other_maps,
     saved_with_ties,
+    tied_embeddings,
     transformer_block_linear_targets,
     warn_of_fused_experts,
     warn_of_other_maps,
 )
+
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
@@ -121,7 +126,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                 )
 
     def _check_ties(self, config: SPPConfig) -> None:
-        """Refuse to tie the modules of a second adapter: PEFT finds no ties in modules that are wrapped already."""
+        """Refuse ties that PEFT does not find, as those of modules that are wrapped already, or gets wrong."""
         wrapped = any(isinstance(one, AuxiliaryTrainingWrapper) for one in self.model.modules())
         is_tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
         if config.ensure_weight_tying and wrapped and is_tied:
@@ -129,6 +134,12 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                 "This model already has an adapter with `modules_to_save` or `trainable_token_indices`. Another one "
                 "with `ensure_weight_tying=True` would be trained untied: let it be the only adapter of its model, or "
                 "leave `ensure_weight_tying` out."
+            )
+        if config.ensure_weight_tying and (embeddings := tied_embeddings(self.model, config.modules_to_save or [])):
+            raise ValueError(
+                f"`ensure_weight_tying=True` cannot keep {', '.join(embeddings)} of {type(self.model).__name__} tied: "
+                "PEFT ties linear layers to one embedding, and would put a linear layer in the place of the others. "
+                "Take what is tied to them out of `modules_to_save`."
             )
 
     def _add_modules_to_save_to_tie(self, peft_config: SPPConfig, tied_weight_keys: list[str]) -> None:  # type: ignore[override]
@@ -160,6 +171,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             state_dict = {
                 f"{injection.names.wrapped(layer)}{dot}{factor}": tensor for (layer, dot, factor), tensor in parts
             }
+        patterns = {name: getattr(config, name) for name in _PATTERNS}
         try:
             super().inject_adapter(
                 model,
@@ -168,6 +180,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            vars(config).update(patterns)
             self._name_targets_without_wrappers(adapter_name)
             self._record_or_check_base(model, config, adapter_name)
         except BaseException:
@@ -211,13 +224,21 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             config.target_modules = type(config.target_modules)(names.plain(name) for name in config.target_modules)
 
     def _inject_parameters(self, peft_config: SPPConfig, model: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        injection = cast(Injection, self._injection)
+        injection, with_wrappers = cast(Injection, self._injection), peft_config
         if injection.wrappers:
             # PEFT looks for the ends of the parameters' names
-            peft_config = copy.copy(peft_config)
+            with_wrappers = copy.copy(peft_config)
             targets = peft_config.target_parameters or []
-            peft_config.target_parameters = wrapped_parameters(model, injection.names, targets)
-        return super()._inject_parameters(peft_config, model, *args, **kwargs)
+            with_wrappers.target_parameters = wrapped_parameters(model, injection.names, targets)
+        names = super()._inject_parameters(with_wrappers, model, *args, **kwargs)
+        # PEFT compares patterns with modules alone, and says of those of parameters that they were ignored. All are
+        # used by now: until its check is over, those are out of its sight.
+        plain = [injection.names.plain(name) for name in names]
+        for attribute in _PATTERNS:
+            patterns = getattr(peft_config, attribute)
+            of_parameters = {key for key in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in plain)}
+            setattr(peft_config, attribute, {key: patterns[key] for key in patterns if key not in of_parameters})
+        return names
 
     def _record_or_check_base(self, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
         """Record the base model for a new adapter; for a saved one, check that it fits, and compare its record."""

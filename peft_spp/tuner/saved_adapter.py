@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 
 from ..checkpoints.merged import adapter_id
 from ..checkpoints.safetensors_files import read_json
-from ..checkpoints.stored import Stored
+from ..checkpoints.stored import Stored, count_non_finite
 from ..sparsity.base_masks import BASE_MASKS, BaseRecord
 from .adapter_files import (
     FACTOR,
@@ -254,19 +254,11 @@ def check_factors(origin: str, factors: Mapping[str, Mapping[str, HasKind]], con
 
 def check_finite(origin: str, name: str, stored: Stored) -> None:
     """Raise a `ValueError` that names the file and the tensor if it has a value that is NaN or infinite."""
-    if not isinstance(stored.dtype, torch.dtype) and not stored.dtype.startswith("C"):
-        return  # integers, and formats that have no such values
-    tensor = stored.load()
-    values = tensor.reshape(-1)
-    for start in range(0, values.numel(), _PIECE):
-        piece = values[start : start + _PIECE]
-        if piece.is_floating_point() and piece.element_size() == 1:
-            piece = piece.float()  # PyTorch does not test float8
-        if (piece.is_floating_point() or piece.is_complex()) and not torch.isfinite(piece).all():
-            raise ValueError(
-                f"The adapter file {origin} is broken: tensor {name!r} contains NaN or infinite values. Load an "
-                "earlier checkpoint of the adapter."
-            )
+    if count_non_finite(stored.load()):
+        raise ValueError(
+            f"The adapter file {origin} is broken: tensor {name!r} contains NaN or infinite values. Load an earlier "
+            "checkpoint of the adapter."
+        )
 
 
 def check_finite_as(origin: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -224,12 +224,22 @@ def saved_with_ties(modules_to_save: Sequence[str], embedding: str, tied: Iterab
         embedding (`str`): The name of the input embedding.
         tied (`Iterable[str]`): The names of the modules that have its weight.
     """
+    kept = [one for one in modules_to_save if not any(_names(one, module) for module in tied)]
+    return kept if any(_names(one, embedding) for one in kept) else [*kept, embedding]
 
-    def names(one: str, module: str) -> bool:
-        return f".{one}." in f".{module}."
 
-    kept = [one for one in modules_to_save if not any(names(one, module) for module in tied)]
-    return kept if any(names(one, embedding) for one in kept) else [*kept, embedding]
+def tied_embeddings(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """The embeddings that a model ties, if there are several and some of what is tied is to be saved in full."""
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = sorted({name.rpartition(".")[0] for name in (*ties, *ties.values())})
+    embeddings = {id(one): name for name in tied if isinstance(one := model.get_submodule(name), nn.Embedding)}
+    is_saved = any(_names(one, module) for one in modules_to_save for module in tied)
+    return list(embeddings.values()) if is_saved and len(embeddings) > 1 else []
+
+
+def _names(one: str, module: str) -> bool:
+    """Whether `modules_to_save` means a module by a name."""
+    return f".{one}." in f".{module}."
 
 
 def check_task(model: nn.Module, config: SPPConfig) -> None:

@@ -164,25 +164,34 @@ def test_reports_read_compressed_experts_from_files(kind, tmp_path):
         assert one.compressed_bytes == 4 * one.stored + tensors[bitmask].numel()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_a_merge_from_disk_to_disk_leaves_the_experts_compressed(kind, tmp_path):
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [("mixtral", []), ("gpt_oss", []), ("mixtral", PARAMETERS)])
+def test_a_merge_from_disk_to_disk_writes_what_a_saved_merge_has(kind, parameters, tmp_path):
     model = pruned(kind)
     model.save_pretrained(tmp_path / "dense")
     compress_checkpoint(tmp_path / "dense", tmp_path / "small")
-    adapted = get_peft_model(load(tmp_path / "small"), SPPConfig(r=4, target_parameters=[]))
+    adapted = get_peft_model(load(tmp_path / "small"), SPPConfig(r=4, target_parameters=parameters))
     randomize(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     run("merge", tmp_path / "adapter", tmp_path / "merged", "--base", tmp_path / "small")
     adapted.merge_and_unload().save_pretrained(tmp_path / "expected")
-    assert same_tensors(tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "expected"))
+    merged = tensors_of(tmp_path / "merged")
+    assert same_tensors(merged, tensors_of(tmp_path / "expected"))
+    # the -0.0 of the base, now +0.0, keep their places, also when the model is loaded and saved again
+    before = tensors_of(tmp_path / "small")
+    assert all(torch.equal(merged[name], one) for name, one in before.items() if name.endswith("bitmask"))
+    assert [name for name, one in merged.items() if one.ndim == 1 and (one == 0).any() and "experts" in name]
+    load(tmp_path / "merged").save_pretrained(tmp_path / "again")
+    assert same_tensors(tensors_of(tmp_path / "again"), merged)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_a_merged_model_is_saved_compressed(kind, tmp_path):
-    parameters = ["experts.gate_up_proj", "experts.down_proj"]
     small, dense = peft_spp.compress(pruned(kind)), pruned(kind)
     for name, model in (("small", small), ("dense", dense)):
-        adapted = get_peft_model(model, SPPConfig(r=4, target_modules=[], target_parameters=parameters))
+        adapted = get_peft_model(model, SPPConfig(r=4, target_modules=[], target_parameters=PARAMETERS))
         torch.manual_seed(0)
         randomize(adapted)
         adapted.merge_and_unload().save_pretrained(tmp_path / name)

@@ -28,9 +28,12 @@ from helpers.tiny import MLP, prune_
 
 TARGETS = ["q_proj", "down_proj"]
 WORKING = {
+    "ADALORA": ("AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 10}),
     "BEFT": ("BeftConfig", {}),
     "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "C3A": ("C3AConfig", {"block_size": 8}),
     "FOURIERFT": ("FourierFTConfig", {"n_frequency": 8}),
+    "GRALORA": ("GraloraConfig", {"r": 4}),
     "IA3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
     "LORA": ("LoraConfig", {"init_lora_weights": "orthogonal", "r": 4}),
     "MISS": ("MissConfig", {"r": 4}),
@@ -52,6 +55,7 @@ REFUSED = [
     ("SupertuningConfig", {"sparsity": 0.9}, "the method SUPERTUNING"),
     ("DeloraConfig", {}, "the method DELORA"),
     ("LoHaConfig", {}, "the method LOHA"),
+    ("FrodConfig", {}, "the method FROD"),
     ("OSFConfig", {}, "the method OSF"),
     ("ShiraConfig", {"r": 2}, "the method SHIRA"),
 ]
@@ -102,6 +106,27 @@ def test_what_is_known_to_work_computes_and_trains_as_on_the_dense_model(method)
     for name, one in dense.items():
         torch.testing.assert_close(small[name].grad, one.grad, rtol=1e-3, atol=1e-4, msg=name)
     assert any(one.grad is not None and one.grad.any() for one in small.values())
+
+
+def test_adalora_prunes_ranks_as_on_the_dense_model():
+    base = pruned_llama()
+    models = []
+    for one in (base, peft_spp.compress(copy.deepcopy(base))):
+        torch.manual_seed(0)
+        model = get_peft_model(one, config_of("AdaLoraConfig", **WORKING["ADALORA"][1], tinit=1, tfinal=2))
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+        for step in range(8):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+        models.append(model)
+    assert any(
+        not pattern.all() for pattern in (one for name, one in trainable(models[0]).items() if "lora_E" in name)
+    )
+    torch.testing.assert_close(models[1](IDS).logits, models[0](IDS).logits, rtol=1e-4, atol=1e-5)
+    for name, one in trainable(models[0]).items():
+        torch.testing.assert_close(trainable(models[1])[name], one, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("cls", "settings", "what"), REFUSED)

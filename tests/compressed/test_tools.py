@@ -62,6 +62,9 @@ def test_a_merge_writes_compressed_what_it_writes_dense(pair, tmp_path):
     # and it is what merging in memory makes of it
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small, dtype="auto"), adapter)
     in_memory = loaded.merge_and_unload()
+    in_memory.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tensors_of(tmp_path / "saved"), after)
+    assert any((one == 0).any() for name, one in after.items() if f"{name[:-7]}.bitmask" in after)  # it was a -0.0
     assert same_tensors(
         in_memory.state_dict(), AutoModelForCausalLM.from_pretrained(merged, dtype="auto").state_dict()
     )

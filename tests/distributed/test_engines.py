@@ -152,10 +152,13 @@ def test_deepspeed_zero3_with_gradient_checkpointing(base, tmp_path, one_process
     check("deepspeed_zero3.yaml", base, tmp_path, one_process, gradient_checkpointing=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+COMPRESSED = pytest.mark.parametrize(
     "config", ["ddp.yaml", "fsdp2.yaml", pytest.param("deepspeed_zero2.yaml", marks=needs_deepspeed)]
 )
+
+
+@pytest.mark.slow
+@COMPRESSED
 def test_compressed_weights(base, tmp_path, one_process, config):
     check(config, base, tmp_path, one_process, compressed=True)
 
@@ -181,7 +184,7 @@ def test_experts_with_sharded_parameters(mixture, tmp_path, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@COMPRESSED
 def test_compressed_experts(mixture, tmp_path, config):
     adapter = {"target_parameters": PARAMETERS}
     check(config, mixture, tmp_path, run_in_one_process(mixture, **adapter), adapter, compressed=True)

@@ -2,21 +2,25 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import MixtralForCausalLM
 from typer.testing import CliRunner
 
 from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.inspection import inspect_adapter, inspect_checkpoint
 from peft_spp.installing import how_to_install
+from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import sparsity_report
 
 from helpers.tiny import block_linears, prune_, randomize, tiny, tiny_llama
+from helpers.tiny_moe import PARAMETERS, experts, tiny_moe
 
 
 @pytest.fixture
@@ -164,3 +168,80 @@ def test_an_adapter_of_another_method_is_named(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     result = run(tmp_path / "nowhere")
     assert result.exit_code == 2 and "nowhere" in result.stderr
+
+
+@pytest.fixture
+def of_experts(tmp_path: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A mixture, an adapter of it, and what each expert's weight is multiplied with, less 1."""
+    tiny_moe("mixtral", pattern="2:4").save_pretrained(tmp_path / "base")
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    config = SPPConfig(
+        r=5, target_parameters=PARAMETERS, rank_pattern={"experts.down_proj": 3}, target_modules=["q_proj"]
+    )
+    adapted = get_peft_model(model, config)
+    randomize(adapted)
+    untrained = adapted.base_model.model.model.layers[1].mlp.experts
+    assert untrained.parameter_name == "down_proj"
+    with torch.no_grad():
+        untrained.spp_B["default"].weight[2 * 32 : 3 * 32] = 0  # its third expert
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = {name: one.double().clone() for name, one in experts(adapted).items()}
+    after = experts(adapted.merge_and_unload())
+    changes = {
+        f"{name}.{index}": after[name][index].double() / weight - 1
+        for name, stack in before.items()
+        for index, weight in enumerate(stack)
+    }
+    return tmp_path / "base", tmp_path / "adapter", changes
+
+
+def test_experts_are_inspected_one_by_one(of_experts) -> None:
+    base, adapter, changes = of_experts
+    inspection = inspect_adapter(adapter, base=base)
+    assert len(inspection) == 2 * 2 * 4 + 2 and changes.keys() < inspection.modules.keys()
+    for name, change in changes.items():
+        one, kept = inspection[name], ~change.isnan()
+        assert one.r == (3 if "down_proj" in name else 5) and one.scaling == 32 / one.r
+        assert one.shape == change.shape and one.mask is not None and one.mask.pattern == "2:4"
+        torch.testing.assert_close(inspection.relative_change(name)[kept].double(), change[kept], atol=1e-5, rtol=1e-5)
+        assert one.change == pytest.approx(float(inspection.relative_change(name).square().mean().sqrt()))
+        assert one.zeros == int((~kept).sum()) == change.numel() // 2
+    assert inspection["model.layers.1.mlp.experts.down_proj.2"].change == 0
+    assert "1 of them are unchanged" in str(inspection) and "50.00 %" in str(inspection)
+    # nothing but the configuration is read of the base model that the adapter names
+    (base / "model.safetensors").unlink()
+    uncounted = inspect_adapter(adapter)
+    assert {name: replace(one, zeros=None) for name, one in inspection.modules.items()} == uncounted.modules
+    assert "merged zeros" not in str(uncounted) and "merged zeros" in str(inspection)
+
+
+def test_the_command_inspects_experts(tmp_path: Path, of_experts) -> None:
+    base, adapter, _ = of_experts
+    found = json.loads(run(adapter, "--base", base, "--json").stdout)
+    merged = merge_checkpoint(base, adapter, tmp_path / "merged").to_dict()
+    zeros = {one["name"]: (one["r"], one["scaling"], one["zeros_after"]) for one in merged["modules"]}
+    assert zeros == {one["name"]: (one["r"], one["scaling"], one["zeros"]) for one in found["modules"]}
+    table = run(adapter)
+    assert table.exit_code == 0 and "model.layers.1.mlp.experts.gate_up_proj.3" in table.stdout
+    base.rename(tmp_path / "elsewhere")
+    lost = run(adapter)
+    assert lost.exit_code == 2 and str(base) in lost.stderr and "(--base on the command line)" in lost.stderr
+    assert run(adapter, "--base", tmp_path / "elsewhere").exit_code == 0
+
+
+def test_zeros_of_linear_layers_are_counted_with_a_base(model: Path, adapter: Path) -> None:
+    sparse = inspect_checkpoint(model)
+    inspection = inspect_adapter(adapter, base=model)
+    assert {one.name: one.zeros for one in inspection} == {one.name: one.sparsity.zeros for one in sparse}
+
+
+def test_a_base_of_a_model_is_refused(model: Path) -> None:
+    result = run(model, "--base", model)
+    assert result.exit_code == 2 and "--base applies to adapters" in result.stderr
+
+
+def test_a_picture_of_an_expert_is_drawn(tmp_path: Path, of_experts) -> None:
+    pytest.importorskip("matplotlib")
+    _, adapter, changes = of_experts
+    assert run(adapter, "--plot", tmp_path / "a.png", "--plot-module", next(iter(changes))).exit_code == 0
+    assert (tmp_path / "a.png").stat().st_size > 20_000

@@ -21,8 +21,10 @@ from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.functional import expand_row_blocks
 from peft_spp.interchange import export_adapter
+from peft_spp.merge import merge_checkpoint
 
 from helpers.tiny import LLAMA, block_linears, prune_, randomize, tiny, tiny_llama
+from helpers.tiny_moe import PARAMETERS, tiny_moe
 
 
 IDS = torch.arange(12).view(2, 6)
@@ -158,6 +160,22 @@ def test_what_hira_has_not_is_refused(tmp_path):
     with pytest.raises(ValueError, match="bias"):
         export_adapter(tmp_path / "adapter", tmp_path / "hira")
     assert not (tmp_path / "hira").exists()
+
+
+def test_experts_are_refused_by_name_with_the_way_round(tmp_path):
+    model = tiny_moe("mixtral", pattern="2:4")
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, SPPConfig(r=4, target_parameters=PARAMETERS, target_modules=[]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = run(tmp_path / "adapter", tmp_path / "hira")
+    assert result.exit_code == 2 and "experts.down_proj" in result.stderr and not (tmp_path / "hira").exists()
+    assert "target_parameters" in result.stderr and "instead: peft-spp merge" in result.stderr
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base="error")
+
+
+def test_a_list_of_no_experts_is_not_in_the_way(tmp_path):
+    save_adapter(tmp_path, config=SPPConfig(r=4, target_parameters=[]))
+    assert len(export_adapter(tmp_path / "adapter", tmp_path / "hira")) > 0
 
 
 def test_another_target_or_adapter_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 """Adapters of experts, merged from disk to disk into the layouts of checkpoints."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft_spp.checkpoints.merged import MERGED
 from peft_spp.checkpoints.own_files import BASE_MASKS
 from peft_spp.compressed import compress_checkpoint, decompress_checkpoint
 from peft_spp.merge import MergeReport, merge_checkpoint, pieces
-from peft_spp.merge.adapter import load_adapter
+from peft_spp.pruning import prune_checkpoint
 from peft_spp.sparsity import compare_sparsity
 
 from helpers.merge_cases import (
@@ -217,16 +218,44 @@ def test_a_checkpoint_that_does_not_hold_the_experts_is_named(tmp_path):
     (bare.base / "config.json").unlink()
     assert_refused(bare, tmp_path, "target_parameters", str(bare.base), "merge_and_unload")
 
-    lacking = case._replace(base=shutil.copytree(case.base, tmp_path / "lacking"))
-    file, name = find(lacking.base, "layers.1.block_sparse_moe.experts.3.w1")
-    edit_tensors(file, **{name: None})
-    assert_refused(lacking, tmp_path, "layers.1.mlp.experts.gate_up_proj", "merge_and_unload")
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            "mixtral",
+            ["block_sparse_moe.experts.1.w1", "block_sparse_moe.experts.1.w2", "block_sparse_moe.experts.3.w3"],
+        ),
+        ("qwen3_moe", ["experts.1.down_proj", "experts.3.gate_proj"]),
+        ("nemotron_h", ["experts.1.down_proj", "experts.3.up_proj"]),
+    ],
+)
+def test_a_missing_expert_is_named(tmp_path, kind, names):
+    """Without a down projection there are fewer experts, which could be stacked, each with the factors of another."""
+    case = save_mixture(tmp_path, kind, shard_size="1GB")
+    whole = load_file(case.base / "model.safetensors")
+    for part in names:
+        full_name = next(name for name in reversed(whole) if part in name)
+        edit_tensors(case.base / "model.safetensors", **{**whole, full_name: None})
+        assert_refused(case, tmp_path, str(case.base), f"no tensor '{full_name}',", "Copy or download it again")
+        with pytest.raises(ValueError, match=rf"no tensor '{re.escape(full_name)}', .*Copy or download"):
+            prune_checkpoint(case.base, tmp_path / "out", method="magnitude", pattern="2:4")
 
 
-def test_tools_that_have_no_model_refuse_them(tmp_path):
-    case = save_mixture(tmp_path, "mixtral")
-    with pytest.raises(ValueError, match="target_parameters"):
-        load_adapter(case.adapter)
+def test_all_that_is_missing_is_named(tmp_path):
+    case = save_mixture(tmp_path, "mixtral", shard_size="1GB")
+    names = sorted(name for name in stored(case.base) if "layers.1" in name and ".w1." in name)
+    edit_tensors(case.base / "model.safetensors", **dict.fromkeys(names[:2]))
+    assert_refused(case, tmp_path, f"no tensor '{names[0]}', '{names[1]}', which Transformers puts into")
+    edit_tensors(case.base / "model.safetensors", **dict.fromkeys(names[2:]))
+    assert_refused(case, tmp_path, "experts.*.w1.weight', which Transformers puts into")
+
+
+def test_more_experts_than_the_configuration_says(tmp_path):
+    case = save_mixture(tmp_path, "qwen3_moe", shard_size="1GB")
+    name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+    edit_tensors(case.base / "model.safetensors", **{name.format(4): torch.zeros(32, 24)})
+    assert_refused(case, tmp_path, name.format(0), "(5, 32, 24), but config.json implies (4, 32, 24)")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "nemotron_h"])

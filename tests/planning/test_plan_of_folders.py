@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import BertConfig, GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
 import peft_spp
+from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.planning import plan_checkpoint, plan_training
 from peft_spp.pruning import prune_magnitude
 
 from helpers.tiny import LLAMA, tiny_llama
-from helpers.tiny_moe import MOE, tiny_moe
+from helpers.tiny_moe import MOE, PARAMETERS, tiny_moe
 
 
 def run(*arguments: object):
@@ -57,9 +59,22 @@ def test_experts_count_as_compress_stores_them(name):
     prune_magnitude(model, sparsity=0.75, target_modules=r".*self_attn\.\w_proj")
     peft_spp.compress(model)
     assert plan.weights == pytest.approx(sizes(model), rel=0.01) and plan.weights < dense.weights
-    assert plan.step > dense.step  # an expert is expanded
     assert plan.experts == dense.experts > 0
-    assert f"The experts ({plan.experts:,} parameters) are not adapted." in str(plan)
+    assert f"Experts with {plan.experts:,} parameters are not adapted." in str(plan)
+
+
+@pytest.mark.parametrize("name", sorted(MOE))
+def test_the_command_plans_adapters_of_experts(tmp_path: Path, name):
+    model = tiny_moe(name, hidden_size=64)
+    model.config.architectures = [MOE[name][0]]
+    model.config.save_pretrained(tmp_path)
+    options = ["--target-parameters", PARAMETERS[0], "--target-parameters", PARAMETERS[1], "--r", 4, "--sequence", 16]
+    adapted = get_peft_model(model, SPPConfig(r=4, target_parameters=PARAMETERS))
+    for more in ([], ["--compressed", "--sparsity", "0.75", "--gradient-checkpointing"]):
+        found = json.loads(run(tmp_path, *options, *more, "--json").stdout)
+        assert found["trainable"] == sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+        assert found["experts"] == 0
+    refused("has no parameter 'no_such'", tmp_path, *options, "--target-parameters", "no_such")
 
 
 def test_a_model_without_experts_has_none_to_name(folder: Path):
@@ -82,6 +97,26 @@ def test_a_compressed_model_is_planned_compressed(folder: Path):
     refused("--compressed --sparsity", folder, "--sequence", 16)
     shown = run(folder, "--sequence", 16, "--compressed", "--sparsity", 0.9, "--json")
     assert json.loads(shown.stdout)["weights"] < dense.weights
+
+
+def test_layers_that_a_compressed_model_leaves_dense_are_planned_dense(folder: Path):
+    def weights(**quantization: object) -> int:
+        change(folder, quantization_config={"quant_method": "bitmask", "version": 1, **quantization})
+        return plan_checkpoint(folder, sequence=16, sparsity=0.75).weights
+
+    model = tiny_llama().to(torch.bfloat16)
+    prune_magnitude(model, sparsity=0.75)
+    peft_spp.compress(model, modules_to_not_convert=["lm_head", "down_proj"])
+    assert weights(modules_to_not_convert=["lm_head", "down_proj"]) == pytest.approx(sizes(model), rel=0.01)
+    assert weights(modules_to_not_convert=["lm_head", "down_proj"]) > weights() > weights(modules_to_not_convert=[])
+    assert weights(min_sparsity=0.8) == plan_checkpoint_dense(folder)
+    change(folder, quantization_config={"quant_method": "bitmask", "version": 2})
+    refused("compressed in version 2", folder, "--compressed", "--sequence", 16)
+
+
+def plan_checkpoint_dense(folder: Path) -> int:
+    change(folder, quantization_config=None)
+    return plan_checkpoint(folder, sequence=16).weights
 
 
 def test_sparsity_without_compressed_is_refused(folder: Path):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import peft_spp.__main__
 import peft_spp.sft.run as sft_run
 from peft_spp.cli import app
 from peft_spp.sft import last_complete_checkpoint
+from peft_spp.sft.arguments import parse_arguments
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.methods import METHODS, load
 from peft_spp.sft.run import main
@@ -40,6 +42,7 @@ from helpers.trl_cases import (
 )
 
 
+ROOT = Path(__file__).parents[2]
 NEW = [name for name in METHODS if name != "sft"]
 REWARDS = """
 def vowels(completions, **kwargs):
@@ -247,6 +250,15 @@ def test_the_flags_that_help_shows_are_those_of_the_parser(kind: str) -> None:
     assert len(names) > 20
     result = CliRunner().invoke(app, [kind, "--help-all"])
     assert result.exit_code == 0 and names <= set(re.findall(r"--\w+", result.output))
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_page_of_the_command_line_names_the_classes_of_the_flags(kind: str) -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs/reference/cli.md").read_text().splitlines() if "](" in line]
+    named = {row[2].split("`")[1] for row in rows if row[0] in ("| all that train", f"| `{kind}`")}
+    parsed = parse_arguments(["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu"], METHODS[kind])
+    classes = {cls for one in parsed[1:-1] for cls in type(one).__mro__ if is_dataclass(cls)}
+    assert named == {cls.__name__ for cls in classes if not cls.__name__.startswith("_")}
 
 
 def test_python_m_peft_spp_runs_them(

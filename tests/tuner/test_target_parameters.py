@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The setting `target_parameters`: what it adapts, how it is loaded, and what is refused."""
 
+import json
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -9,6 +12,7 @@ from peft_spp import SPPConfig
 
 from helpers import reference
 from helpers.expert_adapters import Holder, adapted, wrappers
+from helpers.merge_cases import edit_json
 from helpers.tiny import MLP, randomize, tiny, tiny_llama
 from helpers.tiny_moe import IDS, MOE, PARAMETERS, tiny_moe
 from helpers.unchanged import refused
@@ -52,6 +56,32 @@ def test_every_way_to_load_gives_the_same_logits(name, low_cpu_mem_usage, tmp_pa
     plain = tiny_moe(name)
     plain.load_adapter(str(tmp_path))
     assert torch.equal(plain(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "key", ["experts.down_proj", r"layers\.1\..*down_proj", "model.layers.0.mlp.experts.down_proj"]
+)
+def test_patterns_of_parameters_are_not_called_ignored(key, tmp_path):
+    """PEFT looks for them among the modules alone."""
+    rank_pattern, alpha_pattern = {key: 3, "q_proj": 2, "no_such": 4}, {key: 7}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = adapted(
+            tiny_moe("mixtral"), 5, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, target_modules=["q_proj"]
+        )
+    ignored = [str(one.message) for one in caught if "were ignored" in str(one.message)]
+    assert ignored == [
+        "The following rank_pattern keys did not match any targeted module and were ignored: ['no_such']."
+    ]
+    config = model.peft_config["default"]
+    assert (config.rank_pattern, config.alpha_pattern) == (rank_pattern, alpha_pattern)
+    ranks = {w.r["default"] for name, w in wrappers(model).items() if name.endswith("down_proj")}
+    assert 3 in ranks and ranks <= {3, 5}
+    expected = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] == rank_pattern
+    edit_json(tmp_path / "adapter_config.json", rank_pattern={key: 3, "q_proj": 2})
+    assert torch.equal(PeftModel.from_pretrained(tiny_moe("mixtral"), tmp_path).eval()(input_ids=IDS).logits, expected)
 
 
 def test_factors_do_not_depend_on_what_the_base_was_used_for(tmp_path):

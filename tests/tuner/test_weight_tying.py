@@ -16,7 +16,7 @@ from peft_spp import SPPConfig
 from peft_spp.merge import merge_checkpoint
 
 from helpers.merge_cases import Case, assert_same_bits, edit_tensors, merged_by_peft, save_adapter, stored
-from helpers.tiny import tiny_llama
+from helpers.tiny import tiny, tiny_llama
 
 
 IDS = torch.arange(10)[None]
@@ -171,3 +171,25 @@ def test_a_second_adapter_is_not_trained_untied(tmp_path: Path) -> None:
     # where nothing is tied there is nothing to untie
     model = adapt(tiny_llama(tie_word_embeddings=False), modules_to_save=["lm_head"])
     model.add_adapter("second", SPPConfig(**settings))
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["shared"], ["embed_tokens"]], ids="+".join)
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_several_tied_embeddings_are_refused_before_anything_is_changed(name: str, names: list[str]) -> None:
+    """PEFT puts a linear layer in the place of an embedding, and the forward pass fails."""
+    sizes = {
+        "T5ForConditionalGeneration": {"d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
+        "BartForConditionalGeneration": {
+            f"{part}_{size}": value
+            for part in ("encoder", "decoder")
+            for size, value in {"layers": 1, "attention_heads": 2, "ffn_dim": 48}.items()
+        },
+    }
+    settings = {"target_modules": r".*\.(q|q_proj)", "task_type": "SEQ_2_SEQ_LM"}
+    model = tiny(name, vocab_size=64, d_model=32, decoder_start_token_id=0, tie_word_embeddings=True, **sizes[name])
+    before = [(name, id(one)) for name, one in model.named_modules()]
+    with pytest.raises(ValueError, match=r"decoder\.embed_tokens.*shared.*tied.*out of `modules_to_save`"):
+        get_peft_model(model, SPPConfig(**settings, modules_to_save=names, ensure_weight_tying=True))
+    assert [(name, id(one)) for name, one in model.named_modules()] == before
+    adapted = get_peft_model(model, SPPConfig(**settings, ensure_weight_tying=True))
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
