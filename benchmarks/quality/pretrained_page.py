@@ -170,7 +170,7 @@ def method(store: Store) -> str:
     """How it was measured."""
     budget, environment = store.about["suite"]["budget"], store.environments[-1]
     tuned = [one.measured for one in store.records if one.kind in ("tune", "rate")]
-    checkpoint = store.about["suite"]["models"][0]
+    checkpoint, place = store.about["suite"]["models"][0], store.path.parent.name
     return prose.PRETRAINED_METHOD.format(
         **budget,
         model=model_name(store),
@@ -178,13 +178,21 @@ def method(store: Store) -> str:
         sequence=checkpoint["sequence"],
         dtype=checkpoint["dtype"],
         compute=checkpoint["compute"] or checkpoint["dtype"],
-        machine="; ".join(dict.fromkeys(map(plots.machine_note, store.environments))),
+        machine=machines(store),
         count=len(tuned),
         hours=sum(one["cpu_seconds"] for one in tuned) / 3600,
-        command=environment["command"],
+        command=f"python -m benchmarks.quality --suite {store.suite} --model FOLDER --data FOLDER --machine {place}",
         results=store.path.name,
         **{name: environment["versions"][name] for name in ("python", "peft", "transformers")},
     )
+
+
+def machines(store: Store, capability: bool = True) -> str:
+    """The processors that something was measured on, and the versions of PyTorch."""
+    hardware = [one["hardware"] for one in store.environments]
+    names = [f"{one['cpu']} ({one['cpu_capability']})" if capability else one["cpu"] for one in hardware]
+    versions = [one["versions"]["torch"] for one in store.environments]
+    return f"{', '.join(dict.fromkeys(names))}; PyTorch {', '.join(dict.fromkeys(versions))}"
 
 
 def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
@@ -228,7 +236,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     """
     note = (
         "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
-        f"accuracy.\n{plots.machine_note(store.environments[-1])}"
+        f"accuracy.\n{machines(store, capability=False)}"
     )
     figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
     for place, one in enumerate(comparisons):
@@ -249,7 +257,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
         axes.axhline(value, color=plots.BLACK, linewidth=0.8, linestyle=(0, (4, 2)))
         axes.set_xticks(range(len(comparisons)), [one.pruning.label for one in comparisons])
         if axes is not right:
-            axes.set_yscale("log")
+            plots.log_y(axes)
     handles, labels = left.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=2, frameon=False, fontsize=7)

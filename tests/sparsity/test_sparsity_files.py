@@ -215,7 +215,7 @@ def test_only_safetensors_is_read(tmp_path):
 def watched(monkeypatch):
     """The number of earlier tensors still alive, and the resident memory, at each read of a tensor."""
     alive, resident, seen = [], [], []
-    load = safetensors_files._load
+    load = safetensors_files.load_tensor
 
     def watching(*where):
         alive.append(sum(one() is not None for one in seen))
@@ -226,7 +226,7 @@ def watched(monkeypatch):
         seen.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(safetensors_files, "_load", watching)
+    monkeypatch.setattr(safetensors_files, "load_tensor", watching)
     return alive, resident
 
 
