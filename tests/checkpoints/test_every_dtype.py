@@ -91,6 +91,22 @@ def test_what_is_not_pruned_is_carried_through(folder: Path) -> None:
         assert_carried(folder / name)
 
 
+def test_an_integer_norm_is_computed_with_like_the_same_norm_in_float32(tmp_path: Path) -> None:
+    model, name = tiny_llama(), "model.layers.1.input_layernorm.weight"
+    model.get_parameter(name).data = torch.arange(32.0) % 5
+    ids = [torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(1))]
+    pruned = []
+    for dtype in (torch.float32, torch.int8):
+        base, out = tmp_path / f"{dtype}", tmp_path / f"{dtype} pruned"
+        model.save_pretrained(base)
+        tensors = load_file(base / "model.safetensors")
+        save_file(tensors | {name: tensors[name].to(dtype)}, base / "model.safetensors", metadata={"format": "pt"})
+        prune_checkpoint(base, out, method="wanda", pattern="2:4", calibration=ids)
+        pruned.append(load_file(out / "model.safetensors"))
+    assert pruned[1].pop(name).dtype == torch.int8
+    assert all(torch.equal(one, pruned[0][key]) for key, one in pruned[1].items())
+
+
 @pytest.mark.parametrize("name", READABLE)
 def test_every_dtype_is_read(tmp_path: Path, name: str) -> None:
     expected = torch.arange(6, dtype=torch.float32).to(READABLE[name]).view(2, 3)

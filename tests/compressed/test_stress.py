@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -74,6 +74,11 @@ def adapted(base, kind, r):
     return model
 
 
+def assert_loaded(loaded, stored):
+    # Transformers loads the float16 norms of GPT-OSS as float32
+    assert same_tensors({name: one.to(stored[name].dtype) for name, one in loaded.items()}, stored)
+
+
 def check(kind, dtype, hidden, inner, experts, r, seed):
     base = base_of(kind, dtype, hidden, inner, experts, torch.Generator().manual_seed(seed))
     models = [adapted(one, kind, r) for one in (copy.deepcopy(base), peft_spp.compress(copy.deepcopy(base)))]
@@ -101,8 +106,8 @@ def check(kind, dtype, hidden, inner, experts, r, seed):
         assert same_tensors(tensors_of(folder / "back"), expected)
         loaded = AutoModelForCausalLM.from_pretrained(folder / "small", dtype="auto")
         loaded.save_pretrained(folder / "again")
-        assert same_tensors(tensors_of(folder / "again"), tensors_of(folder / "small"))
-        assert same_tensors(loaded.dequantize().state_dict(), merged[0].state_dict())
+        assert_loaded(tensors_of(folder / "again"), tensors_of(folder / "small"))
+        assert_loaded(loaded.dequantize().state_dict(), merged[0].state_dict())
         # a merged model is pruned as the base is, and compressed by itself
         compress_checkpoint(folder / "dense", folder / "compressed")
         decompress_checkpoint(folder / "compressed", folder / "back again")
@@ -121,6 +126,7 @@ CASES = {
 
 
 @given(**CASES)
+@example(kind="gpt_oss", dtype=torch.float16, hidden=32, inner=8, experts=1, r=1, seed=0)
 @settings(max_examples=8, deadline=None)
 def test_a_compressed_model_goes_the_way_of_the_dense_one(**case):
     with warnings.catch_warnings():
