@@ -341,7 +341,7 @@ def draw(result: BenchmarkResult, path: Path) -> None:
             axes.set_title(f"{shape[0]}×{shape[1]}, {PRECISIONS[precision].label}, {zeros}")
     for axes in grid[-1]:
         axes.set_xlabel("tokens")
-    add_legend(figure, styles.values(), reference=LABELS[REFERENCE], lines=True)
+    add_legend(figure, styles.values(), reference=LABELS[REFERENCE], lines=True, columns=3)
     save_figure(figure, path)
 
 

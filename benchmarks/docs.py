@@ -21,6 +21,7 @@ from peft_spp.durable import write_text
 from .competitors import COMPETITORS
 from .harness import BenchmarkResult, Case, format_bytes, format_ratio
 from .mask_record import LAYOUTS as MASK_LAYOUTS
+from .other_layers import LABELS as OTHER_LABELS
 from .passes import LABELS as PASSES
 
 
@@ -193,7 +194,7 @@ TABLES: dict[str, Callable[[BenchmarkResult], str]] = {
 
 
 def compressed_layers_table(result: BenchmarkResult) -> str:
-    rows = []
+    rows, others = [], [name for name in OTHER_LABELS if any(name in case.samples for case in result.cases)]
     for precision in dict.fromkeys(case.parameters["precision"] for case in result.cases):
         for case in result.cases:
             parameters = case.parameters
@@ -202,7 +203,7 @@ def compressed_layers_table(result: BenchmarkResult) -> str:
             if parameters["task"].startswith("w"):
                 continue
             m, n = parameters["shape"]
-            names = ["compressed", "own dense", "prepacked", "compressed, adapter"]
+            names = ["compressed", "own dense", "prepacked", "compressed, adapter", *others]
             cells = [
                 f"{case.ratio(name, result.reference).median:.2f}" if name in case.samples else "–" for name in names
             ]
@@ -216,6 +217,7 @@ def compressed_layers_table(result: BenchmarkResult) -> str:
         "own dense kernel",
         "prepacked dense",
         "compressed, unmerged adapter",
+        *(OTHER_LABELS[name] for name in others),
     ]
     return _table(headings, rows, result)
 

@@ -128,7 +128,7 @@ PRETRAINED_UNSTABLE_RUN = "{label} at {rate:g} on {pruning} over {steps} steps: 
 
 PRETRAINED_METHOD = """
 {model} was pruned by this project's own `prune`, calibrated on {calibration_blocks} sequences of {sequence} tokens of
-the tuning text ({text}; a test part of each is held out), anew on each machine, and tuned for {steps} steps of {batch}
+the tuning text ({text}; a test part of each is held out), once on each machine, and tuned for {steps} steps of {batch}
 such sequences: AdamW, 10% warm-up, cosine to zero, gradients clipped to 1, no dropout, no weight decay. Files are in
 {dtype} and computation in {compute}, or in float32 on processors with AVX2 only, which multiply 16-bit numbers slowly;
 factors, the weights that full fine-tuning trains, and the optimizer are in float32. The deployed model is measured:

@@ -105,6 +105,7 @@ def place(folder: Path, foreign: tuple[list[str], list[str], bool]) -> dict[str,
 
 @settings(max_examples=100, deadline=None)
 @example(kind=MODEL, foreign=([], ["README.md"], True), late=True, in_place=False, at=13, kill=False)
+@example(kind=ADAPTER, foreign=([], [], False), late=False, in_place=True, at=24, kill=False)
 @example(kind=MODEL, foreign=([], [], False), late=False, in_place=True, at=20, kill=False)
 @example(kind=MODEL, foreign=([], [], False), late=False, in_place=True, at=30, kill=False)
 @given(
@@ -152,8 +153,8 @@ def test_nothing_foreign_is_ever_lost(kind, foreign, late, in_place, at, kill):
         new = {f"out/{name}": text for name, text in NEW.items()}
         if finished:
             assert not mine and new.items() <= found.items()
-            # an old file that could not be removed is left in a hidden folder, and a warning names it
-            assert {name for name in found if re.match(r"out/(?!\.out\.replaced-)", name)} == new.keys()
+            # what could not be removed is left in a hidden folder, and a warning names it
+            assert {name for name in found if re.match(r"out/(?!\.out\.(replaced|writing)-)", name)} == new.keys()
         elif not new.items() <= found.items():
             # the old model is there, in its place or in one piece next to it
             kept = {} if late else expected
@@ -237,4 +238,12 @@ def test_what_is_not_a_file_is_refused_by_name(tmp_path):
     (tmp_path / "out" / "tokenizer.json").unlink()
     os.mkfifo(tmp_path / "out" / "tokenizer.json")
     with pytest.raises(FileExistsError, match=r"tokenizer\.json"):
+        replace(tmp_path / "out", MODEL)
+
+
+def test_a_working_folder_that_stays_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "out", OLD[MODEL])
+    monkeypatch.setattr(output, "can_be_renamed", lambda _: False)
+    monkeypatch.setattr(output.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match=r"\.writing-\w+, which the new files were written in, could not be removed"):
         replace(tmp_path / "out", MODEL)
