@@ -128,13 +128,13 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         shutil.rmtree(self._working, ignore_errors=True)
-        if error is None and self._working.exists():
+        if error is not None:
+            self._remove_made_parents()
+        elif self._working.exists():
             warnings.warn(
                 f"{self._working}, which the new files were written in, could not be removed. It can be deleted.",
                 stacklevel=3,
             )
-        if error is not None:
-            self._remove_made_parents()
         if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
             raise OSError(
                 error.errno,

@@ -100,8 +100,8 @@ class ExpertConverters:
         rules: list[WeightRenaming] = []
         for one in self._renamings:
             back = one.reverse_transform()
-            renamed, pattern = back.rename_source_key(part)
-            if pattern is None or back.rename_source_key(bitmask_of(part))[0] == bitmask_of(renamed):
+            stored, pattern = back.rename_source_key(part)
+            if pattern is None or back.rename_source_key(bitmask_of(part))[0] == bitmask_of(stored):
                 continue
             sources, targets = one._original_source_patterns, one._original_target_patterns
             rule = BitmaskRenaming([*map(bitmask_of, sources)], [*map(bitmask_of, targets)])

@@ -10,7 +10,7 @@ and the bitmasks. Otherwise a stack is made dense in between, by itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,9 @@ def read_experts(quantizer: Any, model: PreTrainedModel, transforms: list[Weight
         for rule in converters.for_bitmask(part)
     }
     rules = [
-        _apart(one, quantizer, converters) if isinstance(one, WeightConverter) and one in apart else one
+        _by(_ReadApart(quantizer, one, converters), map(bitmask_of, one._original_source_patterns))
+        if isinstance(one, WeightConverter) and one in apart
+        else one
         for one in transforms
     ]
     ends = sorted({".".join(name.split(".")[-2:]) for name in names})
@@ -76,11 +78,7 @@ def compress_experts(
     converters = ExpertConverters(model, transforms)
     made = [converters.find(name) for name in quantizer.stacks]
     return [
-        one.copy(
-            list(one._original_source_patterns),
-            list(one._original_target_patterns),
-            operations=[_CompressApart(quantizer, one, converters)],
-        )
+        _by(_CompressApart(quantizer, one, converters))
         if isinstance(one, WeightConverter) and one in made and puts_below(one)
         else one
         for one in transforms
@@ -140,12 +138,10 @@ def stored_experts(
     return stored
 
 
-def _apart(original: WeightConverter, quantizer: Any, converters: ExpertConverters) -> WeightConverter:
-    sources = original._original_source_patterns
-    operation = _ReadApart(quantizer, original, converters)
-    return original.copy(
-        [*sources, *map(bitmask_of, sources)], list(original._original_target_patterns), operations=[operation]
-    )
+def _by(operation: _Apart, more_sources: Iterable[str] = ()) -> WeightConverter:
+    """The rule that an operation takes the place of, with that operation."""
+    sources, targets = operation.original._original_source_patterns, operation.original._original_target_patterns
+    return operation.original.copy([*sources, *more_sources], list(targets), operations=[operation])
 
 
 def _whole(end: str, quantizer: Any) -> WeightConverter:
