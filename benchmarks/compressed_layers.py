@@ -31,7 +31,7 @@ from torch import Tensor
 from peft_spp.functional.bitmask import Compressed
 from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels import by_activation
-from peft_spp.functional.kernels.cpu import backend, bitmask
+from peft_spp.functional.kernels.cpu import backend, bitmask, bitmask_tokens
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
 from .dense_tokens import TOKENS, dense_tokens
@@ -218,9 +218,9 @@ class Layers:
         turn = itertools.count()
         calls: dict[str, Callable[[int], object]] = {
             "dense": lambda i: F.linear(x, self.dense[i]),
-            "compressed": lambda i: bitmask.few_tokens(x, self.compressed[i], None, [], True, self.dtype),
+            "compressed": lambda i: bitmask_tokens.few_tokens(x, self.compressed[i], None, [], True, self.dtype),
             "dense, adapter": lambda i: by_activation.linear(x, self._scaled(self.dense[i]), None),
-            "compressed, adapter": lambda i: bitmask.few_tokens(
+            "compressed, adapter": lambda i: bitmask_tokens.few_tokens(
                 x, self.compressed[i], None, self.factors, True, self.dtype
             ),
         }

@@ -176,3 +176,4 @@ constexpr bool kEveryCount = true;
 }  // namespace
 
 #include "bitmask_kernels.h"
+#include "bitmask_prompts.h"

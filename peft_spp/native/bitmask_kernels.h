@@ -32,18 +32,23 @@ INLINE void walk(Place<Value>& place, Size words, Step step) {
   place = {values, bits + words * kWordBytes};
 }
 
-// Calls `work(line, place, careful)` for each row of a part on several threads, and notes where the values end.
+// Calls `work(place, careful)` for a row of a part, and notes where its values end.
+template <class Value, class Work>
+INLINE void at_row(const Weight& weight, const Part& part, Size line, Work work) {
+  Place<Value> place = find<Value>(weight, part, line);
+  if (is_near_the_end(weight, part.row + line))
+    work(place, std::true_type{});
+  else
+    work(place, std::false_type{});
+  if (part.ends != nullptr) part.ends[line] = place.values - static_cast<const Value*>(weight.values);
+}
+
+// Calls `work(line, place, careful)` for each row of a part on several threads.
 template <class Value, class Work>
 void for_each_row(const Weight& weight, const Part& part, Work work) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(part.rows * part.columns, part.threads))
-  for (Size line = 0; line < part.rows; line++) {
-    Place<Value> place = find<Value>(weight, part, line);
-    if (is_near_the_end(weight, part.row + line))
-      work(line, place, std::true_type{});
-    else
-      work(line, place, std::false_type{});
-    if (part.ends != nullptr) part.ends[line] = place.values - static_cast<const Value*>(weight.values);
-  }
+  for (Size line = 0; line < part.rows; line++)
+    at_row<Value>(weight, part, line, [&](Place<Value>& place, auto careful) { work(line, place, careful); });
 }
 
 // The bitmask and the number of values of each row, and from them the row offsets.
@@ -99,22 +104,26 @@ void take_stored(const Value* dense, Size stride, const Weight& weight, Size thr
   }
 }
 
+template <bool kCareful, class Value>
+INLINE void expand_row(const Part& part, Place<Value>& place, Value* target) {
+  Size whole = part.columns / kWord, left = part.columns % kWord;
+  auto write = [&](Size words, Value* to) {
+    walk(place, words, [&](Size column, const Value* values, Mask places) {
+      expand_into<kCareful>(values, places, to + column);
+    });
+  };
+  write(whole, target);
+  if (left != 0) {
+    Value last[kWord];
+    write(1, last);
+    std::memcpy(target + whole * kWord, last, left * sizeof(Value));
+  }
+}
+
 template <class Value>
 void expand(const Weight& weight, const Part& part, Value* out) {
-  Size whole = part.columns / kWord, left = part.columns % kWord;
   for_each_row<Value>(weight, part, [&](Size line, Place<Value>& place, auto careful) {
-    auto write = [&](Size words, Value* to) {
-      walk(place, words, [&](Size column, const Value* values, Mask places) {
-        expand_into<decltype(careful)::value>(values, places, to + column);
-      });
-    };
-    Value* target = out + line * part.stride;
-    write(whole, target);
-    if (left != 0) {
-      Value last[kWord];
-      write(1, last);
-      std::memcpy(target + whole * kWord, last, left * sizeof(Value));
-    }
+    expand_row<decltype(careful)::value>(part, place, out + line * part.stride);
   });
 }
 
@@ -164,35 +173,40 @@ INLINE void scale_words(Place<Value>& place, Size words, const float* a, float b
   });
 }
 
-// W' with the bits that native.cpp makes of the dense weight, also where a factor is not finite: a zero is multiplied
-// like any other value.
+// A row of W' with the bits that native.cpp makes of the dense weight, also where a factor is not finite: a zero is
+// multiplied like any other value.
+template <bool kCareful, class Value, class Out>
+INLINE void scale_row(
+    const Weight& weight, const Part& part, Size row, Place<Value>& place, Out* target, const Adapter* adapters,
+    Size count, bool identity) {
+  Size whole = part.columns / kWord, left = part.columns % kWord;
+  Out last[kStripWords * kWord];
+  if (count == 1 && identity) {
+    const float* a = expanded_row(weight, adapters[0], row, part.column);
+    float b = adapters[0].B[row];
+    scale_words<kCareful>(place, whole, a, b, target);
+    if (left != 0) {
+      float last_a[kWord] = {};
+      std::memcpy(last_a, a + whole * kWord, left * sizeof(float));
+      scale_words<kCareful>(place, 1, last_a, b, last);
+      std::memcpy(target + whole * kWord, last, left * sizeof(Out));
+    }
+    return;
+  }
+  for (Size start = 0; start < part.columns; start += kStripWords * kWord) {
+    Size width = smaller(kStripWords * kWord, part.columns - start);
+    Strip strip;
+    strip.fill<kCareful>(weight, place, row, part.column + start, width, adapters, count, identity);
+    strip.round(last, width);
+    std::memcpy(target + start, last, width * sizeof(Out));
+  }
+}
+
 template <class Value, class Out>
 void scale(const Weight& weight, const Part& part, Out* out, const Adapter* adapters, Size count, bool identity) {
-  Size whole = part.columns / kWord, left = part.columns % kWord;
   for_each_row<Value>(weight, part, [&](Size line, Place<Value>& place, auto careful) {
     constexpr bool kCareful = decltype(careful)::value;
-    Size row = part.row + line;
-    Out* target = out + line * part.stride;
-    Out last[kStripWords * kWord];
-    if (count == 1 && identity) {
-      const float* a = expanded_row(weight, adapters[0], row, part.column);
-      float b = adapters[0].B[row];
-      scale_words<kCareful>(place, whole, a, b, target);
-      if (left != 0) {
-        float last_a[kWord] = {};
-        std::memcpy(last_a, a + whole * kWord, left * sizeof(float));
-        scale_words<kCareful>(place, 1, last_a, b, last);
-        std::memcpy(target + whole * kWord, last, left * sizeof(Out));
-      }
-      return;
-    }
-    for (Size start = 0; start < part.columns; start += kStripWords * kWord) {
-      Size width = smaller(kStripWords * kWord, part.columns - start);
-      Strip strip;
-      strip.fill<kCareful>(weight, place, row, part.column + start, width, adapters, count, identity);
-      strip.round(last, width);
-      std::memcpy(target + start, last, width * sizeof(Out));
-    }
+    scale_row<kCareful>(weight, part, part.row + line, place, out + line * part.stride, adapters, count, identity);
   });
 }
 

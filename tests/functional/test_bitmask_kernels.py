@@ -30,7 +30,7 @@ from peft_spp.functional import merged_weight
 from peft_spp.functional.bitmask import Compressed
 from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels.cpu import backend as cpu_backend
-from peft_spp.functional.kernels.cpu import bitmask, bitmask_calls
+from peft_spp.functional.kernels.cpu import bitmask, bitmask_calls, bitmask_tokens
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.cpu.native import NativeElementwise
 from peft_spp.functional.kernels.cpu.tiled import TiledElementwise
@@ -269,8 +269,12 @@ def test_no_memory_beside_the_tensors_is_used_or_written(m, n, mask, dtype):
     assert torch.equal(out, dense_scaled(weight, factors, True, dtype))
     if COMPILED:
         x = guarded.copy(torch.randn(2, n).to(dtype))
-        y = bitmask.few_tokens(x, compressed, guarded.copy(torch.zeros(m, dtype=dtype)), factors, True, dtype)
+        y = bitmask_tokens.few_tokens(x, compressed, guarded.copy(torch.zeros(m, dtype=dtype)), factors, True, dtype)
         assert y.isfinite().all()
+        if bitmask_tokens.supports_prompt(compressed, factors, dtype):
+            assert (
+                bitmask_tokens.prompt(guarded.copy(x.repeat(4, 1)), compressed, None, factors, True).isfinite().all()
+            )
     assert all(t.isfinite().all() for pair in cpu.factor_gradients(out, compressed, factors) for t in pair)
     bitmask.scaled_values(compressed, factors, out=compressed.values)
     assert compressed.values.isfinite().all()
@@ -286,7 +290,7 @@ def test_threads_do_not_change_a_bit(threads, dtype):
 
     def everything():
         compressed = bitmask.compress(weight)
-        few = bitmask.few_tokens(x, compressed, None, factors, True, dtype)
+        few = bitmask_tokens.few_tokens(x, compressed, None, factors, True, dtype)
         return [
             *(compressed.values, compressed.bitmask, compressed.row_offsets, bitmask.expand(compressed)),
             cpu.compressed_weight(ScaledWeight(compressed, factors, True, dtype)),

@@ -6,9 +6,11 @@ import torch
 from bitmask_cases import BOUNDS, DTYPES, MASKS, SHAPES, compiled_only, make_factors, make_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_spp.functional import spp_linear
+from peft_spp.functional.bitmask import Compressed
 from peft_spp.functional.compressed import compressed_linear
 from peft_spp.functional.factors import Factors
-from peft_spp.functional.kernels.cpu import bitmask
+from peft_spp.functional.kernels.cpu import bitmask, bitmask_tokens
 from peft_spp.functional.kernels.cpu.backend import cpu
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
@@ -28,7 +30,7 @@ def magnitude(x, weight, bias, factors):
 
 @compiled_only
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, bitmask.MOST_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, bitmask_tokens.MOST_TOKENS])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_few_tokens_are_within_the_rounding_of_the_formula(m, n, tokens, dtype):
     weight = make_weight(m, n, dtype)
@@ -37,7 +39,7 @@ def test_few_tokens_are_within_the_rounding_of_the_formula(m, n, tokens, dtype):
     for ranks, identity in (([], True), ([5], True), ([5], False), ([5, 3], True), ([3, 5, 1], False)):
         factors = make_factors(m, n, ranks)
         for own_bias in (bias, None):
-            y = bitmask.few_tokens(lines, compressed, own_bias, factors, identity, dtype)
+            y = bitmask_tokens.few_tokens(lines, compressed, own_bias, factors, identity, dtype)
             assert y.dtype == dtype and y.shape == (tokens, m)
             expected = reference.linear(x, weight, own_bias, factors, identity)
             # the result is rounded, and A times x before it
@@ -52,7 +54,7 @@ def test_few_tokens_are_within_the_rounding_of_the_formula(m, n, tokens, dtype):
 def test_few_tokens_for_any_zeros(mask, dtype):
     weight = make_weight(67, 190, dtype, mask)
     x, factors = torch.randn(2, 190).to(dtype), make_factors(67, 190, [7])
-    y = bitmask.few_tokens(x.t().contiguous().t(), bitmask.compress(weight), None, factors, True, dtype)
+    y = bitmask_tokens.few_tokens(x.t().contiguous().t(), bitmask.compress(weight), None, factors, True, dtype)
     assert relative_error(y, reference.linear(x, weight, None, factors)) < BOUNDS[dtype]
 
 
@@ -61,26 +63,113 @@ def test_few_tokens_are_left_to_others_where_there_is_no_kernel():
     compressed, (factors,) = bitmask.compress(weight), make_factors(8, 70, [2])
     double = Factors(factors.A.double(), factors.B, 1.0)
     for tokens, own, dtype in (
-        (bitmask.MOST_TOKENS + 1, factors, torch.float32),
+        (bitmask_tokens.MOST_TOKENS + 1, factors, torch.float32),
         (1, factors, torch.bfloat16),
         (1, double, torch.float32),
     ):
-        assert bitmask.few_tokens(torch.randn(tokens, 70), compressed, None, [own], True, dtype) is None
+        assert bitmask_tokens.few_tokens(torch.randn(tokens, 70), compressed, None, [own], True, dtype) is None
 
 
 def test_tokens_and_a_bias_that_do_not_fit_are_refused():
     compressed, factors = bitmask.compress(make_weight(6, 70, torch.float32)), make_factors(6, 70, [2])
     for x, bias in ((torch.randn(1, 69), None), (torch.randn(1, 70), torch.randn(5))):
         with pytest.raises(ValueError, match="do not fit"):
-            bitmask.few_tokens(x, compressed, bias, factors, True, torch.float32)
+            bitmask_tokens.few_tokens(x, compressed, bias, factors, True, torch.float32)
     with pytest.raises(ValueError, match="identity must be True"):
-        bitmask.few_tokens(torch.randn(1, 70), compressed, None, [], False, torch.float32)
+        bitmask_tokens.few_tokens(torch.randn(1, 70), compressed, None, [], False, torch.float32)
 
 
 @compiled_only
 def test_no_tokens_are_no_rows():
     compressed = bitmask.compress(make_weight(6, 70, torch.float32))
-    assert bitmask.few_tokens(torch.empty(0, 70), compressed, None, [], True, torch.float32).shape == (0, 6)
+    assert bitmask_tokens.few_tokens(torch.empty(0, 70), compressed, None, [], True, torch.float32).shape == (0, 6)
+
+
+prompts_only = pytest.mark.skipif(
+    not bitmask_tokens.supports_prompt(bitmask.compress(torch.ones(1, 1, dtype=torch.bfloat16)), [], torch.bfloat16),
+    reason="needs a processor with AVX-512 BF16 and without AMX",
+)
+
+
+@prompts_only
+@pytest.mark.parametrize("tokens", [1, 5, 6, 7, 13, 64])
+@pytest.mark.parametrize(("m", "n"), [*SHAPES, (1, 17000), (37, 3000), (70, 33000)])
+def test_prompts_are_within_the_rounding_of_the_formula(m, n, tokens):
+    dtype = torch.bfloat16
+    weight = make_weight(m, n, dtype)
+    compressed, x, bias = bitmask.compress(weight), torch.randn(tokens, n).to(dtype), torch.randn(m).to(dtype)
+    lines = torch.full((tokens, n + 3), float("nan"), dtype=dtype)[:, 2 : n + 2].copy_(x)
+    for ranks, identity in (([], True), ([5], True), ([5], False), ([5, 3], True)):
+        factors = make_factors(m, n, ranks)
+        scaled = bitmask.BitmaskElementwise(compressed, factors)
+        scaled.write_scaled(made := torch.empty(m, n, dtype=dtype), slice(0, m), slice(0, n), identity)
+        for own_bias in (bias, None):
+            y = bitmask_tokens.prompt(lines, compressed, own_bias, factors, identity)
+            assert y.dtype == dtype and y.shape == (tokens, m)
+            # W' has the bits that it has elsewhere; only sums and the result are rounded
+            expected = reference.linear(x, made, own_bias, [])
+            rounding = 2.0**-8 * expected.abs() + 2.0**-20 * magnitude(x, made, own_bias, [])
+            assert ((y - expected).abs() <= rounding).all()
+
+
+@prompts_only
+@pytest.mark.parametrize("mask", MASKS)
+def test_prompts_for_any_zeros_of_any_layout_and_layer(mask):
+    weights = torch.stack([make_weight(67, 190, torch.bfloat16, mask, seed=seed) for seed in range(2)])
+    stack = bitmask.compress(weights)
+    x = torch.randn(20, 190).bfloat16()
+    for layer in range(2):
+        offsets = stack.row_offsets[67 * layer : 67 * (layer + 1) + 1]
+        compressed = Compressed(stack.values, stack.bitmask[layer], offsets, 190)
+        for given in (x, x.t().contiguous().t(), x.repeat(1, 2)[:, 190:]):
+            y = bitmask_tokens.prompt(given, compressed, None, [], True)
+            assert torch.equal(y, bitmask_tokens.prompt(x, bitmask.compress(weights[layer]), None, [], True))
+            assert (
+                not y.numel()
+                or relative_error(y, reference.linear(x, weights[layer], None, [])) < 8e-3
+                or (mask == "all" and not y.any())
+            )
+
+
+@prompts_only
+def test_a_prompt_with_what_is_not_finite_has_it_where_the_dense_product_has():
+    weight = make_weight(40, 130, torch.bfloat16)
+    weight[3, 5], weight[7, 129] = float("inf"), float("nan")
+    x = torch.randn(20, 130).bfloat16()
+    x[2, 64], x[4, 1] = float("nan"), float("inf")
+    y = bitmask_tokens.prompt(x, bitmask.compress(weight), None, [], True)
+    expected = torch.nn.functional.linear(x, weight)
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+@prompts_only
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_do_not_change_a_prompt(threads):
+    compressed, x = bitmask.compress(make_weight(203, 330, torch.bfloat16)), torch.randn(20, 330).bfloat16()
+    factors = make_factors(203, 330, [3, 100])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        made = bitmask_tokens.prompt(x, compressed, None, factors, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made, bitmask_tokens.prompt(x, compressed, None, factors, True))
+
+
+@prompts_only
+@pytest.mark.parametrize("ranks", [[], [5], [5, 3]])
+def test_many_tokens_have_the_bits_of_the_dense_layer_and_fewer_are_prompts(ranks, monkeypatch):
+    weight, factors = make_weight(96, 256, torch.bfloat16), make_factors(96, 256, ranks)
+    compressed = bitmask.compress(weight)
+    calls = []
+    prompt = bitmask_tokens.prompt
+    monkeypatch.setattr(bitmask_tokens, "prompt", lambda x, *rest: calls.append(len(x)) or prompt(x, *rest))
+    for tokens in (4, 5, 16, 17, 511, 512):
+        x = torch.randn(tokens, 256).bfloat16()
+        y = cpu.linear(x, ScaledWeight(compressed, factors, True, torch.bfloat16), None)
+        if tokens == 512:
+            assert torch.equal(y, spp_linear(x, weight, None, factors))
+    assert calls == ([5, 16] if ranks else []) + [17, 511]
 
 
 @compiled_only
@@ -96,14 +185,16 @@ def test_tokens_in_groups_and_all_at_once_agree(tokens, dtype, monkeypatch):
     if tokens:
         assert relative_error(made, reference.linear(x, weight, bias, [])) < 2 * BOUNDS[dtype]
     calls = []
-    few_tokens = bitmask.few_tokens
-    monkeypatch.setattr(bitmask, "few_tokens", lambda x, **rest: calls.append(len(x)) or few_tokens(x, **rest))
+    few_tokens = bitmask_tokens.few_tokens
+    monkeypatch.setattr(bitmask_tokens, "few_tokens", lambda x, *rest: calls.append(len(x)) or few_tokens(x, *rest))
     cpu.linear(x, w, bias)
     stored = len(compressed.values) / weight.numel()
     most = 48 if dtype == torch.float32 else 24
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         most = 0
     by_values = 0 < tokens <= 8 or 0 < tokens * stored <= most
+    if bitmask_tokens.supports_prompt(compressed, [], dtype):
+        by_values = 0 < tokens <= 16
     assert calls == ([8] * (tokens // 8) + [tokens % 8] * (tokens % 8 > 0) if by_values else [])
 
 

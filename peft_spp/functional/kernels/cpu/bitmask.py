@@ -4,7 +4,6 @@ Compressed weights on the CPU: `bitmask_*.cpp`, through ctypes.
 
 - `compress`, `expand` and `scaled_values` (a merge) always have a result: without a compiled pass it is made in
   PyTorch's operations, with the same bits.
-- `few_tokens` is y = x W'ᵀ for at most `MOST_TOKENS` tokens, or `None` where there is no compiled pass.
 - `BitmaskElementwise` serves `scaled_weight`, `linear`, `linear_backward` and `factor_gradients` of this package: they
   take a `Compressed` for the weight.
 
@@ -29,24 +28,17 @@ from ...bitmask import BITS, WORD, Compressed, bitmask_bytes, decompress, unpack
 from ...bitmask import compress as plain_compress
 from ...factors import Factors, compute_dtype
 from .bitmask_calls import (
-    LINE,
     NAMES,
-    Tokens,
     function_of,
     gradient_parts,
     part_of,
     pointer_to,
-    scratch,
     tier,
     weight_of,
 )
 from .elementwise import Elementwise
 from .native import make_adapters
 from .tiled import TiledElementwise
-
-
-MOST_TOKENS = 8
-"""`few_tokens` takes so many: with more, expanding the weight costs less than these kernels lose to a matmul's."""
 
 
 def supports(compressed: Compressed, factors: Sequence[Factors], dtype: torch.dtype) -> bool:
@@ -156,7 +148,7 @@ def scaled_values(compressed: Compressed, factors: Sequence[Factors], out: Tenso
         out[row_offsets[0] : row_offsets[-1]] = merged[unpack_bits(bitmask, n)]
         return out
     part = part_of(slice(0, m), slice(0, n))
-    scaled = _scaled_factors(factors)
+    scaled = float_factors(factors)
     adapters = make_adapters(scaled)
     function_of("merge", values.dtype)(
         ctypes.byref(weight_of(compressed)),
@@ -166,74 +158,6 @@ def scaled_values(compressed: Compressed, factors: Sequence[Factors], out: Tenso
         ctypes.c_int64(len(factors)),
     )
     return out
-
-
-def few_tokens(
-    x: Tensor,
-    compressed: Compressed,
-    bias: Tensor | None,
-    factors: Sequence[Factors],
-    identity: bool,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """
-    `x @ W'.T + bias` for few tokens, straight from the compressed weight, with float32 sums that are rounded once.
-
-    With an adapter, for the rows of block k, `y = W_k x + s B_k ⊙ (W_k (A_k ⊙ x))`: both products come from the same
-    pass, and each further adapter takes another one. A ⊙ x is rounded to the dtype first, as in `by_activation`.
-    bfloat16 denormals count as zero where the processor multiplies bfloat16 itself.
-
-    Args:
-        x (`torch.Tensor`): shape `(tokens, n)`.
-        compressed ([`Compressed`]): W, shape `(m, n)`.
-        bias (`torch.Tensor`, *optional*): shape `(m,)`.
-        factors (`Sequence[Factors]`): The factors of each adapter; may be empty.
-        identity (`bool`): Whether W itself is part of W'.
-        dtype (`torch.dtype`): The dtype of the result.
-
-    Returns:
-        `torch.Tensor` or `None`: shape `(tokens, m)`. `None` if there are more than `MOST_TOKENS` tokens, the weight
-        has another dtype, or nothing is compiled.
-
-    Raises:
-        ValueError: If x or the bias do not fit, or there is nothing to multiply with.
-    """
-    count, n = x.shape
-    m = compressed.bitmask.shape[0]
-    if n != compressed.columns or (bias is not None and bias.shape != (m,)):
-        raise ValueError(
-            f"few_tokens: x of shape {tuple(x.shape)} and a bias of shape "
-            f"{None if bias is None else tuple(bias.shape)} do not fit a weight of shape {tuple(compressed.shape)}"
-        )
-    if not factors and not identity:
-        raise ValueError("few_tokens: without factors W' is W itself, so identity must be True")
-    if count > MOST_TOKENS or compressed.values.dtype != dtype or not supports(compressed, factors, dtype):
-        return None
-    # with the weights of a model in between, nothing of this is in a cache: each call that is not made saves 10 µs
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if bias is not None:
-        bias = bias.to(dtype).contiguous()
-    y = torch.empty(count, m, dtype=dtype)
-    threads = torch.get_num_threads()
-    sums_size = -(-MOST_TOKENS * m * 4 // LINE) * LINE
-    buffer = scratch(sums_size + 2 * threads * MOST_TOKENS * bitmask_bytes(n) * 8 * 4)
-    weight = ctypes.byref(weight_of(compressed))
-    tokens = Tokens(x.data_ptr(), x.stride(0), count, None, None, 0, buffer + sums_size, None, y.data_ptr(), buffer)
-    tokens.threads, tokens.identity, tokens.first = threads, identity, True
-    if bias is not None:
-        tokens.bias = bias.data_ptr()
-    multiply = function_of("multiply", dtype)
-    if not factors:
-        tokens.last = True
-        multiply(weight, ctypes.byref(tokens))
-    for index, (A, B) in enumerate(_scaled_factors(factors), 1):
-        tokens.A, tokens.B, tokens.r, tokens.last = A.data_ptr(), B.data_ptr(), len(A), index == len(factors)
-        multiply(weight, ctypes.byref(tokens))
-        tokens.identity = tokens.first = False
-    return y
 
 
 class BitmaskElementwise(Elementwise):
@@ -302,5 +226,5 @@ def _check_columns(columns: slice, n: int) -> None:
         )
 
 
-def _scaled_factors(factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
+def float_factors(factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
     return [(A.float().contiguous(), (B.float() * s).contiguous()) for A, B, s in factors]

@@ -94,6 +94,13 @@ def gradient_parts(part: Any) -> int:
     return parts
 
 
+@cache
+def prompt_bytes(columns: int) -> int:
+    """How much room each thread needs for the rows of W' that it multiplies a prompt by."""
+    size: int = _library().bitmask_prompt_bytes(ctypes.c_int64(columns))
+    return size
+
+
 def pointer_to(tensor: Tensor) -> ctypes.c_void_p:
     """The address of a tensor's first element."""
     return ctypes.c_void_p(tensor.data_ptr())
