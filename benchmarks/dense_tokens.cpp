@@ -66,11 +66,11 @@ struct BFloats {
 
 // n is a multiple of 4 · kStep, and m one of the threads times kRows.
 template <class Type, int kRows, int kTokens, int kVectors>
-void multiply(const void* weight, Size m, Size n, const void* tokens, void* out) {
+void multiply(const void* weight, Size m, Size n, const void* tokens, void* out, int threads_wanted) {
   using Value = typename Type::Value;
   const Value* w = static_cast<const Value*>(weight);
   const Value* x = static_cast<const Value*>(tokens);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_wanted)
   {
     Size thread = omp_get_thread_num(), threads = omp_get_num_threads();
     Size from = m * thread / threads, run = (m * (thread + 1) / threads - from) / kRows;
@@ -107,18 +107,18 @@ void multiply(const void* weight, Size m, Size n, const void* tokens, void* out)
 }
 
 template <class Type>
-void multiply_few(const void* w, Size m, Size n, const void* x, Size tokens, void* y) {
-  if (tokens == 1) return multiply<Type, 4, 1, 2>(w, m, n, x, y);
-  if (tokens == 2) return multiply<Type, 2, 2, 2>(w, m, n, x, y);
-  if (tokens == 4) return multiply<Type, 2, 4, 1>(w, m, n, x, y);
-  multiply<Type, 2, 8, 1>(w, m, n, x, y);
+void multiply_few(const void* w, Size m, Size n, const void* x, Size tokens, void* y, int threads) {
+  if (tokens == 1) return multiply<Type, 4, 1, 2>(w, m, n, x, y, threads);
+  if (tokens == 2) return multiply<Type, 2, 2, 2>(w, m, n, x, y, threads);
+  if (tokens == 4) return multiply<Type, 2, 4, 1>(w, m, n, x, y, threads);
+  multiply<Type, 2, 8, 1>(w, m, n, x, y, threads);
 }
 
 }  // namespace
 
-extern "C" void dense_float32(const void* w, Size m, Size n, const void* x, Size tokens, void* y) {
-  multiply_few<Floats>(w, m, n, x, tokens, y);
+extern "C" void dense_float32(const void* w, Size m, Size n, const void* x, Size tokens, void* y, int threads) {
+  multiply_few<Floats>(w, m, n, x, tokens, y, threads);
 }
-extern "C" void dense_bfloat16(const void* w, Size m, Size n, const void* x, Size tokens, void* y) {
-  multiply_few<BFloats>(w, m, n, x, tokens, y);
+extern "C" void dense_bfloat16(const void* w, Size m, Size n, const void* x, Size tokens, void* y, int threads) {
+  multiply_few<BFloats>(w, m, n, x, tokens, y, threads);
 }

@@ -57,5 +57,5 @@ def dense_tokens(x: Tensor, weight: Tensor, tier: str) -> Tensor:
     sizes = ctypes.c_int64(m), ctypes.c_int64(n)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, x, y)]
     function = getattr(load(tier), f"dense_{_NAMES[x.dtype]}")
-    function(pointers[0], *sizes, pointers[1], ctypes.c_int64(tokens), pointers[2])
+    function(pointers[0], *sizes, pointers[1], ctypes.c_int64(tokens), pointers[2], torch.get_num_threads())
     return y

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..functional.bitmask import Compressed
+from ..functional.bitmask import Compressed, unpack_bits
 from ..functional.compressed import decompress
 from .compressed_files import bitmask_of, compressed_shapes, is_bitmask, join
 from .file_bytes import read_bytes
@@ -39,16 +39,34 @@ class CompressedTensor:
 
     def load_compressed(self) -> Compressed:
         """Read the weight as it is stored; a `ValueError` if values and bitmask do not fit each other."""
-        bits = read_bytes(self.bitmask.file, self.bitmask.start, self.bitmask.stop).view(self.bitmask.shape)
+        bits = _read_bits(self.bitmask)
         return (join_parts if self.old else join)(self.name, self.values.load(), bits, self.shape)
 
     def load(self) -> Tensor:
         """Read the dense weight."""
         return decompress(self.load_compressed())
 
+    def matrices(self) -> list[CompressedTensor]:
+        """The matrices of a stack, one by one; a `ValueError` if values and bitmask do not fit each other."""
+        found, start = [], 0
+        for bitmask in self.bitmask.matrices():
+            stop = start + int(unpack_bits(_read_bits(bitmask), self.shape[-1]).sum())
+            found.append(replace(self, values=self.values.rows(start, stop), bitmask=bitmask, shape=self.shape[1:]))
+            start = stop
+        if (start,) != self.values.shape:
+            raise ValueError(
+                f"tensor {self.name!r} of {self.file} has {self.values.shape[0]} values, and its bitmask has places "
+                f"for {start}: the file is damaged. Copy or download it again"
+            )
+        return found
+
     def describe(self) -> str:
         """The dtype and the shape, for messages."""
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}, compressed"
+
+
+def _read_bits(bitmask: StoredTensor) -> Tensor:
+    return read_bytes(bitmask.file, bitmask.start, bitmask.stop).view(bitmask.shape)
 
 
 def find_compressed(

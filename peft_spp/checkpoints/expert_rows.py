@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
+from .compressed_tensor import CompressedTensor
 from .conversion import Origin
 from .tensor_file import StoredTensor
 
@@ -18,13 +19,13 @@ class ExpertRows:
     """A stored matrix that holds one of the experts in a stack, or some of its rows.
 
     Args:
-        matrix (`StoredTensor`): The matrix; a part of a tensor if that holds all experts.
+        matrix (`StoredTensor` or `CompressedTensor`): The matrix; a part of a tensor if that holds all experts.
         expert (`int`): Which expert it is of.
         first (`int`): The first of its rows that the matrix holds.
         flipped (`bool`): Whether the checkpoint has inputs and outputs the other way round than the model.
     """
 
-    matrix: StoredTensor
+    matrix: StoredTensor | CompressedTensor
     expert: int
     first: int = 0
     flipped: bool = False
@@ -48,11 +49,7 @@ def expert_rows(origin: Origin, name: str) -> list[ExpertRows] | None:
         tensor = origin.tensors[0]
         if len(shape) == 2:
             return [ExpertRows(tensor, 0, flipped=flipped)]
-        one_by_one = (tensor.rows(index, index + 1) for index in range(shape[0]))
-        return [
-            ExpertRows(replace(one, shape=one.shape[1:]), index, flipped=flipped)
-            for index, one in enumerate(one_by_one)
-        ]
+        return [ExpertRows(one, index, flipped=flipped) for index, one in enumerate(tensor.matrices())]
     if origin.converter is None or not puts_below(origin.converter):
         return None
     parts = [[one.tensor for one in origin.parts if one.pattern == pattern] for pattern in _patterns(origin)]

@@ -36,6 +36,11 @@ class StoredTensor:
         start, stop = (self.start + row * row_bytes for row in (first, last))
         return replace(self, shape=(last - first, *self.shape[1:]), start=start, stop=stop)
 
+    def matrices(self) -> list[StoredTensor]:
+        """The matrices of a stack, one by one."""
+        parts = (self.rows(index, index + 1) for index in range(self.shape[0]))
+        return [replace(one, shape=one.shape[1:]) for one in parts]
+
     def describe(self) -> str:
         """The dtype and the shape, for messages."""
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"

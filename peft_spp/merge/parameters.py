@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.conversion import Origins
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.expert_rows import ExpertRows, expert_rows
@@ -109,15 +108,6 @@ def _rows(
     """Where a checkpoint has the rows of a parameter."""
     name, transposed = parameter.name, parameter.transposed
     origin = origins.whole(name, checkpoint.folder, INSTEAD)
-    if any(
-        isinstance(cast(object, one), CompressedTensor) and (transposed or len(one.shape) > 2)
-        for one in origin.tensors
-    ):
-        raise ValueError(
-            f"{checkpoint.folder} stores {name!r} as one compressed stack, whose rows are not merged one by one: run "
-            "`peft-spp decompress` before the merge and `peft-spp compress` after it, or load model and adapter with "
-            "peft_spp and call merge_and_unload()"
-        )
     rows = expert_rows(origin, name)
     if not rows or (transposed and any(one.first for one in rows)):
         raise ValueError(

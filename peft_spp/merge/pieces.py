@@ -113,20 +113,15 @@ def _cut_range(path: Path, start: int, stop: int) -> Iterator[Piece]:
 def _cut_weight(merge: Merge) -> Iterator[Piece]:
     if isinstance(merge.weight, CompressedTensor):
         return _cut_values(merge, merge.weight)
-    return _cut_columns(merge, merge.weight) if merge.transposed else _cut_rows(merge, merge.weight)
+    return _cut_rows(merge, merge.weight)
 
 
 def _cut_values(merge: Merge, weight: CompressedTensor) -> Iterator[Piece]:
     """Parts of a compressed weight: the values of as many rows as would be a piece of the dense one."""
-    factors = _load_factors(merge)
     compressed = weight.load_compressed()
     offsets = compressed.row_offsets
     itemsize = compressed.values.element_size()
-    max_rows = max(1, PIECE_BYTES // max(compressed.columns * itemsize, 1))
-    within = slice(merge.first, merge.first + weight.shape[0])
-    for tile in row_tiles(merge.module.B.shape[0], merge.module.r, within, max_rows):
-        part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
-        own = slice(tile.rows.start - merge.first, tile.rows.stop - merge.first)
+    for own, factors in _tiles(merge, compressed.columns * itemsize):
         first, last = offsets[own.start], offsets[own.stop]
         rows = Compressed(
             compressed.values[first:last],
@@ -135,30 +130,35 @@ def _cut_values(merge: Merge, weight: CompressedTensor) -> Iterator[Piece]:
             compressed.columns,
         )
         start, stop = (weight.values.start + int(one) * itemsize for one in (first, last))
-        yield Piece(weight.file, start, stop, merge, part, rows)
+        yield Piece(weight.file, start, stop, merge, factors, rows)
 
 
 def _cut_rows(merge: Merge, weight: StoredTensor) -> Iterator[Piece]:
-    """Parts of a weight stored `(out, in)`: rows of equally long (parts of) row blocks, with their rows of A and B."""
-    factors = _load_factors(merge)
     row_bytes = (weight.stop - weight.start) // weight.shape[0]
+    for own, factors in _tiles(merge, row_bytes):
+        start, stop = (weight.start + row * row_bytes for row in (own.start, own.stop))
+        yield Piece(weight.file, start, stop, merge, factors)
+
+
+def _tiles(merge: Merge, row_bytes: int) -> Iterator[tuple[slice, Factors]]:
+    """
+    Rows of a stored weight that make a piece, and the factors that belong to them.
+
+    Of a weight stored `(out, in)` these are rows of equally long (parts of) row blocks, with their rows of A and B; of
+    one stored `(in, out)` some inputs of all outputs, with their columns of A.
+    """
+    factors = _load_factors(merge)
     max_rows = max(1, PIECE_BYTES // max(row_bytes, 1))
-    within = slice(merge.first, merge.first + weight.shape[0])
+    count = merge.weight.shape[0]
+    if merge.transposed:
+        for first in range(0, count, max_rows):
+            own = slice(first, min(first + max_rows, count))
+            yield own, Factors(factors.A[:, own], factors.B, factors.scaling)
+        return
+    within = slice(merge.first, merge.first + count)
     for tile in row_tiles(merge.module.B.shape[0], merge.module.r, within, max_rows):
-        part = Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
-        start, stop = (weight.start + (row - merge.first) * row_bytes for row in (tile.rows.start, tile.rows.stop))
-        yield Piece(weight.file, start, stop, merge, part)
-
-
-def _cut_columns(merge: Merge, weight: StoredTensor) -> Iterator[Piece]:
-    """Parts of a weight stored `(in, out)`: some inputs of all outputs, with their columns of A."""
-    factors = _load_factors(merge)
-    row_bytes = (weight.stop - weight.start) // weight.shape[0]
-    step = max(1, PIECE_BYTES // max(row_bytes, 1))
-    for first in range(0, weight.shape[0], step):
-        last = min(first + step, weight.shape[0])
-        part = Factors(factors.A[:, first:last], factors.B, factors.scaling)
-        yield Piece(weight.file, weight.start + first * row_bytes, weight.start + last * row_bytes, merge, part)
+        own = slice(tile.rows.start - merge.first, tile.rows.stop - merge.first)
+        yield own, Factors(factors.A[tile.blocks], factors.B[tile.rows], factors.scaling)
 
 
 def _load_factors(merge: Merge) -> Factors:
@@ -167,23 +167,21 @@ def _load_factors(merge: Merge) -> Factors:
 
 
 def _make(piece: Piece) -> Written:
-    if piece.rows is not None and piece.merge is not None and piece.factors is not None:
-        stored = decompress(piece.rows)
-        merged = merged_weight(stored, [piece.factors])
-        counts = count_pair(stored, merged)
-        _check(piece.merge, stored, counts)
-        return Written(piece, merged[stored_places(piece.rows)].view(torch.uint8), counts)
-    data = read_bytes(piece.file, piece.start, piece.stop)
-    if piece.merge is None or piece.factors is None:
-        return Written(piece, data)
     merge = piece.merge
-    assert isinstance(merge.weight.dtype, torch.dtype)
-    stored = data.view(merge.weight.dtype).view(-1, merge.weight.shape[1])
+    if merge is None or piece.factors is None:
+        return Written(piece, read_bytes(piece.file, piece.start, piece.stop))
+    if piece.rows is not None:
+        stored = decompress(piece.rows)
+    else:
+        assert isinstance(merge.weight.dtype, torch.dtype)
+        data = read_bytes(piece.file, piece.start, piece.stop)
+        stored = data.view(merge.weight.dtype).view(-1, merge.weight.shape[1])
     merged = merged_weight(stored.t() if merge.transposed else stored, [piece.factors])
     merged = merged.t() if merge.transposed else merged
     counts = count_pair(stored, merged)
     _check(merge, stored, counts)
-    return Written(piece, merged.reshape(-1).view(torch.uint8), counts)
+    values = merged.reshape(-1) if piece.rows is None else merged[stored_places(piece.rows)]
+    return Written(piece, values.view(torch.uint8), counts)
 
 
 def _check(merge: Merge, stored: Tensor, counts: PairCounts) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -108,8 +109,10 @@ def edit_json(file: Path, **changes) -> None:
 
 def edit_tensors(file: Path, **changes: torch.Tensor | None) -> None:
     """Set tensors of a file, or remove those that are `None`."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
     tensors = load_file(file) | changes
-    save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, file, metadata={"format": "pt"})
+    save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, file, metadata=metadata)
 
 
 def auto(name: str) -> type:
