@@ -34,7 +34,7 @@ from peft_spp.functional.kernels import by_activation
 from peft_spp.functional.kernels.cpu import backend, bitmask, bitmask_tokens
 from peft_spp.functional.kernels.scaled import ScaledWeight
 
-from .dense_tokens import TOKENS, dense_tokens
+from .dense_tokens import TOKENS, dense_tokens, load
 from .harness import (
     BenchmarkResult,
     Case,
@@ -230,6 +230,7 @@ class Layers:
             packed = [prepack(weight, tokens) for weight in self.dense]
             calls["prepacked"] = lambda i: torch.ops.mkldnn._linear_pointwise(x, packed[i], None, "none", [], "")
         if self.tier != "portable":
+            load(self.tier)  # with the compiler's seconds in it, a warm-up would leave one call a sample
             calls["own dense"] = lambda i: dense_tokens(x, self.dense[i], self.tier)
         if self.dtype == torch.bfloat16:
             for name, layers in other_layers(self.dense, x).items():
