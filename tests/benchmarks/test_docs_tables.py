@@ -23,7 +23,7 @@ def test_the_tables_of_the_pages_are_those_of_the_committed_results(machine, tmp
         for table in tables:
             if (RESULTS / machine / f"{table}.json").is_file():
                 of_machine = f"{table}@{machine}"
-                text = put(text, of_machine if of_machine in text else table, "nothing")
+                text = put(text, of_machine if f"<!-- {of_machine}:begin" in text else table, "nothing")
                 files += 1
         page.write_text(text)
         options += [option, str(page)]
