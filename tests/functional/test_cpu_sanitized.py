@@ -68,6 +68,7 @@ def test_no_access_is_out_of_bounds(tmp_path, files, names, capability):
     reports = "\n".join(report.read_text() for report in tmp_path.glob("report*"))
     assert result.returncode == 0 and not reports, reports or result.stdout + result.stderr
     made = sorted(tmp_path.glob("peft_spp/*.so"))
-    assert {path.name.split("-")[0] for path in made} == ({"native"} if "native" in names else {"bitmask", "native"})
+    wanted = {"native"} if "native" in names else {"bitmask", "native"}
+    assert wanted <= {path.name.split("-")[0] for path in made}
     assert all(b"__asan_" in path.read_bytes() for path in made)
     assert "passed" in result.stdout
