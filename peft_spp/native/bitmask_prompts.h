@@ -13,6 +13,7 @@ constexpr Size kTileTokens = 6;
 // Rows that a thread makes at a time: their sums fill a line of y, unless they are too long for the cache.
 constexpr Size kBlockRows = 32;
 constexpr Size kBlockBytes = 1 << 20;
+// The tokens that all rows of a block are multiplied by before the next ones.
 constexpr Size kTokenBytes = 1 << 18;
 
 // One more vector than there are columns: rows a power of two apart would share their places in the cache.
@@ -87,7 +88,8 @@ void multiply_prompt(const Weight& weight, const Tokens& tokens, const Adapter* 
   {
     Size thread = omp_get_thread_num(), threads = omp_get_num_threads();
     BFloat16* block = reinterpret_cast<BFloat16*>(tokens.inputs) + thread * most * stride;
-    std::memset(block, 0, most * stride * sizeof(BFloat16));
+    for (Size line = 0; line < most; line++)
+      std::memset(block + line * stride + weight.n, 0, (stride - weight.n) * sizeof(BFloat16));
     // whole lines of y for each thread
     Size lines = (weight.m + kBlockRows - 1) / kBlockRows;
     Size from = kBlockRows * (lines * thread / threads);

@@ -114,14 +114,15 @@ def test_prompts_are_within_the_rounding_of_the_formula(m, n, tokens):
 
 @prompts_only
 @pytest.mark.parametrize("mask", MASKS)
-def test_prompts_for_any_zeros_of_any_layout_and_layer(mask):
-    weights = torch.stack([make_weight(67, 190, torch.bfloat16, mask, seed=seed) for seed in range(2)])
+@pytest.mark.parametrize("n", [190, 192])
+def test_prompts_for_any_zeros_of_any_layout_and_layer(n, mask):
+    weights = torch.stack([make_weight(67, n, torch.bfloat16, mask, seed=seed) for seed in range(2)])
     stack = bitmask.compress(weights)
-    x = torch.randn(20, 190).bfloat16()
+    x = torch.randn(20, n).bfloat16()
     for layer in range(2):
         offsets = stack.row_offsets[67 * layer : 67 * (layer + 1) + 1]
-        compressed = Compressed(stack.values, stack.bitmask[layer], offsets, 190)
-        for given in (x, x.t().contiguous().t(), x.repeat(1, 2)[:, 190:]):
+        compressed = Compressed(stack.values, stack.bitmask[layer], offsets, n)
+        for given in (x, x.t().contiguous().t(), x.repeat(1, 2)[:, n:], x.repeat_interleave(2, 1)[:, ::2]):
             y = bitmask_tokens.prompt(given, compressed, None, [], True)
             assert torch.equal(y, bitmask_tokens.prompt(x, bitmask.compress(weights[layer]), None, [], True))
             assert (
