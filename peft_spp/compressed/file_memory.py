@@ -22,6 +22,9 @@ from ..functional.compressed import compress
 _PAGE_OUT = 21
 """MADV_PAGEOUT of Linux: give pages back without losing what is in them."""
 
+# Giving back takes 1.9 ms, and an expert of 768×2048 is compressed in 3.5 ms: so it is done once for so many bytes.
+_READ_BYTES = 1 << 26
+
 
 def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
     """Give back the memory that mapped files take. They are read again where they are needed. Only on Linux."""
@@ -43,8 +46,11 @@ def page_out(files: Iterable[str | os.PathLike[str]]) -> None:
 
 def compress_each(tensors: list[Tensor], files: Sequence[str | os.PathLike[str]]) -> list[Compressed]:
     """Compress tensors that have been read of files. The list is emptied: each is freed before the next one."""
-    compressed = []
+    compressed, read = [], 0
     while tensors:
+        read += tensors[0].nbytes
         compressed.append(compress(tensors.pop(0)))
-        page_out(files)
+        if read >= _READ_BYTES or not tensors:
+            page_out(files)
+            read = 0
     return compressed
