@@ -220,9 +220,7 @@ class Layers:
             "dense": lambda i: F.linear(x, self.dense[i]),
             "compressed": lambda i: bitmask_tokens.few_tokens(x, self.compressed[i], None, [], True, self.dtype),
             "dense, adapter": lambda i: by_activation.linear(x, self._scaled(self.dense[i]), None),
-            "compressed, adapter": lambda i: bitmask_tokens.few_tokens(
-                x, self.compressed[i], None, self.factors, True, self.dtype
-            ),
+            "compressed, adapter": lambda i: backend.cpu.linear(x, self._scaled(self.compressed[i]), None),
         }
         # oneDNN packs bfloat16 with AVX-512 only
         has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
