@@ -50,7 +50,7 @@ class CompressedTensor:
         """The matrices of a stack, one by one; a `ValueError` if values and bitmask do not fit each other."""
         found, start = [], 0
         for bitmask in self.bitmask.matrices():
-            stop = start + int(unpack_bits(_read_bits(bitmask), self.shape[-1]).sum())
+            stop = start + int(unpack_bits(_read_bits(bitmask), self.shape[-1]).count_nonzero())
             found.append(replace(self, values=self.values.rows(start, stop), bitmask=bitmask, shape=self.shape[1:]))
             start = stop
         if (start,) != self.values.shape:

@@ -11,6 +11,7 @@ import torch
 
 from .autograd import autocast_off, autocasts, halves, is_followed, is_transformed, needed_gradients, records_gradients
 from .bitmask import Compressed
+from .bitmask import decompress as plain_decompress
 from .factors import Factors, check_factors, unpack
 from .kernels import compressed_ops, plain
 from .kernels.cpu.backend import cpu
@@ -33,6 +34,8 @@ def decompress(weight: Compressed) -> torch.Tensor:
     """
     if weight.values.is_meta:
         return weight.values.new_empty(weight.shape)
+    if is_transformed():  # whose tensors have no address
+        return plain_decompress(weight)
     return expand(weight).view(weight.shape)
 
 

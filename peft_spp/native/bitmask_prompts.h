@@ -61,7 +61,7 @@ void multiply_block(const Weight& weight, const Tokens& tokens, const BFloat16* 
   const BFloat16* x = static_cast<const BFloat16*>(tokens.x);
   const BFloat16* bias = static_cast<const BFloat16*>(tokens.bias);
   BFloat16* y = static_cast<BFloat16*>(tokens.y);
-  Size tokens_at_once = larger(1, kTokenBytes / (columns * Size(sizeof(BFloat16))) / kTileTokens) * kTileTokens;
+  Size tokens_at_once = larger(1, kTokenBytes / (stride * Size(sizeof(BFloat16))) / kTileTokens) * kTileTokens;
   for (Size from = 0; from < tokens.count; from += tokens_at_once) {
     Size to = smaller(from + tokens_at_once, tokens.count);
     for (Size first = 0; first < count; first += kTileRows) {

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from peft_spp.functional import Factors, scaled_weight, spp_linear
+from peft_spp.functional.compressed import compress, compressed_linear
 from peft_spp.functional.dequantized import spp_linear_dequantized
 
 from helpers import reference
@@ -200,3 +201,35 @@ def test_vmap_over_a_backward_pass(tensors, case):
     for index, cotangent in enumerate(cotangents):
         expected = torch.autograd.grad(y, values, cotangent, retain_graph=True)
         assert_close(tuple(one[index] for one in found), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 33])
+@pytest.mark.parametrize("ranks", [(), (2,), (2, 3)])
+def test_compressed_weights_in_transforms(ranks, tokens, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(12, 70).masked_fill(torch.rand(12, 70) < 0.5, 0.0).to(dtype)
+    compressed, x, tangent = compress(weight), torch.randn(tokens, 70).to(dtype), torch.randn(tokens, 70).to(dtype)
+    own = [Factors(torch.randn(r, 70), torch.randn(12, 1), 0.5) for r in ranks]
+
+    def small(x, A=None):
+        return compressed_linear(x, compressed, None, own if A is None else [own[0]._replace(A=A), *own[1:]])
+
+    def dense(x, A=None):
+        return spp_linear(x, weight, None, own if A is None else [own[0]._replace(A=A), *own[1:]])
+
+    for transform in (
+        lambda function: grad(lambda x: function(x).float().square().sum())(x),
+        lambda function: jvp(function, (x,), (tangent,))[1],
+        lambda function: vmap(grad(lambda x: function(x[None]).float().square().sum()))(x),
+        lambda function: vmap(function)(x[:, None]),
+        lambda function: jacrev(function)(x[:1]),
+    ):
+        torch.testing.assert_close(transform(small), transform(dense))
+    if ranks:
+        for transform in (grad, lambda function: jacfwd(grad(function))):
+            found, expected = (
+                transform(lambda A, function=function: function(x, A).float().square().sum())(own[0].A)
+                for function in (small, dense)
+            )
+            torch.testing.assert_close(found, expected)
