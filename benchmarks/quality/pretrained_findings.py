@@ -52,10 +52,13 @@ def _perplexity_sentence(one: Comparison, spp: Entry) -> str:
         for entry in others
         if entry is not None
     )
+    best = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
+    recipe = f", where {best.label} wins back {one.won_back(best, UNLIKE):.0%}" if best is not spp else ""
     return (
         f"After {spp.tuned['tokens']:,} tokens {spp.label} has a perplexity of {spp.perplexity(MAIN_TEXT).mean:.1f} "
         f"on text like the tuning text. It wins back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity there, "
-        f"and {one.won_back(spp, UNLIKE):.0%} on other text." + (f" On the former: {compared}." if compared else "")
+        f"and {one.won_back(spp, UNLIKE):.0%} on other text{recipe}."
+        + (f" On text like the tuning text: {compared}." if compared else "")
     )
 
 
