@@ -28,7 +28,9 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from peft_spp.functional import spp_linear
 from peft_spp.functional.bitmask import Compressed
+from peft_spp.functional.compressed import compressed_linear
 from peft_spp.functional.factors import Factors
 from peft_spp.functional.kernels import by_activation
 from peft_spp.functional.kernels.cpu import backend, bitmask, bitmask_tokens
@@ -100,7 +102,8 @@ STYLES = {
     "bitsandbytes 4 bit": (YELLOW, "d"),
     "dense, adapter": (BLACK, "."),
 }
-TASK_LABELS = {"w": "W', whole", "w in chunks": "W' in chunks"}
+TASK_LABELS = {"w": "W', whole", "w in chunks": "W' in chunks", "training": "SPP, forward and backward, 512 tokens"}
+TRAINING_TOKENS = 512
 
 app = typer.Typer(add_completion=False)
 
@@ -153,6 +156,7 @@ def main(
         tasks: dict[str, list[Contestant]] = {
             **{str(number): layers.few_tokens(number) for number in tokens},
             **layers.scaled_weights(),
+            "training": layers.training(),
         }
         for task, contestants in tasks.items():
             with torch.inference_mode():
@@ -260,6 +264,25 @@ class Layers:
             ]
 
         return {"w": contestants(whole), "w in chunks": contestants(in_chunks)}
+
+    def training(self) -> list[Contestant]:
+        """A forward and a backward pass of SPP, with the gradients of x and the factors."""
+        turn = itertools.count()
+        x, gradient = (torch.randn(TRAINING_TOKENS, size).to(self.dtype) for size in (self.n, self.m))
+        x.requires_grad_()
+        factors = [Factors(A.clone().requires_grad_(), B.clone().requires_grad_(), s) for A, B, s in self.factors]
+        inputs = [x, *(factor for A, B, _ in factors for factor in (A, B))]
+
+        def step(layer: Callable[..., Tensor], weight: Tensor | Compressed) -> object:
+            with torch.inference_mode(False), torch.enable_grad():
+                return torch.autograd.grad(layer(x, weight, None, factors), inputs, gradient)
+
+        return [
+            Contestant("dense", partial(self._call_next, lambda i: step(spp_linear, self.dense[i]), turn)),
+            Contestant(
+                "compressed", partial(self._call_next, lambda i: step(compressed_linear, self.compressed[i]), turn)
+            ),
+        ]
 
     def _scaled(self, weight: Tensor | Compressed) -> ScaledWeight:
         return ScaledWeight(weight, self.factors, True, self.dtype)

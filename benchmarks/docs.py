@@ -200,7 +200,7 @@ def compressed_layers_table(result: BenchmarkResult) -> str:
             parameters = case.parameters
             if (parameters["precision"], parameters["clock"]) != (precision, "computing") or parameters["task"] == "2":
                 continue
-            if parameters["task"].startswith("w"):
+            if not parameters["task"].isdigit():
                 continue
             m, n = parameters["shape"]
             names = ["compressed", "own dense", "prepacked", "compressed, adapter", *others]
