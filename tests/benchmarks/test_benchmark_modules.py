@@ -191,7 +191,7 @@ def test_compressed_layers(tmp_path):
     assert outcome.exit_code == 0, outcome.output
     (path,) = (tmp_path / "box").glob("compressed_layers*-quick.json")
     cases = json.loads(path.read_text())["cases"]
-    tasks = ["1", "2", "w", "w in chunks"]
+    tasks = ["1", "2", "w", "w in chunks", "training"]
     assert [case["parameters"]["task"] for case in cases[::2]] == tasks * len(compressed_layers.SPARSITIES)
     for computing, passed in zip(cases[::2], cases[1::2], strict=True):
         assert (computing["parameters"]["clock"], passed["parameters"]["clock"]) == ("computing", "passed")
