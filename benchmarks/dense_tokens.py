@@ -35,7 +35,7 @@ def load(tier: str) -> ctypes.CDLL:
         made, linked = Path(folder) / "dense.o", Path(folder) / "dense.so"
         for command in (
             [compiler, *flags, "-c", str(_SOURCE), "-o", str(made)],
-            [compiler, "-shared", str(made), "-o", str(linked)],
+            [compiler, "-shared", str(made), "-o", str(linked), "-lstdc++"],
         ):
             subprocess.run(command, check=True)
         return ctypes.CDLL(str(linked))
