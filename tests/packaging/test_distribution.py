@@ -26,17 +26,23 @@ def run(*command: object, **options: object) -> str:
     return done.stdout
 
 
+def kept_files() -> list[Path]:
+    """What is under version control, and what is new and not ignored."""
+    files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    return [ROOT / name for name in files if name and (ROOT / name).is_file()]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution, and a wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
     copy = tmp_path_factory.mktemp("source") / "repository"
     # from a copy of what is under version control: a build leaves files next to its sources
-    files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
-    for name in filter(None, files):
-        if (ROOT / name).is_file() and not name.startswith("benchmarks/results"):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
+    for file in kept_files():
+        if not file.is_relative_to(ROOT / "benchmarks" / "results"):
+            kept = copy / file.relative_to(ROOT)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(file.read_bytes())
     run(*ISOLATED, "-m", "build", "--outdir", folder, copy, cwd=copy)
     return folder
 
@@ -45,6 +51,11 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(distributions: Path) -> Path:
     (file,) = distributions.glob("*.whl")
     return file
+
+
+def test_the_repository_holds_no_file_of_a_megabyte() -> None:
+    """Packages that were downloaded on the way have been committed once."""
+    assert not [file.name for file in kept_files() if file.stat().st_size > 1_000_000]
 
 
 def test_the_metadata_is_what_pypi_takes(distributions: Path) -> None:
