@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -32,13 +31,7 @@ def load(tier: str) -> ctypes.CDLL:
     assert compiler is not None, "a tier is compiled"
     flags = (*library._FLAGS, *library._BITMASK_FLAGS[f"bitmask_{tier}.cpp"])
     with tempfile.TemporaryDirectory() as folder:
-        made, linked = Path(folder) / "dense.o", Path(folder) / "dense.so"
-        for command in (
-            [compiler, *flags, "-c", str(_SOURCE), "-o", str(made)],
-            [compiler, "-shared", str(made), "-o", str(linked), "-lstdc++"],
-        ):
-            subprocess.run(command, check=True)
-        return ctypes.CDLL(str(linked))
+        return ctypes.CDLL(str(library.build(compiler, {_SOURCE: flags}, Path(folder) / "dense.so")))
 
 
 def dense_tokens(x: Tensor, weight: Tensor, tier: str) -> Tensor:

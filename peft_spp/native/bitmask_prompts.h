@@ -25,7 +25,7 @@ inline Size block_rows(Size n) {
 
 // The sums of a tile, token by token.
 template <int kTokens>
-INLINE void multiply_tile(
+void multiply_tile(
     const BFloat16* rows, Size stride, const BFloat16* x, Size x_stride, Size columns, float* sums) {
   Lane total[kTileRows][kTokens];
 #pragma GCC unroll 24
@@ -49,14 +49,11 @@ INLINE void multiply_tile(
 }
 
 using Tile = void (*)(const BFloat16*, Size, const BFloat16*, Size, Size, float*);
-template <int kTokens>
-void tile_of(const BFloat16* rows, Size stride, const BFloat16* x, Size x_stride, Size columns, float* sums) {
-  multiply_tile<kTokens>(rows, stride, x, x_stride, columns, sums);
-}
-constexpr Tile kTiles[] = {tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>};
+constexpr Tile kTiles[] = {
+    multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
 // The rows of y from `row` on; `count` of those in the block are there.
-void multiply_block(const Weight& weight, const Tokens& tokens, const BFloat16* block, Size row, Size count) {
+void multiply_tiles(const Weight& weight, const Tokens& tokens, const BFloat16* block, Size row, Size count) {
   Size stride = block_stride(weight.n), columns = words_of(weight.n) * kWord;
   const BFloat16* x = static_cast<const BFloat16*>(tokens.x);
   const BFloat16* bias = static_cast<const BFloat16*>(tokens.bias);
@@ -106,7 +103,7 @@ void multiply_prompt(const Weight& weight, const Tokens& tokens, const Adapter* 
             scale_row<kCareful>(weight, part, row + line, place, target, adapters, count, tokens.identity != 0);
         });
       }
-      multiply_block(weight, tokens, block, row, part.rows);
+      multiply_tiles(weight, tokens, block, row, part.rows);
     }
   }
 }

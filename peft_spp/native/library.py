@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 # One rounding a written operation, so that the results do not depend on the compiler: fused multiply-adds are written
-# out in the source, and -ffp-contract=off leaves it at those.
-_FLAGS = ("-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-Wall")
+# out in the source, and -ffp-contract=off leaves it at those. Without exceptions nothing of C++'s library is needed,
+# which a C compiler does not link: PEFT's BOFT leaves CXX=gcc behind where it finds no CUDA.
+_FLAGS = ("-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-ffp-contract=off", "-Wall")
 _VECTOR_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
@@ -125,16 +127,19 @@ def _compiled(compiler: str, name: str) -> Path:
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # made aside and renamed: several processes may start at once
-        with tempfile.TemporaryDirectory(dir=folder) as aside, ThreadPoolExecutor() as pool:
-            objects = {source: str(Path(aside) / f"{source.stem}.o") for source in sources}
-            library = Path(aside) / f"{name}.so"
-            compiling = [
-                [compiler, *sources[source], "-c", str(source), "-o", made] for source, made in objects.items()
-            ]
-            list(pool.map(_run, compiling))
-            _run([compiler, "-shared", *objects.values(), "-o", str(library)])
-            library.replace(path)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            build(compiler, sources, Path(aside) / f"{name}.so").replace(path)
     return path
+
+
+def build(compiler: str, sources: Mapping[Path, Sequence[str]], library: Path) -> Path:
+    """Compile files, each with its flags, and link them; the objects stay next to the library."""
+    objects = {source: str(library.with_name(f"{source.stem}.o")) for source in sources}
+    with ThreadPoolExecutor() as pool:
+        compiling = [[compiler, *flags, "-c", str(source), "-o", objects[source]] for source, flags in sources.items()]
+        list(pool.map(_run, compiling))
+    _run([compiler, "-shared", *objects.values(), "-o", str(library)])
+    return library
 
 
 def _run(command: list[str]) -> None:

@@ -20,7 +20,6 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -44,11 +43,6 @@ from helpers.tiny import randomize
 TABLE = Path(__file__).parent / "from_disk.json"
 PAGE = Path(__file__).parents[2] / "docs" / "from-disk.md"
 WAYS = {"magnitude": "prune, magnitude", "wanda": "prune, Wanda", "merge": "merge"}
-
-
-def model_types() -> list[str]:
-    """Every model type that Transformers has a causal language model for."""
-    return [name for name in every_model.model_types() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
 
 def check(model_type: str) -> dict[str, Any]:
@@ -215,4 +209,4 @@ def _write(table: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(check, seconds=180, write=_write, model_types=model_types())
+    main(check, seconds=180, write=_write, model_types=every_model.causal_model_types())

@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_spp.planning import plan_checkpoint
 
@@ -29,11 +28,6 @@ from helpers.model_sweep import first_sentence, main, write_table
 
 TABLE = Path(__file__).parent / "planned.json"
 SEQUENCE = 16
-
-
-def model_types() -> list[str]:
-    """Every model type that Transformers has a causal language model for."""
-    return [name for name in every_model.model_types() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
 
 def check(model_type: str) -> dict[str, Any]:
@@ -63,4 +57,4 @@ def check(model_type: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(check, 120, lambda table: write_table(TABLE, table), model_types())
+    main(check, 120, lambda table: write_table(TABLE, table), every_model.causal_model_types())

@@ -4,6 +4,7 @@
 import ctypes
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -190,11 +191,18 @@ print(load_library() is not None, load_library("bitmask") is not None, mapped() 
 
 @pytest.mark.skipif(library.load_library() is None, reason="no C++ compiler that works with this PyTorch")
 def test_the_runtime_that_pytorch_has_loaded_serves_where_its_symbols_are_hidden():
-    # CXX may name a C compiler, which links no C++ library
-    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
     command = [sys.executable, "-c", HIDDEN_OPENMP]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[:2] == ["hidden", "True True set()"], result.stderr
+
+
+@pytest.mark.skipif(library.load_library() is None or shutil.which("gcc") is None, reason="needs both compilers")
+def test_a_c_compiler_will_do(tmp_path):
+    """PEFT's BOFT leaves CXX=gcc behind in a process where it finds no CUDA."""
+    environment = {**os.environ, "CXX": "gcc", "XDG_CACHE_HOME": str(tmp_path)}
+    tell = "from peft_spp.native.library import load_library as load; print(load(), load('bitmask'))"
+    result = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.count("<CDLL") == 2, result.stderr
 
 
 def test_without_a_runtime_in_memory_it_is_that_of_gcc(monkeypatch):

@@ -106,6 +106,11 @@ def model_types() -> list[str]:
     )
 
 
+def causal_model_types() -> list[str]:
+    """Every model type that Transformers has a causal language model for."""
+    return [name for name in model_types() if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
 def model_class(model_type: str) -> type[nn.Module]:
     """The class to build: with a language model's head if there is one, or else the bare model."""
     found = []

@@ -123,9 +123,10 @@ def prompt(
     Returns:
         `torch.Tensor`: shape `(tokens, m)`, bfloat16.
     """
-    x = F.pad(x.contiguous(), (0, -compressed.columns % WORD)) if compressed.columns % WORD else x
     if x.stride(1) != 1:
         x = x.contiguous()
+    if compressed.columns % WORD:
+        x = F.pad(x, (0, -compressed.columns % WORD))
     bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
     y = x.new_empty(len(x), compressed.bitmask.shape[0])
     threads = torch.get_num_threads()
