@@ -60,6 +60,10 @@ def main(
         list[str] | None,
         typer.Option(help="Only these methods of the suite, such as masked_full. May be repeated."),
     ] = None,
+    pruning: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these prunings of the suite, such as wanda-0.5. May be repeated."),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(help="Tasks of lm-evaluation-harness instead of those of the suite llama. May be repeated."),
@@ -97,7 +101,7 @@ def main(
     if chosen.name == PRETRAINED.name and data is None and not (plan_only or report_only):
         raise typer.BadParameter("The suite pretrained needs texts to tune on, and questions.", param_hint="--data")
     chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
-    narrowed = only_methods(chosen, method or [])
+    narrowed = narrow(chosen, method or [], pruning or [])
     console = make_console()
     if plan_only:
         for line in describe(narrowed):
@@ -158,21 +162,26 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
     return replace(suite, models=tuple(models), studies=tuple(studies))
 
 
-def only_methods(suite: Suite, methods: list[str]) -> Suite:
+def narrow(suite: Suite, methods: list[str], prunings: list[str]) -> Suite:
     """
-    A suite with only some of its methods, all if none is named.
+    A suite with only some of its methods and of its prunings, all where none is named.
 
     Raises:
         typer.BadParameter: If the suite does not have one of them.
     """
-    known = {contender.method for study in suite.studies for contender in study.contenders}
-    if unknown := set(methods) - known:
-        raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))} is not one of: {', '.join(sorted(known))}.", param_hint="--method"
-        )
+    known = {
+        "--method": ({one.method for study in suite.studies for one in study.contenders}, methods),
+        "--pruning": ({study.pruning.name for study in suite.studies}, prunings),
+    }
+    for option, (names, wanted) in known.items():
+        if unknown := set(wanted) - names:
+            raise typer.BadParameter(
+                f"{', '.join(sorted(unknown))} is not one of: {', '.join(sorted(names))}.", param_hint=option
+            )
     studies = [
         replace(study, contenders=tuple(one for one in study.contenders if not methods or one.method in methods))
         for study in suite.studies
+        if not prunings or study.pruning.name in prunings
     ]
     return replace(suite, studies=tuple(study for study in studies if study.contenders))
 

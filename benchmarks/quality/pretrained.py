@@ -20,6 +20,8 @@ SPP_RATES = (2e-3, 6e-3)
 LORA_RATES = (3e-4, 1e-3)
 
 SPP = Contender("spp", rates=SPP_RATES)
+SUPERTUNING = Contender("supertuning", equal="parameters", rates=LORA_RATES)
+IA3 = Contender("ia3", rates=(3e-3, 1e-2))
 POSITIVE = Contender("spp_positive", rates=SPP_RATES)
 LORA = Contender("lora", rates=LORA_RATES)
 MASKED_FULL = Contender("masked_full", rates=(5e-5, 2e-4))
@@ -36,9 +38,9 @@ OTHERS = (
     SPP,
     distilled(POSITIVE),
     Contender("masked_lora", rates=LORA_RATES),
-    Contender("supertuning", equal="parameters", rates=LORA_RATES),
+    SUPERTUNING,
     Contender("hira", rates=(3e-3, 1e-2)),
-    Contender("ia3", rates=(3e-3, 1e-2)),
+    IA3,
     distilled(POSITIVE, "samples"),
     Contender("supertuning", rates=LORA_RATES),
     distilled(MASKED_FULL, "both"),
@@ -57,6 +59,7 @@ PRETRAINED = Suite(
         Study(NAME, AT_2_4, OTHERS[:4]),
         Study(NAME, AT_50, (*FOUR, SPP), rates_from=AT_2_4),
         Study(NAME, AT_2_4, OTHERS[4:]),
+        Study(NAME, AT_50, (IA3, SUPERTUNING), rates_from=AT_2_4),
         Study(NAME, AT_2_4, (POSITIVE, SPP, distilled(POSITIVE, "both"), LORA), seeds=(0, 1)),
         Study(NAME, SPARSEGPT_2_4, (*FOUR, SPP), rates_from=AT_2_4),
         Study(NAME, AT_2_4, FOUR + OTHERS, steps_only=True),

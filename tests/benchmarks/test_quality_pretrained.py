@@ -14,7 +14,7 @@ from rich.progress import Progress
 pytest.importorskip("datasets")
 
 from benchmarks.quality import plan
-from benchmarks.quality.__main__ import described, only_methods
+from benchmarks.quality.__main__ import described, narrow
 from benchmarks.quality.design import Contender, Pruning, Study
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.harness_tasks import _probability, write_tasks
@@ -171,12 +171,15 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
         ]
 
 
-def test_a_suite_can_be_narrowed_to_some_of_its_methods():
-    suite = only_methods(PRETRAINED, ["lora", "masked_full"])
+def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
+    suite = narrow(PRETRAINED, ["lora", "masked_full"], ["wanda-0.5"])
     assert {one.method for study in suite.studies for one in study.contenders} == {"lora", "masked_full"}
-    assert all(study.contenders for study in suite.studies) and only_methods(PRETRAINED, []) == PRETRAINED
+    assert {study.pruning.name for study in suite.studies} == {"wanda-0.5"}
+    assert all(study.contenders for study in suite.studies) and narrow(PRETRAINED, [], []) == PRETRAINED
     with pytest.raises(typer.BadParameter, match=r"lora2 is not one of: .*lora"):
-        only_methods(PRETRAINED, ["lora", "lora2"])
+        narrow(PRETRAINED, ["lora", "lora2"], [])
+    with pytest.raises(typer.BadParameter, match=r"wanda-4:8 is not one of: .*wanda-2:4"):
+        narrow(PRETRAINED, [], ["wanda-4:8"])
 
 
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
