@@ -18,7 +18,7 @@ from ..harness import describe_environment, make_console
 from ..harness import options as opt
 from .base_models import BaseModel
 from .data import load_texts
-from .design import Checkpoint, Suite, TuningBudget
+from .design import Checkpoint, Contender, Study, Suite, TuningBudget
 from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
@@ -71,6 +71,12 @@ def main(
     task_folder: Annotated[
         Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.", exists=True, file_okay=False)
     ] = None,
+    steps_only: Annotated[
+        bool,
+        typer.Option(
+            "--steps-only", help="Only the costs of training steps: these want a machine without other work."
+        ),
+    ] = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of each fine-tuning, instead of the suite's.")
     ] = None,
@@ -89,6 +95,15 @@ def main(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Only write the page of what is measured.")
     ] = False,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --report-only: take what these files of results have too, of other processes or machines. May "
+            "be repeated.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="Only list what would be measured.")] = False,
     quick: opt.QuickOption = False,
 ) -> None:
@@ -100,19 +115,23 @@ def main(
         raise typer.BadParameter("The suite pretrained needs the folder of a dense model.", param_hint="--model")
     if chosen.name == PRETRAINED.name and data is None and not (plan_only or report_only):
         raise typer.BadParameter("The suite pretrained needs texts to tune on, and questions.", param_hint="--data")
+    if add and not report_only:
+        raise typer.BadParameter("Results of others are added with --report-only.", param_hint="--add")
     chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
-    narrowed = narrow(chosen, method or [], pruning or [])
+    narrowed = narrow(chosen, method or [], pruning or [], steps_only)
     console = make_console()
     if plan_only:
         for line in describe(narrowed):
             console.print(line, markup=False)
         return
     run = opt.start_run(f"quality-{suite}", device, machine, output_dir, threads, quick)
-    try:
-        store = Store.open(run.json_path, chosen.name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--output-dir") from error
+    store = open_store(run.json_path, chosen.name, "--output-dir")
     accelerator = Accelerator(cpu=run.device.type == "cpu")
+    if add:
+        for file in add:
+            store.take(open_store(file, chosen.name, "--add"))
+        store.about |= {"suite": described(chosen)} if model else {}
+        store.save()
     if not report_only:
         texts = load_texts(data, seed=0)
         store.begin(describe_run(run.device), {"text": texts.source, "suite": described(chosen)})
@@ -132,6 +151,19 @@ def main(
         written = write_pretrained(store, target) if pretrained else write_report(run.json_path.parent, target, quick)
         for path in written:
             console.print(f"Written: {path}", markup=False)
+
+
+def open_store(path: Path, suite: str, option: str) -> Store:
+    """
+    The store of a file.
+
+    Raises:
+        typer.BadParameter: If the file holds something else.
+    """
+    try:
+        return Store.open(path, suite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def choose_models(suite: Suite, names: list[str]) -> Suite:
@@ -162,9 +194,10 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
     return replace(suite, models=tuple(models), studies=tuple(studies))
 
 
-def narrow(suite: Suite, methods: list[str], prunings: list[str]) -> Suite:
+def narrow(suite: Suite, methods: list[str], prunings: list[str], steps_only: bool = False) -> Suite:
     """
-    A suite with only some of its methods and of its prunings, all where none is named.
+    A suite with only some of its methods and of its prunings, all where none is named. Costs of steps are ratios to
+    those of other methods, so that a study of these stays whole.
 
     Raises:
         typer.BadParameter: If the suite does not have one of them.
@@ -179,11 +212,15 @@ def narrow(suite: Suite, methods: list[str], prunings: list[str]) -> Suite:
                 f"{', '.join(sorted(unknown))} is not one of: {', '.join(sorted(names))}.", param_hint=option
             )
     studies = [
-        replace(study, contenders=tuple(one for one in study.contenders if not methods or one.method in methods))
+        study if study.steps_only else replace(study, contenders=_of_methods(study, methods))
         for study in suite.studies
-        if not prunings or study.pruning.name in prunings
+        if (not prunings or study.pruning.name in prunings) and (study.steps_only or not steps_only)
     ]
     return replace(suite, studies=tuple(study for study in studies if study.contenders))
+
+
+def _of_methods(study: Study, methods: list[str]) -> tuple[Contender, ...]:
+    return tuple(one for one in study.contenders if not methods or one.method in methods)
 
 
 def described(suite: Suite) -> dict[str, Any]:

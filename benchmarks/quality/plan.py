@@ -71,13 +71,14 @@ class Session:
         for contender in sorted(study.contenders, key=lambda one: one.equal is not None):
             options = self._options(contender, base)
             name = contender_name(contender.method, options)
-            steps, rate = self.suite.budget.steps, chosen.get(name)
+            steps = self.suite.budget.steps
             if contender.equal == "time":
                 assert profile is not None, "equal time needs several methods that are timed side by side"
                 steps = equal_time_steps(steps, profile, "spp", name)
+                plain = replace(contender, equal=None)
+                rate = chosen[name] if name in chosen else self._stable_rate(study, plain, options)
             else:
                 rate = self._stable_rate(study, contender, options)
-            assert rate is not None
             chosen[name] = rate
             for seed in study.seeds:
                 self._tune(study, contender, options, rate, seed, steps)
@@ -205,9 +206,6 @@ class Session:
     def _profile(self, study: Study) -> dict[str, Any] | None:
         """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""
         base = self.bases[study.model]
-        apart = isinstance(base.spec, Checkpoint) and not study.steps_only
-        if apart or {one.method for one in study.contenders} == {"spp"}:
-            return None
         # SPP is always among them: times are told as ratios to its
         contenders: dict[str, tuple[str, Mapping[str, Any]]] = {contender_name("spp", {}): ("spp", {})}
         for contender in study.contenders:
@@ -215,7 +213,17 @@ class Session:
             # a step does not depend on the text, and a teacher adds a forward pass to any method's
             if not {"teacher", "text"} & set(options):
                 contenders[contender_name(contender.method, options)] = (contender.method, options)
-        settings = {"base": base.fingerprint, "model": study.model, "contenders": sorted(contenders)}
+        of_model = {"base": base.fingerprint, "model": study.model}
+        if isinstance(base.spec, Checkpoint) and not study.steps_only:
+            # of a checkpoint they are measured in a study of their own, which wants a machine without other work
+            found = (one for one in reversed(self.store.records) if of_model.items() <= one.settings.items())
+            return next(
+                (one.measured for one in found if one.kind == "profile" and contenders.keys() <= one.measured.keys()),
+                None,
+            )
+        if {one.method for one in study.contenders} == {"spp"}:
+            return None
+        settings = {**of_model, "contenders": sorted(contenders)}
         return self._measure("profile", settings, lambda: measure_steps(base, study.pruning, contenders))
 
     def _options(self, contender: Contender, base: BaseModel) -> dict[str, Any]:

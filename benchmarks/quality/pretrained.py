@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ LORA_RATES = (3e-4, 1e-3)
 SPP = Contender("spp", rates=SPP_RATES)
 SUPERTUNING = Contender("supertuning", equal="parameters", rates=LORA_RATES)
 IA3 = Contender("ia3", rates=(3e-3, 1e-2))
+HIRA = Contender("hira", rates=(3e-3, 1e-2))
+MASKED_LORA = Contender("masked_lora", rates=LORA_RATES)
 POSITIVE = Contender("spp_positive", rates=SPP_RATES)
 LORA = Contender("lora", rates=LORA_RATES)
 MASKED_FULL = Contender("masked_full", rates=(5e-5, 2e-4))
@@ -37,15 +40,17 @@ FOUR = (POSITIVE, LORA, distilled(POSITIVE, "both"), MASKED_FULL)
 OTHERS = (
     SPP,
     distilled(POSITIVE),
-    Contender("masked_lora", rates=LORA_RATES),
+    MASKED_LORA,
     SUPERTUNING,
-    Contender("hira", rates=(3e-3, 1e-2)),
+    HIRA,
     IA3,
     distilled(POSITIVE, "samples"),
     Contender("supertuning", rates=LORA_RATES),
     distilled(MASKED_FULL, "both"),
     Contender("spp_positive", {"r": 64}, rates=SPP_RATES),
 )
+EQUAL = tuple(replace(rival, equal=equal) for rival in (HIRA, MASKED_LORA) for equal in ("parameters", "time"))
+"""SPP's rivals that keep the zeros, at equal parameters and at equal time."""
 AT_50 = Pruning("wanda", 0.5)
 SPARSEGPT_2_4 = Pruning("sparsegpt", "2:4")
 NAME = "pretrained"
@@ -60,9 +65,10 @@ PRETRAINED = Suite(
         Study(NAME, AT_50, (*FOUR, SPP), rates_from=AT_2_4),
         Study(NAME, AT_2_4, OTHERS[4:]),
         Study(NAME, AT_50, (IA3, SUPERTUNING), rates_from=AT_2_4),
+        Study(NAME, AT_2_4, FOUR + OTHERS + EQUAL, steps_only=True),
+        Study(NAME, AT_2_4, EQUAL),
         Study(NAME, AT_2_4, (POSITIVE, SPP, distilled(POSITIVE, "both"), LORA), seeds=(0, 1)),
         Study(NAME, SPARSEGPT_2_4, (*FOUR, SPP), rates_from=AT_2_4),
-        Study(NAME, AT_2_4, FOUR + OTHERS, steps_only=True),
         Study(NAME, AT_2_4, (MASKED_FULL,), seeds=(0, 1)),
         Study(NAME, AT_50, (POSITIVE, SPP, distilled(POSITIVE, "both"), LORA), seeds=(0, 1), rates_from=AT_2_4),
     ),

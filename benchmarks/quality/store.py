@@ -96,6 +96,18 @@ class Store:
         if write:
             self.save()
 
+    def take(self, other: Store) -> None:
+        """Add what another store has measured and this one has not, with where it was measured."""
+        known = {key_of(one.kind, one.settings) for one in self.records}
+        numbers: dict[int, int] = {}
+        for one in other.records:
+            if key_of(one.kind, one.settings) in known:
+                continue
+            if one.environment not in numbers:
+                self.environments.append(other.environments[one.environment])
+                numbers[one.environment] = len(self.environments) - 1
+            self.records.append(replace(one, environment=numbers[one.environment]))
+
     def relabel(self, kind: str, settings: Mapping[str, Any], new: str, write: bool = True) -> None:
         """Give a measurement another kind: of several processes one is to `write`."""
         key = key_of(kind, settings)

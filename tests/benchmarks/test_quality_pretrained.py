@@ -138,6 +138,35 @@ def test_a_rate_that_a_long_run_did_not_survive_is_on_the_page(store, tmp_path):
     assert "at 0.2 on Wanda 2:4 over 300 steps: it diverged." in (tmp_path / "page.md").read_text().replace("\n", " ")
 
 
+BASE = SimpleNamespace(
+    fingerprint="b",
+    spec=PRETRAINED.models[0],
+    is_made=True,
+    accelerator=SimpleNamespace(is_main_process=True),
+    training=dict,
+)
+
+
+def test_a_rival_at_equal_time_takes_its_rate_and_the_measured_ratio_of_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
+    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
+    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
+    profile = {"spp": {"seconds": [1.0, 2.0]}, "hira": {"seconds": [1.5, 3.0]}}
+    monkeypatch.setattr(plan, "measure_steps", lambda *_: profile)
+    hira = Contender("hira", rates=(1e-3, 1e-2))
+    steps, tuned = Study("pretrained", AT_2_4, (hira,), steps_only=True), Study("pretrained", AT_2_4, (hira,))
+    equal = Study("pretrained", AT_2_4, (replace(hira, equal="time"),))
+    store = Store("pretrained", tmp_path / "results.json")
+    store.begin(ENVIRONMENT, {})
+    for studies in ((steps, tuned), (equal,)):
+        suite = replace(PRETRAINED, studies=studies)
+        with Progress(disable=True) as progress:
+            plan.Session(suite, {"pretrained": BASE}, store, progress).run()
+    *_, last = store.records
+    assert (last.settings["equal"], last.settings["rate"], last.settings["steps"]) == ("time", 1e-3, 200)
+    assert sum(one.kind == "tune" for one in store.records) == 2
+
+
 def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rate(tmp_path, monkeypatch):
     def measured_as(losses):
         return lambda *_, rate, **__: {"validation_loss": losses[rate], "max_loss": 1.0}
@@ -145,13 +174,6 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
     monkeypatch.setattr(plan, "measure_rate", measured_as({1e-3: 5.0, 1e-2: 4.0, 1e-1: 3.0}))
     monkeypatch.setattr(plan, "measure_tuned", measured_as({1e-3: 4.5, 1e-2: 3.5, 1e-1: None}))
     monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    base = SimpleNamespace(
-        fingerprint="b",
-        spec=PRETRAINED.models[0],
-        is_made=True,
-        accelerator=SimpleNamespace(is_main_process=True),
-        training=dict,
-    )
     contender = Contender("spp", rates=(1e-3, 1e-2, 1e-1))
     at_50 = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
     suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
@@ -159,7 +181,7 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
         store = Store.open(tmp_path / "results.json", suite.name)
         store.begin(ENVIRONMENT, {})
         with Progress(disable=True) as progress:
-            plan.Session(suite, {"pretrained": base}, store, progress).run()
+            plan.Session(suite, {"pretrained": BASE}, store, progress).run()
         runs = [
             (one.kind, one.settings["pruning"], one.settings["rate"]) for one in store.records if one.kind != "base"
         ]
@@ -173,6 +195,8 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
 
 def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
     suite = narrow(PRETRAINED, ["lora", "masked_full"], ["wanda-0.5"])
+    (steps,) = narrow(PRETRAINED, [], [], steps_only=True).studies
+    assert steps.steps_only and steps in narrow(PRETRAINED, ["lora"], []).studies
     assert {one.method for study in suite.studies for one in study.contenders} == {"lora", "masked_full"}
     assert {study.pruning.name for study in suite.studies} == {"wanda-0.5"}
     assert all(study.contenders for study in suite.studies) and narrow(PRETRAINED, [], []) == PRETRAINED

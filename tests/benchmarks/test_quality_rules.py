@@ -245,6 +245,22 @@ def test_the_store_finds_what_it_has_by_its_settings_alone(tmp_path):
     assert Store.open(store.path, "small").find("tune", {"a": 1, "b": {"r": 8}}) == {"loss": None}
 
 
+def test_a_store_takes_what_another_one_has_too(tmp_path):
+    own, other = (Store("small", tmp_path / f"{name}.json") for name in ("own", "other"))
+    own.begin({"cpu": "one"}, {})
+    own.add("tune", {"a": 1}, {"loss": 1.0})
+    other.begin({"cpu": "two"}, {})
+    other.add("tune", {"a": 1}, {"loss": 2.0})
+    other.add("tune", {"a": 2}, {"loss": 3.0})
+    for _ in range(2):
+        own.take(other)
+        assert [(one.settings["a"], one.measured["loss"], one.environment) for one in own.records] == [
+            (1, 1.0, 0),
+            (2, 3.0, 1),
+        ]
+        assert own.environments == [{"cpu": "one"}, {"cpu": "two"}]
+
+
 @pytest.mark.parametrize("folder", sorted((METAMATHQA / "experiments" / "spp").iterdir()), ids=lambda path: path.name)
 def test_the_settings_for_metamathqa_are_of_spp(folder):
     config = PeftConfig.from_pretrained(str(folder))
