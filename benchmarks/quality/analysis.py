@@ -105,22 +105,24 @@ class Outcome:
         return [run.measured["deployments"][self.deployment].get(name) for run in self.runs]
 
 
-def label_of(settings: Mapping[str, Any], deployment: str = "merged") -> str:
-    """A contender in one deployment for readers, by the settings of a run or of a suite."""
+def label_of(settings: Mapping[str, Any], deployment: str | None = "merged") -> str:
+    """A contender for readers, by the settings of a run or of a suite: in one deployment, or in general if `None`."""
     method, options, equal = settings["method"], settings["options"], settings["equal"]
     label = METHODS[method].style.label
-    if method in RANKS:
+    if equal == "parameters" and (method == "supertuning" or "r" not in options):
+        label += ", SPP's number of parameters"
+    elif method in RANKS:
         label += f", r={options.get('r', RANKS[method])}"
-    if method == "supertuning":
-        label += ", SPP's number of parameters" if equal else f", {SHARE:.0%} of the weights"
-    parts = [label, *(f"{name} {value}" for name, value in options.items() if name not in NAMED)]
+    elif method == "supertuning":
+        label += f", {SHARE:.0%} of the weights"
+    parts = [f"{name} {value}" for name, value in options.items() if name not in NAMED]
     if options.get("teacher"):
         parts.append(f"distilled{TEXTS[options['text']]}")
-    if method == "lora":
+    if method == "lora" and deployment is not None:
         parts.append(DEPLOYMENTS[deployment])
     if equal == "time":
-        parts.append(f"SPP's time ({settings['steps']} steps)")
-    return "; ".join(parts)
+        parts.append(f"SPP's time, {settings['steps']} steps" if "steps" in settings else "SPP's time")
+    return f"{label} ({'; '.join(parts)})" if parts else label
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,18 +106,19 @@ class Session:
     def _best_rate(
         self, study: Study, contender: Contender, options: Mapping[str, Any]
     ) -> tuple[float, Sequence[float]]:
-        """The rate with the lowest validation loss of those that long runs did not find unstable, and the others."""
+        """The rate with the lowest validation loss of those below what long runs found unstable, and the others."""
         prunings = {one.name for one in (study.pruning, study.rates_from) if one}
         records = self._records_of(study, contender.method, options)
-        unstable = {
+        unstable = [
             one.settings["rate"] for one in records if one.kind == UNSTABLE and one.settings["pruning"] in prunings
-        }
+        ]
+        bound = min(unstable, default=math.inf)
         if study.rates_from is not None:
-            losses = self._losses_of(study, contender.method, options)
-            left = [rate for rate in losses if rate not in unstable]
+            losses = self._losses_of(study, contender, options)
+            left = [rate for rate in losses if rate < bound]
             best = min(left, key=losses.__getitem__)
         else:
-            left = [rate for rate in contender.rates or METHODS[contender.method].rates if rate not in unstable]
+            left = [rate for rate in contender.rates or METHODS[contender.method].rates if rate < bound]
             validation_loss = partial(self._validation_loss, study, contender, options)
             best = choose_rate(tuple(left), validation_loss, grid_only=self._rate_runs[0] == "rate")
         return best, [rate for rate in left if rate != best]
@@ -127,14 +129,14 @@ class Session:
         loss = measured["validation_loss"]
         return float("inf") if loss is None else float(loss)
 
-    def _losses_of(self, study: Study, method: str, options: Mapping[str, Any]) -> dict[float, float]:
+    def _losses_of(self, study: Study, contender: Contender, options: Mapping[str, Any]) -> dict[float, float]:
         """The validation loss by rate, of the runs that chose the rate for another pruning of the same model."""
         assert study.rates_from is not None
         kind, steps = self._rate_runs
-        wanted = {"pruning": study.rates_from.name, "seed": 0, "steps": steps, "equal": None}
+        wanted = {"pruning": study.rates_from.name, "seed": 0, "steps": steps, "equal": contender.equal}
         return {
             one.settings["rate"]: one.measured["validation_loss"]
-            for one in self._records_of(study, method, options)
+            for one in self._records_of(study, contender.method, options)
             if one.kind == kind
             and all(one.settings[name] == value for name, value in wanted.items())
             and one.measured["validation_loss"] is not None

@@ -19,15 +19,26 @@ def points(gain: float, error: float) -> str:
 
 
 def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
-    """What the first pruning says, in a few sentences, as far as it is measured."""
-    one = comparisons[0]
-    spp = one.find("spp_positive") or one.find("spp")
-    said = [_pruned_sentence(store, one)]
+    """What a user should know: of each pruning one sentence of what it took and one of what SPP brought back."""
+    said = []
+    for one in comparisons:
+        spp = main_entry(one)
+        said.append(_pruned_sentence(store, one) + ("" if spp is None else f" {_won_back_sentence(one, spp)}"))
+    tuned = [one for one in comparisons if main_entry(one) is not None]
+    return [*said, *_start_sentence(comparisons), _zeros_sentence(store, comparisons)] if tuned else said
+
+
+def details(one: Comparison) -> list[str]:
+    """How SPP compares with the others on one pruned model."""
+    spp = main_entry(one)
     if spp is None:
-        return said
-    best = max(spp_entries(one), key=lambda entry: entry.accuracy)
-    said += [_perplexity_sentence(one, spp), _tasks_sentence(one, spp, best), _probability_sentence(one)]
-    return [*said, *_start_sentence(comparisons), _zeros_sentence(store, comparisons)]
+        return []
+    return [*_rivals_sentence(one, spp), _probability_sentence(one)]
+
+
+def main_entry(one: Comparison) -> Entry | None:
+    """SPP as it is compared with the others."""
+    return one.find("spp_positive") or one.find("spp")
 
 
 def spp_entries(one: Comparison) -> list[Entry]:
@@ -44,36 +55,20 @@ def _pruned_sentence(store: Store, one: Comparison) -> str:
     )
 
 
-def _perplexity_sentence(one: Comparison, spp: Entry) -> str:
-    others = [one.find("masked_full"), one.find("lora", "remasked"), one.find("ia3")]
-    others += [entry for entry in one.entries if entry.settings["equal"] == "parameters"]
-    compared = "; ".join(
-        f"{entry.label} {entry.perplexity(MAIN_TEXT).mean:.1f} ({one.won_back(entry, MAIN_TEXT):.0%})"
-        for entry in others
-        if entry is not None
-    )
-    best = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
-    recipe = f", where {best.label} wins back {one.won_back(best, UNLIKE):.0%}" if best is not spp else ""
-    return (
-        f"After {spp.tuned['tokens']:,} tokens {spp.label} has a perplexity of {spp.perplexity(MAIN_TEXT).mean:.1f} "
-        f"on text like the tuning text. It wins back {one.won_back(spp, MAIN_TEXT):.0%} of the log-perplexity there, "
-        f"and {one.won_back(spp, UNLIKE):.0%} on other text{recipe}."
-        + (f" On text like the tuning text: {compared}." if compared else "")
-    )
-
-
-def _tasks_sentence(one: Comparison, spp: Entry, best: Entry) -> str:
-    own, own_error = best.gain(one.pruned)
-    recipe = "" if best is spp else f"; the best of SPP's recipes, {best.label}: {points(own, own_error)}"
+def _won_back_sentence(one: Comparison, spp: Entry) -> str:
+    best_text = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
+    best = max(spp_entries(one), key=lambda entry: entry.accuracy)
+    elsewhere = "" if best_text is spp else f" ({one.won_back(best_text, UNLIKE):.0%} by {best_text.label})"
+    own, error = best.gain(one.pruned)
     share = one.tasks_won_back(best)
-    verdict = f"the best recipe recovers {share:.0%} of the accuracy lost by pruning"
-    if abs(own) < 2 * own_error:
-        verdict += ", a difference of less than two standard errors: not distinguishable from zero"
-    elif share < 0.5:
-        verdict += ", less than half"
+    verdict = "less than half" if share < 0.5 else "at least half"
+    if abs(own) < 2 * error:
+        verdict += ", and not to be told from none"
+    recipe = "" if best is spp else f" by {best.label}"
     return (
-        "Perplexity on the tuning text shows adaptation, the tasks show recovery: compared with the pruned model, the "
-        f"mean accuracy of {spp.label} changes by {points(*spp.gain(one.pruned))} points{recipe}; {verdict}."
+        f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {one.won_back(spp, MAIN_TEXT):.0%} of the "
+        f"log-perplexity on text like the tuning text, {one.won_back(spp, UNLIKE):.0%} on other text{elsewhere}, and "
+        f"{share:.0%} of the accuracy{recipe} ({points(own, error)} points): {verdict}."
     )
 
 
@@ -86,6 +81,33 @@ def _probability_sentence(one: Comparison) -> str:
         f"{points(*one.pruned.probability_gain(one.dense))} points with pruning. From there {best.label}, the best of "
         f"SPP's recipes, moved it by {points(*best.probability_gain(one.pruned))}{compared}."
     )
+
+
+def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
+    """SPP and each of the others whose zeros are kept too."""
+    rivals = [
+        entry
+        for entry in one.entries
+        if entry.has_tasks and entry not in spp_entries(one) and not entry.deployed[0]["zeros_lost"]
+    ]
+    if not rivals:
+        return []
+    own = spp.perplexity(MAIN_TEXT).mean
+    ahead, behind = (
+        [entry.label for entry in rivals if (entry.perplexity(MAIN_TEXT).mean > own) == better]
+        for better in (True, False)
+    )
+    order = [f"lower than that of {'; '.join(ahead)}"] * bool(ahead) + [
+        f"higher than that of {'; '.join(behind)}"
+    ] * bool(behind)
+    gains = {entry.label: spp.gain(entry) for entry in rivals}
+    apart = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
+    return [
+        f"Among those that keep the zeros, the perplexity of {spp.label} on text like the tuning text is "
+        f"{' and '.join(order)}. Its accuracy less theirs, on the same questions: "
+        f"{', '.join(f'{label} {points(*gain)}' for label, gain in gains.items())}; more than two standard errors "
+        f"{'from ' + ', '.join(apart) if apart else 'from none of them'}."
+    ]
 
 
 def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:

@@ -20,7 +20,7 @@ from .data import UNLIKE
 from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_findings import MAIN_TEXT, findings, points, spp_entries, text_name
+from .pretrained_findings import MAIN_TEXT, details, findings, points, spp_entries, text_name
 from .pretrained_results import Comparison, Entry, comparisons_of
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
@@ -48,6 +48,7 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     ]
     for comparison in comparisons:
         parts += [f"## {comparison.pruning.label}", quality_table(store, comparison)]
+        parts += [bullets(details(comparison))] if details(comparison) else []
     read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
@@ -73,15 +74,16 @@ def quality_table(store: Store, one: Comparison) -> str:
     rows = []
     for entry in (one.dense, one.pruned, *one.entries):
         cells = [_perplexity_cell(entry, text) for text in texts]
+        won_back = (f"{one.won_back(entry, text):.0%}" for text in (MAIN_TEXT, UNLIKE))
+        cells.append(" / ".join(won_back) if entry in one.entries else "–")
         if entry.has_tasks:
             cells.append(f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}")
-            gains = [entry.gain(one.pruned), entry.probability_gain(one.pruned)]
-            cells += ["–" if entry is one.pruned else points(*gain) for gain in gains]
+            cells.append("–" if entry is one.pruned else points(*entry.gain(one.pruned)))
         else:
-            cells += ["as merged", "–", "–"]
+            cells += ["as merged", "–"]
         rows.append([f"**{entry.label}**" if entry in spp_entries(one) else entry.label, *cells])
     names = [text_name(store, text) for text in texts]
-    headings = ["", *names, "accuracy", "against pruned", "probability, against pruned"]
+    headings = ["", *names, "won back", "accuracy", "against pruned"]
     return table(headings, rows, numbers_from=1)
 
 
@@ -102,7 +104,7 @@ def costs_table(store: Store, one: Comparison) -> str:
         if measured:
             own, spp = sorted(measured["seconds"]), sorted(steps["spp"]["seconds"])
             ratio, memory = f"{own[len(own) // 2] / spp[len(spp) // 2]:.2f}", format_bytes(measured["bytes"])
-        label = label_of(entry.settings).removesuffix("; merged")
+        label = label_of(entry.settings, None)
         size = format_kilobytes(entry.tuned["adapter_bytes"])
         lost = f"{max(one['zeros_lost'] or 0 for one in entry.deployed):,}"
         rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, lost])
@@ -122,7 +124,7 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
                 text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
                 cells.append(f"**{text}**" if rate == entry.settings["rate"] else text)
             edge = entry.settings["rate"] in (min(entry.rates), max(entry.rates))
-            label = entry.label.removesuffix("; merged")
+            label = label_of(entry.settings, None)
             rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
 
@@ -204,7 +206,7 @@ def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
         pruning = Pruning(**study["pruning"])
         entries = [entry for one in comparisons if one.pruning == pruning for entry in one.entries]
         for planned in study["contenders"]:
-            label = label_of(planned, "merged").removesuffix("; merged")
+            label = label_of(planned, None)
             if not any(_is_of(entry, planned) for entry in entries) and label not in left.setdefault(
                 pruning.label, []
             ):
@@ -266,7 +268,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
 
 def _mark(axes: Axes, x: float, y: float, entry: Entry) -> None:
     style = METHODS[entry.settings["method"]].style if entry.settings else plots.Style("", plots.GRAY, "x")
-    hollow = bool(entry.settings) and (entry.settings["options"].get("teacher") or entry.label.endswith(" merged"))
+    hollow = bool(entry.settings) and (entry.settings["options"].get("teacher") or entry.deployed[0].get("zeros_lost"))
     axes.plot(
         [x],
         [y],

@@ -147,6 +147,22 @@ BASE = SimpleNamespace(
 )
 
 
+def test_rates_of_another_pruning_are_those_of_the_same_contender(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
+    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
+    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
+    monkeypatch.setattr(plan.Session, "_options", lambda self, contender, base: {"share": 0.02})
+    contender = Contender("supertuning", equal="parameters", rates=(1e-3, 1e-2))
+    at_50 = Study("pretrained", Pruning("wanda", 0.5), (contender,), rates_from=AT_2_4)
+    suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
+    store = Store("pretrained", tmp_path / "results.json")
+    store.begin(ENVIRONMENT, {})
+    with Progress(disable=True) as progress:
+        plan.Session(suite, {"pretrained": BASE}, store, progress).run()
+    last = store.records[-1].settings
+    assert (last["pruning"], last["rate"], last["equal"]) == ("wanda-0.5", 1e-3, "parameters")
+
+
 def test_a_rival_at_equal_time_takes_its_rate_and_the_measured_ratio_of_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
     monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
@@ -171,10 +187,11 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
     def measured_as(losses):
         return lambda *_, rate, **__: {"validation_loss": losses[rate], "max_loss": 1.0}
 
-    monkeypatch.setattr(plan, "measure_rate", measured_as({1e-3: 5.0, 1e-2: 4.0, 1e-1: 3.0}))
+    monkeypatch.setattr(plan, "measure_rate", measured_as({1e-3: 5.0, 1e-2: 4.0, 1e-1: 3.0, 1.0: 3.5}))
     monkeypatch.setattr(plan, "measure_tuned", measured_as({1e-3: 4.5, 1e-2: 3.5, 1e-1: None}))
     monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    contender = Contender("spp", rates=(1e-3, 1e-2, 1e-1))
+    # what is above an unstable rate is not tried, though the best of the short runs that are left
+    contender = Contender("spp", rates=(1e-3, 1e-2, 1e-1, 1.0))
     at_50 = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
     suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
     for _ in range(2):  # the second run finds all it needs
@@ -185,7 +202,7 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
         runs = [
             (one.kind, one.settings["pruning"], one.settings["rate"]) for one in store.records if one.kind != "base"
         ]
-        assert runs[3:] == [
+        assert runs[4:] == [
             ("unstable", "wanda-2:4", 1e-1),
             ("tune", "wanda-2:4", 1e-2),
             # at another pruning this rate is known to be too high
