@@ -47,9 +47,10 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_followed(*tensors: torch.Tensor) -> bool:
+def is_followed(*tensors: torch.Tensor | None) -> bool:
     """
-    Whether something wants to see operators: compilation, tracing, a profiler, a dispatch mode, a subclass of tensors.
+    Whether something wants to see operators: compilation, tracing, a profiler, a dispatch mode, a subclass of tensors,
+    or one that is only marked as negated, as the imaginary part of a conjugate is, whose bytes are not.
 
     Where nothing does, a kernel can be called past PyTorch's dispatcher, which takes 20 µs for an operator in Python.
     """
@@ -58,7 +59,11 @@ def is_followed(*tensors: torch.Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-        or any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+        or any(
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_neg()
+            for tensor in tensors
+            if tensor is not None
+        )
     )
 
 

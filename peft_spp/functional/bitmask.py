@@ -97,7 +97,7 @@ def compress(weight: Tensor) -> Compressed:
             "two dimensions and be float32, bfloat16 or float16"
         )
     n = weight.shape[-1]
-    rows = weight.detach().reshape(math.prod(weight.shape[:-1]), n)
+    rows = weight.detach().resolve_neg().reshape(math.prod(weight.shape[:-1]), n)
     bitmask = torch.empty(len(rows), bitmask_bytes(n), dtype=torch.uint8, device=weight.device)
     for part in _row_chunks(rows):
         bitmask[part] = _pack_bits(_stored_places(rows[part]))
@@ -111,7 +111,7 @@ def compress(weight: Tensor) -> Compressed:
 
 def count_stored(weight: Tensor) -> int:
     """How many places of a weight are not `+0.0`."""
-    rows = weight.detach().reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
+    rows = weight.detach().resolve_neg().reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
     return sum(int(_stored_places(rows[part]).count_nonzero()) for part in _row_chunks(rows))
 
 

@@ -119,10 +119,17 @@ def compressed_weight(
     return result
 
 
-def _forward(x: torch.Tensor, weight: Compressed, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
-    if x.is_cpu and not is_followed(x, weight.values):
-        return compressed_ops.linear(cpu, x, *weight, bias, *args)
-    result: torch.Tensor = torch.ops.peft_spp.compressed_linear(x, *weight, bias, *args)
+def _forward(
+    x: torch.Tensor,
+    weight: Compressed,
+    bias: torch.Tensor | None,
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    *args: Any,
+) -> torch.Tensor:
+    if x.is_cpu and not is_followed(x, weight.values, bias, *A, *B):
+        return compressed_ops.linear(cpu, x, *weight, bias, A, B, *args)
+    result: torch.Tensor = torch.ops.peft_spp.compressed_linear(x, *weight, bias, A, B, *args)
     return result
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 from peft_spp.functional import bitmask
 from peft_spp.functional.bitmask import Compressed, check_compressed, compress, count_row_offsets, decompress
+from peft_spp.functional.kernels.cpu import bitmask as cpu_bitmask
 
 
 def by_hand(weight):
@@ -75,6 +76,14 @@ def test_a_layer_of_a_stack_is_a_view_of_it(dtype):
     for index, layer in enumerate(stack):
         offsets = compressed.row_offsets[5 * index : 5 * index + 6]
         assert torch.equal(decompress(Compressed(compressed.values, compressed.bitmask[index], offsets, 70)), layer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_that_is_only_marked_as_negated_is_stored_negated(dtype):
+    marked = torch._neg_view(make_weight(5, 70, dtype))
+    for made in (compress(marked), cpu_bitmask.compress(marked)):
+        assert torch.equal(bits_of(decompress(made)), bits_of(marked.resolve_neg()))
+    assert bitmask.count_stored(marked) == bitmask.count_stored(marked.resolve_neg())
 
 
 def test_what_cannot_be_compressed_is_refused():

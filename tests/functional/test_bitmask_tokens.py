@@ -49,6 +49,22 @@ def test_few_tokens_are_within_the_rounding_of_the_formula(m, n, tokens, dtype):
 
 
 @compiled_only
+@pytest.mark.parametrize("tokens", [1, 16, 40, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tensor_that_is_only_marked_as_negated_is_multiplied_negated(dtype, tokens):
+    weight = bitmask.compress(make_weight(64, 128, dtype))
+    x, bias = torch._neg_view(torch.randn(tokens, 128).to(dtype)), torch._neg_view(torch.randn(64).to(dtype))
+    if dtype != torch.bfloat16:  # as x comes to be in practice
+        x = torch.complex(torch.randn(tokens, 128).to(dtype), x.clone()).conj().imag
+    assert x.is_neg() and bias.is_neg()
+    for ranks in ([], [4]):
+        factors = make_factors(64, 128, ranks)
+        marked = [Factors(torch._neg_view(-A), torch._neg_view(-B), s) for A, B, s in factors]
+        expected = compressed_linear(x.resolve_neg(), weight, bias.resolve_neg(), factors)
+        assert torch.equal(compressed_linear(x, weight, bias, marked), expected)
+
+
+@compiled_only
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_tokens_for_any_zeros(mask, dtype):

@@ -61,7 +61,7 @@ def compress(weight: Tensor) -> Compressed:
     if weight.device.type != "cpu" or weight.dtype not in BITS or weight.ndim < 2 or tier() is None:
         return plain_compress(weight)
     n = weight.shape[-1]
-    rows = weight.detach().reshape(math.prod(weight.shape[:-1]), n)
+    rows = weight.detach().resolve_neg().reshape(math.prod(weight.shape[:-1]), n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     bitmask = torch.empty(*weight.shape[:-1], bitmask_bytes(n), dtype=torch.uint8)
