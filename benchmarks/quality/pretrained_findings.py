@@ -63,7 +63,7 @@ def _won_back_sentence(one: Comparison, spp: Entry) -> str:
     share = one.tasks_won_back(best)
     verdict = "less than half" if share < 0.5 else "at least half"
     if abs(own) < 2 * error:
-        verdict += ", and not to be told from none"
+        verdict += ", and within two standard errors of zero"
     recipe = "" if best is spp else f" by {best.label}"
     return (
         f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {one.won_back(spp, MAIN_TEXT):.0%} of the "
@@ -102,11 +102,11 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
     ] * bool(behind)
     gains = {entry.label: spp.gain(entry) for entry in rivals}
     apart = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
+    verdict = f"Only the difference to {' and '.join(apart)} exceeds" if apart else "None of the differences exceeds"
     return [
-        f"Among those that keep the zeros, the perplexity of {spp.label} on text like the tuning text is "
-        f"{' and '.join(order)}. Its accuracy less theirs, on the same questions: "
-        f"{', '.join(f'{label} {points(*gain)}' for label, gain in gains.items())}; more than two standard errors "
-        f"{'from ' + ', '.join(apart) if apart else 'from none of them'}."
+        f"Among the methods that keep the zeros, {spp.label} has a "
+        f"perplexity on text like the tuning text that is {' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
+        f"{', '.join(f'{label} {points(*gain)}' for label, gain in gains.items())}. {verdict} two standard errors."
     ]
 
 
