@@ -104,8 +104,8 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
     apart = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
     verdict = f"Only the difference to {' and '.join(apart)} exceeds" if apart else "None of the differences exceeds"
     return [
-        f"Among the methods that keep the zeros, {spp.label} has a "
-        f"perplexity on text like the tuning text that is {' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
+        f"Among the methods that keep the zeros, {spp.label} has a perplexity on text like the tuning text that is "
+        f"{' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
         f"{', '.join(f'{label} {points(*gain)}' for label, gain in gains.items())}. {verdict} two standard errors."
     ]
 
