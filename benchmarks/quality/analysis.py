@@ -15,7 +15,7 @@ from .plan import contender_name
 from .store import Record, Store
 
 
-TEXTS = {"data": "", "samples": " on samples", "both": " on mixed text"}
+TEXTS = {"data": "", "samples": " on samples", "both": " on mixed text", "questions": " on the tasks' training parts"}
 NAMED = {"r", "share", "teacher", "text"}
 """The options that a label has words for."""
 DEPLOYMENTS = {"merged": "merged", "unmerged": "not merged", "remasked": "merged, masked again"}
@@ -116,8 +116,8 @@ def label_of(settings: Mapping[str, Any], deployment: str | None = "merged") -> 
     elif method == "supertuning":
         label += f", {SHARE:.0%} of the weights"
     parts = [f"{name} {value}" for name, value in options.items() if name not in NAMED]
-    if options.get("teacher"):
-        parts.append(f"distilled{TEXTS[options['text']]}")
+    if "text" in options:
+        parts.append(f"{'distilled' if options.get('teacher') else 'tuned'}{TEXTS[options['text']]}")
     if method == "lora" and deployment is not None:
         parts.append(DEPLOYMENTS[deployment])
     if equal == "time":

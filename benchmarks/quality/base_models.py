@@ -119,6 +119,11 @@ class BaseModel:
         return as_tensor(blocks_of(self.tokenizer, self.texts.train, self.spec.sequence, seed=0))
 
     @cached_property
+    def question_blocks(self) -> torch.Tensor:
+        """The training parts of the tasks."""
+        return as_tensor(blocks_of(self.tokenizer, self.texts.questions, self.spec.sequence, seed=0))
+
+    @cached_property
     def sampled_blocks(self) -> torch.Tensor:
         """Text that the dense model wrote."""
         path = self.folder / "samples.json"
@@ -131,14 +136,16 @@ class BaseModel:
         Text to tune on.
 
         Args:
-            text (`str`): `"data"`, `"samples"` (which the dense model wrote) or `"both"`, half of each.
+            text (`str`): `"data"`, `"samples"` (which the dense model wrote), `"both"`, half of each, or
+                `"questions"`, half of it the training parts of the tasks.
         """
         if text == "data":
             return self.train_blocks
         if text == "samples":
             return self.sampled_blocks
-        count = min(len(self.train_blocks), len(self.sampled_blocks))
-        return torch.cat([self.train_blocks[:count], self.sampled_blocks[:count]])
+        others = self.sampled_blocks if text == "both" else self.question_blocks
+        count = min(len(self.train_blocks), len(others))
+        return torch.cat([self.train_blocks[:count], others[:count]])
 
     @cached_property
     def apart_blocks(self) -> dict[str, torch.Tensor]:

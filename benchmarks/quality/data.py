@@ -65,6 +65,7 @@ class Texts:
         source (`str`): Where they are from, for readers.
         apart (`Mapping[str, tuple[str, ...]]`): Texts to measure on one by one: the test texts by their file, and
             Python's documentation, which no folder's text is like.
+        questions (`tuple[str, ...]`): The training parts of the tasks, each question with its right answer.
     """
 
     train: tuple[str, ...]
@@ -73,6 +74,7 @@ class Texts:
     problems: tuple[Problem, ...]
     source: str
     apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    questions: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +122,13 @@ def load_texts(folder: Path | None, seed: int) -> Texts:
         tuple(held_out[middle:]),
         ", ".join(names),
         {name: some for name, some in apart.items() if some} | {UNLIKE: tuple(topics.values())},
+        tuple(_read_questions(folder)),
     )
+
+
+def question_prompt(task: str, question: str) -> str:
+    """What a model is given of a question with choices, as lm-evaluation-harness' own tasks do."""
+    return question if task == "openbookqa" else f"Question: {question}\nAnswer:"
 
 
 def blocks_of(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], size: int, seed: int) -> list[list[int]]:
@@ -175,3 +183,17 @@ def _read_problems(file: Path) -> list[Problem]:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
     # the answers have the calculations once more between << and >>, for a calculator
     return [Problem(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows]
+
+
+def _read_questions(folder: Path) -> list[str]:
+    """The questions with choices of `*_train.jsonl`, with their right answers."""
+    texts = []
+    for file in sorted(folder.glob("*_train.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        task = file.stem.removesuffix("_train")
+        texts += [
+            f"{question_prompt(task, row['question'])} {row['choices'][row['answer']]}"
+            for row in rows
+            if "choices" in row
+        ]
+    return texts

@@ -13,6 +13,8 @@ import torch
 from peft_spp.durable import write_text
 from peft_spp.installing import how_to_install
 
+from .data import question_prompt
+
 
 TASK = """task: {name}
 dataset_path: json
@@ -106,7 +108,7 @@ def write_tasks(data: Path, folder: Path) -> tuple[str, ...]:
         with file.open(encoding="utf-8") as lines:
             if "choices" not in json.loads(next(lines)):
                 continue
-        prompt = "{{question}}" if name == "openbookqa" else "Question: {{question}}\\nAnswer:"
+        prompt = question_prompt(name, "{{question}}").replace("\n", "\\n")
         write_text(
             folder / f"{name}.yaml", TASK.format(name=name, file=json.dumps(str(file.resolve())), prompt=prompt)
         )

@@ -33,7 +33,7 @@ def details(one: Comparison) -> list[str]:
     spp = main_entry(one)
     if spp is None:
         return []
-    return [*_rivals_sentence(one, spp), _probability_sentence(one)]
+    return [*_rivals_sentence(one, spp), *_told_sentence(one), _probability_sentence(one)]
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -56,8 +56,9 @@ def _pruned_sentence(store: Store, one: Comparison) -> str:
 
 
 def _won_back_sentence(one: Comparison, spp: Entry) -> str:
-    best_text = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
-    best = max(spp_entries(one), key=lambda entry: entry.accuracy)
+    untold = [entry for entry in spp_entries(one) if not entry.saw_tasks]
+    best_text = max(untold, key=lambda entry: one.won_back(entry, UNLIKE))
+    best = max(untold, key=lambda entry: entry.accuracy)
     elsewhere = "" if best_text is spp else f" ({one.won_back(best_text, UNLIKE):.0%} by {best_text.label})"
     own, error = best.gain(one.pruned)
     share = one.tasks_won_back(best)
@@ -73,8 +74,10 @@ def _won_back_sentence(one: Comparison, spp: Entry) -> str:
 
 
 def _probability_sentence(one: Comparison) -> str:
-    best = max(spp_entries(one), key=lambda entry: entry.probability_gain(one.pruned)[0])
-    rivals = [entry for entry in one.entries if entry.has_tasks and entry not in spp_entries(one)]
+    untold = [entry for entry in one.entries if entry.has_tasks and not entry.saw_tasks]
+    own = [entry for entry in untold if entry in spp_entries(one)]
+    best = max(own, key=lambda entry: entry.probability_gain(one.pruned)[0])
+    rivals = [entry for entry in untold if entry not in own]
     compared = "".join(f", {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
     return (
         "The probability of the right choice, which shows smaller changes, moved by "
@@ -88,7 +91,10 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
     rivals = [
         entry
         for entry in one.entries
-        if entry.has_tasks and entry not in spp_entries(one) and not entry.deployed[0]["zeros_lost"]
+        if entry.has_tasks
+        and entry not in spp_entries(one)
+        and not entry.saw_tasks
+        and not entry.deployed[0]["zeros_lost"]
     ]
     if not rivals:
         return []
@@ -108,6 +114,16 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
         f"{' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
         f"{', '.join(f'{label} {points(*gain)}' for label, gain in gains.items())}. {verdict} two standard errors."
     ]
+
+
+def _told_sentence(one: Comparison) -> list[str]:
+    """What tuning on the training parts of the tasks does."""
+    told = [
+        f"{entry.label} wins back {one.tasks_won_back(entry):.0%} of the accuracy ({points(*entry.gain(one.pruned))})"
+        for entry in one.entries
+        if entry.saw_tasks and entry.has_tasks
+    ]
+    return [f"With questions like those of the tasks in the tuning text: {', '.join(told)}."] if told else []
 
 
 def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:

@@ -97,7 +97,7 @@ def costs_table(store: Store, one: Comparison) -> str:
     steps = next((record.measured for record in reversed(store.records) if record.kind == "profile"), {})
     rows = []
     for entry in one.entries:
-        if entry.deployment in ("unmerged", "remasked") or entry.settings["options"].get("teacher"):
+        if entry.deployment in ("unmerged", "remasked") or "text" in entry.settings["options"]:
             continue
         measured = steps.get(entry.name)
         ratio, memory = "–", "–"

@@ -43,6 +43,11 @@ class Entry:
         """The contender, as in the measurements of the steps."""
         return contender_name(self.settings["method"], self.settings["options"]) if self.settings else ""
 
+    @property
+    def saw_tasks(self) -> bool:
+        """Whether it was tuned on the training parts of the tasks."""
+        return bool(self.settings) and self.settings["options"].get("text") == "questions"
+
     def losses(self, text: str) -> list[float]:
         """The loss on a text, by seed."""
         return [one["losses"][text] for one in self.deployed]

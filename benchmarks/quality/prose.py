@@ -102,7 +102,7 @@ PRETRAINED_READING = """
 ({counts}), ± its standard error over the questions. *Against pruned*: the difference on the same questions, in points,
 ± its standard error. The probability of the right choice is among all choices, each scored as if it had their mean
 length. Perplexities are over {blocks} sequences of each text; ± is the standard deviation over seeds where there are
-several. No training part of any task was tuned on.
+several. No training part of any task was tuned on, except where a label says so.
 *Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
 samples*: on text that the dense model wrote; *on mixed text*: half that and half the tuning text. The dense model has
 {dense}.

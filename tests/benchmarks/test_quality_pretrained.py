@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the suite of a pretrained model says of made-up results."""
 
+import json
 import math
 import re
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ pytest.importorskip("datasets")
 
 from benchmarks.quality import plan
 from benchmarks.quality.__main__ import described, narrow
+from benchmarks.quality.data import load_texts
 from benchmarks.quality.design import Contender, Pruning, Study
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.harness_tasks import _probability, write_tasks
@@ -221,6 +223,32 @@ def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
         narrow(PRETRAINED, ["lora", "lora2"], [])
     with pytest.raises(typer.BadParameter, match=r"wanda-4:8 is not one of: .*wanda-2:4"):
         narrow(PRETRAINED, [], ["wanda-4:8"])
+
+
+def test_what_was_tuned_on_the_tasks_is_compared_apart(store, tmp_path):
+    settings = {**COMMON, "pruning": "wanda-2:4", "method": "spp_positive", "equal": None, "seed": 0, "rate": 0.1}
+    trained = {"tokens": 1024, "trainable": 10, "adapter_bytes": 40, "cpu_seconds": 3.0, "validation_loss": 3.0}
+    merged = {"merged": deployed(3.4, "1111", "1111")}
+    told = {**settings, "options": {"text": "questions"}, "steps": 2}
+    store.add("tune", told, {**trained, "deployments": merged})
+    (one,) = comparisons_of(store)
+    assert [entry.saw_tasks for entry in one.entries] == [False, False, True]
+    write_pretrained(store, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text().replace("\n", " ")
+    assert "(tuned on the tasks' training parts) wins back 120% of the accuracy" in " ".join(page.split())
+    assert "by SPP, positive start, r=16 (tuned" not in page
+
+
+def test_questions_are_written_as_the_tasks_ask_them(tmp_path):
+    row = {"question": "Why?", "choices": ["a", "b"], "answer": 1}
+    for name in ("arc_easy", "openbookqa"):
+        for part in ("train", "test"):
+            (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {n}. {'word ' * 300}" for n in range(30)))
+    assert load_texts(tmp_path, seed=0).questions == ("Question: Why?\nAnswer: b", "Why? b")
+    write_tasks(tmp_path, tmp_path / "tasks")
+    assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in (tmp_path / "tasks" / "arc_easy.yaml").read_text()
+    assert 'doc_to_text: "{{question}}"' in (tmp_path / "tasks" / "openbookqa.yaml").read_text()
 
 
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
