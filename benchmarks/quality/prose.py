@@ -97,14 +97,16 @@ the page.
 """
 
 PRETRAINED_READING = """
-*Won back*: the share of the log-perplexity lost by pruning, on text like the tuning text / on text unlike it.
+*Won back*: the share of the log-perplexity lost by pruning, on text like the tuning text / on text unlike it; above
+100% the model predicts that text better than the dense one, which was not tuned on such text.
 *Accuracy*: the mean of acc_norm from lm-evaluation-harness, zero-shot, over the first questions of each test part
 ({counts}), ± its standard error over the questions. *Against pruned*: the difference on the same questions, in points,
 ± its standard error. The probability of the right choice is among all choices, each scored as if it had their mean
 length. Perplexities are over {blocks} sequences of each text; ± is the standard deviation over seeds where there are
 several. No training part of any task was tuned on, except where a label says so.
 *Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
-samples*: on text that the dense model wrote; *on mixed text*: half that and half the tuning text. The dense model has
+samples*: on text that the dense model wrote; *on mixed text*: half that and half the tuning text. *Tuned on the tasks'
+training parts*: half of those, each question with its right answer, and half the tuning text. The dense model has
 {dense}.
 """
 
