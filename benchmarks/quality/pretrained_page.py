@@ -275,6 +275,8 @@ def _mark(axes: Axes, x: float, y: float, entry: Entry) -> None:
         marker=style.marker,
         color=style.color,
         markerfacecolor="white" if hollow else style.color,
+        markerfacecoloralt="white",
+        fillstyle="left" if entry.saw_tasks else "full",
         markeredgecolor=plots.BLACK if style.color == plots.YELLOW else style.color,
         linestyle="none",
         markersize=5,
