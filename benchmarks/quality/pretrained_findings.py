@@ -38,7 +38,7 @@ def details(one: Comparison) -> list[str]:
 
 def main_entry(one: Comparison) -> Entry | None:
     """SPP as it is compared with the others."""
-    return one.find("spp_positive") or one.find("spp")
+    return one.find("spp") or one.find("spp_positive")
 
 
 def spp_entries(one: Comparison) -> list[Entry]:
@@ -60,16 +60,16 @@ def _won_back_sentence(one: Comparison, spp: Entry) -> str:
     best_text = max(untold, key=lambda entry: one.won_back(entry, UNLIKE))
     best = max(untold, key=lambda entry: entry.accuracy)
     elsewhere = "" if best_text is spp else f" ({one.won_back(best_text, UNLIKE):.0%} by {best_text.label})"
-    own, error = best.gain(one.pruned)
-    share = one.tasks_won_back(best)
-    verdict = "less than half" if share < 0.5 else "at least half"
-    if abs(own) < 2 * error:
-        verdict += ", and within two standard errors of zero"
-    recipe = "" if best is spp else f" by {best.label}"
+    tasks = f"{one.tasks_won_back(spp):.0%} of the accuracy ({points(*spp.gain(one.pruned))} points)"
+    if best is not spp:
+        tasks += (
+            f"; the most accurate of SPP's {len(untold)} variants, {best.label}, {one.tasks_won_back(best):.0%} "
+            f"({points(*best.gain(one.pruned))})"
+        )
     return (
         f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {one.won_back(spp, MAIN_TEXT):.0%} of the "
         f"log-perplexity on text like the tuning text, {one.won_back(spp, UNLIKE):.0%} on other text{elsewhere}, and "
-        f"{share:.0%} of the accuracy{recipe} ({points(own, error)} points): {verdict}."
+        f"{tasks}."
     )
 
 
@@ -131,7 +131,8 @@ def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
     said = [
         f"{one.pruning.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
         f"{default.perplexity(MAIN_TEXT).mean:.2f} and, on other text, "
-        f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}"
+        f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}, accuracy "
+        f"{points(*positive.gain(default))} points"
         for one, positive, default in pairs
         if positive is not None and default is not None
     ]
