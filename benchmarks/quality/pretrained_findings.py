@@ -108,7 +108,11 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
     ] * bool(behind)
     gains = {entry.label: spp.gain(entry) for entry in rivals}
     apart = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
-    verdict = f"Only the difference to {' and '.join(apart)} exceeds" if apart else "None of the differences exceeds"
+    verdict = "None of the differences exceeds"
+    if apart:
+        several = len(apart) > 1
+        names = " and to ".join(apart)
+        verdict = f"Only the difference{'s' * several} to {names} exceed{'s' * (not several)}"
     return [
         f"Among the methods that keep the zeros, {spp.label} has a perplexity on text like the tuning text that is "
         f"{' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
