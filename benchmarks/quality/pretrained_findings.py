@@ -78,7 +78,7 @@ def _probability_sentence(one: Comparison) -> str:
     own = [entry for entry in untold if entry in spp_entries(one)]
     best = max(own, key=lambda entry: entry.probability_gain(one.pruned)[0])
     rivals = [entry for entry in untold if entry not in own]
-    compared = "".join(f", {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
+    compared = "".join(f"; {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
     return (
         "The probability of the right choice, which shows smaller changes, moved by "
         f"{points(*one.pruned.probability_gain(one.dense))} points with pruning. From there {best.label}, the best of "
@@ -116,7 +116,7 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
     return [
         f"Among the methods that keep the zeros, {spp.label} has a perplexity on text like the tuning text that is "
         f"{' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
-        f"{', '.join(f'{label} {points(*gain)}' for label, gain in gains.items())}. {verdict} two standard errors."
+        f"{'; '.join(f'{label}: {points(*gain)}' for label, gain in gains.items())}. {verdict} two standard errors."
     ]
 
 
