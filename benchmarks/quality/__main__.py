@@ -43,8 +43,8 @@ def main(
         Path | None,
         typer.Option(
             help="A folder with gsm8k_train.jsonl and gsm8k_test.jsonl, text files (*.txt, *.md, *.rst) or both; by "
-            "default Python's documentation. The suite pretrained takes its tasks from there too: *_test.jsonl, of "
-            "objects with a question, choices and the index of the answer.",
+            "default Python's documentation. The suite pretrained takes its tasks from there too: *_test.jsonl and "
+            "*_train.jsonl, of objects with a question, choices and the index of the answer.",
             exists=True,
             file_okay=False,
         ),
@@ -98,8 +98,8 @@ def main(
     add: Annotated[
         list[Path] | None,
         typer.Option(
-            help="With --report-only: take what these files of results have too, of other processes or machines. May "
-            "be repeated.",
+            help="With --report-only: merge result files of other processes or machines into this one. May be "
+            "repeated.",
             exists=True,
             dir_okay=False,
         ),
@@ -116,7 +116,7 @@ def main(
     if chosen.name == PRETRAINED.name and data is None and not (plan_only or report_only):
         raise typer.BadParameter("The suite pretrained needs texts to tune on, and questions.", param_hint="--data")
     if add and not report_only:
-        raise typer.BadParameter("Results of others are added with --report-only.", param_hint="--add")
+        raise typer.BadParameter("--add needs --report-only.", param_hint="--add")
     chosen = replace(chosen, budget=change_budget(chosen.budget, steps, task, task_folder))
     narrowed = narrow(chosen, method or [], pruning or [], steps_only)
     console = make_console()
@@ -129,13 +129,20 @@ def main(
     accelerator = Accelerator(cpu=run.device.type == "cpu")
     if add:
         for file in add:
-            store.take(open_store(file, chosen.name, "--add"))
+            try:
+                store.take(open_store(file, chosen.name, "--add"))
+            except ValueError as error:
+                raise typer.BadParameter(str(error), param_hint="--add") from error
         store.about |= {"suite": described(chosen)} if model else {}
         store.save()
     if not report_only:
         texts = load_texts(data, seed=0)
+        told = any(one.options.get("text") == "questions" for study in narrowed.studies for one in study.contenders)
+        if told and not texts.questions:
+            raise typer.BadParameter(f"{data} has no *_train.jsonl of questions with choices.", param_hint="--data")
         store.begin(describe_run(run.device), {"text": texts.source, "suite": described(chosen)})
         # what is left out is described all the same: the page tells what is missing
+        every_study = chosen.studies
         chosen = replace(chosen, studies=narrowed.studies)
         folder = work_dir.expanduser()
         if suite == PRETRAINED.name and data is not None and not (quick or task):
@@ -144,7 +151,7 @@ def main(
         bases = {spec.name: BaseModel(spec, texts, chosen.budget, folder, accelerator) for spec in chosen.models}
         with quiet_libraries(), make_progress(console) as progress:
             progress.disable = progress.disable or not accelerator.is_main_process
-            Session(chosen, bases, store, progress).run()
+            Session(chosen, bases, store, progress, whole=narrowed.studies == every_study).run()
     if accelerator.is_main_process:
         target = page or (run.json_path.with_suffix(".md") if quick else PAGES.get(suite, PAGES["small"]))
         pretrained = suite == PRETRAINED.name and not quick
@@ -196,11 +203,11 @@ def choose_models(suite: Suite, names: list[str]) -> Suite:
 
 def narrow(suite: Suite, methods: list[str], prunings: list[str], steps_only: bool = False) -> Suite:
     """
-    A suite with only some of its methods and of its prunings, all where none is named. Costs of steps are ratios to
-    those of other methods, so that a study of these stays whole.
+    A suite with only some of its methods and of its prunings, all where none is named. The costs of the steps are
+    ratios to those of other methods, so that their study is whole or left out.
 
     Raises:
-        typer.BadParameter: If the suite does not have one of them.
+        typer.BadParameter: If the suite does not have one of them, or nothing is left.
     """
     known = {
         "--method": ({one.method for study in suite.studies for one in study.contenders}, methods),
@@ -211,12 +218,18 @@ def narrow(suite: Suite, methods: list[str], prunings: list[str], steps_only: bo
             raise typer.BadParameter(
                 f"{', '.join(sorted(unknown))} is not one of: {', '.join(sorted(names))}.", param_hint=option
             )
-    studies = [
-        study if study.steps_only else replace(study, contenders=_of_methods(study, methods))
-        for study in suite.studies
-        if (not prunings or study.pruning.name in prunings) and (study.steps_only or not steps_only)
-    ]
-    return replace(suite, studies=tuple(study for study in studies if study.contenders))
+    if steps_only:
+        studies = [study for study in suite.studies if study.steps_only]
+    else:
+        studies = [
+            replace(study, contenders=_of_methods(study, methods))
+            for study in suite.studies
+            if (not prunings or study.pruning.name in prunings) and not (study.steps_only and (methods or prunings))
+        ]
+    studies = [study for study in studies if study.contenders]
+    if not studies:
+        raise typer.BadParameter("The suite has no such study.", param_hint="--method, --pruning, --steps-only")
+    return replace(suite, studies=tuple(studies))
 
 
 def _of_methods(study: Study, methods: list[str]) -> tuple[Contender, ...]:

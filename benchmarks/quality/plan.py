@@ -37,12 +37,14 @@ class Session:
         bases (`Mapping[str, BaseModel]`): Its models by name.
         store (`Store`): What is measured already, and where the rest goes.
         progress (`Progress`): The display.
+        whole (`bool`): Whether nothing of the suite is left out.
     """
 
     suite: Suite
     bases: Mapping[str, BaseModel]
     store: Store
     progress: Progress
+    whole: bool = True
 
     def run(self) -> None:
         """Measure what is missing."""
@@ -51,7 +53,8 @@ class Session:
         for study in self.suite.studies:
             self._prepare(self.bases[study.model])
             self._run_study(study)
-        self.store.finish(write=self._is_main)
+        if self.whole:
+            self.store.finish(write=self._is_main)
 
     def _prepare(self, base: BaseModel) -> None:
         """Train the model, if it has not been, and measure it dense."""
@@ -74,7 +77,8 @@ class Session:
             name = contender_name(contender.method, options)
             steps = self.suite.budget.steps
             if contender.equal == "time":
-                assert profile is not None, "equal time needs several methods that are timed side by side"
+                if profile is None:
+                    raise ValueError(f"{name} at equal time needs the costs of the steps: run --steps-only before")
                 steps = equal_time_steps(steps, profile, "spp", name)
                 plain = replace(contender, equal=None)
                 rate = chosen[name] if name in chosen else self._stable_rate(study, plain, options)
@@ -90,15 +94,15 @@ class Session:
         The learning rate that a contender is tuned at.
 
         Short runs favor rates that are too high for long ones. Where the long run with the first seed ends worse than
-        the short one did, it is kept as `unstable`, and the best of the other rates is taken.
+        the short one did, it is kept as `unstable`, and the best of the lower rates is taken, if there is one.
         """
         seed, (kind, steps) = study.seeds[0], self._rate_runs
         origin = study if study.rates_from is None else replace(study, pruning=study.rates_from)
         while True:
-            rate, others = self._best_rate(study, contender, options)
+            rate, lower = self._best_rate(study, contender, options)
             long = self._tune(study, contender, options, rate, seed, self.suite.budget.steps)
             short = self.store.find(kind, self._settings(origin, contender, options, rate, seed, steps, kind))
-            if kind == "tune" or short is None or not others or not is_worse(long, short):
+            if kind == "tune" or short is None or not lower or not is_worse(long, short):
                 return rate
             settings = self._settings(study, contender, options, rate, seed, self.suite.budget.steps)
             self.store.relabel("tune", settings, UNSTABLE, write=self._is_main)
@@ -106,7 +110,7 @@ class Session:
     def _best_rate(
         self, study: Study, contender: Contender, options: Mapping[str, Any]
     ) -> tuple[float, Sequence[float]]:
-        """The rate with the lowest validation loss of those below what long runs found unstable, and the others."""
+        """The best rate of the short runs below what long runs found unstable, and the rates below it."""
         prunings = {one.name for one in (study.pruning, study.rates_from) if one}
         records = self._records_of(study, contender.method, options)
         unstable = [
@@ -116,12 +120,17 @@ class Session:
         if study.rates_from is not None:
             losses = self._losses_of(study, contender, options)
             left = [rate for rate in losses if rate < bound]
+            if not left:
+                raise ValueError(
+                    f"{contender_name(contender.method, options)} on {study.pruning.label} takes its learning rate "
+                    f"from the runs on {study.rates_from.label}, which are not measured: run those before"
+                )
             best = min(left, key=losses.__getitem__)
         else:
             left = [rate for rate in contender.rates or METHODS[contender.method].rates if rate < bound]
             validation_loss = partial(self._validation_loss, study, contender, options)
             best = choose_rate(tuple(left), validation_loss, grid_only=self._rate_runs[0] == "rate")
-        return best, [rate for rate in left if rate != best]
+        return best, [rate for rate in left if rate < best]
 
     def _validation_loss(self, study: Study, contender: Contender, options: Mapping[str, Any], rate: float) -> float:
         kind, steps = self._rate_runs
@@ -270,7 +279,7 @@ def _measure_dense(base: BaseModel) -> dict[str, Any]:
 
 def planned_runs(suite: Suite) -> int:
     """How many runs of fine-tuning are reported; choosing learning rates takes more."""
-    return sum(len(study.contenders) * len(study.seeds) for study in suite.studies)
+    return sum(len(study.contenders) * len(study.seeds) for study in suite.studies if not study.steps_only)
 
 
 def describe(suite: Suite) -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .data import UNLIKE
@@ -33,7 +34,8 @@ def details(one: Comparison) -> list[str]:
     spp = main_entry(one)
     if spp is None:
         return []
-    return [*_rivals_sentence(one, spp), *_told_sentence(one), _probability_sentence(one)]
+    said = [*_rivals_sentence(one, spp), *_told_sentence(one), *_probability_sentence(one)]
+    return [*said, *_elsewhere_sentence(one)]
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -60,30 +62,38 @@ def _won_back_sentence(one: Comparison, spp: Entry) -> str:
     best_text = max(untold, key=lambda entry: one.won_back(entry, UNLIKE))
     best = max(untold, key=lambda entry: entry.accuracy)
     elsewhere = "" if best_text is spp else f" ({one.won_back(best_text, UNLIKE):.0%} by {best_text.label})"
-    tasks = f"{one.tasks_won_back(spp):.0%} of the accuracy ({points(*spp.gain(one.pruned))} points)"
+    tasks = _tasks(one, spp)
     if best is not spp:
-        tasks += (
-            f"; the most accurate of SPP's {len(untold)} variants, {best.label}, {one.tasks_won_back(best):.0%} "
-            f"({points(*best.gain(one.pruned))})"
-        )
+        tasks += f"; the most accurate of SPP's {len(untold)} variants, {best.label}, {_tasks(one, best)}"
     return (
         f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {one.won_back(spp, MAIN_TEXT):.0%} of the "
         f"log-perplexity on text like the tuning text, {one.won_back(spp, UNLIKE):.0%} on other text{elsewhere}, and "
-        f"{tasks}."
+        f"of the accuracy {tasks}."
     )
 
 
-def _probability_sentence(one: Comparison) -> str:
+def _tasks(one: Comparison, entry: Entry) -> str:
+    """How much of the accuracy an entry wins back."""
+    gain, error = entry.gain(one.pruned)
+    doubt = "" if abs(gain) > 2 * error else ", not distinguishable from zero"
+    share = one.tasks_won_back(entry)
+    return f"{share:.0%} ({points(gain, error)} points{doubt})" if math.isfinite(share) else points(gain, error)
+
+
+def _probability_sentence(one: Comparison) -> list[str]:
     untold = [entry for entry in one.entries if entry.has_tasks and not entry.saw_tasks]
     own = [entry for entry in untold if entry in spp_entries(one)]
+    if not own:
+        return []
     best = max(own, key=lambda entry: entry.probability_gain(one.pruned)[0])
     rivals = [entry for entry in untold if entry not in own]
     compared = "".join(f"; {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
-    return (
+    return [
         "The probability of the right choice, which shows smaller changes, moved by "
-        f"{points(*one.pruned.probability_gain(one.dense))} points with pruning. From there {best.label}, the best of "
-        f"SPP's recipes, moved it by {points(*best.probability_gain(one.pruned))}{compared}."
-    )
+        f"{points(*one.pruned.probability_gain(one.dense))} points with pruning. From there {best.label}"
+        f"{', the best of the SPP variants,' if len(own) > 1 else ''} moved it by "
+        f"{points(*best.probability_gain(one.pruned))}{compared}."
+    ]
 
 
 def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
@@ -94,40 +104,45 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
         if entry.has_tasks
         and entry not in spp_entries(one)
         and not entry.saw_tasks
-        and not entry.deployed[0]["zeros_lost"]
+        and entry.deployed[0]["zeros_lost"] == 0
     ]
     if not rivals:
         return []
     own = spp.perplexity(MAIN_TEXT).mean
-    ahead, behind = (
-        [entry.label for entry in rivals if (entry.perplexity(MAIN_TEXT).mean > own) == better]
-        for better in (True, False)
-    )
-    order = [f"lower than that of {'; '.join(ahead)}"] * bool(ahead) + [
-        f"higher than that of {'; '.join(behind)}"
-    ] * bool(behind)
+    lower = [entry.label for entry in rivals if own < entry.perplexity(MAIN_TEXT).mean]
+    higher = [entry.label for entry in rivals if own >= entry.perplexity(MAIN_TEXT).mean]
+    order = [f"lower with {spp.label} than with {'; '.join(lower)}"] if lower else []
+    order += [f"{'not' if lower else f'not lower with {spp.label} than'} with {'; '.join(higher)}"] if higher else []
     gains = {entry.label: spp.gain(entry) for entry in rivals}
-    apart = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
-    verdict = "None of the differences exceeds"
-    if apart:
-        several = len(apart) > 1
-        names = " and to ".join(apart)
-        verdict = f"Only the difference{'s' * several} to {names} exceed{'s' * (not several)}"
+    large = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
+    verdict = f"More than two standard errors: {'; '.join(large)}." if large else "None exceeds two standard errors."
     return [
-        f"Among the methods that keep the zeros, {spp.label} has a perplexity on text like the tuning text that is "
-        f"{' and '.join(order)}. Its accuracy minus theirs, on the same questions: "
-        f"{'; '.join(f'{label}: {points(*gain)}' for label, gain in gains.items())}. {verdict} two standard errors."
+        "Among the methods that keep the zeros, the perplexity on text like the tuning text is "
+        f"{', '.join(order)}. The accuracy of {spp.label} minus theirs, on the same questions: "
+        f"{'; '.join(f'{label}: {points(*gain)}' for label, gain in gains.items())}. {verdict}"
     ]
 
 
 def _told_sentence(one: Comparison) -> list[str]:
     """What tuning on the training parts of the tasks does."""
-    told = [
-        f"{entry.label} wins back {one.tasks_won_back(entry):.0%} of the accuracy ({points(*entry.gain(one.pruned))})"
-        for entry in one.entries
-        if entry.saw_tasks and entry.has_tasks
+    told = [f"{entry.label} {_tasks(one, entry)}" for entry in one.entries if entry.saw_tasks and entry.has_tasks]
+    return [f"With the tasks' training parts in the tuning text, won back of the accuracy: {', '.join(told)}."][
+        : len(told)
     ]
-    return [f"With questions like those of the tasks in the tuning text: {', '.join(told)}."] if told else []
+
+
+def _elsewhere_sentence(one: Comparison) -> list[str]:
+    """Which entries are of another machine's copy of the pruned model, and how far the copies are apart."""
+    others = [entry for entry in one.entries if one.is_elsewhere(entry)]
+    if not others:
+        return []
+    names = ", ".join(dict.fromkeys(entry.machine for entry in others))
+    starts = [entry.tuned["first_loss"] for entry in one.entries if "text" not in entry.settings["options"]]
+    return [
+        f"† Tuned on another machine ({names}) than the pruned model of the second row ({one.pruned.machine}). Each "
+        "pruned its own copy. Their losses on the first batch, before tuning, are "
+        f"{min(starts):.3f} to {max(starts):.3f}, so that a difference of a few percent in perplexity means nothing."
+    ]
 
 
 def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
@@ -138,16 +153,16 @@ def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
         f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}, accuracy "
         f"{points(*positive.gain(default))} points"
         for one, positive, default in pairs
-        if positive is not None and default is not None
+        if positive is not None and default is not None and positive.machine == default.machine
     ]
     return [f"The positive start of A against the default start: {'; '.join(said)}."] if said else []
 
 
 def _zeros_sentence(store: Store, comparisons: Sequence[Comparison]) -> str:
     models = [deployed for one in comparisons for entry in spp_entries(one) for deployed in entry.deployed]
-    lost = sum(one["zeros_lost"] for one in models)
+    lost = sum(one["zeros_lost"] or 0 for one in models)
     lora = next((entry for one in comparisons if (entry := one.find("lora"))), None)
-    merged = "" if lora is None else f"; LoRA, merged, lost {lora.deployed[0]['zeros_lost']:,}"
+    merged = "" if lora is None else f"; LoRA, merged, lost {lora.deployed[0]['zeros_lost'] or 0:,}"
     return f"Zeros lost by SPP, in all of its tuned models together ({len(models)}): {lost:,}{merged}."
 
 

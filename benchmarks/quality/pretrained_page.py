@@ -81,7 +81,8 @@ def quality_table(store: Store, one: Comparison) -> str:
             cells.append("–" if entry is one.pruned else points(*entry.gain(one.pruned)))
         else:
             cells += ["as merged", "–"]
-        rows.append([f"**{entry.label}**" if entry in spp_entries(one) else entry.label, *cells])
+        label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
+        rows.append([label + " †" * (entry in one.entries and one.is_elsewhere(entry)), *cells])
     names = [text_name(store, text) for text in texts]
     headings = ["", *names, "won back", "accuracy", "against pruned"]
     return table(headings, rows, numbers_from=1)
@@ -94,7 +95,9 @@ def _perplexity_cell(entry: Entry, text: str) -> str:
 
 def costs_table(store: Store, one: Comparison) -> str:
     """What each contender trains, saves, and takes."""
-    steps = next((record.measured for record in reversed(store.records) if record.kind == "profile"), {})
+    base = store.records[-1].settings["base"]
+    profiles = [record for record in store.records if record.kind == "profile" and record.settings["base"] == base]
+    steps = profiles[-1].measured if profiles else {}
     rows = []
     for entry in one.entries:
         if entry.deployment in ("unmerged", "remasked") or "text" in entry.settings["options"]:
@@ -123,7 +126,7 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
             for rate, loss in sorted(entry.rates.items()):
                 text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
                 cells.append(f"**{text}**" if rate == entry.settings["rate"] else text)
-            edge = entry.settings["rate"] in (min(entry.rates), max(entry.rates))
+            edge = len(entry.rates) > 1 and entry.settings["rate"] in (min(entry.rates), max(entry.rates))
             label = label_of(entry.settings, None)
             rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
@@ -149,7 +152,10 @@ def _how_it_ended(measured: Mapping[str, Any]) -> str:
     if measured["validation_loss"] is None:
         return "it diverged"
     perplexity = math.exp(measured["validation_loss"])
-    return f"its loss rose to {measured['max_loss']:.1f}, and its validation perplexity ended at {perplexity:.0f}"
+    highest = (
+        "its loss was not finite" if measured["max_loss"] is None else f"its loss rose to {measured['max_loss']:.1f}"
+    )
+    return f"{highest}, and its validation perplexity ended at {perplexity:.0f}"
 
 
 def reading(store: Store, one: Comparison) -> dict[str, object]:
@@ -212,6 +218,8 @@ def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
             ):
                 left[pruning.label].append(label)
     lines = [f"{pruning}: {'; '.join(labels)}." for pruning, labels in left.items() if labels]
+    if not lines:
+        return ""
     return "## What has not been run yet\n\n" + paragraph(prose.PRETRAINED_MISSING) + "\n\n" + bullets(lines)
 
 
@@ -238,7 +246,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     """
     note = (
         "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
-        f"accuracy.\n{machines(store, capability=False)}"
+        f"accuracy. Hollow: distilled, or zeros lost.\n{machines(store, capability=False)}"
     )
     figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
     for place, one in enumerate(comparisons):

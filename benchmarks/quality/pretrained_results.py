@@ -29,6 +29,7 @@ class Entry:
         tuned (`Mapping[str, Any]`): What was measured of its training with the first seed.
         deployment (`str`): What became of the trained model.
         rates (`Mapping[float, float | None]`): The rates that were tried, with the loss on the validation text.
+        machine (`str`): What it was measured on. Each machine prunes its own copy of the model.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Entry:
     tuned: Mapping[str, Any] = field(default_factory=dict)
     deployment: str = "merged"
     rates: Mapping[float, float | None] = field(default_factory=dict)
+    machine: str = ""
 
     @property
     def name(self) -> str:
@@ -129,6 +131,10 @@ class Comparison:
                 return one
         return None
 
+    def is_elsewhere(self, entry: Entry) -> bool:
+        """Whether an entry is of another machine's copy of the pruned model."""
+        return entry.machine != self.pruned.machine
+
     def won_back(self, entry: Entry, text: str) -> float:
         """The share of the log-perplexity lost by pruning that was won back; NaN if pruning cost none."""
         lost = self.pruned.losses(text)[0] - self.dense.losses(text)[0]
@@ -145,16 +151,27 @@ def comparisons_of(store: Store) -> list[Comparison]:
     """The comparisons of a suite's last model, as far as they are measured, in the order of the prunings."""
     newest = store.records[-1].settings["base"]
     records = [one for one in store.records if one.settings["base"] == newest]
-    bases = {one.settings["pruning"]: one.measured for one in records if one.kind == "base"}
-    dense = Entry("dense", (bases[None],))
+    bases = {one.settings["pruning"]: one for one in records if one.kind == "base"}
+    dense = Entry("dense", (bases[None].measured,), machine=machine_of(store, bases[None]))
     return [
-        Comparison(Pruning.of(name), dense, Entry("pruned, not tuned", (base,)), tuple(_entries(records, name)))
+        Comparison(
+            Pruning.of(name),
+            dense,
+            Entry("pruned, not tuned", (base.measured,), machine=machine_of(store, base)),
+            tuple(_entries(store, records, name)),
+        )
         for name, base in bases.items()
         if name is not None
     ]
 
 
-def _entries(records: Sequence[Record], pruning: str) -> list[Entry]:
+def machine_of(store: Store, record: Record) -> str:
+    """What a record was measured on, for readers."""
+    hardware = store.environments[record.environment]["hardware"]
+    return f"{hardware['cpu']} ({hardware['cpu_capability']})"
+
+
+def _entries(store: Store, records: Sequence[Record], pruning: str) -> list[Entry]:
     groups: dict[str, list[Record]] = {}
     for one in records:
         if one.kind == "tune" and one.settings["pruning"] == pruning and one.measured["deployments"]:
@@ -170,7 +187,8 @@ def _entries(records: Sequence[Record], pruning: str) -> list[Entry]:
         for deployment in first.measured["deployments"]:
             deployed = tuple(one.measured["deployments"][deployment] for one in group)
             label = label_of(first.settings, deployment)
-            entries.append(Entry(label, deployed, first.settings, first.measured, deployment, rates))
+            machine = machine_of(store, first)
+            entries.append(Entry(label, deployed, first.settings, first.measured, deployment, rates, machine))
     return entries
 
 

@@ -92,8 +92,7 @@ HiRA there. That needs a GPU and has not been done yet.
 
 PRETRAINED_OPENING = """
 This page shows what tuning wins back of a pruned {model} with the zeros kept: perplexity on text like the tuning text
-and unlike it, and accuracy on tasks that were not tuned on. `python -m benchmarks.quality --suite pretrained` writes
-the page.
+and unlike it, and accuracy on tasks. `python -m benchmarks.quality --suite pretrained` writes the page.
 """
 
 PRETRAINED_READING = """
@@ -124,7 +123,7 @@ first.
 
 PRETRAINED_UNSTABLE = """
 Short runs favor rates that are too high for long ones. A long run that ended worse than its short one is left out of
-the tables, and the best of the other rates was taken. That happened to {runs}.
+the tables, and the best of the lower rates was taken. That happened to {runs}.
 """
 
 PRETRAINED_UNSTABLE_RUN = "{label} at {rate:g} on {pruning} over {steps} steps: {end}"

@@ -97,16 +97,30 @@ class Store:
             self.save()
 
     def take(self, other: Store) -> None:
-        """Add what another store has measured and this one has not, with where it was measured."""
-        known = {key_of(one.kind, one.settings) for one in self.records}
+        """
+        Add what another store has measured and this one has not, with where it was measured.
+
+        Raises:
+            ValueError: If that is another base model, or a run that this store has with another learning rate or
+                another number of steps. Nothing is added then.
+        """
+        bases, theirs = ({one.settings["base"] for one in some.records} for some in (self, other))
+        if bases and theirs - bases:
+            raise ValueError(f"{other.path} has measurements of another base model: {', '.join(theirs - bases)}")
+        # a run that turned out unstable is the same run
+        known = {_run_key(one) for one in self.records}
+        new = [one for one in other.records if _run_key(one) not in known]
+        tuned = {_contender_key(one): one.settings for one in self.records if one.kind == "tune"}
+        for one in new:
+            if one.kind == "tune" and (own := tuned.get(_contender_key(one))):
+                raise ValueError(f"{other.path} has the run {one.settings}, and {self.path} has it as {own}")
         numbers: dict[int, int] = {}
-        for one in other.records:
-            if key_of(one.kind, one.settings) in known:
-                continue
+        for one in new:
             if one.environment not in numbers:
                 self.environments.append(other.environments[one.environment])
                 numbers[one.environment] = len(self.environments) - 1
             self.records.append(replace(one, environment=numbers[one.environment]))
+        self.about = self.about or other.about
 
     def relabel(self, kind: str, settings: Mapping[str, Any], new: str, write: bool = True) -> None:
         """Give a measurement another kind: of several processes one is to `write`."""
@@ -132,3 +146,12 @@ class Store:
 def key_of(kind: str, settings: Mapping[str, Any]) -> str:
     """The same for the same settings, whatever their order."""
     return f"{kind} {json.dumps(settings, sort_keys=True)}"
+
+
+def _run_key(record: Record) -> str:
+    return key_of("tune" if record.kind == UNSTABLE else record.kind, record.settings)
+
+
+def _contender_key(record: Record) -> str:
+    """The same for runs of one contender and seed, whatever their learning rate and steps."""
+    return key_of("", {name: value for name, value in record.settings.items() if name not in ("rate", "steps")})

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .analysis import Analysis, Outcome, Spread
+from .analysis import Analysis, Outcome, Spread, label_of
 from .design import Pruning
 from .suites import PRUNERS, REQUESTS
 
@@ -67,7 +67,7 @@ def rates_table(analysis: Analysis, model: str, prunings: Sequence[Pruning]) -> 
                 and record.settings["seed"] == one.runs[0].settings["seed"]
             }
             cells = [_rate_cell(rate, loss, one.rate) for rate, loss in sorted(tried.items())]
-            label = one.label.partition(";")[0] if one.method == "lora" else one.label
+            label = label_of(one.runs[0].settings, None)
             rows.append([pruning.label, label, ", ".join(cells) + (" (edge)" if one.at_edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
 

@@ -64,6 +64,7 @@ def store(tmp_path):
     for method, seed, measured in [*runs, ("masked_full", 0, (3.0, "1100", "0000"))]:
         settings = {**COMMON, "pruning": "wanda-2:4", "method": method, "options": {}, "equal": None, "seed": seed}
         trained = {"tokens": 1024, "trainable": 10, "adapter_bytes": 40, "cpu_seconds": 3.0, "validation_loss": 3.0}
+        trained["first_loss"] = 4.0
         if seed == 0:
             store.add("rate", {**settings, "rate": 0.1, "steps": 1}, trained)
         merged = {"merged": deployed(*measured)}
@@ -149,6 +150,31 @@ BASE = SimpleNamespace(
 )
 
 
+def test_the_lowest_rate_stays_where_its_long_run_ends_worse(tmp_path, monkeypatch):
+    losses = {1e-3: 4.0, 1e-2: 5.0}
+    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": losses[rate]})
+    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 6.0, "max_loss": 9.0})
+    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
+    study = Study("pretrained", AT_2_4, (Contender("spp", rates=(1e-3, 1e-2)),))
+    store = Store("pretrained", tmp_path / "results.json")
+    store.begin(ENVIRONMENT, {})
+    for _ in range(2):
+        with Progress(disable=True) as progress:
+            plan.Session(replace(PRETRAINED, studies=(study,)), {"pretrained": BASE}, store, progress).run()
+        assert [one.settings["rate"] for one in store.records if one.kind == "tune"] == [1e-3]
+        assert store.about["complete"]
+
+
+def test_rates_that_are_not_measured_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
+    study = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
+    store = Store("pretrained", tmp_path / "results.json")
+    store.begin(ENVIRONMENT, {})
+    suite = replace(PRETRAINED, studies=(study,))
+    with Progress(disable=True) as progress, pytest.raises(ValueError, match=r"spp on Wanda 50% .* Wanda 2:4"):
+        plan.Session(suite, {"pretrained": BASE}, store, progress).run()
+
+
 def test_rates_of_another_pruning_are_those_of_the_same_contender(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
     monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
@@ -215,7 +241,9 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
 def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
     suite = narrow(PRETRAINED, ["lora", "masked_full"], ["wanda-0.5"])
     (steps,) = narrow(PRETRAINED, [], [], steps_only=True).studies
-    assert steps.steps_only and steps in narrow(PRETRAINED, ["lora"], []).studies
+    assert steps.steps_only and not any(study.steps_only for study in narrow(PRETRAINED, ["lora"], []).studies)
+    with pytest.raises(typer.BadParameter, match="no such study"):
+        narrow(PRETRAINED, ["ia3"], ["sparsegpt-2:4"])
     assert {one.method for study in suite.studies for one in study.contenders} == {"lora", "masked_full"}
     assert {study.pruning.name for study in suite.studies} == {"wanda-0.5"}
     assert all(study.contenders for study in suite.studies) and narrow(PRETRAINED, [], []) == PRETRAINED
@@ -225,18 +253,36 @@ def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
         narrow(PRETRAINED, [], ["wanda-4:8"])
 
 
-def test_what_was_tuned_on_the_tasks_is_compared_apart(store, tmp_path):
+def test_what_was_tuned_on_the_tasks_is_compared_separately(store, tmp_path):
     settings = {**COMMON, "pruning": "wanda-2:4", "method": "spp_positive", "equal": None, "seed": 0, "rate": 0.1}
     trained = {"tokens": 1024, "trainable": 10, "adapter_bytes": 40, "cpu_seconds": 3.0, "validation_loss": 3.0}
     merged = {"merged": deployed(3.4, "1111", "1111")}
+    # the most accurate and the surest of all
+    merged["merged"]["tasks"]["one"]["probability"] = [0.99] * 4
     told = {**settings, "options": {"text": "questions"}, "steps": 2}
     store.add("tune", told, {**trained, "deployments": merged})
     (one,) = comparisons_of(store)
     assert [entry.saw_tasks for entry in one.entries] == [False, False, True]
     write_pretrained(store, tmp_path / "page.md")
-    page = (tmp_path / "page.md").read_text().replace("\n", " ")
-    assert "(tuned on the tasks' training parts) wins back 120% of the accuracy" in " ".join(page.split())
-    assert "by SPP, positive start, r=16 (tuned" not in page
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    told = "SPP, positive start, r=16 (tuned on the tasks' training parts)"
+    assert f"in the tuning text, won back of the accuracy: {told} 120%" in page
+    # its row, that sentence, and its rate
+    assert page.count(told) == 2
+
+
+def test_a_row_of_another_machine_is_marked(store, tmp_path):
+    settings = {**COMMON, "pruning": "wanda-2:4", "method": "lora", "options": {}, "equal": None, "seed": 0, "rate": 1}
+    trained = {"tokens": 9, "trainable": 1, "adapter_bytes": 4, "cpu_seconds": 3.0, "validation_loss": 3.0}
+    write_pretrained(store, tmp_path / "page.md")
+    assert "†" not in (tmp_path / "page.md").read_text()
+    store.begin({**ENVIRONMENT, "hardware": {**ENVIRONMENT["hardware"], "cpu": "Another"}}, store.about)
+    merged = {"unmerged": deployed(3.4, "1111", "1111"), "merged": deployed(3.4, "1111", "1111")}
+    store.add("tune", {**settings, "steps": 2}, {**trained, "first_loss": 4.5, "deployments": merged})
+    write_pretrained(store, tmp_path / "page.md")
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    assert "LoRA, r=16 (merged) † |" in page and "† Tuned on another machine (Another (AVX2))" in page
+    assert "start, r=16** † |" not in page and "dense † |" not in page
 
 
 def test_questions_are_written_as_the_tasks_ask_them(tmp_path):

@@ -246,19 +246,34 @@ def test_the_store_finds_what_it_has_by_its_settings_alone(tmp_path):
 
 
 def test_a_store_takes_what_another_one_has_too(tmp_path):
-    own, other = (Store("small", tmp_path / f"{name}.json") for name in ("own", "other"))
+    own, other, third = (Store("small", tmp_path / f"{name}.json") for name in ("own", "other", "third"))
     own.begin({"cpu": "one"}, {})
-    own.add("tune", {"a": 1}, {"loss": 1.0})
-    other.begin({"cpu": "two"}, {})
-    other.add("tune", {"a": 1}, {"loss": 2.0})
-    other.add("tune", {"a": 2}, {"loss": 3.0})
+    own.add("tune", {"base": "b", "seed": 1, "rate": 0.1}, {"loss": 1.0})
+    own.add("unstable", {"base": "b", "seed": 3, "rate": 0.1}, {"loss": 1.0})
+    other.begin({"cpu": "two"}, {"text": "t"})
+    for seed, loss in ((1, 2.0), (2, 3.0), (3, 4.0)):
+        other.add("tune", {"base": "b", "seed": seed, "rate": 0.1}, {"loss": loss})
     for _ in range(2):
         own.take(other)
-        assert [(one.settings["a"], one.measured["loss"], one.environment) for one in own.records] == [
+        assert [(one.settings["seed"], one.measured["loss"], one.environment) for one in own.records] == [
             (1, 1.0, 0),
+            (3, 1.0, 0),
             (2, 3.0, 1),
         ]
         assert own.environments == [{"cpu": "one"}, {"cpu": "two"}]
+    # seeds of one contender are averaged, so that all have one rate
+    third.begin({"cpu": "two"}, {})
+    third.add("tune", {"base": "b", "seed": 4, "rate": 0.1}, {"loss": 1.0})
+    third.add("tune", {"base": "b", "seed": 1, "rate": 0.3}, {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"third\.json has the run .*0\.3.* has it as .*0\.1"):
+        own.take(third)
+    assert len(own.records) == 3
+    third.records = [dataclasses.replace(third.records[0], settings={"base": "c"})]
+    with pytest.raises(ValueError, match="another base model: c"):
+        own.take(third)
+    empty = Store("small", tmp_path / "empty.json")
+    empty.take(other)
+    assert len(empty.records) == 3 and empty.about == {**other.about}
 
 
 @pytest.mark.parametrize("folder", sorted((METAMATHQA / "experiments" / "spp").iterdir()), ids=lambda path: path.name)

@@ -197,7 +197,7 @@ def test_the_runtime_that_pytorch_has_loaded_serves_where_its_symbols_are_hidden
 
 
 @pytest.mark.skipif(library.load_library() is None or shutil.which("gcc") is None, reason="needs both compilers")
-def test_a_c_compiler_will_do(tmp_path):
+def test_a_c_compiler_is_enough(tmp_path):
     """PEFT's BOFT leaves CXX=gcc behind in a process where it finds no CUDA."""
     environment = {**os.environ, "CXX": "gcc", "XDG_CACHE_HOME": str(tmp_path)}
     tell = "from peft_spp.native.library import load_library as load; print(load(), load('bitmask'))"

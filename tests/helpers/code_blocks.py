@@ -32,7 +32,7 @@ from helpers.page_commands import check_command, run_command
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\s*\Z")
 COMMANDS_RUN = "<!-- commands run -->"
 # what pages tell of and the tests do not have
-NOT_INSTALLED = {"swift"}
+NOT_INSTALLED = {"sentence_transformers", "swift"}
 LANGUAGES = {"python", "bash", "text", "bibtex", "yaml"}
 FENCE = re.compile(r"^\s*```(\w+)", re.MULTILINE)
 

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 
 pytest.importorskip("datasets")
-pytest.importorskip("sentence_transformers")
+pytest.importorskip("sentence_transformers", minversion="6.0")
 
 from datasets import Dataset
 from sentence_transformers import (
