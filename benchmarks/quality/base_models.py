@@ -102,6 +102,13 @@ class BaseModel:
             return self._checkpoint
         return str(self._dense if pruning is None else self._pruned(pruning))
 
+    def weights_id(self, pruning: Pruning | None) -> str | None:
+        """Tells the weights from those that another machine pruned; `None` if they are not in a folder."""
+        digest, files = hashlib.sha256(), sorted(Path(self.source(pruning)).glob("*.safetensors"))
+        for file in files:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:12] if files else None
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""

@@ -132,8 +132,9 @@ class Comparison:
         return None
 
     def is_elsewhere(self, entry: Entry) -> bool:
-        """Whether an entry is of another machine's copy of the pruned model."""
-        return entry.machine != self.pruned.machine
+        """Whether an entry is of another machine's copy of the pruned model, by its weights where these are known."""
+        own, other = self.pruned.deployed[0].get("weights"), entry.tuned.get("weights")
+        return own != other if own and other else entry.machine != self.pruned.machine
 
     def won_back(self, entry: Entry, text: str) -> float:
         """The share of the log-perplexity lost by pruning that was won back; NaN if pruning cost none."""

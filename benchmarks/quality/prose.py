@@ -117,8 +117,8 @@ questions; the model here was dequantized from 4 bits.
 
 PRETRAINED_RATES = """
 Each contender's rate is the one of a fixed grid with the lowest perplexity on the validation text after {rate_steps}
-steps of one sequence; *(edge)* marks rates at the edge of the grid, beyond which a better one may lie. Prunings without
-a line here use the rates of the first.
+steps of one sequence; *(edge)* marks rates at the edge of the grid, beyond which a better one may lie. Prunings
+without a line here use the rates of the first.
 """
 
 PRETRAINED_UNSTABLE = """

@@ -283,6 +283,10 @@ def test_a_row_of_another_machine_is_marked(store, tmp_path):
     page = " ".join((tmp_path / "page.md").read_text().split())
     assert "LoRA, r=16 (merged) † |" in page and "† Tuned on another machine (Another (AVX2))" in page
     assert "start, r=16** † |" not in page and "dense † |" not in page
+    # the same weights
+    store.records[1].measured["weights"] = store.records[-1].measured["weights"] = "abc"
+    write_pretrained(store, tmp_path / "page.md")
+    assert "†" not in (tmp_path / "page.md").read_text()
 
 
 def test_questions_are_written_as_the_tasks_ask_them(tmp_path):
