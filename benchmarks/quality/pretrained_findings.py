@@ -51,9 +51,9 @@ def spp_entries(one: Comparison) -> list[Entry]:
 def _pruned_sentence(store: Store, one: Comparison) -> str:
     lost, error = one.pruned.gain(one.dense)
     return (
-        f"{one.pruning.label}: pruning takes the perplexity on {_text_names(store)} from {_perplexities(one.dense)} "
-        f"to {_perplexities(one.pruned)}, and the mean accuracy from {one.dense.accuracy:.1%} to "
-        f"{one.pruned.accuracy:.1%} ({points(lost, error)} points)."
+        f"{one.pruning.label}: pruning takes the perplexity on {_text_names(store, one)} from "
+        f"{_perplexities(one.dense)} to {_perplexities(one.pruned)}, and the mean accuracy from "
+        f"{one.dense.accuracy:.1%} to {one.pruned.accuracy:.1%} ({points(lost, error)} points)."
     )
 
 
@@ -126,8 +126,11 @@ def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
 def _told_sentence(one: Comparison) -> list[str]:
     """What tuning on the training parts of the tasks does."""
     told = [f"{entry.label} {_tasks(one, entry)}" for entry in one.entries if entry.saw_tasks and entry.has_tasks]
-    return [f"With the tasks' training parts in the tuning text, won back of the accuracy: {', '.join(told)}."][
-        : len(told)
+    if not told:
+        return []
+    return [
+        f"With the tasks' training parts in the tuning text, won back of the accuracy: {'; '.join(told)}. The dense "
+        "model was not tuned on them."
     ]
 
 
@@ -166,8 +169,8 @@ def _zeros_sentence(store: Store, comparisons: Sequence[Comparison]) -> str:
     return f"Zeros lost by SPP, in all of its tuned models together ({len(models)}): {lost:,}{merged}."
 
 
-def _text_names(store: Store) -> str:
-    return ", ".join(text_name(store, text) for text in store.records[0].measured["losses"])
+def _text_names(store: Store, one: Comparison) -> str:
+    return ", ".join(text_name(store, text) for text in one.dense.deployed[0]["losses"])
 
 
 def text_name(store: Store, text: str) -> str:
