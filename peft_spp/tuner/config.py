@@ -72,7 +72,7 @@ class SPPConfig(PeftConfig):
             distribution and sets B to zero, so that the adapter is a no-op before training. Passing 'positive' takes
             the absolute values of the same draws for A. A change of B then scales whole rows of the weight from the
             first step on, as in IA³. It costs nothing, and ended 0.1 to 0.5 % lower in perplexity in each of 12 pairs
-            of runs on two small models (docs/quality.md). On SmolLM2-135M it was 0.5 % lower too, but not better in
+            of runs on two small models (docs/quality.md). On SmolLM2-135M it was 0.4 % lower too, but not better in
             tasks (docs/pretrained.md), so True stays the default, as in the paper. Passing False draws B at random
             too; this is intended for debugging purposes.
         layers_to_transform (`Union[List[int], int]`):
