@@ -246,7 +246,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     """
     note = (
         "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
-        f"accuracy. Hollow: distilled, or zeros lost.\n{machines(store, capability=False)}"
+        f"accuracy.\nHollow: distilled, or zeros lost. {machines(store, capability=False)}"
     )
     figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
     for place, one in enumerate(comparisons):
