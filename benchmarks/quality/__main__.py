@@ -73,9 +73,7 @@ def main(
     ] = None,
     steps_only: Annotated[
         bool,
-        typer.Option(
-            "--steps-only", help="Only the costs of training steps: these want a machine without other work."
-        ),
+        typer.Option("--steps-only", help="Only the costs of training steps. Run it on an idle machine."),
     ] = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of each fine-tuning, instead of the suite's.")

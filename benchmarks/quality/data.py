@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import typer
 from transformers import PreTrainedTokenizerBase
@@ -180,7 +181,7 @@ def _parts(text: str) -> list[str]:
 def _read_problems(file: Path) -> list[Problem]:
     if not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    rows = _read_rows(file)
     # the answers have the calculations once more between << and >>, for a calculator
     return [Problem(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows]
 
@@ -189,11 +190,14 @@ def _read_questions(folder: Path) -> list[str]:
     """The questions with choices of `*_train.jsonl`, with their right answers."""
     texts = []
     for file in sorted(folder.glob("*_train.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
         task = file.stem.removesuffix("_train")
         texts += [
             f"{question_prompt(task, row['question'])} {row['choices'][row['answer']]}"
-            for row in rows
+            for row in _read_rows(file)
             if "choices" in row
         ]
     return texts
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]

@@ -77,9 +77,8 @@ class Session:
             name = contender_name(contender.method, options)
             steps = self.suite.budget.steps
             if contender.equal == "time":
-                if profile is None:
-                    raise ValueError(f"{name} at equal time needs the costs of the steps: run --steps-only before")
-                steps = equal_time_steps(steps, profile, "spp", name)
+                costs = profile or self._known_profile(study, {"spp", name})
+                steps = equal_time_steps(steps, costs, "spp", name)
                 plain = replace(contender, equal=None)
                 rate = chosen[name] if name in chosen else self._stable_rate(study, plain, options)
             else:
@@ -217,6 +216,10 @@ class Session:
     def _profile(self, study: Study) -> dict[str, Any] | None:
         """The costs of the steps of several methods, once for a model: they do not depend on where the zeros are."""
         base = self.bases[study.model]
+        # those of a checkpoint are measured in a separate study, which is run on an idle machine
+        apart = isinstance(base.spec, Checkpoint) and not study.steps_only
+        if apart or {one.method for one in study.contenders} == {"spp"}:
+            return None
         # SPP is always among them: times are told as ratios to its
         contenders: dict[str, tuple[str, Mapping[str, Any]]] = {contender_name("spp", {}): ("spp", {})}
         for contender in study.contenders:
@@ -224,18 +227,16 @@ class Session:
             # a step does not depend on the text, and a teacher adds a forward pass to any method's
             if not {"teacher", "text"} & set(options):
                 contenders[contender_name(contender.method, options)] = (contender.method, options)
-        of_model = {"base": base.fingerprint, "model": study.model}
-        if isinstance(base.spec, Checkpoint) and not study.steps_only:
-            # of a checkpoint they are measured in a study of their own, which wants a machine without other work
-            found = (one for one in reversed(self.store.records) if of_model.items() <= one.settings.items())
-            return next(
-                (one.measured for one in found if one.kind == "profile" and contenders.keys() <= one.measured.keys()),
-                None,
-            )
-        if {one.method for one in study.contenders} == {"spp"}:
-            return None
-        settings = {**of_model, "contenders": sorted(contenders)}
+        settings = {"base": base.fingerprint, "model": study.model, "contenders": sorted(contenders)}
         return self._measure("profile", settings, lambda: measure_steps(base, study.pruning, contenders))
+
+    def _known_profile(self, study: Study, names: set[str]) -> dict[str, Any]:
+        """The newest costs of the steps that have these contenders."""
+        fingerprint = self.bases[study.model].fingerprint
+        for one in reversed(self.store.records):
+            if one.kind == "profile" and one.settings["base"] == fingerprint and names <= one.measured.keys():
+                return one.measured
+        raise ValueError(f"the costs of the steps of {', '.join(sorted(names))} are missing: run --steps-only before")
 
     def _options(self, contender: Contender, base: BaseModel) -> dict[str, Any]:
         if contender.equal != "parameters":

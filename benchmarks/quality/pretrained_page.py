@@ -21,7 +21,7 @@ from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
 from .pretrained_findings import MAIN_TEXT, details, findings, points, spp_entries, text_name
-from .pretrained_results import Comparison, Entry, comparisons_of
+from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
 
@@ -48,7 +48,8 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     ]
     for comparison in comparisons:
         parts += [f"## {comparison.pruning.label}", quality_table(store, comparison)]
-        parts += [bullets(details(comparison))] if details(comparison) else []
+        said = details(comparison)
+        parts += [bullets(said)] if said else []
     read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
@@ -197,8 +198,7 @@ def method(store: Store) -> str:
 
 def machines(store: Store, capability: bool = True) -> str:
     """The processors that something was measured on, and the versions of PyTorch."""
-    hardware = [one["hardware"] for one in store.environments]
-    names = [f"{one['cpu']} ({one['cpu_capability']})" if capability else one["cpu"] for one in hardware]
+    names = [machine_name(one) if capability else one["hardware"]["cpu"] for one in store.environments]
     versions = [one["versions"]["torch"] for one in store.environments]
     return f"{', '.join(dict.fromkeys(names))}; PyTorch {', '.join(dict.fromkeys(versions))}"
 

@@ -168,7 +168,12 @@ def comparisons_of(store: Store) -> list[Comparison]:
 
 def machine_of(store: Store, record: Record) -> str:
     """What a record was measured on, for readers."""
-    hardware = store.environments[record.environment]["hardware"]
+    return machine_name(store.environments[record.environment])
+
+
+def machine_name(environment: Mapping[str, Any]) -> str:
+    """The processor of an environment, and the instructions that PyTorch uses of it."""
+    hardware = environment["hardware"]
     return f"{hardware['cpu']} ({hardware['cpu_capability']})"
 
 

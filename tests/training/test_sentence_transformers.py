@@ -24,6 +24,8 @@ from peft_spp import SPPConfig
 from peft_spp.merge import merge_checkpoint
 from peft_spp.sparsity import compare_sparsity
 
+from helpers.tiny import block_linears, prune_
+
 
 WORDS = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(50))])}
 
@@ -34,9 +36,8 @@ def pruned(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     model = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes))
-    with torch.no_grad():
-        for weight in (parameter for parameter in model.encoder.parameters() if parameter.ndim == 2):
-            weight[torch.rand_like(weight) < 0.5] = 0
+    for layer in block_linears(model).values():
+        prune_(layer.weight, "2:4")
     model.save_pretrained(tmp_path / "pruned")
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
