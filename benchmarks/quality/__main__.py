@@ -138,7 +138,11 @@ def main(
         told = any(one.options.get("text") == "questions" for study in narrowed.studies for one in study.contenders)
         if told and not texts.questions:
             raise typer.BadParameter(f"{data} has no *_train.jsonl of questions with choices.", param_hint="--data")
-        store.begin(describe_run(run.device), {"text": texts.source, "suite": described(chosen)})
+        about = {"text": texts.source, "suite": described(chosen), "questions": texts.questions_id}
+        try:
+            store.begin(describe_run(run.device), about)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--data") from error
         # what is left out is described all the same: the page tells what is missing
         every_study = chosen.studies
         chosen = replace(chosen, studies=narrowed.studies)

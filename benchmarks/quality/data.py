@@ -67,6 +67,7 @@ class Texts:
         apart (`Mapping[str, tuple[str, ...]]`): Texts to measure on one by one: the test texts by their file, and
             Python's documentation, which no folder's text is like.
         questions (`tuple[str, ...]`): The training parts of the tasks, each question with its right answer.
+        questions_id (`str`): Tells the questions of the tasks, of both parts, from others.
     """
 
     train: tuple[str, ...]
@@ -76,6 +77,7 @@ class Texts:
     source: str
     apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     questions: tuple[str, ...] = ()
+    questions_id: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -124,6 +126,7 @@ def load_texts(folder: Path | None, seed: int) -> Texts:
         ", ".join(names),
         {name: some for name, some in apart.items() if some} | {UNLIKE: tuple(topics.values())},
         tuple(_read_questions(folder)),
+        _questions_id(folder),
     )
 
 
@@ -186,17 +189,26 @@ def _read_problems(file: Path) -> list[Problem]:
     return [Problem(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in rows]
 
 
+def question_files(folder: Path, part: str) -> dict[str, Path]:
+    """The files named `*_{part}.jsonl` whose questions have choices, by the name of the task."""
+    files = {file.stem.removesuffix(f"_{part}"): file for file in sorted(folder.glob(f"*_{part}.jsonl"))}
+    return {task: file for task, file in files.items() if any("choices" in row for row in _read_rows(file)[:1])}
+
+
 def _read_questions(folder: Path) -> list[str]:
-    """The questions with choices of `*_train.jsonl`, with their right answers."""
-    texts = []
-    for file in sorted(folder.glob("*_train.jsonl")):
-        task = file.stem.removesuffix("_train")
-        texts += [
-            f"{question_prompt(task, row['question'])} {row['choices'][row['answer']]}"
-            for row in _read_rows(file)
-            if "choices" in row
-        ]
-    return texts
+    """The questions of the tasks' training parts, with their right answers."""
+    return [
+        f"{question_prompt(task, row['question'])} {row['choices'][row['answer']]}"
+        for task, file in question_files(folder, "train").items()
+        for row in _read_rows(file)
+    ]
+
+
+def _questions_id(folder: Path) -> str:
+    """Tells the questions with choices of a folder from others."""
+    files = {part: question_files(folder, part) for part in ("train", "test")}
+    content = {part: {task: _read_rows(file) for task, file in some.items()} for part, some in files.items()}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from peft_spp.durable import write_text
 from peft_spp.installing import how_to_install
 
-from .data import question_prompt
+from .data import question_files, question_prompt
 
 
 TASK = """task: {name}
@@ -103,11 +103,7 @@ def write_tasks(data: Path, folder: Path) -> tuple[str, ...]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = []
-    for file in sorted(data.glob("*_test.jsonl")):
-        name = file.stem.removesuffix("_test")
-        with file.open(encoding="utf-8") as lines:
-            if "choices" not in json.loads(next(lines)):
-                continue
+    for name, file in question_files(data, "test").items():
         prompt = question_prompt(name, "{{question}}").replace("\n", "\\n")
         write_text(
             folder / f"{name}.yaml", TASK.format(name=name, file=json.dumps(str(file.resolve())), prompt=prompt)

@@ -54,7 +54,7 @@ OTHERS = (
     distilled(MASKED_FULL, "both"),
     Contender("spp_positive", {"r": 64}, rates=SPP_RATES),
 )
-EQUAL = tuple(replace(rival, equal=equal) for rival in (HIRA, MASKED_LORA) for equal in ("parameters", "time"))
+EQUAL = tuple(replace(rival, equal=equal) for equal in ("time", "parameters") for rival in (HIRA, MASKED_LORA))
 """SPP's rivals that keep the zeros, at equal parameters and at equal time."""
 AT_50 = Pruning("wanda", 0.5)
 SPARSEGPT_2_4 = Pruning("sparsegpt", "2:4")

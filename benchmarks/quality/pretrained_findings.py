@@ -20,13 +20,15 @@ def points(gain: float, error: float) -> str:
 
 
 def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
-    """What a user should know: of each pruning one sentence of what it took and one of what SPP brought back."""
+    """What a user should know: of each pruning what it took and what came back, and what the start of A changes."""
     said = []
     for one in comparisons:
         spp = main_entry(one)
-        said.append(_pruned_sentence(store, one) + ("" if spp is None else f" {_won_back_sentence(one, spp)}"))
-    tuned = [one for one in comparisons if main_entry(one) is not None]
-    return [*said, *_start_sentence(comparisons), _zeros_sentence(store, comparisons)] if tuned else said
+        sentences = [_pruned_sentence(one)]
+        if spp is not None:
+            sentences += [_accuracy_sentence(one, spp), _text_sentence(one, spp), *_told_sentence(one)]
+        said.append(" ".join(sentences))
+    return [*said, *_start_sentence(comparisons), *_zeros_sentence(comparisons)]
 
 
 def details(one: Comparison) -> list[str]:
@@ -34,8 +36,7 @@ def details(one: Comparison) -> list[str]:
     spp = main_entry(one)
     if spp is None:
         return []
-    said = [*_rivals_sentence(one, spp), *_told_sentence(one), *_probability_sentence(one)]
-    return [*said, *_elsewhere_sentence(one)]
+    return [*_rivals_sentences(one, spp), *_probability_sentence(one), *_elsewhere_sentence(one)]
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -48,27 +49,36 @@ def spp_entries(one: Comparison) -> list[Entry]:
     return [entry for entry in one.entries if entry.settings["method"].startswith("spp")]
 
 
-def _pruned_sentence(store: Store, one: Comparison) -> str:
+def _pruned_sentence(one: Comparison) -> str:
     lost, error = one.pruned.gain(one.dense)
     return (
-        f"{one.pruning.label}: pruning takes the perplexity on {_text_names(store, one)} from "
-        f"{_perplexities(one.dense)} to {_perplexities(one.pruned)}, and the mean accuracy from "
-        f"{one.dense.accuracy:.1%} to {one.pruned.accuracy:.1%} ({points(lost, error)} points)."
+        f"{one.pruning.label}: the mean accuracy falls from {one.dense.accuracy:.1%} to {one.pruned.accuracy:.1%} "
+        f"({points(lost, error)} points)."
     )
 
 
-def _won_back_sentence(one: Comparison, spp: Entry) -> str:
-    untold = [entry for entry in spp_entries(one) if not entry.saw_tasks]
-    best_text = max(untold, key=lambda entry: one.won_back(entry, UNLIKE))
-    best = max(untold, key=lambda entry: entry.accuracy)
-    elsewhere = "" if best_text is spp else f" ({one.won_back(best_text, UNLIKE):.0%} by {best_text.label})"
-    tasks = _tasks(one, spp)
-    if best is not spp:
-        tasks += f"; the most accurate of SPP's {len(untold)} variants, {best.label}, {_tasks(one, best)}"
+def _accuracy_sentence(one: Comparison, spp: Entry) -> str:
+    """How much of the accuracy SPP wins back, and LoRA, which it stands in for."""
+    said = f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {_tasks(one, spp)}, with {_zeros(spp)}"
+    merged, masked = one.find("lora"), one.find("lora", "remasked")
+    if merged is not None:
+        said += f"; {merged.label} {one.tasks_won_back(merged):.0%}, with {_zeros(merged)}"
+    if masked is not None:
+        said += f"; {masked.label} {one.tasks_won_back(masked):.0%}"
+    return f"{said}."
+
+
+def _zeros(entry: Entry) -> str:
+    lost = sum(one["zeros_lost"] or 0 for one in entry.deployed)
+    return f"{lost:,} zeros lost" if lost else "no zero lost"
+
+
+def _text_sentence(one: Comparison, spp: Entry) -> str:
+    best = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
+    other = "" if best is spp else f" ({one.won_back(best, UNLIKE):.0%} by {best.label})"
     return (
-        f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {one.won_back(spp, MAIN_TEXT):.0%} of the "
-        f"log-perplexity on text like the tuning text, {one.won_back(spp, UNLIKE):.0%} on other text{elsewhere}, and "
-        f"of the accuracy {tasks}."
+        f"Of the log-perplexity SPP wins back {one.won_back(spp, MAIN_TEXT):.0%} on text like the tuning text and "
+        f"{one.won_back(spp, UNLIKE):.0%} on other text{other}."
     )
 
 
@@ -80,58 +90,70 @@ def _tasks(one: Comparison, entry: Entry) -> str:
     return f"{share:.0%} ({points(gain, error)} points{doubt})" if math.isfinite(share) else points(gain, error)
 
 
+def _told_sentence(one: Comparison) -> list[str]:
+    """What tuning on the training parts of the tasks does."""
+    told = [entry for entry in one.entries if entry.saw_tasks and entry.has_tasks]
+    if not told:
+        return []
+    shares = ", ".join(f"{one.tasks_won_back(entry):.0%} ({entry.label.partition(' (')[0]})" for entry in told)
+    return [f"With the tasks' own training questions in the tuning text, of the accuracy comes back: {shares}."]
+
+
+def _untold(one: Comparison) -> list[Entry]:
+    """The entries that were asked questions and not tuned on any."""
+    return [entry for entry in one.entries if entry.has_tasks and not entry.saw_tasks]
+
+
 def _probability_sentence(one: Comparison) -> list[str]:
-    untold = [entry for entry in one.entries if entry.has_tasks and not entry.saw_tasks]
-    own = [entry for entry in untold if entry in spp_entries(one)]
+    own = [entry for entry in _untold(one) if entry in spp_entries(one)]
     if not own:
         return []
-    best = max(own, key=lambda entry: entry.probability_gain(one.pruned)[0])
-    rivals = [entry for entry in untold if entry not in own]
-    compared = "".join(f"; {entry.label} by {points(*entry.probability_gain(one.pruned))}" for entry in rivals)
+
+    def moved(entry: Entry) -> float:
+        return entry.probability_gain(one.pruned)[0]
+
+    best = max(own, key=moved)
+    rivals = sorted((entry for entry in _untold(one) if entry not in own), key=moved)
+    ends = rivals[:1] + rivals[1:][-1:]
+    compared = " to ".join(f"{points(*entry.probability_gain(one.pruned))} ({entry.label})" for entry in ends)
     return [
         "The probability of the right choice, which shows smaller changes, moved by "
         f"{points(*one.pruned.probability_gain(one.dense))} points with pruning. From there {best.label}"
         f"{', the best of the SPP variants,' if len(own) > 1 else ''} moved it by "
-        f"{points(*best.probability_gain(one.pruned))}{compared}."
+        f"{points(*best.probability_gain(one.pruned))}{', the others by ' + compared if rivals else ''}."
     ]
 
 
-def _rivals_sentence(one: Comparison, spp: Entry) -> list[str]:
+def _rivals_sentences(one: Comparison, spp: Entry) -> list[str]:
     """SPP and each of the others whose zeros are kept too."""
     rivals = [
-        entry
-        for entry in one.entries
-        if entry.has_tasks
-        and entry not in spp_entries(one)
-        and not entry.saw_tasks
-        and entry.deployed[0]["zeros_lost"] == 0
+        entry for entry in _untold(one) if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0
     ]
     if not rivals:
         return []
-    own = spp.perplexity(MAIN_TEXT).mean
-    lower = [entry.label for entry in rivals if own < entry.perplexity(MAIN_TEXT).mean]
-    higher = [entry.label for entry in rivals if own >= entry.perplexity(MAIN_TEXT).mean]
-    order = [f"lower with {spp.label} than with {'; '.join(lower)}"] if lower else []
-    order += [f"{'not' if lower else f'not lower with {spp.label} than'} with {'; '.join(higher)}"] if higher else []
-    gains = {entry.label: spp.gain(entry) for entry in rivals}
-    large = [label for label, (gain, error) in gains.items() if abs(gain) > 2 * error]
-    verdict = f"More than two standard errors: {'; '.join(large)}." if large else "None exceeds two standard errors."
+    said = []
+    for text, name in ((MAIN_TEXT, "text like the tuning text"), (UNLIKE, "other text")):
+        own = spp.perplexity(text).mean
+        lower = [entry.label for entry in rivals if own < entry.perplexity(text).mean]
+        higher = [entry.label for entry in rivals if own >= entry.perplexity(text).mean]
+        order = [f"lower with {spp.label} than with {'; '.join(lower)}"] if lower else []
+        order += [f"higher than with {'; '.join(higher)}"] if higher else []
+        said.append(f"on {name} {', and '.join(order)}")
+    ahead, behind = ([entry.label for entry in rivals if sign * _certain(spp, entry) > 0] for sign in (1, -1))
+    accuracy = [f"more accurate than {'; '.join(ahead)}"] if ahead else []
+    accuracy += [f"less accurate than {'; '.join(behind)}"] if behind else []
     return [
-        "Among the methods that keep the zeros, the perplexity on text like the tuning text is "
-        f"{', '.join(order)}. The accuracy of {spp.label} minus theirs, on the same questions: "
-        f"{'; '.join(f'{label}: {points(*gain)}' for label, gain in gains.items())}. {verdict}"
+        f"Among the methods that keep the zeros, the perplexity is {'; '.join(said)}.",
+        f"By more than two standard errors {spp.label} is {' and '.join(accuracy)}."
+        if accuracy
+        else f"None of them differs in accuracy from {spp.label} by more than two standard errors.",
     ]
 
 
-def _told_sentence(one: Comparison) -> list[str]:
-    """What tuning on the training parts of the tasks does."""
-    told = [f"{entry.label} {_tasks(one, entry)}" for entry in one.entries if entry.saw_tasks and entry.has_tasks]
-    if not told:
-        return []
-    return [
-        f"With the tasks' training parts in the tuning text, won back of the accuracy: {'; '.join(told)}. The dense "
-        "model was not tuned on them."
-    ]
+def _certain(one: Entry, other: Entry) -> float:
+    """How much more accurate one is than the other, zero within two standard errors."""
+    gain, error = one.gain(other)
+    return gain if abs(gain) > 2 * error else 0.0
 
 
 def _elsewhere_sentence(one: Comparison) -> list[str]:
@@ -161,16 +183,10 @@ def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
     return [f"The positive start of A against the default start: {'; '.join(said)}."] if said else []
 
 
-def _zeros_sentence(store: Store, comparisons: Sequence[Comparison]) -> str:
+def _zeros_sentence(comparisons: Sequence[Comparison]) -> list[str]:
     models = [deployed for one in comparisons for entry in spp_entries(one) for deployed in entry.deployed]
     lost = sum(one["zeros_lost"] or 0 for one in models)
-    lora = next((entry for one in comparisons if (entry := one.find("lora"))), None)
-    merged = "" if lora is None else f"; LoRA, merged, lost {lora.deployed[0]['zeros_lost'] or 0:,}"
-    return f"Zeros lost by SPP, in all of its tuned models together ({len(models)}): {lost:,}{merged}."
-
-
-def _text_names(store: Store, one: Comparison) -> str:
-    return ", ".join(text_name(store, text) for text in one.dense.deployed[0]["losses"])
+    return [f"Zeros lost by SPP, in all of its tuned models together ({len(models)}): {lost:,}."] if models else []
 
 
 def text_name(store: Store, text: str) -> str:
@@ -178,7 +194,3 @@ def text_name(store: Store, text: str) -> str:
     if text == MAIN_TEXT:
         return "WikiText-2" if "wikitext" in store.about["text"] else "text"
     return {"problems": "GSM8K", UNLIKE: "Python docs"}[text]
-
-
-def _perplexities(entry: Entry) -> str:
-    return ", ".join(f"{entry.perplexity(text).mean:.1f}" for text in entry.deployed[0]["losses"])

@@ -20,7 +20,7 @@ from .data import UNLIKE
 from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_findings import MAIN_TEXT, details, findings, points, spp_entries, text_name
+from .pretrained_findings import MAIN_TEXT, details, findings, main_entry, points, spp_entries, text_name
 from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
@@ -72,21 +72,25 @@ def model_name(store: Store) -> str:
 def quality_table(store: Store, one: Comparison) -> str:
     """Perplexities and accuracies, a row for each deployed model."""
     texts = list(one.dense.deployed[0]["losses"])
+    spp = main_entry(one)
     rows = []
     for entry in (one.dense, one.pruned, *one.entries):
         cells = [_perplexity_cell(entry, text) for text in texts]
-        won_back = (f"{one.won_back(entry, text):.0%}" for text in (MAIN_TEXT, UNLIKE))
-        cells.append(" / ".join(won_back) if entry in one.entries else "–")
-        if entry.has_tasks:
-            cells.append(f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}")
-            cells.append("–" if entry is one.pruned else points(*entry.gain(one.pruned)))
-        else:
-            cells += ["as merged", "–"]
+        cells.append(_won_back_cell(one, entry) if entry in one.entries else "–")
+        cells.append(f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged")
+        cells.append(points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–")
         label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
         rows.append([label + " †" * (entry in one.entries and one.is_elsewhere(entry)), *cells])
     names = [text_name(store, text) for text in texts]
-    headings = ["", *names, "won back", "accuracy", "against pruned"]
+    headings = ["", *names, "won back", "accuracy", "SPP's lead"]
     return table(headings, rows, numbers_from=1)
+
+
+def _won_back_cell(one: Comparison, entry: Entry) -> str:
+    shares = [f"{one.won_back(entry, text):.0%}" for text in (MAIN_TEXT, UNLIKE)]
+    if entry.has_tasks and math.isfinite(share := one.tasks_won_back(entry)):
+        shares.append(f"{100 * share:.0f} ± {100 * one.tasks_won_back_error(entry):.0f}%")
+    return " / ".join(shares)
 
 
 def _perplexity_cell(entry: Entry, text: str) -> str:

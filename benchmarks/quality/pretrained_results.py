@@ -11,6 +11,7 @@ from typing import Any
 
 from .analysis import Spread, label_of
 from .design import Pruning
+from .methods import METHODS
 from .plan import contender_name
 from .store import Record, Store
 
@@ -115,7 +116,7 @@ class Comparison:
         pruning (`Pruning`): How it is pruned.
         dense (`Entry`): The model before.
         pruned (`Entry`): It, not tuned.
-        entries (`tuple[Entry, ...]`): It, tuned, in the order of the suite.
+        entries (`tuple[Entry, ...]`): It, tuned: SPP, then what keeps the zeros, then the others.
     """
 
     pruning: Pruning
@@ -147,6 +148,11 @@ class Comparison:
         lost = self.dense.gain(self.pruned)[0]
         return entry.gain(self.pruned)[0] / lost if lost > 0 else math.nan
 
+    def tasks_won_back_error(self, entry: Entry) -> float:
+        """The standard error of that share, with what pruning cost taken as exact; NaN if it cost none."""
+        lost = self.dense.gain(self.pruned)[0]
+        return entry.gain(self.pruned)[1] / lost if lost > 0 else math.nan
+
 
 def comparisons_of(store: Store) -> list[Comparison]:
     """The comparisons of a suite's last model, as far as they are measured, in the order of the prunings."""
@@ -159,11 +165,19 @@ def comparisons_of(store: Store) -> list[Comparison]:
             Pruning.of(name),
             dense,
             Entry("pruned, not tuned", (base.measured,), machine=machine_of(store, base)),
-            tuple(_entries(store, records, name)),
+            tuple(sorted(_entries(store, records, name), key=_place)),
         )
         for name, base in bases.items()
         if name is not None
     ]
+
+
+def _place(entry: Entry) -> tuple[int, int, int, str]:
+    """Where an entry stands among the others, in whatever order they were measured."""
+    method, options = entry.settings["method"], entry.settings["options"]
+    group = 0 if method.startswith("spp") else 1 if entry.deployed[0].get("zeros_lost") == 0 else 2
+    extras = sum(name in options for name in ("teacher", "text"))
+    return group, list(METHODS).index(method), extras, str(entry.settings["equal"] or "")
 
 
 def machine_of(store: Store, record: Record) -> str:

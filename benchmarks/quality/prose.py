@@ -91,22 +91,22 @@ HiRA there. That needs a GPU and has not been done yet.
 """
 
 PRETRAINED_OPENING = """
-This page shows what tuning wins back of a pruned {model} with the zeros kept: perplexity on text like the tuning text
-and unlike it, and accuracy on tasks. `python -m benchmarks.quality --suite pretrained` writes the page.
+What tuning wins back of a pruned {model} with the zeros kept: accuracy on tasks, and perplexity on text like the
+tuning text and unlike it. `python -m benchmarks.quality --suite pretrained` writes this page.
 """
 
 PRETRAINED_READING = """
-*Won back*: the share of the log-perplexity lost by pruning, on text like the tuning text / on text unlike it; above
-100% the model predicts that text better than the dense one, which was not tuned on such text.
+*Won back*: the share of what pruning took, of the log-perplexity on text like the tuning text / of that on other text
+/ of the accuracy. Above 100% the model predicts that text better than the dense one, which was not tuned on such text.
 *Accuracy*: the mean of acc_norm from lm-evaluation-harness, zero-shot, over the first questions of each test part
-({counts}), ± its standard error over the questions. *Against pruned*: the difference on the same questions, in points,
-± its standard error. The probability of the right choice is among all choices, each scored as if it had their mean
-length. Perplexities are over {blocks} sequences of each text; ± is the standard deviation over seeds where there are
-several. No training part of any task was tuned on, except where a label says so.
-*Distilled*: the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on
-samples*: on text that the dense model wrote; *on mixed text*: half that and half the tuning text. *Tuned on the tasks'
-training parts*: half of those, each question with its right answer, and half the tuning text. The dense model has
-{dense}.
+({counts}), ± its standard error over the questions. *SPP's lead*: the accuracy of SPP, with its default start where
+that was measured, minus that of the row, on the same questions, in points. The error of what is won back of the
+accuracy takes the loss by pruning as exact. The probability of the right choice is among all choices, each scored as
+if it had their mean length. Perplexities are over {blocks} sequences of each text; ± is the standard deviation over
+seeds where there are several. No training part of any task was tuned on, except where a label says so. *Distilled*:
+the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on samples*: on
+text that the dense model wrote; *on mixed text*: half that and half the tuning text. *Tuned on the tasks' training
+parts*: half of those, each question with its right answer, and half the tuning text. The dense model has {dense}.
 """
 
 PRETRAINED_PUBLISHED = """

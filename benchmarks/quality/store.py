@@ -72,7 +72,13 @@ class Store:
         return cls(suite, path, content["about"], content["environments"], records)
 
     def begin(self, environment: dict[str, Any], about: dict[str, Any]) -> None:
-        """Begin a run. What is measured from now on is measured there; a run that measures nothing leaves no trace."""
+        """
+        Begin a run. What is measured from now on is measured there; a run that measures nothing leaves no trace.
+
+        Raises:
+            ValueError: If the tasks of the runs before had other questions.
+        """
+        self._refuse_other_questions(about, "This run")
         self._new_environment = environment
         self.about = {**about, "complete": False}
 
@@ -102,8 +108,9 @@ class Store:
 
         Raises:
             ValueError: If that is another base model, or a run that this store has with another learning rate or
-                another number of steps. Nothing is added then.
+                another number of steps, or the tasks of that store have other questions. Nothing is added then.
         """
+        self._refuse_other_questions(other.about, str(other.path))
         bases, theirs = ({one.settings["base"] for one in some.records} for some in (self, other))
         if bases and theirs - bases:
             raise ValueError(f"{other.path} has measurements of another base model: {', '.join(theirs - bases)}")
@@ -120,7 +127,12 @@ class Store:
                 self.environments.append(other.environments[one.environment])
                 numbers[one.environment] = len(self.environments) - 1
             self.records.append(replace(one, environment=numbers[one.environment]))
-        self.about = self.about or other.about
+        self.about = {**other.about, **self.about}
+
+    def _refuse_other_questions(self, about: Mapping[str, Any], name: str) -> None:
+        own, other = self.about.get("questions"), about.get("questions")
+        if own and other and own != other:
+            raise ValueError(f"{name} asks other questions than {self.path} has answers to: use another --output-dir.")
 
     def relabel(self, kind: str, settings: Mapping[str, Any], new: str, write: bool = True) -> None:
         """Give a measurement another kind: of several processes one is to `write`."""

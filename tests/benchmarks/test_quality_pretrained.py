@@ -84,7 +84,26 @@ def test_perplexity_and_accuracy_are_over_seeds_and_questions(store):
     # the variances of (0, 0, 1/2, 0) and (1, 0, 0, 0) are 1/16 and 1/4
     assert error == pytest.approx(math.sqrt((1 / 16) / 4 + (1 / 4) / 4) / 2)
     assert spp.probability_gain(one.pruned) == pytest.approx((0.35 - 0.5, 0.0))
-    assert one.tasks_won_back(spp) == pytest.approx(gain / ((2 / 4 + 3 / 4) / 2))
+    lost = (2 / 4 + 3 / 4) / 2
+    assert one.tasks_won_back(spp) == pytest.approx(gain / lost)
+    assert one.tasks_won_back_error(spp) == pytest.approx(error / lost)
+
+
+def test_rows_stand_in_one_order_however_they_were_measured(store):
+    names = [[entry.label for entry in one.entries] for one in comparisons_of(store)]
+    store.records[2:] = store.records[:1:-1]
+    assert names == [[entry.label for entry in one.entries] for one in comparisons_of(store)]
+    assert "SPP" in names[0][0] and "Masked full" in names[0][1]
+
+
+def test_the_page_says_who_is_ahead_on_which_text(store, tmp_path):
+    write_pretrained(store, tmp_path / "page.md")
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    higher = "higher than with Masked full fine-tuning"
+    assert f"on text like the tuning text {higher}; on other text {higher}." in page
+    assert "None of them differs in accuracy" in page and "wins back 30% (+18.8 ± 14.0 points" in page
+    row = next(line for line in page.split(" | ") if line.startswith("75% / 75%"))
+    assert row == "75% / 75% / 30 ± 22%"
 
 
 def test_the_probability_of_a_choice_does_not_depend_on_its_length():
@@ -262,12 +281,12 @@ def test_what_was_tuned_on_the_tasks_is_compared_separately(store, tmp_path):
     told = {**settings, "options": {"text": "questions"}, "steps": 2}
     store.add("tune", told, {**trained, "deployments": merged})
     (one,) = comparisons_of(store)
-    assert [entry.saw_tasks for entry in one.entries] == [False, False, True]
+    assert [entry.saw_tasks for entry in one.entries] == [False, True, False]
     write_pretrained(store, tmp_path / "page.md")
     page = " ".join((tmp_path / "page.md").read_text().split())
     told = "SPP, positive start, r=16 (tuned on the tasks' training parts)"
-    assert f"in the tuning text, won back of the accuracy: {told} 120%" in page
-    # its row, that sentence, and its rate
+    assert "in the tuning text, of the accuracy comes back: 120% (SPP, positive start, r=16)." in page
+    # its row and its rate
     assert page.count(told) == 2
 
 
@@ -299,6 +318,24 @@ def test_questions_are_written_as_the_tasks_ask_them(tmp_path):
     write_tasks(tmp_path, tmp_path / "tasks")
     assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in (tmp_path / "tasks" / "arc_easy.yaml").read_text()
     assert 'doc_to_text: "{{question}}"' in (tmp_path / "tasks" / "openbookqa.yaml").read_text()
+
+
+def test_results_are_of_one_set_of_questions(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {n}. {'word ' * 300}" for n in range(30)))
+    found = []
+    for part, answer in (("train", 0), ("train", 1), ("test", 1)):
+        row = {"question": "Why?", "choices": ["a", "b"], "answer": answer}
+        (tmp_path / f"arc_easy_{part}.jsonl").write_text(json.dumps(row) + "\n")
+        found.append(load_texts(tmp_path, seed=0).questions_id)
+    assert len(set(found)) == 3
+    own, other = (Store("pretrained", tmp_path / f"{name}.json") for name in ("own", "other"))
+    own.begin(ENVIRONMENT, {"questions": found[0]})
+    own.begin(ENVIRONMENT, {"questions": found[0]})
+    other.begin(ENVIRONMENT, {"questions": found[1]})
+    with pytest.raises(ValueError, match=r"This run asks other questions than .*own\.json has answers to"):
+        own.begin(ENVIRONMENT, {"questions": found[1]})
+    with pytest.raises(ValueError, match=r"other\.json asks other questions"):
+        own.take(other)
 
 
 def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
