@@ -19,7 +19,7 @@ from .functional.row_blocks import refine_row_blocks
 from .tuner import SPPConfig, SPPLayer
 from .tuner.adapter_files import PREFIX
 from .tuner.base_record import check_base
-from .tuner.loading import read_if_ours
+from .tuner.loading import check_tokens, read_if_ours
 from .tuner.module_names import own_modules
 from .tuner.settings import check_choice, check_rank
 
@@ -272,6 +272,7 @@ def _check_configs(model: nn.Module, layers: Collection[SPPLayer], adapter_name:
             f"Configs are incompatible: for spp_dropout, {loaded.spp_dropout} != {config.spp_dropout}. Change "
             "`spp_dropout` in the new configuration, or load the new adapter as a separate one."
         )
+    check_tokens("The new adapter", config, loaded, adapter_name)
     return loaded
 
 

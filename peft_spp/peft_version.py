@@ -13,8 +13,9 @@ from packaging.version import Version
 from ._version import __version__
 
 
-# from 0.21 on, PEFT lets a method name and check the tensors that it saves and loads
-MIN_PEFT, UNTESTED_PEFT = "0.21", "0.22"
+# from 0.21 on, PEFT lets a method name and check the tensors that it saves and loads; 0.21.0 fails on the
+# encoder-decoder models of newer Transformers
+MIN_PEFT, UNTESTED_PEFT = "0.21.2", "0.22"
 
 # what is used of PEFT beyond its documented API; docs/contributing.md says what for
 _RELIED_ON = {

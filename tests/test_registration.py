@@ -104,14 +104,14 @@ def test_importing_again_is_a_no_op():
     assert list(PeftType) == members and len(PEFT_TYPE_TO_CONFIG_MAPPING) == tables and PeftType.SPP is member
 
 
-@pytest.mark.parametrize("version", ["0.19.1", "0.20.0"])
+@pytest.mark.parametrize("version", ["0.19.1", "0.20.0", "0.21.1"])
 def test_an_old_peft_is_named(version, monkeypatch):
     monkeypatch.setattr(peft, "__version__", version)
     with pytest.raises(ImportError, match=version.replace(".", r"\.")):
         check_peft()
 
 
-@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.22.0.dev0", peft.__version__])
+@pytest.mark.parametrize("version", ["0.21.2", "0.21.3", "0.22.0.dev0", peft.__version__])
 def test_a_supported_peft_passes(version, monkeypatch, recwarn):
     monkeypatch.setattr(peft, "__version__", version)
     check_peft()

@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
@@ -55,6 +56,7 @@ class OutputFolder:
         self._old: dict[Path, Signature] = {}
         self._exists = self.path.exists()
         self._in_place = False
+        self._mode: int | None = None
         self._made_parents: list[Path] = []
         self._working = self.path
         if not self._exists:
@@ -103,7 +105,8 @@ class OutputFolder:
         if not self._exists:
             with suppress(FileNotFoundError):
                 self.path.lstat()  # a name that is too long for the file system
-        for folder in {place, *(self.path / name.parent for name in self._old)}:
+        own = [self.path] if self._exists else []
+        for folder in {place, *own, *(self.path / name.parent for name in self._old)}:
             try:
                 tempfile.TemporaryFile(prefix=".peft-spp.", dir=folder).close()
             except OSError as error:
@@ -119,10 +122,23 @@ class OutputFolder:
                 parent.mkdir(exist_ok=True)
                 self._made_parents.append(parent)
             self._working.mkdir()
+            self._take_over_owner_and_mode()
         except OSError:
             self._remove_made_parents()
             raise
         return self
+
+    def _take_over_owner_and_mode(self) -> None:
+        """Give the new folder what the old one has, so that new files inherit its group if it says so."""
+        if self._in_place or not self._exists:
+            return
+        old = self.path.stat()
+        for owner in (old.st_uid, -1):
+            with suppress(PermissionError):  # a user may hand a folder over to one of his groups alone
+                os.chown(self._working, owner, old.st_gid)
+                break
+        self._mode = stat.S_IMODE(old.st_mode)
+        self._working.chmod(self._mode | stat.S_IRWXU)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -157,6 +173,8 @@ class OutputFolder:
         """Put the new files in their place, in the place of the old ones if there are any."""
         for where, _, _ in os.walk(self._working):
             sync_folder(Path(where))
+        if self._mode is not None:
+            self._working.chmod(self._mode)
         left: list[Path] = []
         if self._in_place:
             left = put_inside(self._working, self.path, self._old, self._hidden("replaced"))

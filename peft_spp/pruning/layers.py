@@ -63,7 +63,7 @@ def find_target_layers(
     """Find the linear layers to prune, and the experts. An expert goes by its own name and that of its stack."""
     if hasattr(model, "peft_config"):
         raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
-    layers = prunable_layers(model)
+    every = layers = prunable_layers(model)
     compressed = next((name for name, layer in layers.items() if isinstance(layer, CompressedLinear)), None)
     compressed = compressed or next(iter(find_compressed_stacks(model)), None)
     if compressed is not None:
@@ -75,10 +75,22 @@ def find_target_layers(
     if not layers:
         raise ValueError(f"No linear layer of the model matches {target_modules=}.")
     if exclude_modules is not None:
+        exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
+        _warn_of_names_without_layers(every, exclude_modules)
         layers = {name: layer for name, layer in layers.items() if not _matches(name, layer, exclude_modules)}
         if not layers:
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
     return _linear_maps(layers, named=target_modules is not None)
+
+
+def _warn_of_names_without_layers(layers: Mapping[str, PrunableLayer], exclude_modules: str | list[str]) -> None:
+    wanted: list[str | list[str]] = (
+        [exclude_modules] if isinstance(exclude_modules, str) else [[one] for one in exclude_modules]
+    )
+    missing = [one for one in wanted if not any(_matches(name, layer, one) for name, layer in layers.items())]
+    if missing:
+        names = ", ".join(repr(one) if isinstance(one, str) else repr(one[0]) for one in missing)
+        warnings.warn(f"exclude_modules: no linear layer of the model matches {names}.", stacklevel=3)
 
 
 def prunable_layers(model: nn.Module) -> dict[str, PrunableLayer]:

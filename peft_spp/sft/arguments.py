@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def parse_arguments(args: Sequence[str], method: Method) -> Arguments:
     try:
         # the last is the namespace of --config, which TrlParser has taken out of the words by then
         *parsed, _ = parser.parse_args_and_config(words)
-    except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, ImportError, yaml.YAMLError) as error:
         raise InputError(no_gpu_hint(error) or one_line(error)) from error
     arguments = Arguments(method, *parsed)
     _check(arguments)
@@ -63,6 +64,11 @@ def _check(arguments: Arguments) -> None:
         )
     if (script.dataset_streaming or mixture.streaming) and arguments.training.max_steps <= 0:
         raise InputError("Streamed data has no length. Pass --max_steps.")
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if (value := getattr(arguments.training, name)) < 1:
+            raise InputError(f"--{name} {value} cannot be used: it should be 1 or more.")
+    if not 0 <= (rate := arguments.training.learning_rate) < math.inf:
+        raise InputError(f"--learning_rate {rate} cannot be used: it should be a number, 0 or more.")
     if arguments.spp.spp_check_base_steps < 0:
         raise InputError("--spp_check_base_steps should be a number of steps, or 0.")
     try:

@@ -6,14 +6,31 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
+from peft.utils.constants import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints.safetensors_files import read_json
+from ..tuner import SPPConfig
 from ..tuner.saved_adapter import read_adapter
 from .errors import InputError
+from .spp_arguments import flag_of
 
+
+# what cannot change in the midst of a run
+_SAME = (
+    "r",
+    "spp_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+    "trainable_token_indices",
+    "bias",
+)
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -61,17 +78,39 @@ def incompleteness(checkpoint: Path) -> str | None:
     match = _NAME.fullmatch(checkpoint.name)
     if match and step != int(match[1]):
         return f"{TRAINER_STATE_NAME} belongs to step {step}"
-    try:
-        read_adapter(checkpoint, pickled=True)
-    except FileNotFoundError:
-        return "it has no adapter"
-    except ValueError as error:
-        return str(error)
+    # PEFT writes an adapter that is not called "default" into a subfolder of its name
+    folders = [one for one in (checkpoint, *sorted(checkpoint.iterdir())) if (one / CONFIG_NAME).is_file()]
+    for folder in folders or [checkpoint]:
+        try:
+            read_adapter(folder, pickled=True)
+        except FileNotFoundError:
+            return "it has no adapter" if folder == checkpoint else f"its adapter {folder.name!r} has no weights"
+        except ValueError as error:
+            return str(error)
     # torch.save writes zip archives, whose directory comes at the end
     for path in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
         if not zipfile.is_zipfile(path):
             return f"{path.name} is truncated"
     return None
+
+
+def check_settings(checkpoint: str, config: SPPConfig) -> None:
+    """Check that the adapter of a checkpoint has the settings of a run, before the model is loaded."""
+    file = Path(checkpoint) / CONFIG_NAME
+    saved = read_json(file) if file.is_file() else {}
+    for name in _SAME:
+        own, other = getattr(config, name), saved.get(name)
+        if name not in saved or (own or None) == (other or None):
+            continue
+        if name == "target_modules":  # without the flag, the saved names are those that were found
+            if not isinstance(own, Collection) or not isinstance(other, list) or set(own) == set(other):
+                continue
+            own = sorted(own)
+        raise InputError(
+            f"Cannot resume from the checkpoint {checkpoint!r}: its adapter has --{flag_of(name)} {other}, and this "
+            f"run {own}. Pass what the checkpoint has, or train into another --output_dir without "
+            "--resume_from_checkpoint."
+        )
 
 
 def find_checkpoint(request: str | None, output_dir: str | Path) -> str | None:

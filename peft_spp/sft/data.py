@@ -194,6 +194,11 @@ def _check_rows(dataset: Any, split: str, columns: Sequence[tuple[str, ...]], ne
                     f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training needs "
                     f"{_IN_WORDS[wanted]}. Correct the row, or remove it."
                 )
+            if wanted is list and not value:
+                raise InputError(
+                    f"Row {number} of the split {split!r} has a {column!r} without messages. Correct the row, or "
+                    "remove it."
+                )
 
 
 _IN_WORDS = {list: "a list of messages", str: "text", bool: "true or false"}

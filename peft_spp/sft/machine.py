@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def check_output(folder: Path) -> None:
         raise InputError(f"--output_dir {str(folder)!r} cannot be created: {place} is not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {str(folder)!r} cannot be written to: no permission for {place}.")
+
+
+def check_apart(output: str, sources: Iterable[str | None]) -> None:
+    """Check that the adapter does not go into the folder of a model, which would load with it from then on."""
+    for source in sources:
+        if source is not None and os.path.realpath(source) == os.path.realpath(output):
+            raise InputError(f"--output_dir {output!r} is the folder of the model {source!r}. Name another folder.")
 
 
 def no_gpu_hint(error: BaseException) -> str | None:

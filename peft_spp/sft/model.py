@@ -73,17 +73,30 @@ def check_model(model: ModelConfig, config: SPPConfig, trust_remote_code: bool) 
     empty = _build_empty(model, model_config, trust_remote_code, scores)
     if not scores and not empty.can_generate():
         raise InputError(f"The model {name!r} is a {type(empty).__name__}, which does not generate text.")
+    _check_tokens(config, empty)
     try:
         adapted = get_peft_model(empty, config, low_cpu_mem_usage=True)
     except ValueError as error:
         raise InputError(f"The model {name!r} cannot be adapted: {one_line(error)}") from error
-    _check_weights(name)
+    check_weights(name)
     layers = [module.module_name for module in adapted.modules() if isinstance(module, SPPLayer)]
     trainable, total = adapted.get_nb_trainable_parameters()
     return BaseModel(cast(PreTrainedModel, adapted.unload()), processor, layers, trainable, total)
 
 
-def _check_weights(name: str) -> None:
+def _check_tokens(config: SPPConfig, model: PreTrainedModel) -> None:
+    """Check that the tokens to train are in the model's vocabulary."""
+    indices = config.trainable_token_indices or []
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for token in indices if isinstance(indices, list) else [one for some in indices.values() for one in some]:
+        if token < 0 or (rows is not None and isinstance(indices, list) and token >= rows):
+            raise InputError(
+                f"--spp_trainable_token_indices names token {token}, and the model has embeddings for the tokens 0 to "
+                f"{'the last' if rows is None else rows - 1}."
+            )
+
+
+def check_weights(name: str) -> None:
     """Check that the files of a local model are there and whole, by their headers."""
     folder = Path(name).expanduser()
     # what is pickled is read by nobody before the run

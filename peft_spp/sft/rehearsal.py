@@ -55,12 +55,15 @@ def rehearse(recipe: Recipe, model: BaseModel, train_dataset: Any, eval_dataset:
                 peft_config=recipe.arguments.spp.to_config(method.task_type),
                 **recipe.rehearsal_arguments(),
             )
-        except (ValueError, TypeError, KeyError, ImportError, RuntimeError, TemplateError) as error:
+        except _CANNOT_TRAIN as error:
             raise InputError(f"TRL cannot train with these arguments and data: {one_line(error)}") from error
     for name, prepared in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if isinstance(prepared, Dataset):
             _check_prepared(name, prepared, empty, trainer.processing_class, training)
 
+
+# what TRL, Transformers and templates raise of arguments and data that do not go together
+_CANNOT_TRAIN = (ValueError, TypeError, LookupError, ArithmeticError, ImportError, RuntimeError, TemplateError)
 
 # what writes to a folder or the Hub, or needs weights, and what is for loading them
 _EFFECTS = {
@@ -127,17 +130,20 @@ def _check_prepared(
     positions = _positions(model)
     tokenizer = getattr(processor, "tokenizer", processor)
     # batches are filled up with the padding token
-    largest, longest = tokenizer.pad_token_id, 0
+    smallest, largest, longest = 0, tokenizer.pad_token_id, 0
     for batch in prepared.select_columns(columns).with_format("arrow").iter(10_000):
         for column in columns:
             ids = batch[column]
-            largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(ids)).as_py() or 0)
+            ends = pyarrow.compute.min_max(pyarrow.compute.list_flatten(ids)).as_py()
+            smallest, largest = min(smallest, ends["min"] or 0), max(largest, ends["max"] or 0)
             lengths = pyarrow.compute.list_value_length(ids)
             if _PROMPT in columns and column != _PROMPT:
                 lengths = pyarrow.compute.add(lengths, pyarrow.compute.list_value_length(batch[_PROMPT]))
             longest = max(longest, pyarrow.compute.max(lengths).as_py() or 0)
     if _PROMPT in columns and limit is not None:
         longest = min(longest, limit)  # truncated while training
+    if smallest < 0:
+        raise InputError(f"The data to {name} on has token {smallest}. Tokens are counted from 0.")
     if rows is not None and largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise InputError(

@@ -16,9 +16,9 @@ from ..callbacks import SPPGuardCallback
 from ..other_libraries import without_their_future_warnings
 from .arguments import Arguments, parse_arguments
 from .base_report import SparsityCallback, sparsity_on_disk
-from .checkpoints import find_checkpoint
+from .checkpoints import check_settings, find_checkpoint
 from .data import check_sources, load_data
-from .machine import check_machine
+from .machine import check_apart, check_machine
 from .methods import METHODS, load
 from .model import BaseModel, check_model
 from .processes import is_first_process
@@ -52,10 +52,14 @@ def prepare(arguments: Arguments) -> Run:
     training: Any = arguments.training
     recipe: Recipe = load(arguments.method.recipe)(arguments)
     check_machine(training)
+    teacher = getattr(arguments.spp, "teacher_model_name_or_path", None)
+    check_apart(str(training.output_dir), (arguments.model.model_name_or_path, teacher))
     check_sources(arguments.script, arguments.mixture)
     checkpoint = find_checkpoint(training.resume_from_checkpoint, str(training.output_dir))
     recipe.check()
     config = arguments.spp.to_config(arguments.method.task_type)
+    if checkpoint is not None:
+        check_settings(checkpoint, config)
     model = check_model(arguments.model, config, training.trust_remote_code)
     recipe.check_model(model)
     train_dataset, eval_dataset = load_data(

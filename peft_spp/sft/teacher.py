@@ -16,7 +16,7 @@ from trl.models import prepare_deepspeed
 from ..checkpoints.hub import local_folder
 from ..error_text import one_line
 from .errors import InputError
-from .model import model_class
+from .model import check_weights, model_class
 from .trainer import Carded
 
 
@@ -82,7 +82,7 @@ def _divergence(scores: Tensor, wanted: Tensor) -> Tensor:
 
 def check_teacher(name: str, training: SFTConfig, student: PretrainedConfig, revision: str | None) -> None:
     """Check by its configuration that a teacher is there and has the vocabulary of the model."""
-    if training.label_smoothing_factor or training.loss_type != "nll":
+    if training.label_smoothing_factor or training.loss_type not in ("nll", "chunked_nll"):
         raise InputError(
             "--teacher_model_name_or_path replaces the loss: pass it without --label_smoothing_factor and --loss_type."
         )
@@ -98,6 +98,7 @@ def check_teacher(name: str, training: SFTConfig, student: PretrainedConfig, rev
             f"The teacher {name!r} predicts {sizes[0]} tokens and the model {sizes[1]}. Use a teacher with the "
             "model's vocabulary, such as the model before it was pruned."
         )
+    check_weights(name)
 
 
 def load_teacher(name: str, revision: str | None, settings: dict[str, Any]) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .adapter_files import find_file, find_weights, list_loaded
 from .adapter_tensors import BY_ADAPTER, adapter_layers, check_count, expected_tensors, saved_name
 from .base_record import check_base
 from .config import SPPConfig
+from .engines import whole_shape
 from .saved_adapter import SavedAdapter, check_finite, check_finite_as, read_adapter
 
 
@@ -122,6 +124,7 @@ def check_fits(
     """Check that a saved adapter fills the layers that a model has for it, and that they compute the same with it."""
     check_count(saved.origin, saved.tensors, model, config, adapter_name, may_be_renamed=True)
     check_dtypes(saved.origin, saved.tensors, model, adapter_name)
+    check_tokens(saved.origin, saved.config, config, adapter_name)
     if not ignore_shapes:
         check_shapes({saved_name(name): one.shape for name, one in saved.tensors.items()}, model, config, adapter_name)
     for name, layer in adapter_layers(model, adapter_name).items():
@@ -137,18 +140,51 @@ def check_fits(
                 )
 
 
+def check_tokens(origin: str, saved: SPPConfig, config: SPPConfig, adapter_name: str) -> None:
+    """Check that the trained rows of a saved adapter are those of the tokens that a model has them for."""
+    tokens, own = saved.trainable_token_indices, config.trainable_token_indices
+    if not (tokens and own):
+        return
+    if isinstance(tokens, dict) == isinstance(own, dict):
+        same = tokens == own
+    else:  # a list is that of the embedding layer, which a dictionary names
+        same = _lists(tokens) == _lists(own)
+    if not same:
+        raise ValueError(
+            f"{origin} has trained other tokens than adapter {adapter_name!r}: `trainable_token_indices` is {tokens} "
+            f"there and {own} here. Load it under another name."
+        )
+
+
+def _lists(indices: list[int] | dict[str, list[int]]) -> list[list[int]]:
+    return list(indices.values()) if isinstance(indices, dict) else [indices]
+
+
 def check_shapes(shapes: dict[str, tuple[int, ...]], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
-    """Check that factors have the shapes of a model's layers."""
+    """Check that what an adapter has of a model's tensors has their shapes."""
+    expected = _shapes_of(model, adapter_name)
+    expected |= {name: one for name, one in expected_tensors(model, config, adapter_name).items() if one is not None}
     misfits = [
         f"{name} is {tuple(shapes[name])} in the adapter, {shape} in the model"
-        for name, shape in expected_tensors(model, config, adapter_name).items()
-        if shape is not None and name in shapes and tuple(shapes[name]) != shape
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
     ]
     if misfits:
         raise RuntimeError(
             f"size mismatch for {len(misfits)} tensors of the adapter: {'; '.join(misfits[:3])}. The adapter was "
             "trained on a base model with other shapes, or with another `r`. Nothing was loaded."
         )
+
+
+def _shapes_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's matrices, embeddings and modules to save among them, by the names in files."""
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {
+        saved_name(_without_adapter(key, adapter_name)): shape
+        for key, tensor in tensors
+        # FSDP1 leaves a flat part in place of a sharded matrix
+        if tensor.is_floating_point() and len(shape := whole_shape(tensor)) > 1
+    }
 
 
 def take_record(record: BaseRecord | None, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:

@@ -43,9 +43,18 @@ class MergingModel(BaseTuner):
             for layer in self._adapted_layers():
                 layer.check_unload_stays()
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+        identities = self._ids_once_unloaded(adapter_names if merge else [])
+        unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        mark_merged(unloaded, identities)
+        return unloaded
+
+    def _ids_once_unloaded(self, adapter_names: list[str] | None) -> list[str]:
+        """The ids of the adapters that the weights contain once these are merged: those merged before stay in them."""
+        before = [name for layer in self._adapted_layers() for name in layer.merged_adapters]
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return merged_ids(self.model, list(dict.fromkeys([*before, *names])))
 
     def merge_and_unload(
         self,
@@ -78,7 +87,7 @@ class MergingModel(BaseTuner):
             ValueError: If a merged weight is not finite and `safe_merge` is set or it is to be quantized, or if
                 quantizing would lose a zero. The model is as it was before.
         """
-        identities = merged_ids(self.model, adapter_names or list(self.active_adapters))
+        identities = self._ids_once_unloaded(adapter_names) if dequantize else []
         if dequantize:
             self._check_merge(adapter_names, safe_merge, quantized=False)
             self._check_merge_allowed()

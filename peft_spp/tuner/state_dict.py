@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,11 +12,20 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..checkpoints.names import unwrapped_name
-from .adapter_tensors import belongs_to, other_adapters, restore_tensors
+from .adapter_tensors import BY_ADAPTER, belongs_to, other_adapters, restore_tensors
 from .config import SPPConfig
 from .layer_factors import SPPLayer
 from .loading import check_loaded
 from .module_names import ModuleNames, own_modules
+
+
+def _loaded_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a file of an adapter can hold: its own tensors, and embeddings and heads that PEFT saves with it."""
+    for owner, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            key = f"{owner}.{name}"
+            if tensor is not None and (type(module) in (nn.Embedding, nn.Linear) or BY_ADAPTER & set(key.split("."))):
+                yield key, tensor
 
 
 class AdapterStateDict(BaseTuner):
@@ -23,12 +34,8 @@ class AdapterStateDict(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        own = {
-            f"{prefix}{name}": parameter
-            for name, parameter in self.named_parameters(remove_duplicate=False)
-            if f".{self.prefix}" in name
-        }
-        misfits = [key for key, p in own.items() if key in state_dict and state_dict[key].shape != p.shape]
+        own = {f"{prefix}{name}": tensor for name, tensor in _loaded_tensors(self)}
+        misfits = [key for key, own_one in own.items() if key in state_dict and state_dict[key].shape != own_one.shape]
         if misfits:
             shown = "; ".join(
                 f"{key} is {tuple(state_dict[key].shape)} in the adapter, {tuple(own[key].shape)} in the model"

@@ -4,6 +4,7 @@
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,35 @@ def test_a_place_that_may_not_be_written_to_is_told_by_the_check():
     with tempfile.TemporaryDirectory() as public, no_right_to_write_to(public):
         with pytest.raises(PermissionError, match=public):
             OutputFolder(Path(public, "a", "b"), False, MODEL).check(1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("mode", [0o2770, 0o700, 0o1777])
+def test_a_folder_keeps_its_mode_and_group_and_new_files_inherit_it(mode, full, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if full:
+        write(folder, OLD[MODEL])
+    group = NOBODY if os.geteuid() == 0 else os.getgid()
+    os.chown(folder, -1, group)
+    folder.chmod(mode)
+    replace(folder, MODEL)
+    assert everything(folder) == NEW
+    assert stat.S_IMODE(folder.stat().st_mode) == mode and folder.stat().st_gid == group
+    inherited = {path.stat().st_gid for path in folder.rglob("*")}
+    assert inherited == {group if mode & stat.S_ISGID else os.getgid()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_an_empty_folder_that_may_not_be_written_to_is_not_replaced():
+    with tempfile.TemporaryDirectory() as public:
+        os.chmod(public, 0o777)
+        folder = Path(public, "out")
+        folder.mkdir()
+        with no_right_to_write_to(str(folder)), pytest.raises(PermissionError, match="out"):
+            OutputFolder(folder, False, MODEL).check(1)
+        assert folder.is_dir()
 
 
 def test_a_name_that_is_too_long_is_told_by_the_check(tmp_path):

@@ -2,6 +2,8 @@
 """What a refusal advises works, and nothing is pruned by what was not measured."""
 
 import copy
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,15 @@ def test_a_layer_outside_of_the_blocks_can_be_pruned_by_magnitude() -> None:
     )
     prune_magnitude(model, pattern="2:4", target_modules=["lm_head"])
     assert (model.lm_head.weight == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("names, missing", [(["up_proj", "upproj"], "upproj"), (".*upproj", ".*upproj")])
+def test_a_name_that_excludes_nothing_is_told(names: str | list[str], missing: str) -> None:
+    with pytest.warns(UserWarning, match=re.escape(f"no linear layer of the model matches '{missing}'.")):
+        prune_magnitude(tiny_llama(), pattern="2:4", exclude_modules=names)
+
+
+def test_a_name_of_a_layer_that_is_no_target_is_not_told() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune_magnitude(tiny_llama(), pattern="2:4", exclude_modules=["lm_head"])

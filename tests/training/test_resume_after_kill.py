@@ -133,3 +133,19 @@ def test_of_a_folder_that_is_renamed_the_step_does_not_matter(
     assert find_checkpoint(str(best), tmp_path) == str(best)
     shutil.copytree(best, tmp_path / "checkpoint-8")  # which it is not
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_an_adapter_of_another_name_is_found_in_its_folder(
+    tmp_path: Path, unbroken: tuple[Path, dict[str, torch.Tensor], dict[int, float]]
+) -> None:
+    checkpoint = shutil.copytree(unbroken[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    (checkpoint / "mine").mkdir()
+    for file in [*checkpoint.glob("adapter_*"), checkpoint / "base_masks.json"]:
+        file.rename(checkpoint / "mine" / file.name)
+    assert last_complete_checkpoint(tmp_path) == str(checkpoint)
+    weights = checkpoint / "mine" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert last_complete_checkpoint(tmp_path) is None
+    weights.unlink()
+    with pytest.raises(InputError, match="its adapter 'mine' has no weights"):
+        find_checkpoint(str(checkpoint), tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 import peft_spp
+from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.installing import how_to_install
 from peft_spp.sft import last_complete_checkpoint
@@ -218,6 +220,19 @@ def test_a_dry_run_counts_the_adapters_parameters(
         (["--model_name_or_path", "{folder}/adapter"], "is an adapter"),
         (["--resume_from_checkpoint", "true"], "no complete checkpoint"),
         (["--resume_from_checkpoint", "{folder}/checkpoint-3"], "checkpoint-3"),
+        (["--output_dir", "{base}"], "is the folder of the model"),
+        (
+            ["--teacher_model_name_or_path", "{folder}/teacher", "--output_dir", "{folder}/teacher/"],
+            "is the folder of",
+        ),
+        (["--teacher_model_name_or_path", "{folder}/teacher"], "weights of"),
+        (["--spp_trainable_token_indices", "9999"], "token 9999"),
+        (["--spp_trainable_token_indices", "-1"], "token -1"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--dataset_name", "{folder}/chat.jsonl"], "Row 2 of the split 'train' has a 'messages' without messages"),
+        (["--dataset_name", "{folder}/ids.jsonl"], "token -3"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_nothing_is_written(
@@ -227,6 +242,10 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     write_jsonl(folder / "data.jsonl")
     write_jsonl(folder / "words.jsonl", [{"words": "a b"}])
     write_jsonl(folder / "plain" / "data.jsonl")
+    write_jsonl(folder / "chat.jsonl", [{"messages": [{"role": "user", "content": "a"}]}, {"messages": []}])
+    write_jsonl(folder / "ids.jsonl", [{"input_ids": [1, -3, 2]}])
+    shutil.copytree(base, folder / "teacher")
+    (folder / "teacher" / "model.safetensors").write_bytes(b"x" * 20)
     (folder / "notes.docx").write_text("text")
     (folder / "empty.jsonl").touch()
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
@@ -240,9 +259,31 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     out = tmp_path / "out"
     arguments = ["--model_name_or_path", base, "--dataset_name", str(folder / "data.jsonl"), *SMALL]
-    extra = [word.format(folder=folder) for word in extra]
+    extra = [word.format(folder=folder, base=base) for word in extra]
     assert culprit in refusal(*arguments, "--output_dir", str(out), *extra)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "changed, shown",
+    [
+        (["--spp_r", "2"], "--spp_r 4, and this run 2"),
+        (["--spp_alpha", "8"], "--spp_alpha 32, and this run 8.0"),
+        (["--spp_target_modules", "up_proj"], "--spp_target_modules ['down_proj'], and this run ['up_proj']"),
+        (["--spp_bias", "all"], "--spp_bias none, and this run all"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    changed: list[str], shown: str, base: str, data: str, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    config = SPPConfig(task_type="CAUSAL_LM", r=4, target_modules=["down_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
+    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(tmp_path / "out")]
+    arguments += ["--spp_r", "4", "--spp_target_modules", "down_proj", "--resume_from_checkpoint", "true"]
+    main([*arguments, "--dry-run"])
+    assert shown in refusal(*arguments, *changed, "--dry-run")
 
 
 @pytest.mark.parametrize("missing, culprit", [("model", "--model_name_or_path"), ("data", "--dataset_name")])

@@ -297,6 +297,52 @@ def test_other_settings_than_those_of_the_living_adapter_are_refused(whole, sett
         PeftModel.from_pretrained(base, whole / "adapter", config=config)
 
 
+def resized(settings, tokens):
+    """A model with an adapter, whose vocabulary has another size."""
+    base = tiny_llama(**SMALL)
+    base.resize_token_embeddings(tokens)
+    return get_peft_model(base, SPPConfig(r=4, task_type="CAUSAL_LM", **settings))
+
+
+def by_load_adapter(model, folder):
+    model.load_adapter(folder, "default")
+
+
+def by_state_dict(model, folder):
+    set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+
+
+@pytest.mark.parametrize("load", [by_load_adapter, by_state_dict])
+@pytest.mark.parametrize(
+    "own, other",
+    [
+        ({"modules_to_save": ["lm_head"]}, None),
+        ({"trainable_token_indices": [3, 4]}, {"trainable_token_indices": [3, 4, 5]}),
+        ({}, None),  # embeddings that are saved since their size was changed
+    ],
+)
+def test_what_is_no_factor_and_has_another_shape_is_refused(load, own, other, tmp_path):
+    saved = resized(own if other is None else other, 40)
+    randomize(saved)
+    saved.save_pretrained(tmp_path, save_embedding_layers=not own)
+    model = resized(own, 50 if other is None else 40)
+    record = model.peft_config["default"].base_record
+    with refused(model, r"size mismatch|other tokens", kind=(RuntimeError, ValueError)):
+        load(model, tmp_path)
+    assert model.peft_config["default"].base_record is record
+
+
+@pytest.mark.parametrize("load", [by_load_adapter, lambda model, folder: hotswap_adapter(model, folder, "default")])
+@pytest.mark.parametrize("own, other", [([3, 4], [5, 6]), ([3, 4], [4, 3]), ({"embed_tokens": [3]}, [4])])
+def test_the_rows_of_other_tokens_are_refused(load, own, other, tmp_path):
+    saved = living(trainable_token_indices=other)
+    saved.save_pretrained(tmp_path)
+    with refused(model := living(trainable_token_indices=own), r"trained other tokens than adapter 'default'"):
+        load(model, tmp_path)
+    same = {"embed_tokens": other} if isinstance(other, list) else other
+    load(living(trainable_token_indices=same), tmp_path)
+
+
 def test_fewer_or_more_targets_than_the_file_has_are_refused(whole, tmp_path):
     for targets in (["q_proj"], ["q_proj", "lm_head"]):
         model = get_peft_model(tiny_llama(**SMALL), SPPConfig(r=4, target_modules=targets))

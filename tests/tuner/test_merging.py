@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_spp import SPPConfig
+from peft_spp.checkpoints.merged import MERGED
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.tiny import MLP, block_linears, is_positive_zero, prune_, randomize, tiny_llama
@@ -266,3 +267,33 @@ def test_saved_adapter_gives_the_same_logits_on_another_device_map_and_dtype(tmp
         assert torch.equal(loaded(input_ids=ids).logits, expected)
     half = PeftModel.from_pretrained(pruned_llama("2:4", torch.bfloat16), tmp_path).eval()
     torch.testing.assert_close(half(input_ids=ids).logits.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_a_model_lists_the_adapters_that_its_weights_contain_however_they_were_merged():
+    def two():
+        model = get_peft_model(tiny_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"), adapter_name="aa")
+        model.add_adapter("bb", SPPConfig(r=2, task_type="CAUSAL_LM"))
+        torch.manual_seed(0)
+        randomize(model)
+        return model
+
+    def listed(model):
+        return getattr(model.config, MERGED, [])
+
+    (aa,), (bb,) = (listed(two().merge_and_unload(adapter_names=[name])) for name in ("aa", "bb"))
+    assert aa != bb
+    assert listed(two().merge_and_unload(adapter_names=[])) == listed(two().unload()) == []
+    for step, last, expected in (
+        (["aa"], ["bb"], [aa, bb]),
+        (["aa"], ["aa"], [aa]),
+        (["aa", "bb"], [], [aa, bb]),
+        (["bb"], None, [bb]),
+    ):
+        model = two()
+        model.merge_adapter(step)
+        assert listed(model.unload() if last is None else model.merge_and_unload(adapter_names=last)) == expected
+    # unmerged again, it is not in the weights
+    model = two()
+    model.merge_adapter(["aa"])
+    model.unmerge_adapter()
+    assert listed(model.unload()) == []
