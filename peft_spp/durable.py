@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,6 +20,7 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new hidden folder in which files are written before they are published in the folder around it."""
     folder = Path(folder)
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -27,6 +28,9 @@ def working_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             yield working
         finally:
             shutil.rmtree(working, ignore_errors=True)
+            for one in new:
+                with suppress(OSError):  # it is not empty
+                    one.rmdir()
     except OSError as error:
         if error.errno not in OUT_OF_SPACE:
             raise

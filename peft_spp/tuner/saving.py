@@ -16,11 +16,14 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -53,19 +56,34 @@ def save_durably(save_pretrained: Callable[..., None]) -> Callable[..., None]:
             save_pretrained(*args, **kwargs)
             return
         with _errors_of_the_disk(Path(folder)), working_folder(folder) as working:
-            if os.path.isfile(os.path.join(folder, _CARD)):
-                shutil.copyfile(os.path.join(folder, _CARD), working / _CARD)  # PEFT adds to it
+            card = Path(folder, _CARD)
+            problem = _why_unreadable(card) if card.is_file() else None
+            if card.is_file() and problem is None:
+                shutil.copyfile(card, working / _CARD)  # PEFT adds to it
             call.arguments["save_directory"] = str(working)
             save_pretrained(*call.args, **call.kwargs)
-            for name in call.arguments["selected_adapters"] or model.peft_config:
+            selected = call.arguments["selected_adapters"]
+            for name in model.peft_config if selected is None else selected:
                 own = working if name == "default" else working / name
                 if model.peft_config[name].peft_type == "SPP":
                     _check_all_saved(own, model, name)
                     _write_id_into_weights(own)
+            if problem is not None:
+                warnings.warn(f"The model card {card} stays as it is: {problem}.", stacklevel=2)
+                (working / _CARD).unlink(missing_ok=True)
             _publish_all(working, Path(folder))
 
     save.saves_durably = True  # type: ignore[attr-defined]
     return save
+
+
+def _why_unreadable(card: Path) -> str | None:
+    """Why PEFT cannot add to a model card; it would end the save."""
+    try:
+        ModelCard.load(card)
+    except (yaml.YAMLError, ValueError) as error:
+        return f"its metadata cannot be read ({type(error).__name__})"
+    return None
 
 
 @contextmanager

@@ -206,6 +206,26 @@ def test_a_foreign_readme_is_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("content", [b"---\ntags: [a\n---\ntext", b"---\n- a\n---\n", b"\xff\xfe\xff"])
+def test_a_card_that_cannot_be_read_stays_and_does_not_end_a_save(content, tmp_path):
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
+    card = tmp_path / "README.md"
+    card.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"README\.md stays as it is: its metadata cannot be read"):
+        model.save_pretrained(tmp_path)
+    assert card.read_bytes() == content
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_selected_adapters_are_those_alone_and_a_refusal_leaves_no_folder(tmp_path):
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="selected_adapters"):
+        model.save_pretrained(tmp_path / "a" / "b", selected_adapters=["zz"])
+    assert not (tmp_path / "a").exists()
+    model.save_pretrained(tmp_path / "none", selected_adapters=[])
+    assert not list((tmp_path / "none").glob("adapter*"))
+
+
 def test_the_merged_model_needs_no_peft_spp(adapter, tmp_path):
     folder, expected = adapter
     merged = PeftModel.from_pretrained(tiny_llama(), folder).merge_and_unload()
