@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .compressed_files import with_dense_weights
+from .compressed_format import check_config
 from .file_bytes import byte_ranges, read_bytes
 from .old_compressed_files import sparse_format, with_old_weights
 from .stored import Stored
@@ -119,9 +120,14 @@ def list_folder(folder: Path) -> Listing:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the configuration of a model."""
+    """Read the configuration of a model, and check that the format of its weights is one that is known here."""
     file = folder / "config.json"
-    return read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config
 
 
 def _list_index(index: Path) -> dict[Path, list[str] | None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.compressed_files import COLUMNS, bitmask_of, columns_text, read_metadata
+from ..checkpoints.compressed_format import names_format
 from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.own_files import CARD, CONFIG
 from ..checkpoints.safetensors_files import INDEX_SUFFIX, read_json
@@ -196,7 +197,8 @@ class Decompressing(Change):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
-        if not checkpoint.compressed:
+        # of a model without zeros no weight is compressed
+        if not checkpoint.compressed and not names_format(checkpoint.config):
             raise ValueError(f"the model in {checkpoint.folder} is not compressed: none of its weights has a bitmask")
         for name, weight in checkpoint.compressed.items():
             self.record(module_name(name), weight, math.prod(weight.values.shape))

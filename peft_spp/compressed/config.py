@@ -8,9 +8,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-
-METHOD = "bitmask"
-VERSION = 1
+from ..checkpoints.compressed_format import METHOD, VERSION, check_version
 
 
 class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -40,11 +38,7 @@ class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         method = kwargs.pop("quant_method", METHOD)
-        if version != VERSION or isinstance(version, bool):
-            raise ValueError(
-                f"the weights are compressed in version {version!r} of the format, and this peft_spp knows version "
-                f"{VERSION}: update peft_spp"
-            )
+        check_version(version)
         if method != METHOD or kwargs:
             raise ValueError(
                 f"BitmaskConfig does not know {', '.join(kwargs) or f'the quant_method {method!r}'}; it has "

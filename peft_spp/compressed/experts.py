@@ -11,7 +11,7 @@ A stack stays a parameter of its module, with the values for its content, and ne
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.compressed_files import bitmask_of
 from ..functional import Compressed, Factors, scaled_weight
-from ..functional.bitmask import bitmask_bytes, check_compressed, count_row_offsets
+from ..functional.bitmask import bitmask_bytes, check_compressed, count_checked, count_row_offsets
 from ..functional.compressed import decompress
 from ..functional.compressed_stack import CompressedStack
+from .row_offsets import Seen, is_same, seen
 
 
 class _OfThread(threading.local):
@@ -44,6 +45,7 @@ class CompressedExperts(nn.Module):
     """
 
     _columns: dict[str, int]
+    _counted: Mapping[str, Seen] = {}  # what the row offsets of the stacks are of
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -60,6 +62,16 @@ class CompressedExperts(nn.Module):
         Returns:
             [`Compressed`]: shape `(experts, m, n)`.
         """
+        own = self._as_counted(name)
+        now = seen(own.values, own.bitmask)
+        if now is None or is_same(now, self._counted.get(name)):
+            return own
+        own = own._replace(row_offsets=count_checked(own.values, own.bitmask, own.columns, f"the stack {name!r}"))
+        setattr(self, _buffers(name)[1], own.row_offsets)
+        self._counted = {**self._counted, name: now}
+        return own
+
+    def _as_counted(self, name: str) -> Compressed:
         bitmask, row_offsets = (getattr(self, buffer) for buffer in _buffers(name))
         return Compressed(_values(self, name), bitmask, row_offsets, self._columns[name])
 
@@ -128,7 +140,7 @@ class CompressedExperts(nn.Module):
             values, bitmask = state_dict.get(prefix + name), state_dict.get(prefix + bitmask_of(name))
             if values is None or bitmask is None:
                 continue
-            own = self.compressed(name)
+            own = self._as_counted(name)
             row_offsets = check_compressed(values, bitmask, own.shape, prefix + name)
             assigned = local_metadata.get("assign_to_params_buffers", False)
             device = torch.device("meta") if assigned else own.values.device

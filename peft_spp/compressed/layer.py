@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.bitmask import Compressed, bitmask_bytes, check_compressed, count_row_offsets
+from ..functional.bitmask import (
+    Compressed,
+    bitmask_bytes,
+    check_compressed,
+    count_checked,
+    count_row_offsets,
+)
 from ..functional.compressed import compress, compressed_linear, decompress
 from .experts import CompressedExperts, put_dense_stacks
+from .row_offsets import Seen, is_same, seen
 
 
 class CompressedLinear(nn.Linear):
@@ -33,6 +40,7 @@ class CompressedLinear(nn.Linear):
 
     bitmask: Tensor
     row_offsets: Tensor
+    _counted: Seen | None = None  # what the row offsets are of
 
     def __init__(
         self,
@@ -101,7 +109,16 @@ class CompressedLinear(nn.Linear):
 
     @property
     def compressed(self) -> Compressed:
-        """The weight, not a copy."""
+        """
+        The weight, not a copy.
+
+        Raises:
+            ValueError: If the values or the bitmask were written or replaced such that they do not fit any more.
+        """
+        now = seen(self.weight, self.bitmask)
+        if now is not None and not is_same(now, self._counted):
+            self.row_offsets = count_checked(self.weight, self.bitmask, self.in_features, "the weight of this layer")
+            self._counted = now
         return Compressed(self.weight, self.bitmask, self.row_offsets, self.in_features)
 
     def put(self, compressed: Compressed) -> None:
@@ -113,6 +130,7 @@ class CompressedLinear(nn.Linear):
         """
         self.weight = nn.Parameter(compressed.values, requires_grad=False)
         self.bitmask, self.row_offsets = compressed.bitmask, compressed.row_offsets
+        self._counted = seen(self.weight, self.bitmask)
 
     def dequantize(self) -> Tensor:
         """

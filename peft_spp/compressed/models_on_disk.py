@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.compressed_format import names_format
 from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.conversion import Origin, Origins
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.old_compressed_files import CONFIG_KEYS
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
-from .config import METHOD
 from .expert_converters import ExpertConverters
 from .selection import find_linear_layers, find_stacks, module_name
 
@@ -74,7 +74,7 @@ def _can_compress(origin: Origin, is_stack: bool, experts: ExpertConverters) -> 
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration of a checkpoint without what it says of compression."""
-    said = CONFIG_KEYS if checkpoint.compressed else ()
+    said = CONFIG_KEYS if checkpoint.compressed or names_format(checkpoint.config) else ()
     return {name: value for name, value in checkpoint.config.items() if name not in said}
 
 
@@ -82,9 +82,7 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     folder, config = checkpoint.folder, checkpoint.config
     is_old = any(one.old for one in checkpoint.compressed.values())
     quantization = None if is_old else config.get("quantization_config") or config.get("compression_config")
-    if (isinstance(quantization, dict) and quantization.get("quant_method") == METHOD) or (
-        checkpoint.compressed and not is_old
-    ):
+    if names_format(config) or (checkpoint.compressed and not is_old):
         raise ValueError(f"the model in {folder} is compressed already")
     if quantization is not None:
         raise ValueError(f"the model in {folder} is quantized: only float32, bfloat16 and float16 can be compressed")

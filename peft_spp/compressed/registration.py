@@ -14,7 +14,8 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from .config import METHOD, BitmaskConfig
+from ..checkpoints.compressed_format import METHOD
+from .config import BitmaskConfig
 from .old_formats import load_old_formats
 from .other_adapters import guard_other_adapters
 from .quantizer import BitmaskHfQuantizer

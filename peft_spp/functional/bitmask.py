@@ -185,6 +185,11 @@ def check_compressed(values: Tensor, bitmask: Tensor, shape: Sequence[int], name
             f"{name}: the bitmask has shape {tuple(bitmask.shape)} and dtype {bitmask.dtype}, but a weight of shape "
             f"{tuple(shape)} has one of shape {expected} and dtype torch.uint8"
         )
+    return count_checked(values, bitmask, n, name)
+
+
+def count_checked(values: Tensor, bitmask: Tensor, n: int, name: str) -> Tensor:
+    """Count the row offsets of a bitmask of `n` columns, and check that it has a bit for each value and no other."""
     padding = bitmask[..., n // 8 :].clone()
     if padding.numel() and n % 8:
         padding[..., 0] &= 0x100 - (1 << n % 8)

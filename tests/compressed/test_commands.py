@@ -18,7 +18,7 @@ from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_c
 from peft_spp.functional.bitmask import bitmask_bytes
 
 from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
-from helpers.tiny import block_linears, prune_, tiny
+from helpers.tiny import block_linears, prune_, tiny, tiny_llama
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -157,6 +157,32 @@ def test_what_cannot_be_done_is_refused(dense, tmp_path, command, config, messag
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["decompress", "inspect", "compare", "prune"])
+def test_a_format_of_the_future_is_refused_by_every_command(dense, tmp_path, command):
+    small = tmp_path / "small"
+    compress_checkpoint(dense, small)
+    content = json.loads((small / "config.json").read_text())
+    content["quantization_config"]["version"] = 2
+    (small / "config.json").write_text(json.dumps(content))
+    arguments = {"decompress": [tmp_path / "out"], "compare": [small], "inspect": []}
+    result = run(
+        command, small, *arguments.get(command, [tmp_path / "out", "--method", "magnitude", "--sparsity", "0.6"])
+    )
+    assert result.exit_code == 2
+    assert "config.json: the weights are compressed in version 2 of the format" in result.stderr
+
+
+def test_a_model_without_zeros_comes_back(dense, tmp_path):
+    plain = tiny_llama()
+    plain.save_pretrained(tmp_path / "plain")
+    assert run("compress", tmp_path / "plain", tmp_path / "small").exit_code == 0
+    result = run("decompress", tmp_path / "small", tmp_path / "again")
+    assert result.exit_code == 0, result.stderr
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert same_tensors(loaded.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("damage", ["values", "bitmask", "beyond", "columns", "no columns", "missing", "truncated"])

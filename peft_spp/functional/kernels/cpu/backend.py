@@ -63,7 +63,7 @@ class Cpu(KernelBackend):
         return out
 
     def compressed_weight(self, w: ScaledWeight, out: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.empty(w.weight.shape, dtype=w.dtype) if out is None else out
+        out = torch.empty(w.weight.shape, dtype=w.dtype, device="cpu") if out is None else out
         if not _has_kernels(w) or out.stride(1) != 1:
             return super().compressed_weight(w, out)
         work = _elementwise(w)
@@ -101,7 +101,7 @@ class Cpu(KernelBackend):
         dtype = w.dtype
         x2d = x.reshape(-1, n).to(dtype)
         # not a view: see `KernelBackend.linear_by_weight`
-        result = torch.empty(*x.shape[:-1], m, dtype=dtype)
+        result = torch.empty(*x.shape[:-1], m, dtype=dtype, device="cpu")
         y = result.view(x2d.shape[0], m)
         work = _elementwise(w)
         copies = dtype.itemsize == 2 and x2d.shape[0] <= _COPIED_TOKENS
@@ -131,7 +131,7 @@ class Cpu(KernelBackend):
         work = _elementwise(w)
         grads = []
         if needs_x:
-            grad_x = torch.empty(grad_y2d.shape[0], n, dtype=dtype)
+            grad_x = torch.empty(grad_y2d.shape[0], n, dtype=dtype, device="cpu")
             for columns, chunk in _scaled_chunks(work, w, by_rows=False):
                 torch.mm(grad_y2d, chunk, out=grad_x[:, columns])
             grads.append(grad_x.view(x.shape).to(x.dtype))

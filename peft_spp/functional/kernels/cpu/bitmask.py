@@ -64,13 +64,13 @@ def compress(weight: Tensor) -> Compressed:
     rows = weight.detach().resolve_neg().reshape(math.prod(weight.shape[:-1]), n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    bitmask = torch.empty(*weight.shape[:-1], bitmask_bytes(n), dtype=torch.uint8)
-    row_offsets = torch.empty(len(rows) + 1, dtype=torch.int64)
+    bitmask = torch.empty(*weight.shape[:-1], bitmask_bytes(n), dtype=torch.uint8, device="cpu")
+    row_offsets = torch.empty(len(rows) + 1, dtype=torch.int64, device="cpu")
     dense, stride = pointer_to(rows), ctypes.c_int64(rows.stride(0))
     threads = ctypes.c_int64(torch.get_num_threads())
     sizes = (ctypes.c_int64(len(rows)), ctypes.c_int64(n))
     function_of("count", weight.dtype)(dense, stride, *sizes, pointer_to(bitmask), pointer_to(row_offsets), threads)
-    values = torch.empty(int(row_offsets[-1]), dtype=weight.dtype)
+    values = torch.empty(int(row_offsets[-1]), dtype=weight.dtype, device="cpu")
     compressed = Compressed(values, bitmask, row_offsets, n)
     function_of("take", weight.dtype)(dense, stride, ctypes.byref(weight_of(compressed)), threads)
     return compressed
@@ -108,7 +108,7 @@ def expand(
     rows, columns = rows or slice(0, m), columns or slice(0, n)
     _check_columns(columns, n)
     shape, dtype = (rows.stop - rows.start, columns.stop - columns.start), compressed.values.dtype
-    out = torch.empty(shape, dtype=dtype) if out is None else out
+    out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
     if out.shape != shape or out.dtype != dtype or (out.numel() and out.stride(1) != 1):
         raise ValueError(
             f"expand: `out` has shape {tuple(out.shape)}, dtype {out.dtype} and strides {out.stride()}, and must have "
@@ -187,7 +187,8 @@ class BitmaskElementwise(Elementwise):
 
     def add_factor_gradients(self, product: Tensor, rows: slice, columns: slice) -> None:
         weight, part = ctypes.byref(weight_of(self.weight)), self._part(product, rows, columns, keep=False)
-        parts = [torch.empty(gradient_parts(part), rows.stop - rows.start) for _ in self.factors]
+        sizes = gradient_parts(part), rows.stop - rows.start
+        parts = [torch.empty(sizes, dtype=torch.float32, device="cpu") for _ in self.factors]
         gradients = [(grad_A, own) for (grad_A, _), own in zip(self.gradients, parts, strict=True)]
         adapters = make_adapters(self.scaled_factors, gradients)
         count = ctypes.c_int64(len(adapters))
@@ -205,7 +206,7 @@ class BitmaskElementwise(Elementwise):
         ends = None
         if keep and columns.stop < n:
             key = (rows.start, rows.stop, columns.stop)
-            ends = self._ends[key] = torch.empty(rows.stop - rows.start, dtype=torch.int64)
+            ends = self._ends[key] = torch.empty(rows.stop - rows.start, dtype=torch.int64, device="cpu")
         return part_of(rows, columns, other, starts, ends)
 
 

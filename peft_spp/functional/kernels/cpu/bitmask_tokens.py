@@ -69,7 +69,7 @@ def few_tokens(
         x = x.contiguous()
     if bias is not None:
         bias = bias.to(dtype).contiguous()
-    y = torch.empty(count, m, dtype=dtype)
+    y = torch.empty(count, m, dtype=dtype, device="cpu")
     threads = torch.get_num_threads()
     sums_size = -(-MOST_TOKENS * m * 4 // LINE) * LINE
     buffer = scratch(sums_size + 2 * threads * MOST_TOKENS * bitmask_bytes(n) * 8 * 4)

@@ -68,6 +68,6 @@ class Elementwise(ABC):
         """A buffer that is there already if it was asked for before, laid out in memory as the weight is."""
         buffer = self._scratch.get(name)
         if buffer is None or buffer.numel() < rows * columns or buffer.dtype != dtype:
-            buffer = self._scratch[name] = torch.empty(rows * columns, dtype=dtype)
+            buffer = self._scratch[name] = torch.empty(rows * columns, dtype=dtype, device="cpu")
         flat = buffer[: rows * columns]
         return flat.view(columns, rows).t() if self.transposed else flat.view(rows, columns)

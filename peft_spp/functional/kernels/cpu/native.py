@@ -82,7 +82,10 @@ class NativeElementwise(Elementwise):
         region = self._region(product, rows, columns)
         parts = [
             torch.empty(
-                _library().grad_B_parts(ctypes.byref(region), ctypes.c_int64(A.shape[0])), rows.stop - rows.start
+                _library().grad_B_parts(ctypes.byref(region), ctypes.c_int64(A.shape[0])),
+                rows.stop - rows.start,
+                dtype=torch.float32,
+                device="cpu",
             )
             for A, _ in self.scaled_factors
         ]
