@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..architecture import find_expert_stacks
 from ..checkpoints.compressed_files import bitmask_of
-from ..functional.bitmask import check_compressed, count_stored
+from ..functional.bitmask import BITS, check_compressed, count_stored
 from .config import BitmaskConfig
 from .expert_converters import ExpertConverters
 from .expert_files import compress_experts, read_experts, save_as_dense
@@ -85,6 +85,14 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"'{devices[away]}' for {away!r}. Give the CPU more memory with max_memory, or load the model without "
                 "BitmaskConfig (`peft-spp decompress`)."
             )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.pre_quantized and dtype not in BITS:
+            raise ValueError(
+                f"compressed weights are float32, bfloat16 or float16, and the model is to be loaded in {dtype}: pass "
+                "dtype=torch.float32"
+            )
+        return dtype
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         # Asked before a weight is read, whether it is to be compressed; and after, whether it may have another shape

@@ -9,6 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
 from ..checkpoints.compressed_files import COLUMNS, bitmask_of, columns_text
+from ..functional.bitmask import BITS
 from .expert_files import stored_experts
 from .experts import find_compressed_stacks
 from .layer import CompressedLinear
@@ -32,7 +33,8 @@ def state_and_metadata(model: PreTrainedModel) -> tuple[dict[str, Tensor] | None
         and for those who read the files without the model the columns of each weight.
 
     Raises:
-        ValueError: If experts are to be taken apart that are not in memory.
+        ValueError: If experts are to be taken apart that are not in memory, or weights are in a dtype that files of
+            compressed weights do not have.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         return None, {}  # only adapters are saved
@@ -46,6 +48,12 @@ def state_and_metadata(model: PreTrainedModel) -> tuple[dict[str, Tensor] | None
     weights |= {name: (tensors[name], columns) for name, (tensors, columns) in stored.items()}
     if not weights:
         return None, {}
+    for name, (values, _) in weights.items():
+        if values.dtype not in BITS:
+            raise ValueError(
+                f"{name} is compressed and in {values.dtype}, and files hold float32, bfloat16 or float16: convert "
+                "the model first, as with model.to(torch.float32), or call peft_spp.decompress(model)"
+            )
     columns_of = {id(values): columns for values, columns in weights.values()}
     saved = revert_weight_conversion(model, {name: values for name, (values, _) in weights.items()})
     metadata = {COLUMNS: columns_text({name: columns_of[id(values)] for name, values in saved.items()})}

@@ -20,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import peft_spp
 from peft_spp import BitmaskConfig, CompressedLinear, SPPConfig
 
 from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
@@ -289,3 +290,15 @@ def test_without_peft_spp_a_compressed_model_does_not_load_as_random_weights(com
     assert result.stdout.strip() == "refused True", result.stderr
     assert "Unknown quantization type, got bitmask" in result.stderr
     assert "MISMATCH" in result.stderr
+
+
+def test_float64_is_refused_where_it_is_saved_and_where_it_is_loaded(tmp_path):
+    model = peft_spp.compress(pruned_llama())
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"pass dtype=torch\.float32"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"is compressed and in torch\.float64.*model\.to\(torch\.float32\)"):
+        model.to(torch.float64).save_pretrained(tmp_path / "again")
+    model.to(torch.float32).save_pretrained(tmp_path / "again")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert same_tensors(loaded.state_dict(), model.state_dict())
