@@ -88,8 +88,11 @@ def _check_tokenizer(model: BaseModel, training: TrainingArguments, row: dict[st
     tokenizer = model.tokenizer
     if any(name in row for name in ("input_ids", "chosen_ids")):
         return
+    template: str | None = getattr(training, "chat_template_path", None)
+    if template is not None and template.endswith((".jinja", ".jinja2", ".j2")) and not Path(template).is_file():
+        raise InputError(f"--chat_template_path {template!r} is not a file.")
     is_chat = any(isinstance(row.get(name), list) for name in _TEXTS)
-    if is_chat and getattr(training, "chat_template_path", None) is None and not tokenizer.chat_template:
+    if is_chat and template is None and not tokenizer.chat_template:
         fix = (
             "Pass --chat_template_path with a Jinja file or a model that has one"
             if hasattr(training, "chat_template_path")

@@ -228,6 +228,7 @@ def test_a_dry_run_counts_the_adapters_parameters(
         (["--teacher_model_name_or_path", "{folder}/teacher"], "weights of"),
         (["--spp_trainable_token_indices", "9999"], "token 9999"),
         (["--spp_trainable_token_indices", "-1"], "token -1"),
+        (["--chat_template_path", "absent.jinja"], "--chat_template_path 'absent.jinja' is not a file"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
