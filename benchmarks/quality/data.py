@@ -208,7 +208,7 @@ def _questions_id(folder: Path) -> str:
     """Tells the questions with choices of a folder from others."""
     files = {part: question_files(folder, part) for part in ("train", "test")}
     content = {part: {task: _read_rows(file) for task, file in some.items()} for part, some in files.items()}
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12] if any(content.values()) else ""
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

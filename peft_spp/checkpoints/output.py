@@ -134,11 +134,13 @@ class OutputFolder:
             return
         old = self.path.stat()
         for owner in (old.st_uid, -1):
-            with suppress(PermissionError):  # a user may hand a folder over to one of his groups alone
+            # users may hand a folder over to one of their groups alone, and some file systems have no owners
+            with suppress(OSError):
                 os.chown(self._working, owner, old.st_gid)
                 break
         self._mode = stat.S_IMODE(old.st_mode)
-        self._working.chmod(self._mode | stat.S_IRWXU)
+        with suppress(OSError):
+            self._working.chmod(self._mode | stat.S_IRWXU)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -174,7 +176,8 @@ class OutputFolder:
         for where, _, _ in os.walk(self._working):
             sync_folder(Path(where))
         if self._mode is not None:
-            self._working.chmod(self._mode)
+            with suppress(OSError):
+                self._working.chmod(self._mode)
         left: list[Path] = []
         if self._in_place:
             left = put_inside(self._working, self.path, self._old, self._hidden("replaced"))

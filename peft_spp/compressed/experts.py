@@ -11,7 +11,7 @@ A stack stays a parameter of its module, with the values for its content, and ne
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.compressed_files import bitmask_of
 from ..functional import Compressed, Factors, scaled_weight
-from ..functional.bitmask import bitmask_bytes, check_compressed, count_checked, count_row_offsets
+from ..functional.bitmask import bitmask_bytes, check_compressed, count_row_offsets
 from ..functional.compressed import decompress
 from ..functional.compressed_stack import CompressedStack
-from .row_offsets import Seen, is_same, seen
+from .row_offsets import Counted
 
 
 class _OfThread(threading.local):
@@ -45,7 +45,7 @@ class CompressedExperts(nn.Module):
     """
 
     _columns: dict[str, int]
-    _counted: Mapping[str, Seen] = {}  # what the row offsets of the stacks are of
+    _counted: dict[str, Counted]
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -62,18 +62,10 @@ class CompressedExperts(nn.Module):
         Returns:
             [`Compressed`]: shape `(experts, m, n)`.
         """
-        own = self._as_counted(name)
-        now = seen(own.values, own.bitmask)
-        if now is None or is_same(now, self._counted.get(name)):
-            return own
-        own = own._replace(row_offsets=count_checked(own.values, own.bitmask, own.columns, f"the stack {name!r}"))
-        setattr(self, _buffers(name)[1], own.row_offsets)
-        self._counted = {**self._counted, name: now}
-        return own
-
-    def _as_counted(self, name: str) -> Compressed:
-        bitmask, row_offsets = (getattr(self, buffer) for buffer in _buffers(name))
-        return Compressed(_values(self, name), bitmask, row_offsets, self._columns[name])
+        bitmask, own = (getattr(self, buffer) for buffer in _buffers(name))
+        values, columns = _values(self, name), self._columns[name]
+        row_offsets = self._counted[name].row_offsets(values, bitmask, own, columns, f"the stack {name!r}")
+        return Compressed(values, bitmask, row_offsets, columns)
 
     def put(self, name: str, compressed: Compressed) -> None:
         """
@@ -86,6 +78,7 @@ class CompressedExperts(nn.Module):
         self._parameters[name] = nn.Parameter(compressed.values, requires_grad=False)
         for buffer, tensor in zip(_buffers(name), (compressed.bitmask, compressed.row_offsets), strict=True):
             setattr(self, buffer, tensor)
+        self._counted[name].note(compressed.values, compressed.bitmask)
 
     def stack(self, name: str, factors: Sequence[Factors] = (), *, inputs_first: bool = False) -> Tensor:
         """
@@ -140,12 +133,12 @@ class CompressedExperts(nn.Module):
             values, bitmask = state_dict.get(prefix + name), state_dict.get(prefix + bitmask_of(name))
             if values is None or bitmask is None:
                 continue
-            own = self._as_counted(name)
-            row_offsets = check_compressed(values, bitmask, own.shape, prefix + name)
+            own_bits, own_values = getattr(self, bitmask_of(name)), _values(self, name)
+            row_offsets = check_compressed(values, bitmask, (*own_bits.shape[:-1], columns), prefix + name)
             assigned = local_metadata.get("assign_to_params_buffers", False)
-            device = torch.device("meta") if assigned else own.values.device
-            places = torch.empty(len(values), dtype=own.values.dtype, device=device)
-            self.put(name, Compressed(places, own.bitmask, row_offsets.to(own.bitmask.device), columns))
+            device = torch.device("meta") if assigned else own_values.device
+            places = torch.empty(len(values), dtype=own_values.dtype, device=device)
+            self.put(name, Compressed(places, own_bits, row_offsets.to(own_bits.device), columns))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
 
     def extra_repr(self) -> str:
@@ -173,6 +166,7 @@ def put_stack(module: nn.Module, name: str, compressed: Compressed) -> None:
     columns = {**getattr(module, "_columns", {}), name: compressed.columns}
     module.__class__ = _compressed_class(_original(type(module)), tuple(columns))
     module._columns = columns  # type: ignore[assignment]
+    module._counted = {**getattr(module, "_counted", {}), name: Counted()}  # type: ignore[assignment]
     bitmask, row_offsets = _buffers(name)
     module.register_buffer(bitmask, compressed.bitmask)
     module.register_buffer(row_offsets, compressed.row_offsets, persistent=False)
@@ -207,7 +201,7 @@ def put_dense_stacks(module: nn.Module) -> None:
         module._parameters[name] = nn.Parameter(module.dequantize(name))
         for buffer in _buffers(name):
             delattr(module, buffer)
-    del module._columns
+    del module._columns, module._counted
     module.__class__ = _original(type(module))
 
 

@@ -12,12 +12,11 @@ from ..functional.bitmask import (
     Compressed,
     bitmask_bytes,
     check_compressed,
-    count_checked,
     count_row_offsets,
 )
 from ..functional.compressed import compress, compressed_linear, decompress
 from .experts import CompressedExperts, put_dense_stacks
-from .row_offsets import Seen, is_same, seen
+from .row_offsets import Counted
 
 
 class CompressedLinear(nn.Linear):
@@ -40,7 +39,6 @@ class CompressedLinear(nn.Linear):
 
     bitmask: Tensor
     row_offsets: Tensor
-    _counted: Seen | None = None  # what the row offsets are of
 
     def __init__(
         self,
@@ -59,6 +57,7 @@ class CompressedLinear(nn.Linear):
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
         self.register_buffer("bitmask", bitmask)
         self.register_buffer("row_offsets", count_row_offsets(bitmask), persistent=False)
+        self._counted = Counted()
 
     @classmethod
     def from_linear(cls, layer: nn.Linear) -> CompressedLinear:
@@ -115,11 +114,10 @@ class CompressedLinear(nn.Linear):
         Raises:
             ValueError: If the values or the bitmask were written or replaced such that they do not fit any more.
         """
-        now = seen(self.weight, self.bitmask)
-        if now is not None and not is_same(now, self._counted):
-            self.row_offsets = count_checked(self.weight, self.bitmask, self.in_features, "the weight of this layer")
-            self._counted = now
-        return Compressed(self.weight, self.bitmask, self.row_offsets, self.in_features)
+        row_offsets = self._counted.row_offsets(
+            self.weight, self.bitmask, self.row_offsets, self.in_features, "the weight of this layer"
+        )
+        return Compressed(self.weight, self.bitmask, row_offsets, self.in_features)
 
     def put(self, compressed: Compressed) -> None:
         """
@@ -130,7 +128,7 @@ class CompressedLinear(nn.Linear):
         """
         self.weight = nn.Parameter(compressed.values, requires_grad=False)
         self.bitmask, self.row_offsets = compressed.bitmask, compressed.row_offsets
-        self._counted = seen(self.weight, self.bitmask)
+        self._counted.note(self.weight, self.bitmask)
 
     def dequantize(self) -> Tensor:
         """

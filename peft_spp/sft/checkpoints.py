@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Collection
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME
@@ -15,22 +14,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.safetensors_files import read_json
 from ..tuner import SPPConfig
+from ..tuner.adapter_files import find_weights
 from ..tuner.saved_adapter import read_adapter
 from .errors import InputError
 from .spp_arguments import flag_of
 
 
-# what cannot change in the midst of a run
-_SAME = (
-    "r",
-    "spp_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "modules_to_save",
-    "trainable_token_indices",
-    "bias",
-)
+# what cannot change in the midst of a run, and what neither PEFT nor TRL adds to
+_SAME = ("r", "spp_alpha", "rank_pattern", "alpha_pattern", "bias")
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
@@ -79,7 +70,8 @@ def incompleteness(checkpoint: Path) -> str | None:
     if match and step != int(match[1]):
         return f"{TRAINER_STATE_NAME} belongs to step {step}"
     # PEFT writes an adapter that is not called "default" into a subfolder of its name
-    folders = [one for one in (checkpoint, *sorted(checkpoint.iterdir())) if (one / CONFIG_NAME).is_file()]
+    named = [one for one in sorted(checkpoint.iterdir()) if _is_spp(one / CONFIG_NAME)]
+    folders = [checkpoint, *named] if find_weights(checkpoint) or (checkpoint / CONFIG_NAME).is_file() else named
     for folder in folders or [checkpoint]:
         try:
             read_adapter(folder, pickled=True)
@@ -94,6 +86,13 @@ def incompleteness(checkpoint: Path) -> str | None:
     return None
 
 
+def _is_spp(file: Path) -> bool:
+    try:
+        return file.is_file() and read_json(file).get("peft_type") == "SPP"
+    except ValueError:
+        return True  # it is reported when the adapter is read
+
+
 def check_settings(checkpoint: str, config: SPPConfig) -> None:
     """Check that the adapter of a checkpoint has the settings of a run, before the model is loaded."""
     file = Path(checkpoint) / CONFIG_NAME
@@ -102,10 +101,6 @@ def check_settings(checkpoint: str, config: SPPConfig) -> None:
         own, other = getattr(config, name), saved.get(name)
         if name not in saved or (own or None) == (other or None):
             continue
-        if name == "target_modules":  # without the flag, the saved names are those that were found
-            if not isinstance(own, Collection) or not isinstance(other, list) or set(own) == set(other):
-                continue
-            own = sorted(own)
         raise InputError(
             f"Cannot resume from the checkpoint {checkpoint!r}: its adapter has --{flag_of(name)} {other}, and this "
             f"run {own}. Pass what the checkpoint has, or train into another --output_dir without "

@@ -39,7 +39,8 @@ def check_output(folder: Path) -> None:
 def check_apart(output: str, sources: Iterable[str | None]) -> None:
     """Check that the adapter does not go into the folder of a model, which would load with it from then on."""
     for source in sources:
-        if source is not None and os.path.realpath(source) == os.path.realpath(output):
+        folder = Path(source or "").expanduser()
+        if source is not None and folder.is_dir() and folder.resolve() == Path(output).expanduser().resolve():
             raise InputError(f"--output_dir {output!r} is the folder of the model {source!r}. Name another folder.")
 
 

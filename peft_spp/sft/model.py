@@ -91,8 +91,8 @@ def _check_tokens(config: SPPConfig, model: PreTrainedModel) -> None:
     for token in indices if isinstance(indices, list) else [one for some in indices.values() for one in some]:
         if token < 0 or (rows is not None and isinstance(indices, list) and token >= rows):
             raise InputError(
-                f"--spp_trainable_token_indices names token {token}, and the model has embeddings for the tokens 0 to "
-                f"{'the last' if rows is None else rows - 1}."
+                f"--spp_trainable_token_indices names token {token}. Tokens are counted from 0"
+                + (f", and the model has embeddings for {rows}." if rows is not None else ".")
             )
 
 

@@ -124,8 +124,8 @@ def check_fits(
     """Check that a saved adapter fills the layers that a model has for it, and that they compute the same with it."""
     check_count(saved.origin, saved.tensors, model, config, adapter_name, may_be_renamed=True)
     check_dtypes(saved.origin, saved.tensors, model, adapter_name)
-    check_tokens(saved.origin, saved.config, config, adapter_name)
     if not ignore_shapes:
+        check_tokens(saved.origin, saved.config, config, adapter_name)
         check_shapes({saved_name(name): one.shape for name, one in saved.tensors.items()}, model, config, adapter_name)
     for name, layer in adapter_layers(model, adapter_name).items():
         if name in saved.factors:

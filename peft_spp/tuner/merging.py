@@ -88,6 +88,7 @@ class MergingModel(BaseTuner):
                 quantizing would lose a zero. The model is as it was before.
         """
         identities = self._ids_once_unloaded(adapter_names) if dequantize else []
+        before = merged_adapters(vars(self.model.config)) if identities else []
         if dequantize:
             self._check_merge(adapter_names, safe_merge, quantized=False)
             self._check_merge_allowed()
@@ -97,7 +98,9 @@ class MergingModel(BaseTuner):
         )
         if dequantize:
             put_dense_layers(merged)  # the experts, which are merged in the form that they have
-        mark_merged(merged, identities)
+        if identities:
+            # in the place of the ids of the layers that were left
+            setattr(merged.config, MERGED, [*before, *identities])
         return merged
 
     def _adapted_layers(self) -> list[AdaptedLayer]:

@@ -2,7 +2,9 @@
 """Tensors of a compressed module that are written or replaced by others: counted again, or refused."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from torch.func import functional_call
 
-from peft_spp import CompressedLinear, compress
+from peft_spp import CompressedLinear, compress, decompress
 
 from helpers.tiny import prune_
 from helpers.tiny_moe import IDS, tiny_moe
@@ -87,3 +89,31 @@ def test_the_stacks_of_experts_are_counted_again_too():
     stacks[0].fill_(0)
     with pytest.raises(ValueError, match="has 0 bits"):
         own(IDS)
+
+
+def test_gradients_after_a_first_call_in_inference_mode():
+    own = copy.deepcopy(layer(1))
+    with torch.inference_mode():
+        own(X)
+    x = X.clone().requires_grad_()
+    own(x).sum().backward()
+    torch.testing.assert_close(x.grad, own.dequantize().sum(0).expand_as(x))
+
+
+def test_a_call_with_other_tensors_leaves_the_layers_own_for_what_is_compiled():
+    own, other = layer(1), layer(2)
+    expected = own(X)
+    functional_call(own, other.state_dict(), (X,))
+    torch.testing.assert_close(torch.compile(own, backend="eager", fullgraph=True)(X), expected)
+
+
+def test_nothing_of_a_module_is_kept_by_what_was_counted():
+    own = layer(1)
+    own(X)
+    bitmask = weakref.ref(own.bitmask)
+    own.to("meta")
+    gc.collect()
+    assert bitmask() is None
+    model = compress(tiny_moe("mixtral", 0, "2:4"))
+    decompress(model)
+    assert not [module for module in model.modules() if "_counted" in vars(module)]

@@ -270,7 +270,6 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     [
         (["--spp_r", "2"], "--spp_r 4, and this run 2"),
         (["--spp_alpha", "8"], "--spp_alpha 32, and this run 8.0"),
-        (["--spp_target_modules", "up_proj"], "--spp_target_modules ['down_proj'], and this run ['up_proj']"),
         (["--spp_bias", "all"], "--spp_bias none, and this run all"),
     ],
 )
