@@ -181,10 +181,8 @@ def record_rows(shape: tuple[int, int], pieces: Iterable[Tensor]) -> MaskRecord:
     """
     word_numbers = _word_numbers(shape[1], torch.device("cpu"))
     rows, columns = _sampled_places(*shape, torch.device("cpu"))
-    histogram, row_sums = (
-        torch.zeros(256, dtype=torch.int64, device="cpu"),
-        torch.empty(len(_SEEDS), shape[0], dtype=torch.int64, device="cpu"),
-    )
+    histogram = torch.zeros(256, dtype=torch.int64, device="cpu")
+    row_sums = torch.empty(len(_SEEDS), shape[0], dtype=torch.int64, device="cpu")
     sampled_zero = torch.empty(len(rows), dtype=torch.bool, device="cpu")
     stop = 0
     with torch.no_grad():

@@ -164,6 +164,11 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], model: nn.Module, config: S
     """Check that what an adapter has of a model's tensors has their shapes."""
     expected = _shapes_of(model, adapter_name)
     expected |= {name: one for name, one in expected_tensors(model, config, adapter_name).items() if one is not None}
+    refuse_misfits(shapes, expected)
+
+
+def refuse_misfits(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a `RuntimeError` if tensors of an adapter have other shapes than those of the same names in a model."""
     misfits = [
         f"{name} is {tuple(shapes[name])} in the adapter, {shape} in the model"
         for name, shape in expected.items()

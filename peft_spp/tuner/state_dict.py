@@ -15,7 +15,7 @@ from ..checkpoints.names import unwrapped_name
 from .adapter_tensors import BY_ADAPTER, belongs_to, other_adapters, restore_tensors
 from .config import SPPConfig
 from .layer_factors import SPPLayer
-from .loading import check_loaded
+from .loading import check_loaded, refuse_misfits
 from .module_names import ModuleNames, own_modules
 
 
@@ -34,17 +34,8 @@ class AdapterStateDict(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # This runs before the factors' own, so nothing is loaded yet where shapes do not fit.
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        own = {f"{prefix}{name}": tensor for name, tensor in _loaded_tensors(self)}
-        misfits = [key for key, own_one in own.items() if key in state_dict and state_dict[key].shape != own_one.shape]
-        if misfits:
-            shown = "; ".join(
-                f"{key} is {tuple(state_dict[key].shape)} in the adapter, {tuple(own[key].shape)} in the model"
-                for key in misfits[:3]
-            )
-            raise RuntimeError(
-                f"size mismatch for {len(misfits)} tensors of the adapter: {shown}. The adapter was trained on a "
-                "base model with other shapes, or with another `r`. Nothing was loaded."
-            )
+        own = {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in _loaded_tensors(self)}
+        refuse_misfits({key: tuple(state_dict[key].shape) for key in own if key in state_dict}, own)
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
