@@ -203,12 +203,15 @@ class Suite:
         models (`tuple[TrainedModel | Checkpoint, ...]`): The models.
         studies (`tuple[Study, ...]`): In the order they are run; rates are taken from studies before.
         budget (`TuningBudget`): What each contender gets.
+        reference (`Contender`, *optional*): What the others are compared with. Machines round differently, and each
+            prunes its own copy of a model; with a reference, that is tuned on every copy that anything is tuned on.
     """
 
     name: str
     models: tuple[TrainedModel | Checkpoint, ...]
     studies: tuple[Study, ...]
     budget: TuningBudget
+    reference: Contender | None = None
 
     def model(self, name: str) -> TrainedModel | Checkpoint:
         """The model of that name."""

@@ -47,7 +47,7 @@ def measure_base(base: BaseModel, pruning: Pruning | None) -> dict[str, Any]:
     if pruning is not None:
         measured |= sparsity_measures(source, Path(source), pruning)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return measured | {"parameters": parameters, "weights": base.weights_id(pruning)}
+    return measured | {"parameters": parameters}
 
 
 def measure_steps(
@@ -117,14 +117,12 @@ def measure_tuned(
 
     Returns:
         `dict[str, Any]`: Of the run: `validation_loss`, `diverged`, `first_loss`, `last_loss`, `max_loss`, `tokens`,
-            `seconds`, `cpu_seconds`, `trainable`, `adapter_bytes`, on CUDA `peak_bytes`; which `weights` it started
-            from; and `deployments`.
+            `seconds`, `cpu_seconds`, `trainable`, `adapter_bytes`, on CUDA `peak_bytes`; and `deployments`.
     """
     dtype = _dtype(options)
 
     def tune_and_save(folder: Path) -> dict[str, Any]:
         adapted, measured = _tune(base, pruning, method, options, rate, seed, steps, on_step)
-        measured["weights"] = base.weights_id(pruning)
         if not measured["diverged"]:
             if base.accelerator.is_main_process:
                 method.save(adapted, folder / "adapter")

@@ -66,8 +66,7 @@ class Session:
 
     def _run_study(self, study: Study) -> None:
         base = self.bases[study.model]
-        settings = {"base": base.fingerprint, "model": study.model, "pruning": study.pruning.name}
-        self._measure("base", settings, lambda: measure_base(base, study.pruning))
+        self._measure_pruned(study)
         profile = self._profile(study) if study.rates_from is None else None
         if study.steps_only:
             return
@@ -87,6 +86,24 @@ class Session:
             for seed in study.seeds:
                 self._tune(study, contender, options, rate, seed, steps)
                 self.progress.advance(self._total)
+
+    def _measure_pruned(self, study: Study, own_copy: bool = False) -> None:
+        """Measure the pruned model, unless a copy of it has been, or this machine's if that is wanted."""
+        base = self.bases[study.model]
+        settings: dict[str, Any] = {"base": base.fingerprint, "model": study.model, "pruning": study.pruning.name}
+        settings |= self._copy(study) if own_copy else {}
+        self._measure("base", settings, lambda: measure_base(base, study.pruning), copy=partial(self._copy, study))
+
+    def _measure_reference(self, study: Study, reference: Contender) -> None:
+        """Measure this machine's copy of the pruned model, and on it what the others are compared with."""
+        self._measure_pruned(study, own_copy=True)
+        options = self._options(reference, self.bases[study.model])
+        rate, _ = self._best_rate(study, reference, options)
+        self._tune(study, reference, options, rate, study.seeds[0], self.suite.budget.steps, own_copy=True)
+
+    def _copy(self, study: Study) -> dict[str, str | None]:
+        """What tells this machine's copy of the pruned model from others, where these are told apart."""
+        return {"weights": self.bases[study.model].weights_id(study.pruning)} if self.suite.reference else {}
 
     def _stable_rate(self, study: Study, contender: Contender, options: Mapping[str, Any]) -> float:
         """
@@ -166,11 +183,16 @@ class Session:
         seed: int,
         steps: int,
         kind: str = "tune",
+        own_copy: bool = False,
     ) -> dict[str, Any]:
         base = self.bases[study.model]
         settings = self._settings(study, contender, options, rate, seed, steps, kind)
+        settings |= self._copy(study) if own_copy else {}
         name = contender_name(contender.method, options)
         label = f"{study.model}, {study.pruning.label}: {name}, rate {rate:g}, seed {seed}"
+        reference = self.suite.reference if kind == "tune" and not own_copy else None
+        if reference and self.store.find(kind, settings) is None:
+            self._measure_reference(study, reference)
 
         def measure() -> dict[str, Any]:
             with _Bar(self.progress, label, steps) as bar:
@@ -187,7 +209,8 @@ class Session:
                 )
 
         whole = steps if kind == "tune" else steps / self.suite.budget.batch
-        return self._measure(kind, settings, measure, whole, label)
+        copy = partial(self._copy, study) if kind == "tune" else dict
+        return self._measure(kind, settings, measure, whole, label, copy)
 
     def _settings(
         self,
@@ -250,14 +273,18 @@ class Session:
         measure: Callable[[], dict[str, Any]],
         steps: float = 0.0,
         label: str = "",
+        copy: Callable[[], Mapping[str, Any]] = dict,
     ) -> dict[str, Any]:
-        """What the store has, or what is measured now and then stored, by the first process alone."""
+        """
+        What the store has, or what is measured now and then stored, by the first process alone. What `copy` returns is
+        added to the settings once it is measured.
+        """
         known = self.store.find(kind, settings)
         if known is not None:
             self._left.count(key_of(kind, settings), steps, fresh=False)
             return known
         measured = measure()
-        self.store.add(kind, settings, measured, write=self._is_main)
+        self.store.add(kind, {**settings, **copy()}, measured, write=self._is_main)
         self._left.count(key_of(kind, settings), steps, fresh=True)
         if label:
             self.progress.console.print(f"{label}: {self._left}", markup=False)

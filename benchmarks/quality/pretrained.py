@@ -90,6 +90,7 @@ PRETRAINED = Suite(
         apart_blocks=12,
         sampled_blocks=192,
     ),
+    reference=SPP,
 )
 
 

@@ -19,10 +19,20 @@ def points(gain: float, error: float) -> str:
     return f"{100 * gain:+.1f} ± {100 * error:.1f}"
 
 
+def shares(one: Comparison, entry: Entry) -> str:
+    """What an entry wins back: on text like the tuning text, on other text, and of the accuracy."""
+    said = [f"{one.won_back(entry, text):.0%}" for text in (MAIN_TEXT, UNLIKE)]
+    if entry.has_tasks and math.isfinite(share := one.tasks_won_back(entry)):
+        said.append(f"{100 * share:.0f} ± {100 * one.tasks_won_back_error(entry):.0f}%")
+    return " / ".join(said)
+
+
 def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     """What a user should know: of each pruning what it took and what came back, and what the start of A changes."""
     said = []
     for one in comparisons:
+        if one.copy:
+            continue
         spp = main_entry(one)
         sentences = [_pruned_sentence(one)]
         if spp is not None:
@@ -31,12 +41,15 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     return [*said, *_start_sentence(comparisons), *_zeros_sentence(comparisons)]
 
 
-def details(one: Comparison) -> list[str]:
-    """How SPP compares with the others on one pruned model."""
-    spp = main_entry(one)
-    if spp is None:
-        return []
-    return [*_rivals_sentences(one, spp), *_probability_sentence(one), *_elsewhere_sentence(one)]
+def details(copies: Sequence[Comparison]) -> list[str]:
+    """How SPP compares with the others on the copies of one pruned model."""
+    said: list[str] = []
+    for one in copies:
+        spp = main_entry(one)
+        if spp is not None:
+            own = [*_rivals_sentences(one, spp), *([] if one.copy else _probability_sentence(one))]
+            said += [f"{one.mark.strip()} {sentence}".strip() for sentence in own]
+    return [*said, *_copies_sentence(copies)]
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -156,29 +169,38 @@ def _certain(one: Entry, other: Entry) -> float:
     return gain if abs(gain) > 2 * error else 0.0
 
 
-def _elsewhere_sentence(one: Comparison) -> list[str]:
-    """Which entries are of another machine's copy of the pruned model, and how far the copies are apart."""
-    others = [entry for entry in one.entries if one.is_elsewhere(entry)]
-    if not others:
-        return []
-    names = ", ".join(dict.fromkeys(entry.machine for entry in others))
-    starts = [entry.tuned["first_loss"] for entry in one.entries if "text" not in entry.settings["options"]]
-    return [
-        f"† Tuned on another machine ({names}) than the pruned model of the second row ({one.pruned.machine}). Each "
-        "pruned its own copy. Their losses on the first batch, before tuning, are "
-        f"{min(starts):.3f} to {max(starts):.3f}, so that a difference of a few percent in perplexity means nothing."
-    ]
+def _copies_sentence(copies: Sequence[Comparison]) -> list[str]:
+    """Which rows are of another machine's copy of the pruned model, and how far the same run is apart on them."""
+    first, *others = copies
+    said = []
+    for one in others:
+        again = [(entry, same) for entry in one.entries if (same := _same(first, entry)) and entry.has_tasks]
+        repeated = "; ".join(
+            f"{entry.label} wins back {shares(first, same)} on the first and {shares(one, entry)} on this"
+            for entry, same in again
+        )
+        said.append(
+            f"{one.mark.strip()} Another copy of the pruned model: each machine prunes its own. This one was pruned "
+            f"and tuned on {one.pruned.machine}, the first on {first.pruned.machine}. What is won back and SPP's lead "
+            f"are from the same copy.{' The same run on both: ' + repeated + '.' if repeated else ''}"
+        )
+    return said
+
+
+def _same(one: Comparison, entry: Entry) -> Entry | None:
+    """The entry of the same contender on another copy."""
+    return next((own for own in one.entries if own.label == entry.label), None)
 
 
 def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
     pairs = [(one, one.find("spp_positive"), one.find("spp")) for one in comparisons]
     said = [
-        f"{one.pruning.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
+        f"{one.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
         f"{default.perplexity(MAIN_TEXT).mean:.2f} and, on other text, "
         f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}, accuracy "
         f"{points(*positive.gain(default))} points"
         for one, positive, default in pairs
-        if positive is not None and default is not None and positive.machine == default.machine
+        if positive is not None and default is not None
     ]
     return [f"The positive start of A against the default start: {'; '.join(said)}."] if said else []
 

@@ -20,7 +20,7 @@ from .data import UNLIKE
 from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_findings import MAIN_TEXT, details, findings, main_entry, points, spp_entries, text_name
+from .pretrained_findings import MAIN_TEXT, details, findings, main_entry, points, shares, spp_entries, text_name
 from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
@@ -46,15 +46,15 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
         bullets(findings(store, comparisons)),
         f"![Perplexity and accuracy, by pruning]({Path(os.path.relpath(picture, page.parent)).as_posix()})",
     ]
-    for comparison in comparisons:
-        parts += [f"## {comparison.pruning.label}", quality_table(store, comparison)]
-        said = details(comparison)
+    for copies in by_pruning(comparisons):
+        parts += [f"## {copies[0].label}", quality_table(store, copies)]
+        said = details(copies)
         parts += [bullets(said)] if said else []
     read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
     if tuned:
-        parts += ["## Costs", costs_table(store, tuned[0]), "## Learning rates"]
+        parts += ["## Costs", costs_table(store, tuned), "## Learning rates"]
         parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(tuned)]
         if unstable := unstable_runs(store):
             parts.append(paragraph(unstable))
@@ -64,33 +64,35 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     return [page, picture]
 
 
+def by_pruning(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+    """The comparisons of each pruning, which are those of the copies of one pruned model."""
+    groups: dict[Pruning, list[Comparison]] = {}
+    for one in comparisons:
+        groups.setdefault(one.pruning, []).append(one)
+    return list(groups.values())
+
+
 def model_name(store: Store) -> str:
     """The model of the last run."""
     return str(store.records[-1].settings["model"])
 
 
-def quality_table(store: Store, one: Comparison) -> str:
-    """Perplexities and accuracies, a row for each deployed model."""
-    texts = list(one.dense.deployed[0]["losses"])
-    spp = main_entry(one)
+def quality_table(store: Store, copies: Sequence[Comparison]) -> str:
+    """Perplexities and accuracies of all copies of a pruned model, a row for each model that is deployed."""
+    texts = list(copies[0].dense.deployed[0]["losses"])
     rows = []
-    for entry in (one.dense, one.pruned, *one.entries):
-        cells = [_perplexity_cell(entry, text) for text in texts]
-        cells.append(_won_back_cell(one, entry) if entry in one.entries else "–")
-        cells.append(f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged")
-        cells.append(points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–")
-        label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
-        rows.append([label + " †" * (entry in one.entries and one.is_elsewhere(entry)), *cells])
+    for one in copies:
+        spp = main_entry(one)
+        for entry in (*([] if one.copy else [one.dense]), one.pruned, *one.entries):
+            cells = [_perplexity_cell(entry, text) for text in texts]
+            cells.append(shares(one, entry) if entry in one.entries else "–")
+            accuracy = f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged"
+            lead = points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–"
+            label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
+            rows.append([label + one.mark, *cells, accuracy, lead])
     names = [text_name(store, text) for text in texts]
     headings = ["", *names, "won back", "accuracy", "SPP's lead"]
     return table(headings, rows, numbers_from=1)
-
-
-def _won_back_cell(one: Comparison, entry: Entry) -> str:
-    shares = [f"{one.won_back(entry, text):.0%}" for text in (MAIN_TEXT, UNLIKE)]
-    if entry.has_tasks and math.isfinite(share := one.tasks_won_back(entry)):
-        shares.append(f"{100 * share:.0f} ± {100 * one.tasks_won_back_error(entry):.0f}%")
-    return " / ".join(shares)
 
 
 def _perplexity_cell(entry: Entry, text: str) -> str:
@@ -98,21 +100,23 @@ def _perplexity_cell(entry: Entry, text: str) -> str:
     return f"{spread.mean:.2f}" + (f" ± {spread.deviation:.2f}" if spread.count > 1 else "")
 
 
-def costs_table(store: Store, one: Comparison) -> str:
+def costs_table(store: Store, comparisons: Sequence[Comparison]) -> str:
     """What each contender trains, saves, and takes."""
     base = store.records[-1].settings["base"]
     profiles = [record for record in store.records if record.kind == "profile" and record.settings["base"] == base]
     steps = profiles[-1].measured if profiles else {}
+    contenders: dict[str, Entry] = {}
+    for entry in (entry for one in comparisons for entry in one.entries):
+        told_by_another = entry.deployment in ("unmerged", "remasked") or entry.settings["equal"] == "time"
+        if not told_by_another and "text" not in entry.settings["options"]:
+            contenders.setdefault(label_of(entry.settings, None), entry)
     rows = []
-    for entry in one.entries:
-        if entry.deployment in ("unmerged", "remasked") or "text" in entry.settings["options"]:
-            continue
+    for label, entry in contenders.items():
         measured = steps.get(entry.name)
         ratio, memory = "–", "–"
         if measured:
             own, spp = sorted(measured["seconds"]), sorted(steps["spp"]["seconds"])
             ratio, memory = f"{own[len(own) // 2] / spp[len(spp) // 2]:.2f}", format_bytes(measured["bytes"])
-        label = label_of(entry.settings, None)
         size = format_kilobytes(entry.tuned["adapter_bytes"])
         lost = f"{max(one['zeros_lost'] or 0 for one in entry.deployed):,}"
         rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, lost])
@@ -122,17 +126,18 @@ def costs_table(store: Store, one: Comparison) -> str:
 
 def rates_table(comparisons: Sequence[Comparison]) -> str:
     """The rates that were tried, where they were."""
-    rows = []
+    rows: list[list[str]] = []
     for one in comparisons:
         for entry in one.entries:
-            if not entry.rates or entry.deployment in ("unmerged", "remasked"):
+            label = label_of(entry.settings, None)
+            known = any(row[:2] == [one.pruning.label, label] for row in rows)
+            if known or not entry.rates or entry.deployment in ("unmerged", "remasked"):
                 continue
             cells = []
             for rate, loss in sorted(entry.rates.items()):
                 text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
                 cells.append(f"**{text}**" if rate == entry.settings["rate"] else text)
             edge = len(entry.rates) > 1 and entry.settings["rate"] in (min(entry.rates), max(entry.rates))
-            label = label_of(entry.settings, None)
             rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
 
@@ -269,7 +274,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     ):
         axes.set_title(title, loc="left")
         axes.axhline(value, color=plots.BLACK, linewidth=0.8, linestyle=(0, (4, 2)))
-        axes.set_xticks(range(len(comparisons)), [one.pruning.label for one in comparisons])
+        axes.set_xticks(range(len(comparisons)), [one.label for one in comparisons])
         if axes is not right:
             plots.log_y(axes)
     handles, labels = left.get_legend_handles_labels()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .analysis import Spread, label_of
@@ -30,7 +30,7 @@ class Entry:
         tuned (`Mapping[str, Any]`): What was measured of its training with the first seed.
         deployment (`str`): What became of the trained model.
         rates (`Mapping[float, float | None]`): The rates that were tried, with the loss on the validation text.
-        machine (`str`): What it was measured on. Each machine prunes its own copy of the model.
+        machine (`str`): What it was measured on.
     """
 
     label: str
@@ -117,12 +117,25 @@ class Comparison:
         dense (`Entry`): The model before.
         pruned (`Entry`): It, not tuned.
         entries (`tuple[Entry, ...]`): It, tuned: SPP, then what keeps the zeros, then the others.
+        copy (`int`): Which copy of the pruned model, as each machine prunes its own: 0 for the one with the most
+            entries.
     """
 
     pruning: Pruning
     dense: Entry
     pruned: Entry
     entries: tuple[Entry, ...]
+    copy: int = 0
+
+    @property
+    def mark(self) -> str:
+        """What tells its entries from those of the first copy, for readers."""
+        return f" {'†' * self.copy}" if self.copy else ""
+
+    @property
+    def label(self) -> str:
+        """How it is pruned, and which copy it is, for readers."""
+        return self.pruning.label + self.mark
 
     def find(self, method: str, deployment: str = "merged", **options: Any) -> Entry | None:
         """The entry of a method with these options."""
@@ -131,11 +144,6 @@ class Comparison:
             if (one.settings["method"], one.deployment, dict(one.settings["options"])) == wanted:
                 return one
         return None
-
-    def is_elsewhere(self, entry: Entry) -> bool:
-        """Whether an entry is of another machine's copy of the pruned model, by its weights where these are known."""
-        own, other = self.pruned.deployed[0].get("weights"), entry.tuned.get("weights")
-        return own != other if own and other else entry.machine != self.pruned.machine
 
     def won_back(self, entry: Entry, text: str) -> float:
         """The share of the log-perplexity lost by pruning that was won back; NaN if pruning cost none."""
@@ -155,21 +163,30 @@ class Comparison:
 
 
 def comparisons_of(store: Store) -> list[Comparison]:
-    """The comparisons of a suite's last model, as far as they are measured, in the order of the prunings."""
+    """
+    The comparisons of a suite's last model, as far as they are measured: in the order of the prunings, and of each the
+    copies with more entries first.
+    """
     newest = store.records[-1].settings["base"]
     records = [one for one in store.records if one.settings["base"] == newest]
-    bases = {one.settings["pruning"]: one for one in records if one.kind == "base"}
-    dense = Entry("dense", (bases[None].measured,), machine=machine_of(store, bases[None]))
-    return [
-        Comparison(
-            Pruning.of(name),
-            dense,
-            Entry("pruned, not tuned", (base.measured,), machine=machine_of(store, base)),
-            tuple(sorted(_entries(store, records, name), key=_place)),
-        )
-        for name, base in bases.items()
-        if name is not None
-    ]
+    bases = [one for one in records if one.kind == "base"]
+    before = next(one for one in bases if one.settings["pruning"] is None)
+    dense = Entry("dense", (before.measured,), machine=machine_of(store, before))
+    comparisons = []
+    for name in dict.fromkeys(one.settings["pruning"] for one in bases if one.settings["pruning"]):
+        copies = [
+            Comparison(
+                Pruning.of(name),
+                dense,
+                Entry("pruned, not tuned", (base.measured,), machine=machine_of(store, base)),
+                tuple(sorted(_entries(store, records, base.settings), key=_place)),
+            )
+            for base in bases
+            if base.settings["pruning"] == name
+        ]
+        copies.sort(key=lambda one: -len(one.entries))
+        comparisons += [replace(one, copy=copy) for copy, one in enumerate(copies)]
+    return comparisons
 
 
 def _place(entry: Entry) -> tuple[int, int, int, str]:
@@ -191,10 +208,12 @@ def machine_name(environment: Mapping[str, Any]) -> str:
     return f"{hardware['cpu']} ({hardware['cpu_capability']})"
 
 
-def _entries(store: Store, records: Sequence[Record], pruning: str) -> list[Entry]:
+def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -> list[Entry]:
+    pruning, weights = base["pruning"], base.get("weights")
     groups: dict[str, list[Record]] = {}
     for one in records:
-        if one.kind == "tune" and one.settings["pruning"] == pruning and one.measured["deployments"]:
+        own = one.settings["pruning"] == pruning and one.settings.get("weights") == weights
+        if one.kind == "tune" and own and one.measured["deployments"]:
             groups.setdefault(_contender(one.settings), []).append(one)
     entries = []
     for key, group in groups.items():

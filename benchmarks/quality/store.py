@@ -23,7 +23,8 @@ class Record:
         kind (`str`):
             `"base"`, `"profile"`, `"tune"`, `"rate"` for a run that chooses a learning rate, where that is shorter, or
             `"unstable"` for one that ended worse than the shorter one with the same rate.
-        settings (`dict[str, Any]`): What tells it from all others of its kind.
+        settings (`dict[str, Any]`): What tells it from all others of its kind. `weights`, where they are there, tell
+            which copy of the pruned model it was, as each machine prunes its own.
         measured (`dict[str, Any]`): What came out. Infinite and NaN are `None`.
         environment (`int`): Where it was measured: the number of one of the store's environments.
     """
@@ -32,6 +33,11 @@ class Record:
     settings: dict[str, Any]
     measured: dict[str, Any]
     environment: int
+
+    def is_of(self, kind: str, settings: Mapping[str, Any]) -> bool:
+        """Whether it is the measurement with these settings, on any copy of the pruned model if they name none."""
+        own = self.settings if "weights" in settings else {k: v for k, v in self.settings.items() if k != "weights"}
+        return key_of(self.kind, own) == key_of(kind, settings)
 
 
 @dataclass
@@ -89,9 +95,11 @@ class Store:
             self.save()
 
     def find(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was measured with these settings; `None` if it has not been."""
-        key = key_of(kind, settings)
-        return next((one.measured for one in self.records if key_of(one.kind, one.settings) == key), None)
+        """
+        What was measured with these settings, on whichever copy of the pruned model if they do not say; `None` if it
+        has not been.
+        """
+        return next((one.measured for one in self.records if one.is_of(kind, settings)), None)
 
     def add(self, kind: str, settings: Mapping[str, Any], measured: Mapping[str, Any], write: bool = True) -> None:
         """Keep a measurement, on the disk when this returns: of several processes one is to `write`."""
@@ -136,10 +144,7 @@ class Store:
 
     def relabel(self, kind: str, settings: Mapping[str, Any], new: str, write: bool = True) -> None:
         """Give a measurement another kind: of several processes one is to `write`."""
-        key = key_of(kind, settings)
-        self.records = [
-            replace(one, kind=new) if key_of(one.kind, one.settings) == key else one for one in self.records
-        ]
+        self.records = [replace(one, kind=new) if one.is_of(kind, settings) else one for one in self.records]
         if write:
             self.save()
 

@@ -20,7 +20,7 @@ from benchmarks.quality.data import load_texts
 from benchmarks.quality.design import Contender, Pruning, Study
 from benchmarks.quality.estimate import Estimate
 from benchmarks.quality.harness_tasks import _probability, write_tasks
-from benchmarks.quality.pretrained import FOUR, POSITIVE, PRETRAINED, distilled
+from benchmarks.quality.pretrained import FOUR, IA3, MASKED_LORA, POSITIVE, PRETRAINED, SPP, distilled
 from benchmarks.quality.pretrained_page import write_pretrained
 from benchmarks.quality.pretrained_results import comparisons_of
 from benchmarks.quality.store import Store
@@ -34,6 +34,17 @@ ENVIRONMENT = {
     "threads": {"torch": 1},
     "versions": {"torch": "2", "python": "3", "peft": "0", "transformers": "5"},
 }
+
+
+TRAINED = {
+    "tokens": 1024,
+    "trainable": 10,
+    "adapter_bytes": 40,
+    "cpu_seconds": 3.0,
+    "validation_loss": 3.0,
+    "first_loss": 4.0,
+}
+SUITE = replace(PRETRAINED, reference=None)
 
 
 def deployed(loss, *right):
@@ -56,19 +67,17 @@ def deployed(loss, *right):
 def store(tmp_path):
     """Dense, pruned, and two seeds of one method; of another one seed."""
     store = Store("pretrained", tmp_path / "quality-pretrained.json")
-    suite = replace(PRETRAINED, studies=(Study("tiny", AT_2_4, FOUR),))
+    suite = replace(SUITE, studies=(Study("tiny", AT_2_4, FOUR),))
     store.begin(ENVIRONMENT, {"text": "wikitext.txt", "suite": described(suite)})
     store.add("base", {**COMMON, "pruning": None}, deployed(3.0, "1111", "1110"))
     store.add("base", {**COMMON, "pruning": "wanda-2:4"}, deployed(5.0, "1100", "0000"))
     runs = [("spp_positive", 0, (3.4, "1110", "1000")), ("spp_positive", 1, (3.6, "1100", "1000"))]
     for method, seed, measured in [*runs, ("masked_full", 0, (3.0, "1100", "0000"))]:
         settings = {**COMMON, "pruning": "wanda-2:4", "method": method, "options": {}, "equal": None, "seed": seed}
-        trained = {"tokens": 1024, "trainable": 10, "adapter_bytes": 40, "cpu_seconds": 3.0, "validation_loss": 3.0}
-        trained["first_loss"] = 4.0
         if seed == 0:
-            store.add("rate", {**settings, "rate": 0.1, "steps": 1}, trained)
+            store.add("rate", {**settings, "rate": 0.1, "steps": 1}, TRAINED)
         merged = {"merged": deployed(*measured)}
-        store.add("tune", {**settings, "rate": 0.1, "steps": 2}, {**trained, "deployments": merged})
+        store.add("tune", {**settings, "rate": 0.1, "steps": 2}, {**TRAINED, "deployments": merged})
     return store
 
 
@@ -179,7 +188,7 @@ def test_the_lowest_rate_stays_where_its_long_run_ends_worse(tmp_path, monkeypat
     store.begin(ENVIRONMENT, {})
     for _ in range(2):
         with Progress(disable=True) as progress:
-            plan.Session(replace(PRETRAINED, studies=(study,)), {"pretrained": BASE}, store, progress).run()
+            plan.Session(replace(SUITE, studies=(study,)), {"pretrained": BASE}, store, progress).run()
         assert [one.settings["rate"] for one in store.records if one.kind == "tune"] == [1e-3]
         assert store.about["complete"]
 
@@ -189,7 +198,7 @@ def test_rates_that_are_not_measured_are_named(tmp_path, monkeypatch):
     study = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
     store = Store("pretrained", tmp_path / "results.json")
     store.begin(ENVIRONMENT, {})
-    suite = replace(PRETRAINED, studies=(study,))
+    suite = replace(SUITE, studies=(study,))
     with Progress(disable=True) as progress, pytest.raises(ValueError, match=r"spp on Wanda 50% .* Wanda 2:4"):
         plan.Session(suite, {"pretrained": BASE}, store, progress).run()
 
@@ -201,7 +210,7 @@ def test_rates_of_another_pruning_are_those_of_the_same_contender(tmp_path, monk
     monkeypatch.setattr(plan.Session, "_options", lambda self, contender, base: {"share": 0.02})
     contender = Contender("supertuning", equal="parameters", rates=(1e-3, 1e-2))
     at_50 = Study("pretrained", Pruning("wanda", 0.5), (contender,), rates_from=AT_2_4)
-    suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
+    suite = replace(SUITE, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
     store = Store("pretrained", tmp_path / "results.json")
     store.begin(ENVIRONMENT, {})
     with Progress(disable=True) as progress:
@@ -222,7 +231,7 @@ def test_a_rival_at_equal_time_takes_its_rate_and_the_measured_ratio_of_the_step
     store = Store("pretrained", tmp_path / "results.json")
     store.begin(ENVIRONMENT, {})
     for studies in ((steps, tuned), (equal,)):
-        suite = replace(PRETRAINED, studies=studies)
+        suite = replace(SUITE, studies=studies)
         with Progress(disable=True) as progress:
             plan.Session(suite, {"pretrained": BASE}, store, progress).run()
     *_, last = store.records
@@ -240,7 +249,7 @@ def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rat
     # what is above an unstable rate is not tried, though the best of the short runs that are left
     contender = Contender("spp", rates=(1e-3, 1e-2, 1e-1, 1.0))
     at_50 = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
-    suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
+    suite = replace(SUITE, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
     for _ in range(2):  # the second run finds all it needs
         store = Store.open(tmp_path / "results.json", suite.name)
         store.begin(ENVIRONMENT, {})
@@ -274,12 +283,11 @@ def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
 
 def test_what_was_tuned_on_the_tasks_is_compared_separately(store, tmp_path):
     settings = {**COMMON, "pruning": "wanda-2:4", "method": "spp_positive", "equal": None, "seed": 0, "rate": 0.1}
-    trained = {"tokens": 1024, "trainable": 10, "adapter_bytes": 40, "cpu_seconds": 3.0, "validation_loss": 3.0}
     merged = {"merged": deployed(3.4, "1111", "1111")}
     # the most accurate and the surest of all
     merged["merged"]["tasks"]["one"]["probability"] = [0.99] * 4
     told = {**settings, "options": {"text": "questions"}, "steps": 2}
-    store.add("tune", told, {**trained, "deployments": merged})
+    store.add("tune", told, {**TRAINED, "deployments": merged})
     (one,) = comparisons_of(store)
     assert [entry.saw_tasks for entry in one.entries] == [False, True, False]
     write_pretrained(store, tmp_path / "page.md")
@@ -290,22 +298,53 @@ def test_what_was_tuned_on_the_tasks_is_compared_separately(store, tmp_path):
     assert page.count(told) == 2
 
 
-def test_a_row_of_another_machine_is_marked(store, tmp_path):
-    settings = {**COMMON, "pruning": "wanda-2:4", "method": "lora", "options": {}, "equal": None, "seed": 0, "rate": 1}
-    trained = {"tokens": 9, "trainable": 1, "adapter_bytes": 4, "cpu_seconds": 3.0, "validation_loss": 3.0}
+def test_what_is_won_back_is_of_the_same_copy_of_the_pruned_model(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
     assert "†" not in (tmp_path / "page.md").read_text()
     store.begin({**ENVIRONMENT, "hardware": {**ENVIRONMENT["hardware"], "cpu": "Another"}}, store.about)
-    merged = {"unmerged": deployed(3.4, "1111", "1111"), "merged": deployed(3.4, "1111", "1111")}
-    store.add("tune", {**settings, "steps": 2}, {**trained, "first_loss": 4.5, "deployments": merged})
+    copy = {**COMMON, "pruning": "wanda-2:4", "weights": "abc"}
+    store.add("base", copy, deployed(7.0, "1000", "0000"))
+    for method, right in (("spp_positive", "1110"), ("lora", "1111")):
+        settings = {**copy, "method": method, "options": {}, "equal": None, "seed": 0, "rate": 1, "steps": 2}
+        store.add("tune", settings, {**TRAINED, "deployments": {"merged": deployed(4.0, right, "0000")}})
+    first, other = comparisons_of(store)
+    assert [one.label for one in (first, other)] == ["Wanda 2:4", "Wanda 2:4 †"]
+    assert [entry.settings["method"] for entry in other.entries] == ["spp_positive", "lora"]
+    # from 7 to 4, of 7 to 3
+    assert other.won_back(other.find("lora"), "text") == pytest.approx(0.75)
     write_pretrained(store, tmp_path / "page.md")
     page = " ".join((tmp_path / "page.md").read_text().split())
-    assert "LoRA, r=16 (merged) † |" in page and "† Tuned on another machine (Another (AVX2))" in page
-    assert "start, r=16** † |" not in page and "dense † |" not in page
-    # the same weights
-    store.records[1].measured["weights"] = store.records[-1].measured["weights"] = "abc"
-    write_pretrained(store, tmp_path / "page.md")
-    assert "†" not in (tmp_path / "page.md").read_text()
+    assert "pruned, not tuned † |" in page and "start, r=16** † |" in page and "dense † |" not in page
+    lora = next(line for line in (tmp_path / "page.md").read_text().splitlines() if "LoRA, r=16 (merged) †" in line)
+    assert lora.endswith("| -12.5 ± 12.5 |")  # one of the four questions of one of the two tasks
+    assert "on Another (AVX2), the first on CPU (AVX2)." in page
+    assert "SPP, positive start, r=16 wins back 75% / 75% / 30 ± 22% on the first and 75% / 75% / " in page
+
+
+def test_another_machine_measures_its_own_copy_and_the_reference_on_it(tmp_path, monkeypatch):
+    """Resumed elsewhere, what is done stays done, and what is left is compared with SPP on the same copy."""
+    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
+    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
+    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
+    suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (POSITIVE, SPP)),))
+    later = replace(suite, studies=(*suite.studies, Study("pretrained", AT_2_4, (IA3, MASKED_LORA))))
+    store = Store("pretrained", tmp_path / "results.json")
+    for weights, some in (("here", suite), ("there", suite), ("there", later)):
+        store.begin(ENVIRONMENT, {})
+        base = SimpleNamespace(**{**vars(BASE), "weights_id": lambda pruning, weights=weights: weights})
+        with Progress(disable=True) as progress:
+            plan.Session(some, {"pretrained": base}, store, progress).run()
+    found = [(one.kind, one.settings.get("method"), one.settings.get("weights")) for one in store.records]
+    assert [one for one in found if one[0] == "tune"] == [
+        ("tune", "spp", "here"),
+        ("tune", "spp_positive", "here"),
+        ("tune", "spp", "there"),
+        ("tune", "ia3", "there"),
+        ("tune", "masked_lora", "there"),
+    ]
+    assert [one[2] for one in found if one[0] == "base"] == [None, "here", "there"]
+    # rates do not depend on the copy
+    assert [one[1:] for one in found if one[0] == "rate"].count(("spp", None)) == len(SPP.rates)
 
 
 def test_questions_are_written_as_the_tasks_ask_them(tmp_path):
