@@ -128,7 +128,7 @@ def test_no_memory_beside_the_tensors_is_used_or_written(m, n, ranks, dtype, tra
         S = torch.zeros(m, n, dtype=torch.float64)
         S[rows, columns] = product.double() * W[rows, columns]
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", lambda *shape, of=torch.empty, **options: guarded.write(of(*shape, **options)))
+            patch.setattr(torch, "empty", lambda *shape, of=torch.empty, **how: guarded.write(of(*shape, **how)))
             patch.setattr(torch, "zeros_like", lambda like, of=torch.zeros_like: guarded.write(of(like)))
             work = NativeElementwise(native.weight, factors)
             work.scaled_factors = native.scaled_factors
