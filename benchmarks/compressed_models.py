@@ -32,6 +32,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_spp import CompressedLinear, compress
+from peft_spp.checkpoints.empty_model import default_dtype
 from peft_spp.functional.kernels.cpu import bitmask
 
 from .competitors import COMPETITORS
@@ -191,12 +192,8 @@ def main(
 def build_models(size: Size, seed: int) -> dict[str, LlamaForCausalLM]:
     """The models by contestant; those that are dense share their weights."""
     torch.manual_seed(seed)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         dense = LlamaForCausalLM(size.config()).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
     models = {"dense": dense, "own": with_layers(dense, OwnDenseLinear)}
     for share in (0.5, 0.75):
         for layer in block_linears(dense).values():

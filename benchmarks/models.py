@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_spp.checkpoints.empty_model import default_dtype
 from peft_spp.pruning import prune_magnitude
 
 
@@ -106,10 +107,5 @@ def copy_with_shared_weights(model: ModelT) -> ModelT:
 @contextmanager
 def _initialized_as(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[None]:
     torch.manual_seed(seed)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(previous)
+    with default_dtype(dtype), device:
+        yield

@@ -9,7 +9,6 @@ takes on this CPU, by the allocator's account (`benchmarks.harness.memory`). The
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from peft_spp import SPPConfig, compress
+from peft_spp.checkpoints.empty_model import default_dtype
 from peft_spp.durable import write_text
 from peft_spp.planning import TrainingPlan, plan_training
 from peft_spp.pruning import prune_magnitude
@@ -209,25 +209,15 @@ def small_model(small: Small, dtype: torch.dtype, device: str) -> nn.Module:
     if not small.experts:
         return llama(small.settings, dtype, device)
     torch.manual_seed(0)
-    with _default_dtype(dtype), torch.device(device):
+    with default_dtype(dtype), torch.device(device):
         return MixtralForCausalLM(MixtralConfig(**small.settings, use_cache=False, max_position_embeddings=8192))
 
 
 def llama(settings: dict[str, Any], dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     """A Llama of random weights, or of none on the meta device."""
     torch.manual_seed(0)
-    with _default_dtype(dtype), torch.device(device):
+    with default_dtype(dtype), torch.device(device):
         return LlamaForCausalLM(LlamaConfig(**settings, use_cache=False, max_position_embeddings=8192))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 if __name__ == "__main__":

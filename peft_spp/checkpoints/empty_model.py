@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +23,22 @@ def empty_model(folder: Path, config: Mapping[str, Any], dtype: torch.dtype | No
     cls = next((cls for name in named if (cls := getattr(transformers, str(name), None)) is not None), None)
     # without the question on the terminal whether the model's code may be run
     loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    before = torch.get_default_dtype()
     if dtype is not None:
         _set_dtype(loaded, dtype)
-        torch.set_default_dtype(dtype)
+    with default_dtype(dtype or torch.get_default_dtype()), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(loaded) if cls is None else cls(loaded)
+    return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which floating-point tensors, and so the parameters of new models, have this dtype by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(loaded) if cls is None else cls(loaded)
+        yield
     finally:
         torch.set_default_dtype(before)
-    return cast(PreTrainedModel, model)
 
 
 def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:

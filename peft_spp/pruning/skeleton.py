@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.conversion import Origin, Origins
-from ..checkpoints.empty_model import empty_model
+from ..checkpoints.empty_model import default_dtype, empty_model
 from ..checkpoints.old_compressed_files import without_empty_formats
 from ..checkpoints.ties import TiedNames
 from .layers import PrunableLayer, find_blocks, find_target_layers, weight_name
@@ -180,7 +180,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if "quantization_config" in without_empty_formats(checkpoint.config):
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
     try:
-        with _default_dtype(dtype):
+        # others cannot be the default: of a quantized model, which is refused
+        with default_dtype(dtype if dtype in _DTYPES else torch.get_default_dtype()):
             model = empty_model(checkpoint.folder, checkpoint.config)
     except (ValueError, KeyError) as error:
         if "auto_map" in checkpoint.config:
@@ -220,14 +221,3 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
     """The tensors that Transformers loads in float32 whatever the dtype of the model."""
     plan = model._get_dtype_plan(dtype)
     return re.compile("|".join(f"(?:{name.replace('*', '.*')})" for name in plan) or "(?!)")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    # others cannot be: of a quantized model, which is refused
-    torch.set_default_dtype(dtype if dtype in _DTYPES else previous)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)

@@ -1,27 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The default dtype and device of the program are not those of the kernels' own memory."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import nn
 
 from peft_spp import CompressedLinear
+from peft_spp.checkpoints.empty_model import default_dtype
 from peft_spp.functional import Factors, compressed_linear, merged_weight, spp_linear
 from peft_spp.functional.compressed import compress
 
 from helpers.tiny import prune_
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 DEFAULTS = [
