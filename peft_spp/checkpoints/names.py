@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 
@@ -85,6 +86,17 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     if isinstance(wanted, str):
         return _compile(wanted).fullmatch(name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def warn_of_names_without_layers(
+    wanted: str | Sequence[str], is_matched: Callable[[str | Sequence[str]], bool], stacklevel: int = 2
+) -> None:
+    """Say which entries of `exclude_modules` no layer matches: they may be misspelled."""
+    entries = [(wanted, wanted)] if isinstance(wanted, str) else [(one, (one,)) for one in wanted]
+    missing = [repr(shown) for shown, entry in entries if not is_matched(entry)]
+    if missing:
+        what = f"no linear layer of the model matches {', '.join(missing)}"
+        warnings.warn(f"exclude_modules: {what}.", stacklevel=stacklevel + 1)
 
 
 def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.sparse import (
 )
 from torch.utils.benchmark import Timer
 
-from ..checkpoints.names import matches
+from ..checkpoints.names import matches, warn_of_names_without_layers
 from ..compressed import CompressedLinear
 from ..reports import PlainData, by_reason, some
 from ..sparsity import satisfies_n_m
@@ -141,9 +141,11 @@ def choose_layers(
     """
     chosen: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
+    target_modules, exclude_modules = _names(target_modules), _names(exclude_modules)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if exclude_modules is not None:
+        warn_of_names_without_layers(exclude_modules, lambda wanted: any(matches(name, wanted) for name in layers))
+    for name, module in layers.items():
         reason = _not_asked_for(name, target_modules, exclude_modules) or why_not(module)
         if reason is None:
             chosen[name] = module
@@ -203,17 +205,17 @@ def _is_2_4(weight: Tensor) -> bool:
 
 
 def _not_asked_for(
-    name: str, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None
+    name: str, target_modules: str | Sequence[str] | None, exclude_modules: str | Sequence[str] | None
 ) -> str | None:
-    if target_modules is not None and not _matches(name, target_modules):
+    if target_modules is not None and not matches(name, target_modules):
         return "not in target_modules"
-    if exclude_modules is not None and _matches(name, exclude_modules):
+    if exclude_modules is not None and matches(name, exclude_modules):
         return "in exclude_modules"
     return None
 
 
-def _matches(name: str, wanted: str | Iterable[str]) -> bool:
-    return matches(name, wanted if isinstance(wanted, str) else tuple(wanted))
+def _names(wanted: str | Iterable[str] | None) -> str | Sequence[str] | None:
+    return wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
 
 
 def _check_merged(model: nn.Module) -> None:

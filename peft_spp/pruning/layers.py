@@ -19,7 +19,7 @@ from ..architecture import (
     what_computes,
     why_not_linear_map,
 )
-from ..checkpoints.names import is_fused_experts, matches
+from ..checkpoints.names import is_fused_experts, matches, warn_of_names_without_layers
 from ..compressed import CompressedLinear
 from ..compressed.experts import find_compressed_stacks
 from ..sparsity import NMPattern
@@ -76,21 +76,13 @@ def find_target_layers(
         raise ValueError(f"No linear layer of the model matches {target_modules=}.")
     if exclude_modules is not None:
         exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
-        _warn_of_names_without_layers(every, exclude_modules)
+        warn_of_names_without_layers(
+            exclude_modules, lambda wanted: any(_matches(name, layer, wanted) for name, layer in every.items())
+        )
         layers = {name: layer for name, layer in layers.items() if not _matches(name, layer, exclude_modules)}
         if not layers:
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
     return _linear_maps(layers, named=target_modules is not None)
-
-
-def _warn_of_names_without_layers(layers: Mapping[str, PrunableLayer], exclude_modules: str | list[str]) -> None:
-    wanted: list[str | list[str]] = (
-        [exclude_modules] if isinstance(exclude_modules, str) else [[one] for one in exclude_modules]
-    )
-    missing = [one for one in wanted if not any(_matches(name, layer, one) for name, layer in layers.items())]
-    if missing:
-        names = ", ".join(repr(one) if isinstance(one, str) else repr(one[0]) for one in missing)
-        warnings.warn(f"exclude_modules: no linear layer of the model matches {names}.", stacklevel=3)
 
 
 def prunable_layers(model: nn.Module) -> dict[str, PrunableLayer]:

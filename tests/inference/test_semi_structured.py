@@ -38,6 +38,12 @@ def test_layers_are_chosen_by_what_the_kernels_know(merged: nn.Module) -> None:
     assert skipped["model.layers.0.self_attn.q_proj"] == "in exclude_modules"
 
 
+def test_names_come_from_any_iterable_and_misspelled_ones_are_told(merged: nn.Module) -> None:
+    with pytest.warns(UserWarning, match="exclude_modules: no linear layer of the model matches 'o_poj'"):
+        chosen, _ = choose_layers(merged, (f"{one}_proj" for one in "qo"), (name for name in ("q_proj", "o_poj")))
+    assert list(chosen) == [f"model.layers.{n}.self_attn.o_proj" for n in range(2)]
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
