@@ -176,7 +176,7 @@ def _copies_sentence(copies: Sequence[Comparison]) -> list[str]:
     for one in others:
         again = [(entry, same) for entry in one.entries if (same := _same(first, entry)) and entry.has_tasks]
         repeated = "; ".join(
-            f"{entry.label} wins back {shares(first, same)} on the first and {shares(one, entry)} on this"
+            f"{entry.label} wins back {shares(first, same)} on the first and {shares(one, entry)} on the other"
             for entry, same in again
         )
         said.append(

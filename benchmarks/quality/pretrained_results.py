@@ -212,8 +212,11 @@ def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -
     pruning, weights = base["pruning"], base.get("weights")
     groups: dict[str, list[Record]] = {}
     for one in records:
-        own = one.settings["pruning"] == pruning and one.settings.get("weights") == weights
-        if one.kind == "tune" and own and one.measured["deployments"]:
+        of_this_copy = one.kind == "tune" and (one.settings["pruning"], one.settings.get("weights")) == (
+            pruning,
+            weights,
+        )
+        if of_this_copy and one.measured["deployments"]:
             groups.setdefault(_contender(one.settings), []).append(one)
     entries = []
     for key, group in groups.items():

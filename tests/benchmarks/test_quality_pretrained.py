@@ -307,6 +307,8 @@ def test_what_is_won_back_is_of_the_same_copy_of_the_pruned_model(store, tmp_pat
     for method, right in (("spp_positive", "1110"), ("lora", "1111")):
         settings = {**copy, "method": method, "options": {}, "equal": None, "seed": 0, "rate": 1, "steps": 2}
         store.add("tune", settings, {**TRAINED, "deployments": {"merged": deployed(4.0, right, "0000")}})
+    seconds = {name: {"seconds": [1.0], "bytes": 8} for name in ("spp", "lora")}
+    store.add("profile", {**COMMON, "contenders": ["lora", "spp"]}, seconds)
     first, other = comparisons_of(store)
     assert [one.label for one in (first, other)] == ["Wanda 2:4", "Wanda 2:4 †"]
     assert [entry.settings["method"] for entry in other.entries] == ["spp_positive", "lora"]
