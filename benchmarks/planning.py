@@ -31,6 +31,14 @@ from .harness.memory import storage_bytes, trace_memory
 
 PAGE = Path("docs/planning.md")
 LARGE: dict[str, dict[str, Any]] = {
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
     "8B": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

@@ -19,6 +19,7 @@ from ..harness import options as opt
 from .base_models import BaseModel
 from .data import load_texts
 from .design import Checkpoint, Contender, Study, Suite, TuningBudget
+from .estimate import needs_on_gpu
 from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
@@ -102,7 +103,9 @@ def main(
             dir_okay=False,
         ),
     ] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Only list what would be measured.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Only list what would be measured, and what checkpoints take on a GPU.")
+    ] = False,
     quick: opt.QuickOption = False,
 ) -> None:
     """Fine-tune pruned models by SPP and its competitors, and measure what is won back. What is done is kept."""
@@ -119,7 +122,7 @@ def main(
     narrowed = narrow(chosen, method or [], pruning or [], steps_only)
     console = make_console()
     if plan_only:
-        for line in describe(narrowed):
+        for line in (*describe(narrowed), *needs_on_gpu(narrowed)):
             console.print(line, markup=False)
         return
     run = opt.start_run(f"quality-{suite}", device, machine, output_dir, threads, quick)

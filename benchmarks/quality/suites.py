@@ -97,6 +97,8 @@ LLAMA_CHECKPOINTS = (
     (Checkpoint("sparse-llama-3.1-8b-2:4", "RedHatAI/Sparse-Llama-3.1-8B-2of4"), Pruning("published", "2:4")),
     (Checkpoint("llama-2-7b-70", "neuralmagic/Llama-2-7b-pruned70-retrained"), Pruning("published", 0.7)),
 )
+SHAPES = {checkpoint.source: "7B" if "Llama-2" in checkpoint.source else "8B" for checkpoint, _ in LLAMA_CHECKPOINTS}
+"""Their sizes in `benchmarks.planning`, to plan a run before anything is downloaded."""
 LLAMA_CONTENDERS = (
     Contender("spp", rates=(1e-3, 4e-3, 1.6e-2)),
     Contender("hira", rates=(1e-3, 4e-3, 1.6e-2)),

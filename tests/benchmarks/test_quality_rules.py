@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import rates
 from benchmarks.quality.analysis import analyze
 from benchmarks.quality.data import load_texts
-from benchmarks.quality.design import Pruning
+from benchmarks.quality.design import Contender, Pruning, Study
+from benchmarks.quality.estimate import planned_steps
 from benchmarks.quality.evaluation import final_number
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.page import finding
@@ -42,6 +44,29 @@ METAMATHQA = ROOT / "benchmarks" / "quality" / "metamathqa"
 def test_the_plan_of_a_suite_names_its_studies(suite):
     result = CliRunner().invoke(command.app, ["--suite", suite, "--plan"])
     assert result.exit_code == 0 and len(result.output.splitlines()) >= len(SUITES[suite].studies)
+
+
+def test_the_plan_of_checkpoints_says_what_they_take_on_a_gpu():
+    output = CliRunner().invoke(command.app, ["--suite", "llama", "--plan", "--method", "spp"]).output
+    said = [line for line in output.splitlines() if "GPU memory" in line]
+    assert len(said) == len(SUITES["llama"].models)
+    # 8,030,261,248 parameters of two bytes
+    memory, base = map(float, re.search(r"([\d.]+) GB of GPU memory \(base model ([\d.]+) GB\)", said[0]).groups())
+    assert base == 16.1 and 17 < memory < 24
+    seconds, fewest, most = map(float, re.search(r"([\d.]+) s a step .* ([\d.]+) to ([\d.]+) hours", said[0]).groups())
+    # twice the parameters forward, the same again with checkpointing, and for the gradient of the input
+    assert 6 * 7.5e9 * 32 * 512 / (0.4 * 312e12) < seconds < 8.5 * 8.1e9 * 32 * 512 / (0.4 * 312e12)
+    # a run at each of three rates, and at most at four more
+    assert fewest == pytest.approx(3 * 500 * seconds / 3600, rel=0.05)
+    assert most == pytest.approx(7 * 500 * seconds / 3600, rel=0.05)
+
+
+def test_runs_that_studies_share_are_planned_once():
+    study = Study("tiny", AT_2_4, (Contender("spp", rates=(1.0, 2.0)),), seeds=(0, 1))
+    budget = dataclasses.replace(SMALL.budget, steps=10, batch=2, rate_steps=None)
+    assert planned_steps((study, study), budget) == 30 and planned_steps((study,), budget, more_rates=2) == 50
+    short = dataclasses.replace(budget, rate_steps=4)
+    assert planned_steps((study,), short) == planned_steps((study,), short, more_rates=2) == 20 + 2 * 4 / 2
 
 
 def test_the_small_suite_has_every_pruning_and_three_seeds_where_claims_are_made():
