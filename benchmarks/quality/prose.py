@@ -82,8 +82,8 @@ NOT_RUN = """
 checkpoints (Llama-3.1-8B by Wanda at 2:4 and at 50%, Sparse-Llama-3.1-8B-2of4, Llama-2-7b-pruned70-retrained) with
 SPP, HiRA, LoRA and masked LoRA, and evaluates them on the tasks of the paper with lm-evaluation-harness (`pip install
 ".[quality]"`). With `--plan` it says what that takes: by arithmetic 20 GB of GPU memory, and 13 to 30 hours on an A100
-for each checkpoint of 8B. **It has not been run on these checkpoints yet.** The tests run it on a tiny local model with
-a local task.
+for each checkpoint of 8B. **It has not been run on these checkpoints yet.** The tests run it on a tiny local model
+with a local task.
 """
 
 PEFT = """
