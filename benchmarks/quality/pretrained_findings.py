@@ -36,20 +36,22 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
         spp = main_entry(one)
         sentences = [_pruned_sentence(one)]
         if spp is not None:
-            sentences += [_accuracy_sentence(one, spp), _text_sentence(one, spp), *_told_sentence(one)]
+            others = [other for other in comparisons if other.pruning == one.pruning and other.copy]
+            sentences += [_accuracy_sentence(one, spp, others), _text_sentence(one, spp), *_told_sentence(one)]
         said.append(" ".join(sentences))
-    return [*said, *_start_sentence(comparisons), *_zeros_sentence(comparisons)]
+    return [*said, *_equal_sentences(comparisons), *_start_sentence(comparisons), *_zeros_sentence(comparisons)]
 
 
 def details(copies: Sequence[Comparison]) -> list[str]:
     """How SPP compares with the others on the copies of one pruned model."""
     said: list[str] = []
     for one in copies:
+        own = _copy_sentence(one, copies[0]) if one.copy else []
         spp = main_entry(one)
         if spp is not None:
-            own = [*_rivals_sentences(one, spp), *([] if one.copy else _probability_sentence(one))]
-            said += [f"{one.mark.strip()} {sentence}".strip() for sentence in own]
-    return [*said, *_copies_sentence(copies)]
+            own += [*_rivals_sentences(one, spp), *([] if one.copy else _probability_sentence(one))]
+        said += [f"{one.mark} {sentence}".strip() for sentence in own]
+    return said
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -70,9 +72,11 @@ def _pruned_sentence(one: Comparison) -> str:
     )
 
 
-def _accuracy_sentence(one: Comparison, spp: Entry) -> str:
-    """How much of the accuracy SPP wins back, and LoRA, which it stands in for."""
-    said = f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {_tasks(one, spp)}, with {_zeros(spp)}"
+def _accuracy_sentence(one: Comparison, spp: Entry, others: Sequence[Comparison]) -> str:
+    """How much of the accuracy SPP wins back, also on other copies, and LoRA, which it stands in for."""
+    again = [f"{_tasks(other, same)} on another copy{other.mark}" for other in others if (same := _same(other, spp)) is not None]
+    said = f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {', '.join([_tasks(one, spp), *again])}"
+    said += f", with {_zeros(spp)}"
     merged, masked = one.find("lora"), one.find("lora", "remasked")
     if merged is not None:
         said += f"; {merged.label} {one.tasks_won_back(merged):.0%}, with {_zeros(merged)}"
@@ -150,7 +154,7 @@ def _rivals_sentences(one: Comparison, spp: Entry) -> list[str]:
         lower = [entry.label for entry in rivals if own < entry.perplexity(text).mean]
         higher = [entry.label for entry in rivals if own >= entry.perplexity(text).mean]
         order = [f"lower with {spp.label} than with {'; '.join(lower)}"] if lower else []
-        order += [f"higher than with {'; '.join(higher)}"] if higher else []
+        order += [f"higher {'' if lower else f'with {spp.label} '}than with {'; '.join(higher)}"] if higher else []
         said.append(f"on {name} {', and '.join(order)}")
     ahead, behind = ([entry.label for entry in rivals if sign * _certain(spp, entry) > 0] for sign in (1, -1))
     accuracy = [f"more accurate than {'; '.join(ahead)}"] if ahead else []
@@ -169,27 +173,36 @@ def _certain(one: Entry, other: Entry) -> float:
     return gain if abs(gain) > 2 * error else 0.0
 
 
-def _copies_sentence(copies: Sequence[Comparison]) -> list[str]:
-    """Which rows are of another machine's copy of the pruned model, and how far the same run is apart on them."""
-    first, *others = copies
-    said = []
-    for one in others:
-        again = [(entry, same) for entry in one.entries if (same := _same(first, entry)) and entry.has_tasks]
-        repeated = "; ".join(
-            f"{entry.label} wins back {shares(first, same)} on the first and {shares(one, entry)} on the other"
-            for entry, same in again
-        )
-        said.append(
-            f"{one.mark.strip()} Another copy of the pruned model: each machine prunes its own. This one was pruned "
-            f"and tuned on {one.pruned.machine}, the first on {first.pruned.machine}. What is won back and SPP's lead "
-            f"are from the same copy.{' The same run on both: ' + repeated + '.' if repeated else ''}"
-        )
-    return said
+def _copy_sentence(one: Comparison, first: Comparison) -> list[str]:
+    """Which copy of the pruned model this is, and how far the same run is apart on it and on the first."""
+    again = [(entry, same) for entry in one.entries if (same := _same(first, entry)) and entry.has_tasks]
+    repeated = "; ".join(
+        f"{entry.label} wins back {shares(first, same)} on the first and {shares(one, entry)} on the other"
+        for entry, same in again
+    )
+    return [
+        "Another copy of the pruned model: each machine prunes its own. This one was pruned and tuned on "
+        f"{one.pruned.machine}, the first on {first.pruned.machine}. What is won back and SPP's lead are from the "
+        f"same copy.{' The same run on both: ' + repeated + '.' if repeated else ''}"
+    ]
 
 
 def _same(one: Comparison, entry: Entry) -> Entry | None:
     """The entry of the same contender on another copy."""
     return next((own for own in one.entries if own.label == entry.label), None)
+
+
+def _equal_sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    """SPP next to those that got as much time, or have as many parameters."""
+    said = []
+    for one in comparisons:
+        spp, rivals = main_entry(one), [entry for entry in one.entries if entry.settings["equal"]]
+        if spp is not None and rivals:
+            told = "; ".join(f"{entry.label} {shares(one, entry)}" for entry in (spp, *rivals))
+            said.append(
+                f"{one.label}, with SPP's number of parameters or in its time (text, other text, accuracy): {told}."
+            )
+    return said
 
 
 def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:

@@ -108,7 +108,7 @@ def test_rows_stand_in_one_order_however_they_were_measured(store):
 def test_the_page_says_who_is_ahead_on_which_text(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
     page = " ".join((tmp_path / "page.md").read_text().split())
-    higher = "higher than with Masked full fine-tuning"
+    higher = "higher with SPP, positive start, r=16 than with Masked full fine-tuning"
     assert f"on text like the tuning text {higher}; on other text {higher}." in page
     assert "None of them differs in accuracy" in page and "wins back 30% (+18.8 ± 14.0 points" in page
     row = next(line for line in page.split(" | ") if line.startswith("75% / 75%"))
