@@ -74,7 +74,11 @@ def _pruned_sentence(one: Comparison) -> str:
 
 def _accuracy_sentence(one: Comparison, spp: Entry, others: Sequence[Comparison]) -> str:
     """How much of the accuracy SPP wins back, also on other copies, and LoRA, which it stands in for."""
-    again = [f"{_tasks(other, same)} on another copy{other.mark}" for other in others if (same := _same(other, spp)) is not None]
+    again = [
+        f"{_tasks(other, same)} on another copy{other.mark}"
+        for other in others
+        if (same := _same(other, spp)) is not None
+    ]
     said = f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {', '.join([_tasks(one, spp), *again])}"
     said += f", with {_zeros(spp)}"
     merged, masked = one.find("lora"), one.find("lora", "remasked")
