@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from ..checkpoints.safetensors_files import read_header
 from ..checkpoints.tensor_file import TensorFile
 from ..durable import sync_file
 from ..sparsity.counting import PairCounts
-from ..tuner.adapter_files import ADAPTER_FILES
+from ..tuner.adapter_files import ADAPTER_FILES, named_adapters
 from ..tuner.saved_adapter import read_settings
 from .adapter import load_adapter, named_base
 from .base_check import CHECKS, CheckBase, check_merged_before, mark_merged
@@ -111,6 +112,12 @@ def merge_checkpoint(
     checkpoint = read_checkpoint(base_folder)
     folder.check(checkpoint.size, checkpoint.copies)
     loaded = load_adapter(adapter_folder)
+    if others := [one.name for one in named_adapters(adapter_folder)]:
+        warnings.warn(
+            f"Only the adapter in {adapter_folder} itself is merged, not those in its subfolders: "
+            f"{', '.join(others)}. To merge one of them, name its own folder, such as {adapter_folder / others[0]}.",
+            stacklevel=2,
+        )
     merged_id = check_merged_before(loaded, checkpoint)
     plan = plan_merge(checkpoint, loaded)
     base_masks = compare_base(loaded, checkpoint, check_base, plan)

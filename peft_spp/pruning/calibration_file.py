@@ -41,7 +41,8 @@ def calibration_sequences(
     if available < samples:
         raise ValueError(
             f"the calibration file {file} has {len(ids):,} tokens, enough for {available} sequences of "
-            f"{sequence_length:,}, but samples={samples}: provide more text, or lower samples or sequence_length"
+            f"{sequence_length:,}, but samples={samples}: provide more text, or lower samples (--samples) or "
+            "sequence_length (--sequence-length)"
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples]
     return [ids[None, start : start + sequence_length] for start in (drawn * sequence_length).tolist()]

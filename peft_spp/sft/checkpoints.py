@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.safetensors_files import read_json
 from ..tuner import SPPConfig
-from ..tuner.adapter_files import find_weights
+from ..tuner.adapter_files import find_weights, named_adapters
 from ..tuner.saved_adapter import read_adapter
 from .errors import InputError
 from .spp_arguments import flag_of
@@ -69,8 +69,7 @@ def incompleteness(checkpoint: Path) -> str | None:
     match = _NAME.fullmatch(checkpoint.name)
     if match and step != int(match[1]):
         return f"{TRAINER_STATE_NAME} belongs to step {step}"
-    # PEFT writes an adapter that is not called "default" into a subfolder of its name
-    named = [one for one in sorted(checkpoint.iterdir()) if _is_spp(one / CONFIG_NAME)]
+    named = named_adapters(checkpoint)
     folders = [checkpoint, *named] if find_weights(checkpoint) or (checkpoint / CONFIG_NAME).is_file() else named
     for folder in folders or [checkpoint]:
         try:
@@ -84,13 +83,6 @@ def incompleteness(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(path):
             return f"{path.name} is truncated"
     return None
-
-
-def _is_spp(file: Path) -> bool:
-    try:
-        return file.is_file() and read_json(file).get("peft_type") == "SPP"
-    except ValueError:
-        return True  # it is reported when the adapter is read
 
 
 def check_settings(checkpoint: str, config: SPPConfig) -> None:

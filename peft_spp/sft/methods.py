@@ -37,6 +37,7 @@ class Method:
     script: str = "trl:ScriptArguments"  # the arguments of TRL's script
     task_type: str = "CAUSAL_LM"  # the task of the adapter, as PEFT has it
     arguments: type[SPPArguments] = SPPArguments  # SPP's own arguments
+    start_rate: float = 1e-3  # a learning rate to start from
     # the class that checks what is special to this method and makes its trainer
     recipe: str = f"{__package__}.recipe:Recipe"
     # flags of TRL for the command's help, in addition to those of all methods
@@ -61,6 +62,7 @@ METHODS = {
             # and the text column, which has any name
             columns=(("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",)),
             arguments=SupervisedArguments,
+            start_rate=4e-3,
             recipe=f"{__package__}.supervised:Supervised",
             often_set={**_MAX_LENGTH, "packing": (bool, "Fill sequences with several rows each.")},
         ),

@@ -12,6 +12,10 @@ from trl import TrlParser
 from .errors import InputError
 
 
+_RENAMED = {"--warmup_ratio": "--warmup_steps, which below 1 is a share of the steps"}
+"""Flags that earlier versions of Transformers had."""
+
+
 class Parser(TrlParser):
     """TRL's parser. An unknown flag is an error before the values of the others are looked at."""
 
@@ -39,6 +43,7 @@ class Parser(TrlParser):
         near = {
             word: get_close_matches("--" + word[2:].replace("-", "_"), flags, n=3, cutoff=0.75) for word in unknown
         }
+        near |= {word: [now] for word in unknown if (now := _RENAMED.get("--" + word[2:].replace("-", "_")))}
         return ", ".join(
             f"{word} (did you mean {' or '.join(found)}?)" if found else word for word, found in near.items()
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Sequence
@@ -119,6 +120,7 @@ def _describe(run: Run) -> str:
         f"Adapter:    SPP on {len(run.model.layers)} layers, {run.model.trainable:,} trainable parameters of "
         f"{run.model.total:,}",
         f"Data:       {rows} rows",
+        *_rate_lines(arguments),
         *run.recipe.lines,
         f"Checkpoint: {run.checkpoint or 'none, from the first step'}",
         f"Output:     {arguments.training.output_dir}",
@@ -126,3 +128,17 @@ def _describe(run: Run) -> str:
     # a run says it once it has loaded the model
     found = sparsity_on_disk(str(name), run.model.layers) if arguments.spp.dry_run else None
     return "\n".join([*lines, *(found.lines() if found else ())])
+
+
+def _rate_lines(arguments: Arguments) -> list[str]:
+    """The learning rate, and a warning if it is TRL's default, or less."""
+    training: Any = arguments.training
+    (default,) = (field.default for field in dataclasses.fields(training) if field.name == "learning_rate")
+    lines = [f"Rate:       {training.learning_rate:g}"]
+    if 0 < training.learning_rate <= default:
+        lines.append(
+            f"Warning: SPP learns next to nothing at a learning rate of {training.learning_rate:g} (TRL's default is "
+            f"{default:g}): its factors multiply small weights. Pass --learning_rate, {arguments.method.start_rate:g} "
+            "to start from."
+        )
+    return lines

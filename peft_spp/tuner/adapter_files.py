@@ -57,6 +57,18 @@ def find_file(
         return None  # also for a folder that is not there
 
 
+def named_adapters(folder: Path) -> list[Path]:
+    """The adapters in subfolders of a folder, where PEFT saves those that are not called "default"."""
+    return [one for one in sorted(folder.iterdir()) if one.is_dir() and _is_spp(one / CONFIG_NAME)]
+
+
+def _is_spp(file: Path) -> bool:
+    try:
+        return file.is_file() and read_json(file).get("peft_type") == "SPP"
+    except ValueError:
+        return True  # it is reported when the adapter is read
+
+
 def find_weights(
     source: str | os.PathLike[str], subfolder: str | None = None, hub: Mapping[str, Any] | None = None
 ) -> Path | None:

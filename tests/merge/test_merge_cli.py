@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -21,6 +22,14 @@ def merge(*arguments):
 def test_merge_writes_the_model_and_prints_a_table(tmp_path, case):
     result = merge(case.adapter, tmp_path / "out")
     assert result.exit_code == 0 and "down_proj" in result.stdout and result.stderr == ""
+    assert_same_bits(stored(tmp_path / "out"), stored(merged_by_peft(case, tmp_path / "peft")))
+
+
+def test_adapters_in_subfolders_are_named_and_not_merged(tmp_path, case):
+    shutil.copytree(case.adapter, tmp_path / "second")
+    (tmp_path / "second").rename(case.adapter / "second")
+    with pytest.warns(UserWarning, match=f"not those in its subfolders: second. .* such as {case.adapter / 'second'}"):
+        merge(case.adapter, tmp_path / "out")
     assert_same_bits(stored(tmp_path / "out"), stored(merged_by_peft(case, tmp_path / "peft")))
 
 

@@ -228,6 +228,20 @@ def test_a_dry_run_writes_nothing(kind: str, base: str, folder: Path, capsys: py
     assert after == before
 
 
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_learning_rate_is_told_and_that_trls_default_is_too_low(
+    kind: str, base: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    default = f"{load(METHODS[kind].config)(output_dir='out', bf16=False).learning_rate:g}"
+    main(arguments(kind, base, "--learning_rate", default, "--dry_run"), kind)
+    start = "0.004" if kind == "sft" else "0.001"
+    shown = capsys.readouterr().err
+    assert f"{default} (TRL's default is {default})" in shown and f"--learning_rate, {start} to start from." in shown
+    main(arguments(kind, base, "--learning_rate", start, "--dry_run"), kind)
+    shown = capsys.readouterr().err
+    assert f"\nRate:       {start}\n" in shown and "--learning_rate" not in shown
+
+
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [

@@ -308,6 +308,10 @@ def test_unknown_keys_of_the_yaml_file_are_named(base: str, data: str, tmp_path:
         ("--spp_exlude_modules=head", "--spp_exclude_modules"),
         ("--learning_rate fast", "invalid float value: 'fast'"),
         ("--spp_bias some", "choose from"),
+        (
+            "--warmup_ratio 0.03",
+            "--warmup_ratio (did you mean --warmup_steps, which below 1 is a share of the steps?)",
+        ),
         ("--zzzzz", "unknown flag --zzzzz. `peft-spp sft --help`"),
         ("word", "'word' is not a flag"),
     ],
