@@ -22,9 +22,14 @@ def points(gain: float, error: float) -> str:
 def shares(one: Comparison, entry: Entry) -> str:
     """What an entry wins back: on text like the tuning text, on other text, and of the accuracy."""
     said = [f"{one.won_back(entry, text):.0%}" for text in (MAIN_TEXT, UNLIKE)]
-    if entry.has_tasks and math.isfinite(share := one.tasks_won_back(entry)):
-        said.append(f"{100 * share:.0f} ± {100 * one.tasks_won_back_error(entry):.0f}%")
-    return " / ".join(said)
+    return " / ".join([*said, tasks_share(one, entry)]).removesuffix(" / ")
+
+
+def tasks_share(one: Comparison, entry: Entry) -> str:
+    """What an entry wins back of the accuracy, if that is known."""
+    if not entry.has_tasks or not math.isfinite(share := one.tasks_won_back(entry)):
+        return ""
+    return f"{100 * share:.0f} ± {100 * one.tasks_won_back_error(entry):.0f}%"
 
 
 def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
@@ -37,19 +42,24 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
         sentences = [_pruned_sentence(one)]
         if spp is not None:
             others = [other for other in comparisons if other.pruning == one.pruning and other.copy]
-            sentences += [_accuracy_sentence(one, spp, others), _text_sentence(one, spp), *_told_sentence(one)]
+            sentences += [_accuracy_sentence(one, spp, others), _text_sentence(store, one, spp), *_told_sentence(one)]
         said.append(" ".join(sentences))
-    return [*said, *_equal_sentences(comparisons), *_start_sentence(comparisons), *_zeros_sentence(comparisons)]
+    return [
+        *said,
+        *_equal_sentences(store, comparisons),
+        *_start_sentence(store, comparisons),
+        *_zeros_sentence(comparisons),
+    ]
 
 
-def details(copies: Sequence[Comparison]) -> list[str]:
+def details(store: Store, copies: Sequence[Comparison]) -> list[str]:
     """How SPP compares with the others on the copies of one pruned model."""
     said: list[str] = []
     for one in copies:
         own = _copy_sentence(one, copies[0]) if one.copy else []
         spp = main_entry(one)
         if spp is not None:
-            own += [*_rivals_sentences(one, spp), *([] if one.copy else _probability_sentence(one))]
+            own += [*_rivals_sentences(store, one, spp), *([] if one.copy else _probability_sentence(one))]
         said += [f"{one.mark} {sentence}".strip() for sentence in own]
     return said
 
@@ -94,12 +104,13 @@ def _zeros(entry: Entry) -> str:
     return f"{lost:,} zeros lost" if lost else "no zero lost"
 
 
-def _text_sentence(one: Comparison, spp: Entry) -> str:
+def _text_sentence(store: Store, one: Comparison, spp: Entry) -> str:
     best = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
     other = "" if best is spp else f" ({one.won_back(best, UNLIKE):.0%} by {best.label})"
     return (
-        f"Of the log-perplexity SPP wins back {one.won_back(spp, MAIN_TEXT):.0%} on text like the tuning text and "
-        f"{one.won_back(spp, UNLIKE):.0%} on other text{other}."
+        f"Of the log-perplexity SPP wins back {one.won_back(spp, MAIN_TEXT):.0%} on {text_name(store, MAIN_TEXT)}, "
+        f"which is like the tuning text, and {one.won_back(spp, UNLIKE):.0%} on {text_name(store, UNLIKE)}, which are "
+        f"not{other}."
     )
 
 
@@ -145,29 +156,27 @@ def _probability_sentence(one: Comparison) -> list[str]:
     ]
 
 
-def _rivals_sentences(one: Comparison, spp: Entry) -> list[str]:
-    """SPP and each of the others whose zeros are kept too."""
+def _rivals_sentences(store: Store, one: Comparison, spp: Entry) -> list[str]:
+    """Which of the others whose zeros are kept too are ahead of SPP, and which are behind it."""
     rivals = [
         entry for entry in _untold(one) if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0
     ]
     if not rivals:
         return []
-    said = []
-    for text, name in ((MAIN_TEXT, "text like the tuning text"), (UNLIKE, "other text")):
-        own = spp.perplexity(text).mean
-        lower = [entry.label for entry in rivals if own < entry.perplexity(text).mean]
-        higher = [entry.label for entry in rivals if own >= entry.perplexity(text).mean]
-        order = [f"lower with {spp.label} than with {'; '.join(lower)}"] if lower else []
-        order += [f"higher {'' if lower else f'with {spp.label} '}than with {'; '.join(higher)}"] if higher else []
-        said.append(f"on {name} {', and '.join(order)}")
-    ahead, behind = ([entry.label for entry in rivals if sign * _certain(spp, entry) > 0] for sign in (1, -1))
-    accuracy = [f"more accurate than {'; '.join(ahead)}"] if ahead else []
-    accuracy += [f"less accurate than {'; '.join(behind)}"] if behind else []
+
+    def named(entries: Sequence[Entry]) -> str:
+        return "; ".join(entry.label for entry in entries) or "none"
+
+    lower = {
+        text: [entry for entry in rivals if entry.perplexity(text).mean < spp.perplexity(text).mean]
+        for text in (MAIN_TEXT, UNLIKE)
+    }
+    ahead, behind = ([entry for entry in rivals if sign * _certain(spp, entry) > 0] for sign in (-1, 1))
     return [
-        f"Among the methods that keep the zeros, the perplexity is {'; '.join(said)}.",
-        f"By more than two standard errors {spp.label} is {' and '.join(accuracy)}."
-        if accuracy
-        else f"None of them differs in accuracy from {spp.label} by more than two standard errors.",
+        f"Of the others that keep the zeros, with a lower perplexity than {spp.label} on "
+        f"{text_name(store, MAIN_TEXT)}: {named(lower[MAIN_TEXT])}. On {text_name(store, UNLIKE)}: "
+        f"{named(lower[UNLIKE])}. More accurate by over two standard errors: {named(ahead)}. Less accurate by as "
+        f"much: {named(behind)}."
     ]
 
 
@@ -196,7 +205,7 @@ def _same(one: Comparison, entry: Entry) -> Entry | None:
     return next((own for own in one.entries if own.label == entry.label), None)
 
 
-def _equal_sentences(comparisons: Sequence[Comparison]) -> list[str]:
+def _equal_sentences(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     """SPP next to those that got as much time, or have as many parameters."""
     said = []
     for one in comparisons:
@@ -204,17 +213,19 @@ def _equal_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         if spp is not None and rivals:
             told = "; ".join(f"{entry.label} {shares(one, entry)}" for entry in (spp, *rivals))
             said.append(
-                f"{one.label}, with SPP's number of parameters or in its time (text, other text, accuracy): {told}."
+                f"{one.label}, with SPP's number of parameters or in its time, won back on "
+                f"{text_name(store, MAIN_TEXT)} / on {text_name(store, UNLIKE)} / of the accuracy: {told}."
             )
     return said
 
 
-def _start_sentence(comparisons: Sequence[Comparison]) -> list[str]:
+def _start_sentence(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     pairs = [(one, one.find("spp_positive"), one.find("spp")) for one in comparisons]
     said = [
         f"{one.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
-        f"{default.perplexity(MAIN_TEXT).mean:.2f} and, on other text, "
-        f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f}, accuracy "
+        f"{default.perplexity(MAIN_TEXT).mean:.2f} on {text_name(store, MAIN_TEXT)} and "
+        f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f} on "
+        f"{text_name(store, UNLIKE)}, accuracy "
         f"{points(*positive.gain(default))} points"
         for one, positive, default in pairs
         if positive is not None and default is not None

