@@ -193,13 +193,18 @@ def measure(small: Small, dtype: torch.dtype, sparsity: float | None, checkpoint
     if sparsity is not None:
         prune_magnitude(model, sparsity=sparsity)
         compress(model)
+    return measure_model(model, small.config, small.batch, small.sequence, checkpointing)
+
+
+def measure_model(model: Any, config: SPPConfig | None, batch: int, sequence: int, checkpointing: bool) -> int:
+    """The same of any model, which is changed."""
     model.requires_grad_(False)
-    adapted: Any = get_peft_model(model, small.config).train()
+    adapted: Any = get_peft_model(model, config or SPPConfig()).train()
     if checkpointing:
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(parameter for parameter in adapted.parameters() if parameter.requires_grad)
     # of equal tokens all would go to the same experts
-    ids = torch.randint(small.settings["vocab_size"], (small.batch, small.sequence))
+    ids = torch.randint(model.config.vocab_size, (batch, sequence))
 
     def step() -> None:
         adapted(input_ids=ids, labels=ids).loss.backward()

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 
-from .model_card import CARD, PLACEHOLDER, drop_local_base_model
+from .model_card import CARD, PLACEHOLDER, drop_local_base_model, why_unreadable
 
 
 def push_to_hub(
@@ -44,7 +44,12 @@ def push_to_hub(
 
     Returns:
         `str`: The address of the commit.
+
+    Raises:
+        ValueError: If `is_main_process` is `False`.
     """
+    if not kwargs.get("is_main_process", True):
+        raise ValueError("is_main_process=False saves nothing to upload: call push_to_hub in the main process only")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
@@ -58,10 +63,14 @@ def push_to_hub(
             if isinstance(error, LocalEntryNotFoundError):
                 raise
         model.save_pretrained(str(folder), **kwargs)
-        card = ModelCard.load(folder / CARD)
-        drop_local_base_model(card)
-        card.text = card.text.replace(PLACEHOLDER, repo_id)
-        card.save(folder / CARD)
+        if why_unreadable(folder / CARD) is not None:
+            # it stays as it is, as `save_pretrained` has warned; the Hub would refuse it
+            (folder / CARD).unlink()
+        else:
+            card = ModelCard.load(folder / CARD)
+            drop_local_base_model(card)
+            card.text = card.text.replace(PLACEHOLDER, repo_id)
+            card.save(folder / CARD)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

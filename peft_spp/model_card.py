@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel, TaskType
@@ -78,6 +79,15 @@ class AdapterSettings(Protocol):
     alpha_pattern: dict[str, float]
     target_modules: list[str] | set[str] | str | None
     base_record: BaseRecord | None
+
+
+def why_unreadable(card: Path) -> str | None:
+    """Why nobody can add to a model card."""
+    try:
+        ModelCard.load(card)
+    except (yaml.YAMLError, ValueError) as error:
+        return f"its metadata cannot be read ({type(error).__name__})"
+    return None
 
 
 def update_model_card(folder: str | Path, config: AdapterSettings) -> None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,8 +109,13 @@ def with_dense_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
     for name, shape in shapes.items():
         values, bitmask = tensors[name], tensors.pop(bitmask_of(name))
         load = partial(_load, name, file_of[bitmask.key], bitmask, values, shape)
-        tensors[name] = Stored(name, shape, values.dtype, load)
+        tensors[name] = Stored(name, shape, values.dtype, load, size=stored_size(values, bitmask))
     return list(tensors.values())
+
+
+def stored_size(values: Stored, bitmask: Stored) -> int:
+    """The bytes of a weight that is stored without its zeros."""
+    return math.prod(values.shape) * cast(torch.dtype, values.dtype).itemsize + math.prod(bitmask.shape)
 
 
 def join(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...]) -> Compressed:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..functional.bitmask import Compressed, bitmask_bytes
 from ..functional.compressed import decompress
-from .compressed_files import join
+from .compressed_files import join, stored_size
 from .file_bytes import byte_ranges, read_bytes
 from .stored import Stored
 
@@ -143,7 +143,7 @@ def with_old_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
             del tensors[one]
         shape = read_shape(shape_file, parts.shape)
         load = partial(_load, name, file, bitmask, values, shape)
-        tensors[name] = (file, Stored(name, shape, values.dtype, load))
+        tensors[name] = (file, Stored(name, shape, values.dtype, load, size=stored_size(values, bitmask)))
     return [one for _, one in tensors.values()]
 
 

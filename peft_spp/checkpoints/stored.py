@@ -26,6 +26,7 @@ class Stored:
     linear: bool | None = None  # whether it is a linear layer's weight; `None` where only the name can tell
     problem: str | None = None  # why zeros cannot be told in it, beyond its dtype
     no_data: bool = False  # whether it is on the meta device
+    size: int | None = None  # the bytes that it takes, if it is stored without its zeros
 
 
 def count_non_finite(tensor: Tensor) -> int:

@@ -54,10 +54,12 @@ def inspect(
 
     if plot is not None:
         _check_plot(plot)
+    elif plot_module is not None:
+        raise ValueError(f"--plot-module {plot_module} does nothing without --plot: add it")
     chosen = as_modules(modules, "--modules")
     path = local_source(source)
     found: AdapterInspection | CheckpointInspection
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if _is_adapter(path):
         if pattern or modules:
             raise ValueError(f"--pattern and --modules apply to models, and {source} is an adapter")
         with progress_bar("Merging") as progress:
@@ -76,6 +78,12 @@ def inspect(
         else:
             plot_checkpoint(found, plot, plot_module)
     print_report(found, as_json)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model: Transformers can save both into one."""
+    others = (file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    return (path / "adapter_config.json").is_file() and next(others, None) is None
 
 
 def _check_plot(plot: Path) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -45,9 +45,10 @@ class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "modules_to_not_convert, min_sparsity and version"
             )
         names = modules_to_not_convert
-        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+        is_list = isinstance(names, Collection) and not isinstance(names, str)
+        if names is not None and not (is_list and all(isinstance(name, str) for name in names)):
             raise ValueError(f"modules_to_not_convert must be a list of names, and is {names!r}")
-        if min_sparsity is not None and not 0 <= min_sparsity <= 1:
+        if min_sparsity is not None and not (isinstance(min_sparsity, (int, float)) and 0 <= min_sparsity <= 1):
             raise ValueError(f"min_sparsity must be between 0 and 1, and is {min_sparsity!r}")
         self.quant_method = METHOD  # type: ignore[assignment]  # it is registered, and not in the enum
         self.version = version

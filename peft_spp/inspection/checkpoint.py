@@ -24,7 +24,7 @@ class ModuleInspection(PlainData):
 
     Args:
         sparsity (`ModuleSparsity`): Its shape, dtype, zeros and pattern.
-        size (`int`): The bytes of its weight.
+        size (`int`): The bytes of its weight as it is stored: of a compressed one, of values and bitmask.
         least (`float`): The share of zeros in the output (row) that has the fewest.
         most (`float`): The share of zeros in the output that has the most.
         empty_outputs (`int`): How many outputs have no weight but zeros.
@@ -180,7 +180,8 @@ def _inspect(weight: Weight, wanted: tuple[NMPattern, ...]) -> ModuleInspection:
             empty_outputs += int((kept == 0).sum())
         empty_inputs += inputs - int(used.sum())
     sparsity = module_sparsity(weight, tensor, wanted)
-    return ModuleInspection(sparsity, tensor.nbytes, min(least, most), most, empty_outputs, empty_inputs)
+    size = tensor.nbytes if weight.size is None else weight.size
+    return ModuleInspection(sparsity, size, min(least, most), most, empty_outputs, empty_inputs)
 
 
 def _matrices(tensor: Tensor, transposed: bool) -> Iterator[Tensor]:

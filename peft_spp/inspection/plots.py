@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def plot_adapter(inspection: AdapterInspection, path: Path, module: str | None =
     _first(inspection.modules, inspection.source)
     name = module or max(inspection, key=lambda one: one.change).name
     change = inspection.relative_change(name)
-    cells = _by_layer_and_kind((one.name, one.change, 1) for one in inspection)
+    cells = changes_by_layer_and_kind(inspection)
     figure = _figure(cells)
     left, whole, rows = _axes(figure)
     _heat_map(
@@ -64,6 +65,14 @@ def plot_adapter(inspection: AdapterInspection, path: Path, module: str | None =
     _draw_whole(figure, whole, change.abs(), name, "mean |change|", vmin=0.0)
     _draw_rows(rows, change, inspection[name].r)
     write_file(path, lambda aside: figure.savefig(aside, dpi=_DPI))
+
+
+def changes_by_layer_and_kind(inspection: AdapterInspection) -> dict[str, dict[str, float]]:
+    """The root mean square of the change over all weights, by kind of module and by layer."""
+    squares = _by_layer_and_kind(
+        (one.name, one.change**2 * math.prod(one.shape), math.prod(one.shape)) for one in inspection
+    )
+    return {kind: {layer: math.sqrt(one) for layer, one in row.items()} for kind, row in squares.items()}
 
 
 def _first(modules: Iterable[str], source: str) -> str:

@@ -91,8 +91,10 @@ def _load_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             )
         except (SafetensorError, *NOT_A_PICKLE) as error:
             raise ValueError(f"{file} cannot be read as tensors (truncated or damaged): {error}") from error
-        if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
-            raise ValueError(f"{file} does not contain a dictionary of tensors")
+        if not isinstance(stored, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in stored.items()
+        ):
+            raise ValueError(f"{file} does not contain a dictionary of names and tensors")
         return file, stored
     raise FileNotFoundError(f"{folder} has neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}")
 
@@ -119,7 +121,7 @@ def _factors(file: Path, name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor,
         missing = "lora_A.weight" if "weight_col" in pair else "lora_A.weight_col"
         raise ValueError(f"{file} contains only half of the adapter of module {name!r}: {missing} is missing")
     A, column = pair["weight"], pair["weight_col"]
-    if A.ndim != 2 or column.ndim != 2 or 1 not in column.shape:
+    if A.ndim != 2 or not A.numel() or column.ndim != 2 or 1 not in column.shape:
         raise ValueError(
             f"{file}: the factors of module {name!r} have shapes {tuple(A.shape)} and {tuple(column.shape)}, not "
             "(16, in) and (out, 1) or (1, out)"

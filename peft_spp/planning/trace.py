@@ -62,7 +62,7 @@ def trace_step(model: nn.Module, run: Callable[[], Tensor], on_cpu: bool = False
     """
     known = [*model.parameters(), *model.buffers()]
     live = _LiveStorages(_CpuSizes() if on_cpu else _GpuSizes(), known)
-    with live, _fused_attention(live):
+    with live, _fused_attention(live, on_cpu):
         loss = run()
         kept = live.level
         loss.backward()
@@ -133,7 +133,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **
 
 
 @contextmanager
-def _fused_attention(live: _LiveStorages) -> Iterator[None]:
+def _fused_attention(live: _LiveStorages, on_cpu: bool) -> Iterator[None]:
     """
     While active, attention takes what the fused kernels do; meta would make the matrix of all pairs of tokens.
 
@@ -142,8 +142,22 @@ def _fused_attention(live: _LiveStorages) -> Iterator[None]:
     before = F.scaled_dot_product_attention
 
     def attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *_: Any,
+        **__: Any,
     ) -> Any:
+        if on_cpu and dropout_p:
+            raise ValueError(
+                f"a CPU has no fused attention with dropout ({dropout_p}), which is not planned here: set the model's "
+                "attention dropout to 0"
+            )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # PyTorch makes numbers of it, which are kept for the backward pass of each layer
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         return _Attention.apply(query, key, value, attn_mask, live)
 
     F.scaled_dot_product_attention = attention

@@ -33,6 +33,7 @@ class Weight:
     dtype: str  # its dtype, such as `"bfloat16"`
     transposed: bool  # whether it is stored `(in, out)` and not `(out, in)`
     load: Callable[[], Tensor]  # reads it
+    size: int | None = None  # the bytes that it takes, if it is stored without its zeros
     left_out: str | None = None  # why it does not count, if it does not
     unreadable: str | None = None  # why zeros cannot be told in it, if they cannot
 
@@ -114,8 +115,15 @@ def select(
             )
         transposed = one.transposed if one.transposed is not None else layout.is_transposed(name, len(one.shape))
         found[name] = _weight(one, name, transposed=transposed, left_out=left_out)
-    if modules is not None and not any(weight.left_out is None for weight in found.values()):
+    linear = [name for name, weight in found.items() if weight.left_out is None]
+    if modules is not None and not linear:
         raise ValueError(f"no linear layer of {label} matches modules={modules!r}")
+    if modules is not None and not isinstance(modules, str):
+        missing = [one for one in modules if not any(matches(name, (one,)) for name in linear)]
+        if missing:
+            raise ValueError(
+                f"no linear layer of {label} matches {', '.join(map(repr, missing))} of modules={modules!r}"
+            )
     return Weights(label, found)
 
 
@@ -132,7 +140,7 @@ def _weight(one: Stored, name: str, *, transposed: bool, left_out: str | None) -
     unreadable = one.problem
     if unreadable is None and one.dtype not in FORMATS:
         unreadable = f"unreadable: {dtype}"
-    return Weight(name, one.shape, dtype, transposed, one.load, left_out, unreadable)
+    return Weight(name, one.shape, dtype, transposed, one.load, one.size, left_out, unreadable)
 
 
 def _left_out(one: Stored, name: str, is_weight: bool, *, chosen: bool) -> str | None:
@@ -192,10 +200,9 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
         compressed = getattr(module, "compressed", None)
         if isinstance(compressed, Compressed):
             load = partial(_dense_weight, module)
-            no_data = compressed.bitmask.is_meta
-            yield Stored(
-                _join(name, "weight"), compressed.shape, compressed.values.dtype, load, False, True, no_data=no_data
-            )
+            key, dtype, no_data = _join(name, "weight"), compressed.values.dtype, compressed.bitmask.is_meta
+            size = compressed.values.nbytes + compressed.bitmask.nbytes
+            yield Stored(key, compressed.shape, dtype, load, False, True, no_data=no_data, size=size)
             continue
         conv1d = is_conv1d(module)
         if conv1d or isinstance(module, nn.Linear):
@@ -211,7 +218,8 @@ def _walk(root: nn.Module) -> Iterator[Stored]:
                 stack = cast(Any, module).compressed(parameter_name)
                 load = partial(decompress, stack)
                 key, dtype, no_data = _join(name, parameter_name), stack.values.dtype, stack.values.is_meta
-                yield Stored(key, tuple(stack.shape), dtype, load, told, False, no_data=no_data)
+                size = stack.values.nbytes + stack.bitmask.nbytes
+                yield Stored(key, tuple(stack.shape), dtype, load, told, False, no_data=no_data, size=size)
                 continue
             yield _listed(
                 _join(name, parameter_name),

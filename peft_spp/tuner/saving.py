@@ -22,14 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import yaml  # type: ignore[import-untyped]
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..durable import OUT_OF_SPACE, no_space, publish, sync_file, sync_folder, working_folder
+from ..model_card import why_unreadable
 from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID
 from .adapter_files import find_weights, list_tensors
 from .adapter_tensors import check_saved
@@ -57,7 +56,7 @@ def save_durably(save_pretrained: Callable[..., None]) -> Callable[..., None]:
             return
         with _errors_of_the_disk(Path(folder)), working_folder(folder) as working:
             card = Path(folder, _CARD)
-            problem = _why_unreadable(card) if card.is_file() else None
+            problem = why_unreadable(card) if card.is_file() else None
             if card.is_file() and problem is None:
                 shutil.copyfile(card, working / _CARD)  # PEFT adds to it
             call.arguments["save_directory"] = str(working)
@@ -75,15 +74,6 @@ def save_durably(save_pretrained: Callable[..., None]) -> Callable[..., None]:
 
     save.saves_durably = True  # type: ignore[attr-defined]
     return save
-
-
-def _why_unreadable(card: Path) -> str | None:
-    """Why PEFT cannot add to a model card; it would end the save."""
-    try:
-        ModelCard.load(card)
-    except (yaml.YAMLError, ValueError) as error:
-        return f"its metadata cannot be read ({type(error).__name__})"
-    return None
 
 
 @contextmanager

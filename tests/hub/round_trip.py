@@ -86,6 +86,18 @@ peft_spp.push_to_hub(larger, "someone/private", token=TOKEN, revision="r7")
 loaded = AutoPeftModelForCausalLM.from_pretrained("someone/private", token=TOKEN, revision="r7")
 results["token and revision"] = torch.equal(logits(loaded), logits(larger))
 
+# a card that cannot be read stays
+api = HfApi(token=TOKEN)
+api.create_repo("someone/odd")
+card_text = b"---\nlicense: mit\nmodel-index: 5\n---\nWritten by hand.\n"
+api.upload_file(path_or_fileobj=card_text, path_in_repo="README.md", repo_id="someone/odd")
+peft_spp.push_to_hub(model, "someone/odd", token=TOKEN)
+kept = Path(api.hf_hub_download("someone/odd", "README.md")).read_bytes() == card_text
+results["odd card"] = kept and "adapter_model.safetensors" in api.list_repo_files("someone/odd")
+results["not the main process"] = refused(
+    lambda: peft_spp.push_to_hub(model, "someone/nobody", token=TOKEN, is_main_process=False)
+)
+
 # an adapter with a name lies in a folder of its own
 named = get_peft_model(base(), SPPConfig(r=4, task_type="CAUSAL_LM"), adapter_name="mine")
 randomize(named)

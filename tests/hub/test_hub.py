@@ -96,6 +96,14 @@ def test_a_new_push_updates_our_part_of_the_card_and_keeps_the_rest(round_trip):
     assert text.count("import peft_spp") == 1 and text.count("Written by hand.") == 1
 
 
+def test_a_card_that_cannot_be_read_stays_and_the_adapter_is_uploaded(round_trip):
+    assert round_trip.results["odd card"]
+
+
+def test_only_the_main_process_uploads(round_trip):
+    assert round_trip.results["not the main process"] == "ValueError" and "someone/nobody" not in round_trip.repos
+
+
 def test_the_card_of_a_named_adapter_says_where_it_lies(round_trip):
     text = round_trip.card("someone/named").text
     assert 'subfolder="mine"' in text and "`mine`" in text

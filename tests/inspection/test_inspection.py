@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from peft_spp import SPPConfig
 from peft_spp.cli import app
+from peft_spp.compressed import compress_checkpoint
 from peft_spp.inspection import inspect_adapter, inspect_checkpoint
 from peft_spp.installing import how_to_install
 from peft_spp.merge import merge_checkpoint
@@ -139,12 +140,47 @@ def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path, model: Pat
         (["--plot", "missing/out.png"], "the folder missing does not exist"),
         (["--pattern", "4:2"], "4:2"),
         (["--modules", "nothing"], "nothing"),
+        (["--modules", "q_proj", "--modules", "vv_proj"], "'vv_proj'"),
+        (["--plot-module", "model.layers.0.mlp.up_proj"], "does nothing without --plot"),
     ],
 )
 def test_refusals_say_why_in_one_line(model: Path, arguments: list[str], message: str) -> None:
     pytest.importorskip("matplotlib")
     result = run(model, *arguments)
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_adapter_next_to_a_configuration_is_no_model(model: Path, adapter: Path) -> None:
+    (adapter / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert json.loads(run(adapter, "--json").stdout)["kind"] == "adapter"
+    # Transformers saves adapters into the folder of their model
+    for file in adapter.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    assert json.loads(run(model, "--json").stdout)["kind"] == "checkpoint"
+
+
+def test_a_compressed_weight_has_the_size_that_it_takes(tmp_path: Path, model: Path) -> None:
+    report = compress_checkpoint(model, tmp_path / "small")
+    inspection, dense = inspect_checkpoint(tmp_path / "small"), inspect_checkpoint(model)
+    for one in report:
+        assert inspection[one.name].size == one.compressed_bytes < dense[one.name].size
+    loaded = inspect_checkpoint(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
+    assert {one.name: one.size for one in loaded} == {one.name: one.size for one in inspection}
+
+
+def test_modules_that_share_a_cell_count_by_their_weights(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from peft_spp.inspection import plots
+
+    model = tiny("GPT2LMHeadModel", vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+    adapted = get_peft_model(model, SPPConfig(r=4, task_type="CAUSAL_LM"))
+    randomize(adapted)
+    adapted.save_pretrained(tmp_path)
+    inspection = inspect_adapter(tmp_path)
+    shown = plots.changes_by_layer_and_kind(inspection)["c_proj"]["0"]
+    both = [inspection.relative_change(one.name).double() for one in inspection if one.name.endswith("c_proj")]
+    expected = math.sqrt(sum(float((D**2).sum()) for D in both) / sum(D.numel() for D in both))
+    assert len({D.numel() for D in both}) == 2 and shown == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_is_asked_of_a_model_is_refused_for_an_adapter(adapter: Path) -> None:

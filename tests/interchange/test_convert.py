@@ -144,6 +144,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A."
     ("changes", "settings", "message"),
     [
         ({f"{Q}weight_col": None}, {}, "q_proj.*weight_col is missing"),
+        ({f"{Q}weight": torch.zeros(0, 32)}, {}, r"q_proj.*shapes \(0, 32\)"),
+        ({5: torch.zeros(1, 4)}, {}, "names and tensors"),
         ({f"{Q}weight": torch.zeros(5, 32)}, {}, "q_proj.*32 output rows.*5"),
         ({f"{Q}weight": torch.zeros(8, 32)}, {}, "same number of rows"),
         ({f"{Q}weight_col": torch.zeros(4, 8)}, {}, "shapes"),

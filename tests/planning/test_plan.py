@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 
 pytest.importorskip("matplotlib")
 
-from benchmarks.planning import LARGE, PAGE, SMALL, Small, llama, measure, plan_of
+from benchmarks.planning import LARGE, PAGE, SMALL, Small, llama, measure, measure_model, plan_of
+from peft_spp.checkpoints.empty_model import default_dtype
 from peft_spp.cli import app
 from peft_spp.planning import plan_checkpoint, plan_training
 
@@ -74,6 +75,29 @@ def test_larger_plans_are_what_a_step_takes(name, sparsity, checkpointing):
     measured = measure(SMALL[name], torch.bfloat16, sparsity, checkpointing)
     within = 0.05 if SMALL[name].experts else 0.01
     assert plan_of(SMALL[name], torch.bfloat16, sparsity, checkpointing).total == pytest.approx(measured, rel=within)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_is_the_plan_of_a_model_whose_attention_has_a_mask(dtype, checkpointing):
+    """That of a sliding window is one of truth values, of which each layer makes numbers."""
+    config = MistralConfig(**TINY.settings, sliding_window=32, use_cache=False)
+    with default_dtype(dtype), torch.device("meta"):
+        on_meta = MistralForCausalLM(config)
+    with default_dtype(dtype):
+        model = MistralForCausalLM(config)
+    settings = {"batch": TINY.batch, "sequence": 512, "gradient_checkpointing": checkpointing}
+    plan = plan_training(on_meta, on_cpu=True, **settings)
+    taken = measure_model(model, None, TINY.batch, 512, checkpointing)
+    assert plan.total == pytest.approx(taken, rel=0.01)
+
+
+def test_dropout_in_attention_is_not_planned_for_a_cpu():
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    with pytest.raises(ValueError, match=r"no fused attention with dropout \(0\.1\).* dropout to 0"):
+        plan_training(model, sequence=16, on_cpu=True)
+    assert plan_training(model, sequence=16).total > 0
 
 
 def test_the_operations_are_those_of_the_matmuls_and_of_attention():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_spp.sparsity import NMPattern, sparsity_report
+from peft_spp.sparsity import NMPattern, compare_sparsity, sparsity_report
 
 from helpers.sparsity_tiny_models import keep_n_m, tiny_llama
 
@@ -59,6 +59,10 @@ def test_every_kind_of_source_gives_the_same_report(llama, tmp_path, kind):
 def test_asking_for_a_module_that_is_not_there_is_refused_by_name(llama):
     with pytest.raises(ValueError, match="q_porj"):
         sparsity_report(llama, modules=["q_porj"])
+    with pytest.raises(ValueError, match=r"matches 'v_porj' of modules=\['q_proj', 'v_porj'\]"):
+        sparsity_report(llama, modules=["q_proj", "v_porj"])
+    with pytest.raises(ValueError, match="'v_porj'"):
+        compare_sparsity(llama, llama, modules=["q_proj", "v_porj"])
 
 
 def test_the_tightest_pattern_asked_for_is_reported():
