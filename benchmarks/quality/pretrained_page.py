@@ -292,7 +292,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     ):
         axes.set_title(title, loc="left")
         axes.axhline(value, color=plots.BLACK, linewidth=0.8, linestyle=(0, (4, 2)))
-        axes.set_xticks(range(len(comparisons)), [one.label for one in comparisons])
+        axes.set_xticks(range(len(comparisons)), [one.label.replace(" ", "\n", 1) for one in comparisons])
         if axes is not right:
             plots.log_y(axes)
     handles, labels = left.get_legend_handles_labels()
