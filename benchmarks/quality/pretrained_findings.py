@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from .data import UNLIKE
-from .pretrained_results import Comparison, Entry
+from .pretrained_results import METRIC, Comparison, Entry
 from .store import Store
 
 
@@ -59,6 +59,7 @@ def details(store: Store, copies: Sequence[Comparison]) -> list[str]:
         own = _copy_sentence(one, copies[0]) if one.copy else []
         spp = main_entry(one)
         if spp is not None:
+            own += _undecided_sentence(one)
             own += [*_rivals_sentences(store, one, spp), *([] if one.copy else _probability_sentence(one))]
         said += [f"{one.mark} {sentence}".strip() for sentence in own]
     return said
@@ -177,6 +178,18 @@ def _rivals_sentences(store: Store, one: Comparison, spp: Entry) -> list[str]:
         f"{text_name(store, MAIN_TEXT)}: {named(lower[MAIN_TEXT])}. On {text_name(store, UNLIKE)}: "
         f"{named(lower[UNLIKE])}. More accurate by over two standard errors: {named(ahead)}. Less accurate by as "
         f"much: {named(behind)}."
+    ]
+
+
+def _undecided_sentence(one: Comparison) -> list[str]:
+    """That the tasks tell no method from doing nothing, where that is so."""
+    entries = _untold(one)
+    if len(entries) < 2 or any(_certain(entry, one.pruned) for entry in entries):
+        return []
+    questions = sum(len(scores[f"{METRIC} right"]) for scores in one.pruned.deployed[0]["tasks"].values())
+    return [
+        f"None of the methods changes the accuracy by more than two standard errors: of what pruning took, too little "
+        f"comes back after so many tokens to tell them apart by {questions:,} questions."
     ]
 
 

@@ -110,6 +110,8 @@ def test_the_page_says_who_is_ahead_on_which_text(store, tmp_path):
     page = " ".join((tmp_path / "page.md").read_text().split())
     assert "than SPP, positive start, r=16 on WikiText-2: Masked full fine-tuning. On Python docs: Masked full" in page
     assert "More accurate by over two standard errors: none. Less accurate by as much: none." in page
+    assert "None of the methods changes the accuracy by more than two standard errors" in page
+    assert "to tell them apart by 8 questions." in page
     assert "wins back 30% (+18.8 ± 14.0 points" in page and "(75%) |" in page and "(30 ± 22%) |" in page
 
 
