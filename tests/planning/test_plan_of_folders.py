@@ -99,6 +99,12 @@ def test_a_compressed_model_is_planned_compressed(folder: Path):
     assert json.loads(shown.stdout)["weights"] < dense.weights
 
 
+@pytest.mark.parametrize(("name", "value"), [("min_sparsity", "a"), ("modules_to_not_convert", 5)])
+def test_settings_of_a_compressed_model_of_another_kind_are_named(folder: Path, name, value):
+    change(folder, quantization_config={"quant_method": "bitmask", name: value})
+    refused(f"{name} must be", folder, "--sequence", 16, "--compressed", "--sparsity", 0.9)
+
+
 def test_layers_that_a_compressed_model_leaves_dense_are_planned_dense(folder: Path):
     def weights(**quantization: object) -> int:
         change(folder, quantization_config={"quant_method": "bitmask", "version": 1, **quantization})
