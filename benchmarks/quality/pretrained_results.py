@@ -212,11 +212,9 @@ def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -
     pruning, weights = base["pruning"], base.get("weights")
     groups: dict[str, list[Record]] = {}
     for one in records:
-        of_this_copy = one.kind == "tune" and (one.settings["pruning"], one.settings.get("weights")) == (
-            pruning,
-            weights,
-        )
-        if of_this_copy and one.measured["deployments"]:
+        if one.kind != "tune" or not one.measured["deployments"]:
+            continue
+        if one.settings["pruning"] == pruning and one.settings.get("weights") == weights:
             groups.setdefault(_contender(one.settings), []).append(one)
     entries = []
     for key, group in groups.items():

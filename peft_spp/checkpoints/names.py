@@ -88,15 +88,18 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
-def warn_of_names_without_layers(
-    wanted: str | Sequence[str], is_matched: Callable[[str | Sequence[str]], bool], stacklevel: int = 2
-) -> None:
-    """Say which entries of `exclude_modules` no layer matches: they may be misspelled."""
+def without_match(wanted: str | Sequence[str], is_matched: Callable[[str | Sequence[str]], bool]) -> str:
+    """The entries that nothing matches, for messages: they may be misspelled."""
     entries = [(wanted, wanted)] if isinstance(wanted, str) else [(one, (one,)) for one in wanted]
-    missing = [repr(shown) for shown, entry in entries if not is_matched(entry)]
-    if missing:
-        what = f"no linear layer of the model matches {', '.join(missing)}"
-        warnings.warn(f"exclude_modules: {what}.", stacklevel=stacklevel + 1)
+    return ", ".join(repr(shown) for shown, entry in entries if not is_matched(entry))
+
+
+def warn_of_names_without_layers(
+    wanted: str | Sequence[str], is_matched: Callable[[str | Sequence[str]], bool]
+) -> None:
+    """Say which entries of `exclude_modules` no layer matches."""
+    if missing := without_match(wanted, is_matched):
+        warnings.warn(f"exclude_modules: no linear layer of the model matches {missing}.", stacklevel=3)
 
 
 def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import warnings
 from collections.abc import Sequence
@@ -133,7 +132,7 @@ def _describe(run: Run) -> str:
 def _rate_lines(arguments: Arguments) -> list[str]:
     """The learning rate, and a warning if it is TRL's default, or less."""
     training: Any = arguments.training
-    (default,) = (field.default for field in dataclasses.fields(training) if field.name == "learning_rate")
+    default = type(training).learning_rate
     lines = [f"Rate:       {training.learning_rate:g}"]
     if 0 < training.learning_rate <= default:
         lines.append(

@@ -15,7 +15,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..checkpoints.layout import Layout, says_transposed
-from ..checkpoints.names import is_adapter, is_fused_experts, matches, plain_name, special_role, wrapped_by_adapters
+from ..checkpoints.names import (
+    is_adapter,
+    is_fused_experts,
+    matches,
+    plain_name,
+    special_role,
+    without_match,
+    wrapped_by_adapters,
+)
 from ..checkpoints.safetensors_files import stored_in_files
 from ..checkpoints.stored import Stored
 from ..functional.bitmask import Compressed
@@ -118,12 +126,8 @@ def select(
     linear = [name for name, weight in found.items() if weight.left_out is None]
     if modules is not None and not linear:
         raise ValueError(f"no linear layer of {label} matches modules={modules!r}")
-    if modules is not None and not isinstance(modules, str):
-        missing = [one for one in modules if not any(matches(name, (one,)) for name in linear)]
-        if missing:
-            raise ValueError(
-                f"no linear layer of {label} matches {', '.join(map(repr, missing))} of modules={modules!r}"
-            )
+    if modules is not None and (missing := without_match(modules, lambda one: any(matches(n, one) for n in linear))):
+        raise ValueError(f"no linear layer of {label} matches {missing} of modules={modules!r}")
     return Weights(label, found)
 
 
