@@ -75,6 +75,8 @@ def compressed_shapes(
                 f"tensor {name!r} is compressed, and no header of its files says how many columns it has: load the "
                 "model with Transformers and peft_spp, and save it again"
             )
+        if not isinstance(dtypes[name], torch.dtype):
+            raise ValueError(f"tensor {name!r} is compressed, and has dtype {dtypes[name]}: no weight")
         if len(shapes[bitmask]) < 2 or dtypes[bitmask] != "U8":
             raise ValueError(f"tensor {bitmask!r} has shape {shapes[bitmask]} and dtype {dtypes[bitmask]}: no bitmask")
     for name in columns:

@@ -185,7 +185,9 @@ def test_a_model_without_zeros_comes_back(dense, tmp_path):
     assert same_tensors(loaded.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("damage", ["values", "bitmask", "beyond", "columns", "no columns", "missing", "truncated"])
+@pytest.mark.parametrize(
+    "damage", ["values", "dtype", "bitmask", "beyond", "columns", "no columns", "missing", "truncated"]
+)
 def test_a_damaged_checkpoint_is_not_decompressed(dense, tmp_path, damage):
     small = tmp_path / "small"
     compress_checkpoint(dense, small)
@@ -194,6 +196,8 @@ def test_a_damaged_checkpoint_is_not_decompressed(dense, tmp_path, damage):
     columns = {f"{one}.weight": layer.in_features for one, layer in block_linears(pruned_llama()).items()}
     if damage == "values":
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"][1:].clone()
+    elif damage == "dtype":
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].int()
     elif damage == "bitmask":
         tensors[f"{name}.bitmask"][3, 2] = 255
     elif damage == "beyond":
@@ -213,6 +217,9 @@ def test_a_damaged_checkpoint_is_not_decompressed(dense, tmp_path, damage):
         assert name in result.stderr
     assert not (tmp_path / "out").exists()
     assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
+    if damage == "dtype":
+        result = run("inspect", small)
+        assert result.exit_code == 2 and f"{name}.weight' is compressed, and has dtype I32" in result.stderr
 
 
 @pytest.mark.parametrize("shape", [(1 << 40, 0), (0, 1 << 29, 1 << 33)], ids=["rows", "columns"])
