@@ -69,6 +69,7 @@ class BaseModel:
         described = asdict(spec) | ({"source": Path(spec.source).name} if isinstance(spec, Checkpoint) else {})
         self.fingerprint = fingerprint(described, texts.fingerprint, budget.calibration_blocks)
         self.folder = folder / f"{spec.name.replace(':', '-')}-{self.fingerprint}"
+        self._weights_ids: dict[str, str | None] = {}
 
     def load(self, pruning: Pruning | None, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """
@@ -104,10 +105,14 @@ class BaseModel:
 
     def weights_id(self, pruning: Pruning | None) -> str | None:
         """Tells the weights from those that another machine pruned; `None` if they are not in a folder."""
-        digest, files = hashlib.sha256(), sorted(Path(self.source(pruning)).glob("*.safetensors"))
-        for file in files:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:12] if files else None
+        source = self.source(pruning)
+        if source not in self._weights_ids:
+            digest, files = hashlib.sha256(), sorted(Path(source).glob("*.safetensors"))
+            for file in files:
+                with file.open("rb") as stream:
+                    hashlib.file_digest(stream, lambda: digest)
+            self._weights_ids[source] = digest.hexdigest()[:12] if files else None
+        return self._weights_ids[source]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

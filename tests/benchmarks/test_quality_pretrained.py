@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the suite of a pretrained model says of made-up results."""
 
-import json
 import math
-import re
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
-import typer
-from rich.progress import Progress
 
 
 pytest.importorskip("datasets")
 
-from benchmarks.quality import plan
-from benchmarks.quality.__main__ import described, narrow
-from benchmarks.quality.data import load_texts
-from benchmarks.quality.design import Contender, Pruning, Study
-from benchmarks.quality.estimate import Estimate
-from benchmarks.quality.harness_tasks import _probability, write_tasks
-from benchmarks.quality.pretrained import FOUR, IA3, MASKED_LORA, POSITIVE, PRETRAINED, SPP, distilled
+from benchmarks.quality.__main__ import described
+from benchmarks.quality.design import Study
+from benchmarks.quality.pretrained import FOUR, PRETRAINED
 from benchmarks.quality.pretrained_page import write_pretrained
 from benchmarks.quality.pretrained_results import comparisons_of
 from benchmarks.quality.store import Store
@@ -115,14 +106,6 @@ def test_the_page_says_who_is_ahead_on_which_text(store, tmp_path):
     assert "wins back 30% (+18.8 ± 14.0 points" in page and "(75%) |" in page and "(30 ± 22%) |" in page
 
 
-def test_the_probability_of_a_choice_does_not_depend_on_its_length():
-    sample = {"target": 1, "arguments": [("Q", " abcd"), ("Q", " ab")]}
-    # each 1 for a character, then twice as much for the right one
-    assert _probability({**sample, "filtered_resps": [(-4.0, False), (-2.0, False)]}) == pytest.approx(0.5)
-    expected = math.exp(-3) / (math.exp(-3) + math.exp(-6))
-    assert _probability({**sample, "filtered_resps": [(-8.0, False), (-2.0, False)]}) == pytest.approx(expected)
-
-
 def test_the_page_says_what_is_missing_and_has_no_table_wider_than_six_columns(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
@@ -142,20 +125,6 @@ def test_a_page_can_be_written_before_anything_is_tuned(store, tmp_path):
     assert "pruned, not tuned" in page and "SPP, positive start" in page.partition("What has not been run yet")[2]
 
 
-def test_the_estimate_counts_what_two_studies_share_once():
-    budget = replace(PRETRAINED.budget, steps=100, rate_steps=20, batch=2)
-    first, again = Study("tiny", AT_2_4, (POSITIVE,)), Study("tiny", AT_2_4, (POSITIVE,), seeds=(0, 1))
-    taken = Study("tiny", AT_2_4, (distilled(POSITIVE),), rates_from=AT_2_4)
-    estimate = Estimate((first, again, taken), budget)
-    rates = 10 * len(POSITIVE.rates)
-    assert str(estimate) == f"{100 + rates + 100 + 100} steps left"
-    estimate.count("a", 100, fresh=False)
-    estimate.count("a", 100, fresh=False)
-    assert str(estimate) == f"{rates + 200} steps left"
-    estimate.count("b", rates + 200, fresh=True)
-    assert re.fullmatch("0 steps left, about 0.0 hours at this pace", str(estimate))
-
-
 def test_a_rate_that_a_long_run_did_not_survive_is_on_the_page(store, tmp_path):
     write_pretrained(store, tmp_path / "page.md")
     assert "too high for long ones" not in (tmp_path / "page.md").read_text()
@@ -167,118 +136,6 @@ def test_a_rate_that_a_long_run_did_not_survive_is_on_the_page(store, tmp_path):
     store.add("unstable", settings | {"rate": 0.2}, {"max_loss": None, "validation_loss": None})
     write_pretrained(store, tmp_path / "page.md")
     assert "at 0.2 on Wanda 2:4 over 300 steps: it diverged." in (tmp_path / "page.md").read_text().replace("\n", " ")
-
-
-BASE = SimpleNamespace(
-    fingerprint="b",
-    spec=PRETRAINED.models[0],
-    is_made=True,
-    accelerator=SimpleNamespace(is_main_process=True),
-    training=dict,
-)
-
-
-def test_the_lowest_rate_stays_where_its_long_run_ends_worse(tmp_path, monkeypatch):
-    losses = {1e-3: 4.0, 1e-2: 5.0}
-    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": losses[rate]})
-    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 6.0, "max_loss": 9.0})
-    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    study = Study("pretrained", AT_2_4, (Contender("spp", rates=(1e-3, 1e-2)),))
-    store = Store("pretrained", tmp_path / "results.json")
-    store.begin(ENVIRONMENT, {})
-    for _ in range(2):
-        with Progress(disable=True) as progress:
-            plan.Session(replace(SUITE, studies=(study,)), {"pretrained": BASE}, store, progress).run()
-        assert [one.settings["rate"] for one in store.records if one.kind == "tune"] == [1e-3]
-        assert store.about["complete"]
-
-
-def test_rates_that_are_not_measured_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    study = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
-    store = Store("pretrained", tmp_path / "results.json")
-    store.begin(ENVIRONMENT, {})
-    suite = replace(SUITE, studies=(study,))
-    with Progress(disable=True) as progress, pytest.raises(ValueError, match=r"spp on Wanda 50% .* Wanda 2:4"):
-        plan.Session(suite, {"pretrained": BASE}, store, progress).run()
-
-
-def test_rates_of_another_pruning_are_those_of_the_same_contender(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
-    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
-    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    monkeypatch.setattr(plan.Session, "_options", lambda self, contender, base: {"share": 0.02})
-    contender = Contender("supertuning", equal="parameters", rates=(1e-3, 1e-2))
-    at_50 = Study("pretrained", Pruning("wanda", 0.5), (contender,), rates_from=AT_2_4)
-    suite = replace(SUITE, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
-    store = Store("pretrained", tmp_path / "results.json")
-    store.begin(ENVIRONMENT, {})
-    with Progress(disable=True) as progress:
-        plan.Session(suite, {"pretrained": BASE}, store, progress).run()
-    last = store.records[-1].settings
-    assert (last["pruning"], last["rate"], last["equal"]) == ("wanda-0.5", 1e-3, "parameters")
-
-
-def test_a_rival_at_equal_time_takes_its_rate_and_the_measured_ratio_of_the_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
-    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
-    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    profile = {"spp": {"seconds": [1.0, 2.0]}, "hira": {"seconds": [1.5, 3.0]}}
-    monkeypatch.setattr(plan, "measure_steps", lambda *_: profile)
-    hira = Contender("hira", rates=(1e-3, 1e-2))
-    steps, tuned = Study("pretrained", AT_2_4, (hira,), steps_only=True), Study("pretrained", AT_2_4, (hira,))
-    equal = Study("pretrained", AT_2_4, (replace(hira, equal="time"),))
-    store = Store("pretrained", tmp_path / "results.json")
-    store.begin(ENVIRONMENT, {})
-    for studies in ((steps, tuned), (equal,)):
-        suite = replace(SUITE, studies=studies)
-        with Progress(disable=True) as progress:
-            plan.Session(suite, {"pretrained": BASE}, store, progress).run()
-    *_, last = store.records
-    assert (last.settings["equal"], last.settings["rate"], last.settings["steps"]) == ("time", 1e-3, 200)
-    assert sum(one.kind == "tune" for one in store.records) == 2
-
-
-def test_a_long_run_that_ends_worse_than_its_short_one_gives_way_to_the_next_rate(tmp_path, monkeypatch):
-    def measured_as(losses):
-        return lambda *_, rate, **__: {"validation_loss": losses[rate], "max_loss": 1.0}
-
-    monkeypatch.setattr(plan, "measure_rate", measured_as({1e-3: 5.0, 1e-2: 4.0, 1e-1: 3.0, 1.0: 3.5}))
-    monkeypatch.setattr(plan, "measure_tuned", measured_as({1e-3: 4.5, 1e-2: 3.5, 1e-1: None}))
-    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    # what is above an unstable rate is not tried, though the best of the short runs that are left
-    contender = Contender("spp", rates=(1e-3, 1e-2, 1e-1, 1.0))
-    at_50 = Study("pretrained", Pruning("wanda", 0.5), (Contender("spp"),), rates_from=AT_2_4)
-    suite = replace(SUITE, studies=(Study("pretrained", AT_2_4, (contender,)), at_50))
-    for _ in range(2):  # the second run finds all it needs
-        store = Store.open(tmp_path / "results.json", suite.name)
-        store.begin(ENVIRONMENT, {})
-        with Progress(disable=True) as progress:
-            plan.Session(suite, {"pretrained": BASE}, store, progress).run()
-        runs = [
-            (one.kind, one.settings["pruning"], one.settings["rate"]) for one in store.records if one.kind != "base"
-        ]
-        assert runs[4:] == [
-            ("unstable", "wanda-2:4", 1e-1),
-            ("tune", "wanda-2:4", 1e-2),
-            # at another pruning this rate is known to be too high
-            ("tune", "wanda-0.5", 1e-2),
-        ]
-
-
-def test_a_suite_can_be_narrowed_to_some_of_its_methods_and_prunings():
-    suite = narrow(PRETRAINED, ["lora", "masked_full"], ["wanda-0.5"])
-    (steps,) = narrow(PRETRAINED, [], [], steps_only=True).studies
-    assert steps.steps_only and not any(study.steps_only for study in narrow(PRETRAINED, ["lora"], []).studies)
-    with pytest.raises(typer.BadParameter, match="no such study"):
-        narrow(PRETRAINED, ["ia3"], ["sparsegpt-2:4"])
-    assert {one.method for study in suite.studies for one in study.contenders} == {"lora", "masked_full"}
-    assert {study.pruning.name for study in suite.studies} == {"wanda-0.5"}
-    assert all(study.contenders for study in suite.studies) and narrow(PRETRAINED, [], []) == PRETRAINED
-    with pytest.raises(typer.BadParameter, match=r"lora2 is not one of: .*lora"):
-        narrow(PRETRAINED, ["lora", "lora2"], [])
-    with pytest.raises(typer.BadParameter, match=r"wanda-4:8 is not one of: .*wanda-2:4"):
-        narrow(PRETRAINED, [], ["wanda-4:8"])
 
 
 def test_what_was_tuned_on_the_tasks_is_compared_separately(store, tmp_path):
@@ -321,74 +178,3 @@ def test_what_is_won_back_is_of_the_same_copy_of_the_pruned_model(store, tmp_pat
     assert lora.endswith("| -12.5 ± 12.5 |")  # one of the four questions of one of the two tasks
     assert "on Another (AVX2), the first on CPU (AVX2)." in page
     assert "SPP, positive start, r=16 wins back 75% / 75% / 30 ± 22% on the first and 75% / 75% / " in page
-
-
-def test_another_machine_measures_its_own_copy_and_the_reference_on_it(tmp_path, monkeypatch):
-    """Resumed elsewhere, what is done stays done, and what is left is compared with SPP on the same copy."""
-    monkeypatch.setattr(plan, "measure_rate", lambda *_, rate, **__: {"validation_loss": 5 + rate})
-    monkeypatch.setattr(plan, "measure_tuned", lambda *_, **__: {"validation_loss": 3.0})
-    monkeypatch.setattr(plan, "measure_base", lambda *_: {"training": {}})
-    suite = replace(PRETRAINED, studies=(Study("pretrained", AT_2_4, (POSITIVE, SPP)),))
-    later = replace(suite, studies=(*suite.studies, Study("pretrained", AT_2_4, (IA3, MASKED_LORA))))
-    store = Store("pretrained", tmp_path / "results.json")
-    for weights, some in (("here", suite), ("there", suite), ("there", later)):
-        store.begin(ENVIRONMENT, {})
-        base = SimpleNamespace(**{**vars(BASE), "weights_id": lambda pruning, weights=weights: weights})
-        with Progress(disable=True) as progress:
-            plan.Session(some, {"pretrained": base}, store, progress).run()
-    found = [(one.kind, one.settings.get("method"), one.settings.get("weights")) for one in store.records]
-    assert [one for one in found if one[0] == "tune"] == [
-        ("tune", "spp", "here"),
-        ("tune", "spp_positive", "here"),
-        ("tune", "spp", "there"),
-        ("tune", "ia3", "there"),
-        ("tune", "masked_lora", "there"),
-    ]
-    assert [one[2] for one in found if one[0] == "base"] == [None, "here", "there"]
-    # rates do not depend on the copy
-    assert [one[1:] for one in found if one[0] == "rate"].count(("spp", None)) == len(SPP.rates)
-
-
-def test_questions_are_written_as_the_tasks_ask_them(tmp_path):
-    row = {"question": "Why?", "choices": ["a", "b"], "answer": 1}
-    for name in ("arc_easy", "openbookqa"):
-        for part in ("train", "test"):
-            (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {n}. {'word ' * 300}" for n in range(30)))
-    assert load_texts(tmp_path, seed=0).questions == ("Question: Why?\nAnswer: b", "Why? b")
-    write_tasks(tmp_path, tmp_path / "tasks")
-    assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in (tmp_path / "tasks" / "arc_easy.yaml").read_text()
-    assert 'doc_to_text: "{{question}}"' in (tmp_path / "tasks" / "openbookqa.yaml").read_text()
-
-
-def test_results_are_of_one_set_of_questions(tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {n}. {'word ' * 300}" for n in range(30)))
-    found = []
-    for part, answer in (("train", 0), ("train", 1), ("test", 1)):
-        row = {"question": "Why?", "choices": ["a", "b"], "answer": answer}
-        (tmp_path / f"arc_easy_{part}.jsonl").write_text(json.dumps(row) + "\n")
-        found.append(load_texts(tmp_path, seed=0).questions_id)
-    assert len(set(found)) == 3
-    own, other = (Store("pretrained", tmp_path / f"{name}.json") for name in ("own", "other"))
-    own.begin(ENVIRONMENT, {"questions": found[0]})
-    own.begin(ENVIRONMENT, {"questions": found[0]})
-    other.begin(ENVIRONMENT, {"questions": found[1]})
-    with pytest.raises(ValueError, match=r"This run asks other questions than .*own\.json has answers to"):
-        own.begin(ENVIRONMENT, {"questions": found[1]})
-    with pytest.raises(ValueError, match=r"other\.json asks other questions"):
-        own.take(other)
-
-
-def test_tasks_are_made_of_the_files_with_choices_alone(tmp_path):
-    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}\n')
-    (tmp_path / "arc_easy_test.jsonl").write_text('{"question": "Why?", "choices": ["a", "b"], "answer": 1}\n')
-    assert write_tasks(tmp_path, tmp_path / "tasks") == ("arc_easy",)
-    task = (tmp_path / "tasks" / "arc_easy.yaml").read_text()
-    assert 'doc_to_text: "Question: {{question}}\\nAnswer:"' in task
-
-
-def test_no_folder_of_the_machine_is_in_the_description(tmp_path):
-    suite = replace(PRETRAINED, models=(replace(PRETRAINED.models[0], name="tiny", source=str(tmp_path)),))
-    budget = replace(suite.budget, task_folder=str(tmp_path))
-    assert str(tmp_path.parent) not in str(described(replace(suite, budget=budget)))
-    assert str(tmp_path.parent) in str(asdict(suite))
