@@ -88,6 +88,11 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
+def as_names(wanted: str | Iterable[str] | None) -> str | Sequence[str] | None:
+    """The same, to be read more than once."""
+    return wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
+
+
 def without_match(wanted: str | Sequence[str], is_matched: Callable[[str | Sequence[str]], bool]) -> str:
     """The entries that nothing matches, for messages: they may be misspelled."""
     entries = [(wanted, wanted)] if isinstance(wanted, str) else [(one, (one,)) for one in wanted]
@@ -95,11 +100,12 @@ def without_match(wanted: str | Sequence[str], is_matched: Callable[[str | Seque
 
 
 def warn_of_names_without_layers(
-    wanted: str | Sequence[str], is_matched: Callable[[str | Sequence[str]], bool]
+    is_matched: Callable[[str | Sequence[str]], bool], **settings: str | Sequence[str] | None
 ) -> None:
-    """Say which entries of `exclude_modules` no layer matches."""
-    if missing := without_match(wanted, is_matched):
-        warnings.warn(f"exclude_modules: no linear layer of the model matches {missing}.", stacklevel=3)
+    """Say which entries of `target_modules`, or another setting, no layer matches."""
+    for setting, wanted in settings.items():
+        if wanted is not None and (missing := without_match(wanted, is_matched)):
+            warnings.warn(f"{setting}: no linear layer of the model matches {missing}.", stacklevel=3)
 
 
 def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:

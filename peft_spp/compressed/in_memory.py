@@ -22,8 +22,7 @@ from .quantizer import BitmaskHfQuantizer
 from .saving import saving_transforms
 from .selection import (
     converted_names,
-    find_linear_layers,
-    find_stacks,
+    find_weights,
     module_name,
     transformers_models,
     warn_of_dense_layers,
@@ -64,9 +63,7 @@ def compress(
     BitmaskConfig(modules_to_not_convert, min_sparsity)  # which checks them
     models = transformers_models(module)
     _check(module, models)
-    layers, kept = find_linear_layers(module, modules_to_not_convert)
-    stacks, dense_stacks = find_stacks(module, modules_to_not_convert)
-    kept |= dense_stacks
+    layers, stacks, kept = find_weights(module, modules_to_not_convert)
     for name in stored_in_another_form(models, layers, stacks):
         layers.pop(name, None)
         stacks.pop(name, None)

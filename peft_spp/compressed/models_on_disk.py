@@ -19,7 +19,7 @@ from ..checkpoints.old_compressed_files import CONFIG_KEYS
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .expert_converters import ExpertConverters
-from .selection import find_linear_layers, find_stacks, module_name
+from .selection import find_weights, module_name
 
 
 INSTEAD = "Load the model with from_pretrained and quantization_config=BitmaskConfig(), and save it instead."
@@ -46,12 +46,10 @@ def find_layers(
     loads, and for each other one why not.
     """
     model = _empty_model(checkpoint)
-    layers, kept = find_linear_layers(model, skip)
-    stacks, dense_stacks = find_stacks(model, skip)
+    layers, stacks, kept = find_weights(model, skip)
     experts = ExpertConverters(model, get_model_conversion_mapping(model))
     shapes = {f"{name}.weight": tuple(layer.weight.shape) for name, layer in layers.items()}
     shapes |= {name: tuple(owner.get_parameter(parameter).shape) for name, (owner, parameter) in stacks.items()}
-    kept |= dense_stacks
     origins = Origins(model, cast(Iterable[StoredTensor], checkpoint.dense.values()))
     found: dict[str, StoredLayer] = {}
     for name, shape in shapes.items():

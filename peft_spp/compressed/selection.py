@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +18,41 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..architecture import find_expert_stacks, has_plain_forward
+from ..checkpoints.names import warn_of_names_without_layers
 from ..functional.bitmask import BITS, is_worth_it
 from ..weight_reads import computes_with_weight
 
 
-def find_linear_layers(
-    model: nn.Module, skip: Sequence[str] | None = None
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+class Found(NamedTuple):
+    """The weights of a model that can be compressed."""
+
+    layers: dict[str, nn.Linear]  # by their names
+    stacks: dict[str, tuple[nn.Module, str]]  # the module and its parameter, by the parameter's name
+    kept: dict[str, str]  # why each other one cannot be, by `module_name`
+
+
+def find_weights(model: nn.Module, skip: Sequence[str] | None = None) -> Found:
     """
-    The linear layers that can be compressed, and for each other one why not.
+    Find the linear layers that can be compressed, and the parameters with the weights of all experts of a mixture.
+
+    A warning names the entries of `skip` that leave out nothing.
+
+    Args:
+        model (`nn.Module`): Any model, on any device.
+        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
     """
+    layers, kept = _find_linear_layers(model, skip)
+    stacks, dense_stacks = _find_stacks(model, skip)
+    kept |= dense_stacks
+    names = [*layers, *map(module_name, stacks), *kept]
+    warn_of_names_without_layers(
+        lambda wanted: any(not should_convert_module(name, list(wanted)) for name in names),
+        modules_to_not_convert=skip,
+    )
+    return Found(layers, stacks, kept)
+
+
+def _find_linear_layers(model: nn.Module, skip: Sequence[str] | None) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     skipped, tied = _skipped(model, skip)
     owners, places = _owners(model)
     found, kept = {}, {}
@@ -50,20 +76,9 @@ def find_linear_layers(
     return found, kept
 
 
-def find_stacks(
-    model: nn.Module, skip: Sequence[str] | None = None
+def _find_stacks(
+    model: nn.Module, skip: Sequence[str] | None
 ) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]:
-    """
-    Find the parameters with the weights of all experts of a mixture that can be compressed.
-
-    Args:
-        model (`nn.Module`): Any model, on any device.
-        skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
-
-    Returns:
-        `tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]`: By the name of the parameter, the module that has
-        it and its name there; and for each other one why not, by [`module_name`].
-    """
     skipped, tied = _skipped(model, skip)
     owners, places = _owners(model)
     found, kept = {}, {}

@@ -18,7 +18,7 @@ from torch.sparse import (
 )
 from torch.utils.benchmark import Timer
 
-from ..checkpoints.names import matches, warn_of_names_without_layers
+from ..checkpoints.names import as_names, matches, warn_of_names_without_layers
 from ..compressed import CompressedLinear
 from ..reports import PlainData, by_reason, some
 from ..sparsity import satisfies_n_m
@@ -141,10 +141,13 @@ def choose_layers(
     """
     chosen: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
-    target_modules, exclude_modules = _names(target_modules), _names(exclude_modules)
+    target_modules, exclude_modules = as_names(target_modules), as_names(exclude_modules)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if exclude_modules is not None:
-        warn_of_names_without_layers(exclude_modules, lambda wanted: any(matches(name, wanted) for name in layers))
+    warn_of_names_without_layers(
+        lambda wanted: any(matches(name, wanted) for name in layers),
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+    )
     for name, module in layers.items():
         reason = _not_asked_for(name, target_modules, exclude_modules) or why_not(module)
         if reason is None:
@@ -212,10 +215,6 @@ def _not_asked_for(
     if exclude_modules is not None and matches(name, exclude_modules):
         return "in exclude_modules"
     return None
-
-
-def _names(wanted: str | Iterable[str] | None) -> str | Sequence[str] | None:
-    return wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
 
 
 def _check_merged(model: nn.Module) -> None:

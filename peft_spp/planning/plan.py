@@ -26,7 +26,7 @@ from ..compressed import CompressedLinear
 from ..compressed.config import METHOD, BitmaskConfig
 from ..compressed.experts import put_stack
 from ..compressed.in_memory import stored_in_another_form
-from ..compressed.selection import find_linear_layers, find_stacks, transformers_models, why_not_worth_it
+from ..compressed.selection import find_weights, transformers_models, why_not_worth_it
 from ..error_text import one_line
 from ..functional.bitmask import Compressed, bitmask_bytes
 from ..reports import PlainData, plain_table
@@ -318,8 +318,7 @@ def _check_positions(model: nn.Module, sequence: int) -> None:
 
 def _compress(model: nn.Module, sparsity: float, skip: Sequence[str] | None, min_sparsity: float | None) -> None:
     """Put compressed layers and stacks in the place of those that would be compressed with so many zeros."""
-    layers, _ = find_linear_layers(model, skip)
-    stacks, _ = find_stacks(model, skip)
+    layers, stacks, _ = find_weights(model, skip)
     apart = stored_in_another_form(transformers_models(model), layers, stacks)
     weights = {name: layer.weight for name, layer in layers.items()}
     weights |= {name: owner.get_parameter(parameter) for name, (owner, parameter) in stacks.items()}

@@ -2,7 +2,7 @@
 """Finding the linear layers of a model to prune, experts included, and pruning one of them."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from ..architecture import (
     what_computes,
     why_not_linear_map,
 )
-from ..checkpoints.names import is_fused_experts, matches, warn_of_names_without_layers
+from ..checkpoints.names import as_names, is_fused_experts, matches, warn_of_names_without_layers
 from ..compressed import CompressedLinear
 from ..compressed.experts import find_compressed_stacks
 from ..sparsity import NMPattern
@@ -68,17 +68,19 @@ def find_target_layers(
     compressed = compressed or next(iter(find_compressed_stacks(model)), None)
     if compressed is not None:
         raise ValueError(f"{compressed} is compressed: call peft_spp.decompress(model) before pruning.")
+    target_modules, exclude_modules = as_names(target_modules), as_names(exclude_modules)
     if target_modules is None:
         layers = {name: layers[name] for name in _default_targets(model)}
     else:
         layers = {name: layer for name, layer in layers.items() if _matches(name, layer, target_modules)}
     if not layers:
         raise ValueError(f"No linear layer of the model matches {target_modules=}.")
+    warn_of_names_without_layers(
+        lambda wanted: any(_matches(name, layer, wanted) for name, layer in every.items()),
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+    )
     if exclude_modules is not None:
-        exclude_modules = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules)
-        warn_of_names_without_layers(
-            exclude_modules, lambda wanted: any(_matches(name, layer, wanted) for name, layer in every.items())
-        )
         layers = {name: layer for name, layer in layers.items() if not _matches(name, layer, exclude_modules)}
         if not layers:
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
@@ -165,8 +167,7 @@ def _holder(layer: PrunableLayer) -> tuple[nn.Module, str]:
     return (layer.module, layer.parameter_name) if isinstance(layer, Expert) else (layer, "weight")
 
 
-def _matches(name: str, layer: PrunableLayer, wanted: str | Iterable[str]) -> bool:
-    wanted = wanted if isinstance(wanted, str) else tuple(wanted)
+def _matches(name: str, layer: PrunableLayer, wanted: str | Sequence[str]) -> bool:
     names = [name, name.rpartition(".")[0]] if isinstance(layer, Expert) else [name]
     return any(matches(one, wanted) for one in names)
 

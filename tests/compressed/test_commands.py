@@ -118,6 +118,17 @@ def test_options_choose_what_is_compressed(dense, tmp_path):
     assert {one["name"].rpartition(".")[2] for one in json.loads(result.stdout)["modules"]} == {
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
+    with pytest.warns(UserWarning, match="modules_to_not_convert: no linear layer of the model matches 'o_poj'"):
+        run(
+            "compress",
+            dense,
+            tmp_path / "b",
+            "--dry-run",
+            "--exclude-modules",
+            "o_poj",
+            "--exclude-modules",
+            "lm_head",
+        )
     result = run("compress", dense, tmp_path / "b", "--min-sparsity", "0.99", "--json")
     assert json.loads(result.stdout)["modules"] == []
 

@@ -184,6 +184,8 @@ def test_what_to_leave_out_and_how_many_zeros_it_takes_can_be_chosen(dense):
     with pytest.warns(UserWarning, match="21 layers stay dense"):
         none = load(folder, quantization_config=BitmaskConfig(min_sparsity=0.9))
     assert compressed_layers(none) == set()
+    with pytest.warns(UserWarning, match="no linear layer of the model matches 'k_poj'"):
+        load(folder, quantization_config=BitmaskConfig(modules_to_not_convert=["lm_head", "k_poj"]))
     config = BitmaskConfig(modules_to_not_convert=[], min_sparsity=0.0)
     assert compressed_layers(load(folder, quantization_config=config)) == {*everything, "lm_head"}
 

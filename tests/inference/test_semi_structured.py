@@ -42,6 +42,8 @@ def test_names_come_from_any_iterable_and_misspelled_ones_are_told(merged: nn.Mo
     with pytest.warns(UserWarning, match="exclude_modules: no linear layer of the model matches 'o_poj'"):
         chosen, _ = choose_layers(merged, (f"{one}_proj" for one in "qo"), (name for name in ("q_proj", "o_poj")))
     assert list(chosen) == [f"model.layers.{n}.self_attn.o_proj" for n in range(2)]
+    with pytest.warns(UserWarning, match="target_modules: no linear layer of the model matches 'o_poj'"):
+        choose_layers(merged, ["o_poj", "q_proj"])
 
 
 @pytest.mark.parametrize(

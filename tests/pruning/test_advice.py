@@ -200,8 +200,18 @@ def test_a_layer_outside_of_the_blocks_can_be_pruned_by_magnitude() -> None:
 
 @pytest.mark.parametrize("names, missing", [(["up_proj", "upproj"], "upproj"), (".*upproj", ".*upproj")])
 def test_a_name_that_excludes_nothing_is_told(names: str | list[str], missing: str) -> None:
-    with pytest.warns(UserWarning, match=re.escape(f"no linear layer of the model matches '{missing}'.")):
+    told = re.escape(f"exclude_modules: no linear layer of the model matches '{missing}'.")
+    with pytest.warns(UserWarning, match=told):
         prune_magnitude(tiny_llama(), pattern="2:4", exclude_modules=names)
+
+
+def test_a_target_that_is_not_there_is_told_and_targets_come_from_any_iterable() -> None:
+    model = tiny_llama()
+    with pytest.warns(UserWarning, match="target_modules: no linear layer of the model matches 'k_poj', 'v_poj'"):
+        prune_magnitude(model, pattern="2:4", target_modules=(name for name in ("k_poj", "q_proj", "v_poj", "o_proj")))
+    for layer in model.model.layers:
+        is_pruned = {name: bool((one.weight == 0).any()) for name, one in layer.self_attn.named_children()}
+        assert is_pruned == {"q_proj": True, "k_proj": False, "v_proj": False, "o_proj": True}
 
 
 def test_a_name_of_a_layer_that_is_no_target_is_not_told() -> None:
