@@ -52,17 +52,12 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     ]
 
 
-def details(store: Store, copies: Sequence[Comparison]) -> list[str]:
-    """How SPP compares with the others on the copies of one pruned model."""
-    said: list[str] = []
-    for one in copies:
-        own = _copy_sentence(one, copies[0]) if one.copy else []
-        spp = main_entry(one)
-        if spp is not None:
-            own += _undecided_sentence(one)
-            own += [*_rivals_sentences(store, one, spp), *([] if one.copy else _probability_sentence(one))]
-        said += [f"{one.mark} {sentence}".strip() for sentence in own]
-    return said
+def details(store: Store, one: Comparison) -> list[str]:
+    """How SPP compares with the others on one pruned model."""
+    spp = main_entry(one)
+    if spp is None:
+        return []
+    return [*_undecided_sentence(one), *_rivals_sentences(store, one, spp), *_probability_sentence(one)]
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -199,18 +194,18 @@ def _certain(one: Entry, other: Entry) -> float:
     return gain if abs(gain) > 2 * error else 0.0
 
 
-def _copy_sentence(one: Comparison, first: Comparison) -> list[str]:
+def copy_sentences(one: Comparison, first: Comparison) -> str:
     """Which copy of the pruned model this is, and how far the same run is apart on it and on the first."""
     again = [(entry, same) for entry in one.entries if (same := _same(first, entry)) and entry.has_tasks]
     repeated = "; ".join(
         f"{entry.label} wins back {shares(first, same)} on the first and {shares(one, entry)} on the other"
         for entry, same in again
     )
-    return [
+    return (
         "Another copy of the pruned model: each machine prunes its own. This one was pruned and tuned on "
         f"{one.pruned.machine}, the first on {first.pruned.machine}. What is won back and SPP's lead are from the "
         f"same copy.{' The same run on both: ' + repeated + '.' if repeated else ''}"
-    ]
+    )
 
 
 def _same(one: Comparison, entry: Entry) -> Entry | None:

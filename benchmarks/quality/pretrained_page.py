@@ -20,7 +20,7 @@ from .data import UNLIKE
 from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_findings import MAIN_TEXT, details, findings, main_entry, points, spp_entries, tasks_share, text_name
+from .pretrained_findings import MAIN_TEXT, copy_sentences, details, findings, main_entry, points, spp_entries, tasks_share, text_name
 from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
@@ -50,10 +50,11 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
         f"![Perplexity and accuracy, by pruning]({Path(os.path.relpath(picture, page.parent)).as_posix()})",
         paragraph(legend(store, comparisons[0])),
     ]
-    for copies in by_pruning(comparisons):
-        parts += [f"## {copies[0].label}", quality_table(store, copies)]
-        said = details(store, copies)
-        parts += [bullets(said)] if said else []
+    for one, *others in by_pruning(comparisons):
+        parts += [f"## {one.label}", quality_table(store, one), bullets(details(store, one))]
+        for other in others:
+            parts += [f"### {other.label}", paragraph(copy_sentences(other, one))]
+            parts += [quality_table(store, other), bullets(details(store, other))]
     read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
@@ -93,20 +94,18 @@ def model_name(store: Store) -> str:
     return str(store.records[-1].settings["model"])
 
 
-def quality_table(store: Store, copies: Sequence[Comparison]) -> str:
-    """Perplexities and accuracies of all copies of a pruned model, a row for each model that is deployed."""
-    texts = list(copies[0].dense.deployed[0]["losses"])
-    rows = []
-    for one in copies:
-        spp = main_entry(one)
-        for entry in (*([] if one.copy else [one.dense]), one.pruned, *one.entries):
-            cells = [_perplexity_cell(one, entry, text) for text in texts]
-            accuracy = f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged"
-            if entry in one.entries and (share := tasks_share(one, entry)):
-                accuracy += f" ({share})"
-            lead = points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–"
-            label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
-            rows.append([label + one.mark, *cells, accuracy, lead])
+def quality_table(store: Store, one: Comparison) -> str:
+    """Perplexities and accuracies, a row for each model that is deployed."""
+    texts = list(one.dense.deployed[0]["losses"])
+    spp, rows = main_entry(one), []
+    for entry in (one.dense, one.pruned, *one.entries):
+        cells = [_perplexity_cell(one, entry, text) for text in texts]
+        accuracy = f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged"
+        if entry in one.entries and (share := tasks_share(one, entry)):
+            accuracy += f" ({share})"
+        lead = points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–"
+        label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
+        rows.append([label, *cells, accuracy, lead])
     names = [text_name(store, text) for text in texts]
     headings = ["", *names, "accuracy", "SPP's lead"]
     return table(headings, rows, numbers_from=1)
