@@ -20,7 +20,17 @@ from .data import UNLIKE
 from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
-from .pretrained_findings import MAIN_TEXT, copy_sentences, details, findings, main_entry, points, spp_entries, tasks_share, text_name
+from .pretrained_findings import (
+    MAIN_TEXT,
+    copy_sentences,
+    details,
+    findings,
+    main_entry,
+    points,
+    spp_entries,
+    tasks_share,
+    text_name,
+)
 from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
