@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
         for other in others:
             parts += [f"### {other.label}", paragraph(copy_sentences(other, one))]
             parts += [quality_table(store, other), bullets(details(store, other))]
-    read = prose.PRETRAINED_READING.format(**reading(store, comparisons[0]))
+    read = prose.PRETRAINED_READING.format(**reading(store, comparisons))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
     if tuned:
@@ -195,15 +196,29 @@ def _how_it_ended(measured: Mapping[str, Any]) -> str:
     return f"{highest}, and its validation perplexity ended at {perplexity:.0f}"
 
 
-def reading(store: Store, one: Comparison) -> dict[str, object]:
+def reading(store: Store, comparisons: Sequence[Comparison]) -> dict[str, object]:
     """The figures for the sentences on how to read the tables."""
-    tasks = one.dense.deployed[0]["tasks"]
+    tasks = comparisons[0].dense.deployed[0]["tasks"]
     counts = ", ".join(f"{name} {len(scores['acc right'])}" for name, scores in tasks.items())
     scores = "; ".join(
         f"{name}: acc {100 * scores['acc']:.1f}, acc_norm {100 * scores['acc_norm']:.1f}"
         for name, scores in tasks.items()
     )
-    return {"counts": counts, "dense": scores, "blocks": store.about["suite"]["budget"]["apart_blocks"]}
+    blocks = store.about["suite"]["budget"]["apart_blocks"]
+    return {"counts": counts, "dense": scores, "blocks": blocks, "spread": seed_spread(store, comparisons)}
+
+
+def seed_spread(store: Store, comparisons: Sequence[Comparison]) -> str:
+    """How far the perplexities of one contender are apart over seeds, for those that have one seed."""
+    rows = [entry for one in comparisons for entry in one.entries if len(entry.deployed) > 1]
+    if not rows:
+        return ""
+    deviations = []
+    for text in rows[0].deployed[0]["losses"]:
+        spreads = [entry.perplexity(text) for entry in rows]
+        mean = math.sqrt(statistics.fmean((one.deviation / one.mean) ** 2 for one in spreads))
+        deviations.append(f"{mean:.1%} on {text_name(store, text)}")
+    return " " + prose.PRETRAINED_SPREAD.format(rows=len(rows), deviations=", ".join(deviations)).strip()
 
 
 def published(store: Store) -> str:

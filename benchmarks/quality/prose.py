@@ -119,7 +119,12 @@ PRETRAINED_READING = """
 The accuracy is acc_norm from lm-evaluation-harness, zero-shot, over the first questions of each test part ({counts}).
 The error of what is won back of it takes the loss by pruning as exact. The probability of the right choice is among
 all choices, each scored as if it had their mean length. Perplexities are over {blocks} sequences of each text; ± is
-the standard deviation over seeds where there are several. The dense model has {dense}.
+the standard deviation over seeds where there are several.{spread} The dense model has {dense}.
+"""
+
+PRETRAINED_SPREAD = """
+Over the rows with several seeds ({rows}) its root mean square is {deviations}: differences between rows of one seed
+that are not much larger tell nothing.
 """
 
 PRETRAINED_PUBLISHED = """

@@ -2,6 +2,7 @@
 """What the suite of a pretrained model says of made-up results."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,20 @@ def test_perplexity_and_accuracy_are_over_seeds_and_questions(store):
     lost = (2 / 4 + 3 / 4) / 2
     assert one.tasks_won_back(spp) == pytest.approx(gain / lost)
     assert one.tasks_won_back_error(spp) == pytest.approx(error / lost)
+
+
+def test_the_spread_over_seeds_is_told_for_rows_of_one_seed(store, tmp_path):
+    write_pretrained(store, tmp_path / "page.md")
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    own = [math.exp(3.4), math.exp(3.6)]
+    relative = statistics.stdev(own) / statistics.fmean(own)
+    assert (
+        f"rows with several seeds (1) its root mean square is {relative:.1%} on WikiText-2, {relative:.1%} on GSM8K"
+        in page
+    )
+    store.records = [one for one in store.records if one.settings.get("seed") != 1]
+    write_pretrained(store, tmp_path / "page.md")
+    assert "with several seeds" not in " ".join((tmp_path / "page.md").read_text().split())
 
 
 def test_rows_stand_in_one_order_however_they_were_measured(store):
