@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checkpoints.compressed_files import bitmask_of
 from ..functional import Compressed, Factors, scaled_weight
 from ..functional.bitmask import bitmask_bytes, check_compressed, count_row_offsets
-from ..functional.compressed import decompress
+from ..functional.compressed import check_frozen, decompress
 from ..functional.compressed_stack import CompressedStack
 from .row_offsets import Counted
 
@@ -91,8 +91,12 @@ class CompressedExperts(nn.Module):
 
         Returns:
             `torch.Tensor`: W', shape `(experts, m, n)`; the dense one for the compiler.
+
+        Raises:
+            ValueError: If its values are to get a gradient.
         """
         weight = self.compressed(name)
+        check_frozen(weight)
         if not torch.compiler.is_compiling():
             return CompressedStack(weight, factors, inputs_first=inputs_first)
         values, bitmask, row_offsets, n = weight

@@ -39,6 +39,15 @@ def decompress(weight: Compressed) -> torch.Tensor:
     return expand(weight).view(weight.shape)
 
 
+def check_frozen(weight: Compressed) -> None:
+    """Refuse a weight that is to get a gradient: it would get none, and stay as it is without a word."""
+    if records_gradients(weight.values):
+        raise ValueError(
+            "a compressed weight is frozen, and this one has requires_grad=True: set that to False and train an "
+            "adapter, or make the model dense with peft_spp.decompress(model)"
+        )
+
+
 def compressed_linear(
     x: torch.Tensor,
     weight: Compressed,
@@ -56,7 +65,7 @@ def compressed_linear(
 
     Args:
         x (`torch.Tensor`): Input, shape `(*, n)`, of the weight's dtype unless autocast is on.
-        weight ([`Compressed`]): W, shape `(m, n)`. It gets no gradient.
+        weight ([`Compressed`]): W, shape `(m, n)`. It is frozen.
         bias (`torch.Tensor`, *optional*): shape `(m,)`.
         factors (`Sequence[Factors]`, *optional*): The factors of each active adapter; without any, W' is W.
         identity (`bool`): With `False` the 1 is left out: the result is what the adapters add to the base layer.
@@ -65,8 +74,9 @@ def compressed_linear(
         `torch.Tensor`: shape `(*, m)`, in the dtype of the matmul.
 
     Raises:
-        ValueError: If the shapes of the factors do not fit the weight.
+        ValueError: If the shapes of the factors do not fit the weight, or its values are to get a gradient.
     """
+    check_frozen(weight)
     device_type = x.device.type
     dtype = weight.values.dtype
     if autocasts(device_type) and x.dtype != torch.float64:

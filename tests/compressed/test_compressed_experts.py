@@ -220,6 +220,15 @@ def test_a_compiled_model_computes_the_same(kind):
     torch.testing.assert_close(torch.compile(small, backend="eager")(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_experts_that_are_to_be_trained_are_refused(kind):
+    small = peft_spp.compress(pruned(kind))
+    for module, _ in find_compressed_stacks(small).values():
+        module.requires_grad_(True)
+    with pytest.raises(ValueError, match="a compressed weight is frozen"):
+        small(IDS)
+
+
 def test_greedy_tokens_are_the_dense_models():
     model = pruned("qwen3_moe")
     small = peft_spp.compress(copy.deepcopy(model))

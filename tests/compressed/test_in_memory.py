@@ -171,6 +171,20 @@ def test_training_mode_bias_and_what_is_frozen():
     assert model.lin0.weight.requires_grad
 
 
+@pytest.mark.parametrize("config", [None, LoraConfig(), SPPConfig(r=4)])
+def test_values_that_are_to_be_trained_are_refused(config):
+    model = peft_spp.compress(pruned_llama())
+    if config is not None:
+        model = get_peft_model(model, config)
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"a compressed weight is frozen.*peft_spp\.decompress"):
+        model(input_ids=IDS, labels=IDS)
+    with torch.no_grad():
+        model(input_ids=IDS, labels=IDS)
+    if not isinstance(config, SPPConfig):
+        peft_spp.decompress(model)(input_ids=IDS, labels=IDS).loss.backward()
+
+
 def test_compressing_twice_changes_nothing():
     model = peft_spp.compress(pruned_llama())
     layers = dict(model.named_modules())
