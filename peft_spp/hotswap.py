@@ -93,6 +93,8 @@ def hotswap_adapter_from_state_dict(
         # a Transformers model has its adapters without a PeftModel around it
         state_dict = {key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     factors = {name: state_dict.get(f"{name}.spp_A.weight") for name in layers}
+    # PEFT saves the base model's weight of an adapted head next to its factors; it is there already
+    state_dict = {key: one for key, one in state_dict.items() if key.removesuffix(".base_layer.weight") not in layers}
     refined = {
         f"{name}.spp_A.weight": _refine(A, layers[name], adapter_name) for name, A in factors.items() if A is not None
     }

@@ -88,6 +88,30 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
+def paired_by_ends(old: Iterable[str], new: Iterable[str]) -> dict[str, str]:
+    """
+    Which names of two models mean the same module: equal ones, and of the others those with the longest common ends.
+    What has no partner, or several, is left out.
+    """
+    left, wanted = set(old), set(new)
+    pairs = {name: name for name in left & wanted}
+    left, wanted = left - pairs.keys(), wanted - pairs.keys()
+    for length in range(max((name.count(".") + 1 for name in left), default=0), 0, -1):
+        ends, others = _by_end(left, length), _by_end(wanted, length)
+        found = {ends[end][0]: others[end][0] for end in ends if len(ends[end]) == len(others.get(end, ())) == 1}
+        pairs |= found
+        left, wanted = left - found.keys(), wanted - set(found.values())
+    return pairs
+
+
+def _by_end(names: Iterable[str], length: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name.count(".") + 1 >= length:
+            found.setdefault(".".join(name.split(".")[-length:]), []).append(name)
+    return found
+
+
 def as_names(wanted: str | Iterable[str] | None) -> str | Sequence[str] | None:
     """The same, to be read more than once."""
     return wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)

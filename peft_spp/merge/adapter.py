@@ -64,6 +64,8 @@ class Adapter:
     modules: dict[str, AdaptedModule]  # the adapted modules, by name
     # the tensors that take the place of the model's own, by their name there: biases and `modules_to_save`
     trained: dict[str, StoredTensor]
+    # the base model's weights of adapted heads, which PEFT saves next to the factors, by their names there
+    heads: dict[str, StoredTensor]
     base: BaseRecord | None  # the record of the base model that it was trained on
     saved: SavedAdapter  # the adapter that this was made of
 
@@ -77,6 +79,7 @@ def load_adapter(folder: Path) -> Adapter:
         raise ValueError(f"{file} has trainable_token_indices, which are not supported here. {INSTEAD}")
     stored = open_tensor_file(saved.weights).tensors
     trained: dict[str, StoredTensor] = {}
+    heads: dict[str, StoredTensor] = {}
     for name, one in saved.others.items():
         twice = _SAVED_TWICE.fullmatch(name)
         if twice and f"{twice[1]}.{twice[3]}" in saved.others:
@@ -85,6 +88,9 @@ def load_adapter(folder: Path) -> Adapter:
             raise ValueError(
                 f"{saved.origin} contains tensor {one.key!r}, which is not part of a single SPP adapter. {INSTEAD}"
             )
+        if (head := name.removesuffix(".base_layer.weight")) in saved.factors:
+            heads[f"{head}.weight"] = stored[one.key]
+            continue
         trained[re.sub(r"\.base_layer\.bias$", ".bias", name)] = stored[one.key]
     modules = {
         name: AdaptedModule(name, stored[found["A"].key], stored[found["B"].key], saved.alpha(name))
@@ -96,7 +102,7 @@ def load_adapter(folder: Path) -> Adapter:
                 f"{saved.origin} contains tensor {module.A.name!r}, which is not part of a single SPP adapter. "
                 f"{INSTEAD}"
             )
-    return Adapter(saved.folder, config, modules, trained, saved.base, saved)
+    return Adapter(saved.folder, config, modules, trained, heads, saved.base, saved)
 
 
 def named_base(folder: Path, config: SPPConfig, **files: Sequence[str]) -> Path:

@@ -58,6 +58,13 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
                 f"{adapter.folder} adapts {name!r}, whose weight is tied to another module, which Transformers would "
                 f"change with it when it loads the merged model. {INSTEAD}"
             )
+    for name, head in adapter.heads.items():
+        weight = checkpoint.dense[found[name]]
+        if weight.shape != head.shape or not same_bits(weight.load().to(head.load().dtype), head.load()):
+            raise ValueError(
+                f"{adapter.folder} has a weight of its own for {name!r}, as PEFT saves it with save_embedding_layers "
+                f"or after the vocabulary was resized, and it is not that of {weight.file}. {INSTEAD}"
+            )
     layout = checkpoint.layout
     merges: dict[str, list[Merge]] = {}
     for name, module in modules.items():

@@ -6,14 +6,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..checkpoints.names import paired_by_ends
 from ..checkpoints.own_files import BASE_MASKS
 from ..checkpoints.safetensors_files import read_json
 from ..functional.bitmask import Compressed
@@ -94,6 +95,21 @@ class BaseRecord:
             except ValueError as error:
                 raise ValueError(f"the record of the base model is broken at module {name!r}: {error}") from error
         return cls(quantization, read)
+
+    def renamed(self, modules: Collection[str]) -> BaseRecord:
+        """
+        The same record under a model's names, which may be others than those of the model that it was made of.
+
+        Args:
+            modules (`Collection[str]`): The adapted modules of the model.
+
+        Returns:
+            [`BaseRecord`]: The record, without what has no name there.
+        """
+        if self.masks.keys() <= set(modules):
+            return self
+        pairs = paired_by_ends(self.masks, modules)
+        return replace(self, masks={pairs[name]: mask for name, mask in self.masks.items() if name in pairs})
 
     def relate(self, masks: Mapping[str, MaskRecord]) -> dict[str, MaskRelation]:
         """

@@ -194,6 +194,10 @@ def _shapes_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]
 
 def take_record(record: BaseRecord | None, model: nn.Module, config: SPPConfig, adapter_name: str) -> None:
     """Compare a model with the record of the weights that an adapter gets, and take over the record."""
+    if record is not None and record.masks:
+        # a body's adapter in a model with a head, or one that PEFT loads with `key_mapping`
+        record = record.renamed({layer.module_name for layer in adapter_layers(model, adapter_name).values()})
+        record = record if record.masks else None
     before, config.base_record = config.base_record, record
     try:
         check_base(config, model, adapter_name)

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import cast
 
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..checkpoints.merged import MERGED, Factor, adapter_id, merged_adapters
@@ -27,6 +28,7 @@ class MergingModel(BaseTuner):
         untie_adapted_weights(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_bases()
         for layer in self._adapted_layers():
             layer.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
@@ -39,6 +41,7 @@ class MergingModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self._check_bases()
         if merge:
             for layer in self._adapted_layers():
                 layer.check_unload_stays()
@@ -89,6 +92,7 @@ class MergingModel(BaseTuner):
         """
         identities = self._ids_once_unloaded(adapter_names) if dequantize else []
         before = merged_adapters(vars(self.model.config)) if identities else []
+        self._check_bases()
         if dequantize:
             self._check_merge(adapter_names, safe_merge, quantized=False)
             self._check_merge_allowed()
@@ -106,9 +110,22 @@ class MergingModel(BaseTuner):
     def _adapted_layers(self) -> list[AdaptedLayer]:
         return [module for module in self.model.modules() if isinstance(module, AdaptedLayer)]
 
+    def _check_bases(self) -> None:
+        """Refuse layers around those of another method: PEFT would take both away, or unmerge both in one order."""
+        for layer in self._adapted_layers():
+            inner = layer.base_layer
+            if isinstance(inner, BaseTunerLayer) and not isinstance(inner, AdaptedLayer):
+                raise ValueError(
+                    f"module {layer.module_name!r} has another adapter under the SPP adapter, a layer of "
+                    f"{type(inner).__module__}: merge that one into the base model before SPP is added, so that the "
+                    "SPP adapter can be merged or unloaded"
+                )
+
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
         names = self.active_adapters if adapter_names is None else adapter_names
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]!r} not found, available adapters: {list(self.peft_config)}")
         layers = self._adapted_layers()
         for layer in layers:
             layer.follow_base_layer()
@@ -137,7 +154,8 @@ def untie_adapted_weights(model: nn.Module) -> None:
         weight = getattr(base_layer, name)
         if users.get(id(weight), 0) > 1:
             users[id(weight)] -= 1
-            copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            with torch.inference_mode(False):  # the layer may be trained again
+                copy = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             setattr(base_layer, name, copy)
             warnings.warn(
                 f"The weight of {module.module_name!r} is shared with another module. The adapter is merged into a "

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..checkpoints.names import unwrapped_name
+from ..sparsity.base_masks import warn_or_raise
 from .adapter_tensors import BY_ADAPTER, belongs_to, other_adapters, restore_tensors
 from .config import SPPConfig
+from .layer import AdaptedLayer
 from .layer_factors import SPPLayer
 from .loading import check_loaded, refuse_misfits
 from .module_names import ModuleNames, own_modules
@@ -26,6 +28,54 @@ def _loaded_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             key = f"{owner}.{name}"
             if tensor is not None and (type(module) in (nn.Embedding, nn.Linear) or BY_ADAPTER & set(key.split("."))):
                 yield key, tensor
+
+
+def _unmerge_heads(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Put W in the place of W': of an adapted head PEFT saves what its base layer holds, merged or not."""
+    merged = {
+        _weight(one).data_ptr(): one
+        for one in model.modules()
+        if isinstance(one, AdaptedLayer) and one.merged and _is_plain(one)
+    }
+    for key, tensor in state_dict.items():
+        if key.endswith(".base_layer.weight") and (layer := merged.get(tensor.data_ptr())) is not None:
+            state_dict[key] = layer.backend.stored(layer.unmerged_weight()).detach().clone()
+
+
+def _keep_rows(layer: AdaptedLayer, state_dict: dict[str, torch.Tensor], key: str, config: SPPConfig) -> None:
+    """
+    Load of an adapted head's base weight, which PEFT saves, only the rows that the model does not have.
+
+    Where the vocabulary was resized these are the new tokens'. The other rows may have been pruned further since.
+    """
+    saved, own = state_dict[key], _weight(layer).detach()
+    if layer.merged:
+        del state_dict[key]
+    elif _is_plain(layer) and own.shape == saved.shape and not saved.is_meta:
+        saved = saved.to(own.device, own.dtype)
+        is_there = (own != 0).any(-1, keepdim=True)
+        state_dict[key] = torch.where(is_there & ((own == 0) | (own == saved)).all(-1, keepdim=True), own, saved)
+        lost = int((is_there & (own == 0) & (state_dict[key] != 0)).sum())
+        if lost and config.check_base != "off":
+            warn_or_raise(
+                f"The adapter brings a weight of {layer.module_name!r} with it, as PEFT saves it with "
+                f"save_embedding_layers, that is not this base model's: {lost} of its zeros are not zero there. Load "
+                f"the base model that it was trained on ({config.base_model_name_or_path}).",
+                config.check_base,
+            )
+
+
+def _weight(layer: AdaptedLayer) -> torch.Tensor:
+    return cast(torch.Tensor, layer.get_base_layer().weight)
+
+
+def _is_plain(layer: AdaptedLayer) -> bool:
+    """Whether a layer's weight is a matrix of numbers, a row for each output, all of it here."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return False
+    is_tensor = type(weight.data) is torch.Tensor and not weight.is_meta
+    return is_tensor and not layer.fan_in_fan_out and tuple(weight.shape) == (layer.out_features, layer.in_features)
 
 
 class AdapterStateDict(BaseTuner):
@@ -43,6 +93,7 @@ class AdapterStateDict(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         adapter_name = kwargs["adapter_name"]
         restore_tensors(model, adapter_name, state_dict)
+        _unmerge_heads(model, state_dict)
         names = ModuleNames(model)
         keys = {names.peft_key(key): key for key in state_dict}
         selected = super()._get_adapter_state_dict(
@@ -75,4 +126,8 @@ class AdapterStateDict(BaseTuner):
             for name, tensor in ((unwrapped_name(key), tensor) for key, tensor in state_dict.items())
         }
         check_loaded(model, config, adapter_name, remapped)
+        for name, module in own_modules(model):
+            base_key = keys.get(f"{name}.base_layer.weight", "")
+            if isinstance(module, AdaptedLayer) and adapter_name in module.spp_A and base_key in remapped:
+                _keep_rows(module, remapped, base_key, config)
         return remapped

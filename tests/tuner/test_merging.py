@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -221,6 +221,36 @@ def test_tied_weights_are_merged_each_with_its_own_adapter():
     model.unmerge_adapter()
     for layer in (model.base_model.model.a, model.base_model.model.b):
         assert same_bits(layer.get_base_layer().weight, before)
+
+
+def test_a_tied_layer_that_is_merged_in_inference_mode_can_be_trained_again():
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), SPPConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.inference_mode(), pytest.warns(UserWarning, match="shared"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.base_model.model.lm_head.spp_B["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_misspelled_adapter_is_not_left_out_of_a_merge(merge):
+    model = get_peft_model(pruned_llama("0.5"), SPPConfig(r=4, init_weights=False))
+    with pytest.raises(ValueError, match=r"Adapter 'defualt' not found, available adapters: \['default'\]"):
+        getattr(model, merge)(adapter_names=["defualt"])
+    assert model.get_model_status().merged_adapters == [] and model.get_model_status().enabled
+
+
+def test_spp_around_a_layer_of_another_method_is_neither_merged_nor_unloaded():
+    base = MLP()
+    prune_(base.lin0.weight, "0.5")
+    lora = get_peft_model(base, LoraConfig(target_modules=["lin0"], r=2, init_lora_weights=False))
+    model = get_peft_model(lora.base_model.model, SPPConfig(target_modules=["lin0"], r=4, init_weights=False))
+    before = copy.deepcopy(model.state_dict())
+    for change in (model.merge_adapter, model.merge_and_unload, model.unload):
+        with pytest.raises(ValueError, match=r"module 'lin0' has another adapter .*, a layer of peft\.tuners\.lora"):
+            change()
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
 def test_delta_weight_is_what_merging_adds():
