@@ -47,6 +47,14 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def needs_plain(*tensors: torch.Tensor | None) -> bool:
+    """
+    Whether plain operations have to take the place of a Function of our own: inside transforms, and in a program that
+    is exported with something to train, of which only the operators inside the Function would be kept.
+    """
+    return is_transformed() or (torch.compiler.is_exporting() and records_gradients(*tensors))
+
+
 def is_followed(*tensors: torch.Tensor | None) -> bool:
     """
     Whether something wants to see operators: compilation, tracing, a profiler, a dispatch mode, a subclass of tensors,

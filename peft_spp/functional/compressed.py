@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, autocasts, halves, is_followed, is_transformed, needed_gradients, records_gradients
+from .autograd import (
+    autocast_off,
+    autocasts,
+    halves,
+    is_followed,
+    is_transformed,
+    needed_gradients,
+    needs_plain,
+    records_gradients,
+)
 from .bitmask import Compressed
 from .bitmask import decompress as plain_decompress
 from .factors import Factors, check_factors, unpack
@@ -40,7 +49,7 @@ def decompress(weight: Compressed) -> torch.Tensor:
 
 
 def check_frozen(weight: Compressed) -> None:
-    """Refuse a weight that is to get a gradient: it would get none, and stay as it is without a word."""
+    """Refuse a weight that is to get a gradient: it would get none, and silently stay as it is."""
     if records_gradients(weight.values):
         raise ValueError(
             "a compressed weight is frozen, and this one has requires_grad=True: set that to False and train an "
@@ -92,8 +101,10 @@ def compressed_linear(
     check_factors(weight, factors)
     A, B, scaling = unpack(factors)
     with autocast_off(device_type):
-        if is_transformed():
-            return plain.linear(scaling, False, identity, dtype, x, decompress(weight), bias, *A, *B)
+        if needs_plain(x, bias, *A, *B):
+            # where it is exported, the weight has no address
+            dense = decompress(weight) if is_transformed() else compressed_weight(weight)
+            return plain.linear(scaling, False, identity, dtype, x, dense, bias, *A, *B)
         if not records_gradients(x, bias, *A, *B):
             return _forward(x, weight, bias, A, B, scaling, identity, dtype)
         result: torch.Tensor = _CompressedLinear.apply(x, *weight, bias, identity, dtype, scaling, *A, *B)

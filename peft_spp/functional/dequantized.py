@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from .autograd import autocast_off, autocasts, halves, is_transformed, needed_gradients, records_gradients
+from .autograd import autocast_off, autocasts, halves, is_transformed, needed_gradients, needs_plain, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import plain
 from .kernels.backend import KernelBackend
@@ -57,7 +57,7 @@ def spp_linear_dequantized(
     A, B, scaling = unpack(factors)
     tensors = [*A, *B]
     with autocast_off(x.device.type):
-        if is_transformed():
+        if needs_plain(x, bias, *tensors):
             weight = dequantize()
             check_factors(weight, pack(A, B, scaling))
             return plain.linear(scaling, False, identity, dtype, x, weight, bias, *tensors)

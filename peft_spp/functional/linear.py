@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, autocasts, halves, is_transformed, needed_gradients, records_gradients
+from .autograd import autocast_off, autocasts, halves, is_transformed, needed_gradients, needs_plain, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import plain
 
@@ -58,7 +58,7 @@ def spp_linear(
     check_factors(weight.t() if fan_in_fan_out else weight, factors)
     A, B, scaling = unpack(factors)
     with autocast_off(device_type):
-        if is_transformed():
+        if needs_plain(x, weight, bias, *A, *B):
             return plain.linear(scaling, fan_in_fan_out, identity, dtype, x, weight, bias, *A, *B)
         if not records_gradients(x, weight, bias, *A, *B):
             return _forward(x, weight, bias, A, B, scaling, fan_in_fan_out, identity, dtype)

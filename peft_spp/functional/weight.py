@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .autograd import autocast_off, halves, is_transformed, needed_gradients, records_gradients
+from .autograd import autocast_off, halves, is_transformed, needed_gradients, needs_plain, records_gradients
 from .factors import Factors, check_factors, unpack
 from .kernels import plain
 
@@ -45,7 +45,7 @@ def scaled_weight(
     dtype = dtype or weight.dtype
     A, B, scaling = unpack(factors)
     result: torch.Tensor
-    if is_transformed():
+    if needs_plain(weight, *A, *B):
         result = plain.scaled_weight(scaling, identity, dtype, weight, *A, *B)
     elif records_gradients(weight, *A, *B):
         result = _ScaledWeight.apply(weight, identity, dtype, scaling, *A, *B)

@@ -9,9 +9,10 @@ from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
+import peft_spp
 from peft_spp import SPPConfig
 
-from helpers.tiny import MLP
+from helpers.tiny import MLP, prune_
 
 
 class Stack(nn.Module):
@@ -97,3 +98,27 @@ def test_a_compiled_transform_is_the_transform():
     for key, expected in samples(parameters, xs).items():
         torch.testing.assert_close(found[key], expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_program_can_be_trained(dtype: torch.dtype, compressed: bool, strict: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).to(dtype)
+    for layer in (base[0], base[2]):
+        prune_(layer.weight, "0.5")
+    if compressed:
+        peft_spp.compress(base)
+    config = SPPConfig(r=4, target_modules=["0", "2"], init_weights=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model
+    x = torch.randn(3, 32, dtype=dtype)
+    program = torch.export.export(model, (x,), strict=strict).module()
+    gradients = []
+    for one in (model, program):
+        one(x).float().square().sum().backward()
+        gradients.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 4 and gradients[0].keys() == gradients[1].keys()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, **tolerance)
