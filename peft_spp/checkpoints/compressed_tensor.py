@@ -76,10 +76,9 @@ def find_compressed(
     if is_old:
         found = {}
         for name, parts in find_parts({one: tensor.dtype for one, tensor in tensors.items()}).items():
-            shape = read_shape(tensors[parts.shape].file, parts.shape)
-            found[name] = CompressedTensor(
-                tensors[parts.values], tensors[parts.bitmask], shape, name, True, (parts.shape, *parts.unread)
-            )
+            values, bitmask = tensors[parts.values], tensors[parts.bitmask]
+            shape = read_shape(tensors[parts.shape].file, parts.shape, bitmask.shape)
+            found[name] = CompressedTensor(values, bitmask, shape, name, True, (parts.shape, *parts.unread))
         return found
     if not any(is_bitmask(name) for name in tensors):
         return {}

@@ -2,15 +2,16 @@
 """
 The sparse formats that compressed-tensors had until it removed them (its pull request 610).
 
-A weight is four tensors of its module (in older files, of its weight): `compressed` with the values row by row,
-`bitmask` with a bit a place, the lowest first and rows padded to bytes, `shape`, and in "sparse-bitmask"
-`row_offsets`, which are not read. In "sparse-24-bitmask" the values are a matrix of half the columns. See
-`sparse_bitmask.py` and `sparse_24_bitmask.py` of compressed-tensors 0.8 to 0.13.
+A weight is four tensors of its module: `compressed` with the values row by row, `bitmask` with a bit a place, the
+lowest first and rows padded to bytes, `shape`, and in "sparse-bitmask" `row_offsets`, which are not read. In
+"sparse-24-bitmask" the values are a matrix of half the columns. See `sparse_bitmask.py` and `sparse_24_bitmask.py` of
+compressed-tensors 0.9 to 0.13. Up to 0.8.1 every tensor of a model is stored so, whatever its dimensions, and the four
+are tensors of the parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ _VALUES, _BITMASK, _SHAPE, _OFFSETS = ".compressed", ".bitmask", ".shape", ".row
 
 
 class Parts(NamedTuple):
-    """The tensors of one weight, by their names."""
+    """The tensors of one parameter, by their names."""
 
     values: str
     bitmask: str
@@ -88,10 +89,11 @@ def _is_dense(key: str, outer: Any) -> bool:
 
 def find_parts(dtypes: Mapping[str, torch.dtype | str]) -> dict[str, Parts]:
     """
-    The tensors of each weight in these formats; an error if one is missing or of another dtype, or a weight is there
-    twice.
+    The tensors of each parameter in these formats; an error if one is missing or of another dtype, or a parameter is
+    there twice.
     """
     found: dict[str, Parts] = {}
+    whole = names_parameters(dtypes)
     for name in dtypes:
         if not name.endswith(_VALUES):
             continue
@@ -106,32 +108,41 @@ def find_parts(dtypes: Mapping[str, torch.dtype | str]) -> dict[str, Parts]:
                 f"{dtypes[shape]}; they must be floating, U8 and I64"
             )
         offsets = module + _OFFSETS
-        weight = f"{module.removesuffix('.weight')}.weight"
+        weight = module if whole or module.endswith(".bias") else f"{module}.weight"
         if weight in dtypes or weight in found:
             raise ValueError(f"{weight!r} is there twice: as {name!r}, and as {found.get(weight, (weight,))[0]!r}")
         found[weight] = Parts(name, bitmask, shape, (offsets,) if offsets in dtypes else ())
     return found
 
 
-def read_shape(file: Path, name: str) -> tuple[int, int]:
-    """Read the shape of a weight; an error if it is not two numbers that can be one."""
+def names_parameters(names: Iterable[str]) -> bool:
+    """Whether the tensors in these formats are named after parameters, as up to 0.8.1, and not after modules."""
+    return any(name.endswith(f".weight{_VALUES}") for name in names)
+
+
+def read_shape(file: Path, name: str, bitmask: tuple[int, ...]) -> tuple[int, ...]:
+    """Read the shape of a weight; an error if its bitmask does not have the shape that belongs to it."""
     start, stop = byte_ranges(file)[name]
-    numbers = read_bytes(file, start, stop).view(torch.int64).tolist() if stop - start == 16 else []
-    if len(numbers) != 2 or min(numbers) < 1 or max(numbers) >= 1 << 31:
-        raise ValueError(f"tensor {name!r} of {file} must be the two sizes of a weight, as int64, and is {numbers}")
-    return numbers[0], numbers[1]
+    right_size = stop - start == 8 * len(bitmask)
+    shape = tuple(read_bytes(file, start, stop).view(torch.int64).tolist()) if right_size else ()
+    if not shape or min(shape) < 1 or bitmask != _bitmask_shape(shape):
+        raise ValueError(
+            f"tensor {name!r} of {file} must be the shape of a weight, as int64, whose bitmask has shape {bitmask}, "
+            f"and is {list(shape)}"
+        )
+    return shape
 
 
 def join_parts(name: str, values: Tensor, bitmask: Tensor, shape: tuple[int, ...]) -> Compressed:
     """Make a compressed weight of what was read from files, checked to fit together; `name` is for the error."""
-    rows, n = shape
-    expected = (rows, -(-n // 8))
-    if tuple(bitmask.shape) != expected:
-        raise ValueError(
-            f"{name}: the bitmask has shape {tuple(bitmask.shape)}, and a weight of {shape} one of {expected}"
-        )
-    padded = torch.nn.functional.pad(bitmask, (0, bitmask_bytes(n) - expected[1]))
+    if not shape or tuple(bitmask.shape) != _bitmask_shape(shape):
+        raise ValueError(f"{name}: a bitmask of shape {tuple(bitmask.shape)} does not fit a weight of shape {shape}")
+    padded = torch.nn.functional.pad(bitmask, (0, bitmask_bytes(shape[-1]) - bitmask.shape[-1]))
     return join(name, values.flatten(), padded, shape)
+
+
+def _bitmask_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], -(-shape[-1] // 8))
 
 
 def with_old_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
@@ -141,7 +152,7 @@ def with_old_weights(listed: Mapping[Path, list[Stored]]) -> list[Stored]:
         (_, values), (file, bitmask), (shape_file, _) = (tensors.pop(one) for one in parts[:3])
         for one in parts.unread:
             del tensors[one]
-        shape = read_shape(shape_file, parts.shape)
+        shape = read_shape(shape_file, parts.shape, bitmask.shape)
         load = partial(_load, name, file, bitmask, values, shape)
         tensors[name] = (file, Stored(name, shape, values.dtype, load, size=stored_size(values, bitmask)))
     return [one for _, one in tensors.values()]

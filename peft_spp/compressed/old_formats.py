@@ -11,7 +11,7 @@ each weight dense when it comes, and compresses it before the next one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
-from ..checkpoints.old_compressed_files import CONFIG_KEYS, find_parts, join_parts, sparse_format
+from ..checkpoints.old_compressed_files import (
+    CONFIG_KEYS,
+    Parts,
+    find_parts,
+    join_parts,
+    names_parameters,
+    sparse_format,
+)
 from ..checkpoints.safetensors_files import read_header
 from ..functional.compressed import decompress
 from .config import BitmaskConfig
@@ -29,8 +36,6 @@ from .config import BitmaskConfig
 DECOMPRESS = "make plain safetensors of it with `peft-spp decompress`"
 
 _VALUES, _BITMASK, _UNREAD = "compressed", "bitmask", ("shape", "row_offsets")
-# in older files they are tensors of the weight
-_SOURCES = [rf"{start}\.{part}$" for start in (r"\.weight", "") for part in (_VALUES, _BITMASK, *_UNREAD)]
 
 
 def load_old_formats() -> None:
@@ -61,14 +66,11 @@ def load_old_formats() -> None:
     modeling_utils.get_hf_quantizer = get_hf_quantizer
 
 
-def find_old_weights(files: Iterable[str]) -> set[str]:
-    """
-    The names of the weights in these formats in some files; an error if a tensor of one is missing or of another
-    dtype.
-    """
+def find_old_weights(files: Iterable[str]) -> dict[str, Parts]:
+    """The tensors of each parameter in these formats in some files; an error if one is missing or of another dtype."""
     paths = [Path(file) for file in files if str(file).endswith(".safetensors")]
     # the bitmask comes in the dtype of the model, in which a byte is exact
-    return set(find_parts({one.key: one.dtype for path in paths for one in read_header(path)}))
+    return find_parts({one.key: one.dtype for path in paths for one in read_header(path)})
 
 
 def check_names(names: Iterable[str], model: PreTrainedModel, transforms: Iterable[WeightTransform]) -> None:
@@ -85,24 +87,26 @@ def check_names(names: Iterable[str], model: PreTrainedModel, transforms: Iterab
             )
 
 
-def converter(operation: Any) -> WeightConverter:
-    """What makes one tensor of those of a weight."""
-    return WeightConverter(_SOURCES, ".weight", [operation])
+def converters(found: Mapping[str, Parts], operation: Any) -> list[WeightConverter]:
+    """What makes one tensor of those of a parameter."""
+    whole = names_parameters(parts.values for parts in found.values())
+    targets = {"([^.]+)": r"\1"} if whole else {r"(\.bias)": r"\1", "([^.]+)": r"\1.weight"}
+    return [
+        WeightConverter([rf"{start}\.{part}$" for part in (_VALUES, _BITMASK, *_UNREAD)], target, [operation])
+        for start, target in targets.items()
+    ]
 
 
 def read_weight(parameter: Tensor, name: str, tensors: dict[str, Any]) -> Tensor:
     """Make the dense weight of the tensors that were read, which are given by the patterns of their names."""
     values, bitmask = (_find(tensors, part) for part in (_VALUES, _BITMASK))
-    shape = tuple(parameter.shape)
-    if len(shape) != 2 or bitmask.ndim != 2:
-        raise ValueError(f"{name}: a bitmask of {bitmask.ndim} dimensions for a weight of shape {shape}")
-    return decompress(join_parts(name, values, bitmask.to(torch.uint8), (shape[0], shape[1])))
+    return decompress(join_parts(name, values, bitmask.to(torch.uint8), tuple(parameter.shape)))
 
 
 def save_in_our_format(model: PreTrainedModel) -> None:
     """Take away what would write the tensors as they were read."""
     conversions: Any = model._weight_conversions
-    conversions[:] = [one for one in conversions if list(one.source_patterns) != _SOURCES]
+    conversions[:] = [one for one in conversions if not one.source_patterns[0].endswith(rf"\.{_VALUES}$")]
 
 
 def _find(tensors: dict[str, Any], part: str) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..architecture import find_expert_stacks
 from ..checkpoints.compressed_files import bitmask_of
+from ..checkpoints.old_compressed_files import Parts
 from ..functional.bitmask import BITS, check_compressed, count_stored
 from .config import BitmaskConfig
 from .expert_converters import ExpertConverters
@@ -23,7 +24,7 @@ from .expert_files import compress_experts, read_experts, save_as_dense
 from .experts import CompressedExperts, put_row_offsets, put_stack_without_values
 from .file_memory import compress_each
 from .layer import CompressedLinear, put_dense_layers
-from .old_formats import check_names, converter, find_old_weights, read_weight, save_in_our_format
+from .old_formats import check_names, converters, find_old_weights, read_weight, save_in_our_format
 from .operations import Compress, Read, ReadOld, one_of
 from .saving import state_and_metadata
 from .selection import (
@@ -67,7 +68,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._row_offsets: dict[str, Tensor] = {}
         self.problems: list[str] = []
         self.files: list[str] = []
-        self._old: set[str] = set()
+        self._old: dict[str, Parts] = {}
         self.old_format: str | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -148,7 +149,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         put_experts = read_experts if self.pre_quantized else compress_experts
         weight_conversions = put_experts(self, model, weight_conversions)
         updated: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)
-        return [*updated, converter(ReadOld(self))] if self._old else updated
+        return [*updated, *converters(self._old, ReadOld(self))] if self._old else updated
 
     def get_quantize_ops(self) -> ConversionOps:
         return Compress(self)
@@ -248,20 +249,20 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._row_offsets[name] = row_offsets
         return {name: nn.Parameter(values, requires_grad=False), bitmask_of(name): _aligned(bitmask)}
 
-    def read_old(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    def read_old(self, model: PreTrainedModel, name: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
         """
-        Make a dense weight of the tensors of an old format.
+        Make a dense parameter of the tensors of an old format.
 
         Args:
-            model (`nn.Module`): The model.
-            name (`str`): The name of the weight.
+            model (`PreTrainedModel`): The model.
+            name (`str`): The name of the parameter.
             tensors (`dict[str, Any]`): What has come.
 
         Returns:
-            `dict[str, torch.Tensor]`: The weight, by name.
+            `dict[str, torch.Tensor]`: The parameter, by name.
         """
         try:
-            return {name: read_weight(model.get_parameter(name), name, tensors)}
+            return {name: read_weight(model.get_parameter_or_buffer(name), name, tensors)}
         except ValueError as error:
             self.problems.append(str(error))
             return {}

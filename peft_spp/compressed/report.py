@@ -87,8 +87,10 @@ class CompressionReport(ModuleReport[CompressedModule]):
         if self.modules:
             columns = ("module", "shape", "dtype", "zeros", "dense bytes", "compressed", "share")
             lines += ["", self.module_table(columns, _cells, right=columns[3:]), ""]
+        # of an old format, biases and norms may have been compressed too
+        what = "linear layers" if self.action == "compress" else "tensors"
         lines.append(
-            f"{len(self)} linear layers {self.action}ed; all tensors took {self.bytes_before:,} bytes and take "
+            f"{len(self)} {what} {self.action}ed; all tensors took {self.bytes_before:,} bytes and take "
             f"{self.bytes_after:,} ({percent(share(self.bytes_after, self.bytes_before))})"
         )
         reasons: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_c
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
-from helpers.tiny import block_linears
+from helpers.tiny import block_linears, tiny, tiny_llama
 from helpers.tiny_moe import tiny_moe
 
 
@@ -71,6 +71,11 @@ def write(folder, name, dtype=torch.float32, key="quantization_config", suffix="
         weight[weight == 0] = 0.0
         del tensors[f"{one}.weight"]
         tensors |= {f"{one}{suffix}.{part}": tensor for part, tensor in make(weight).items()}
+    save(folder, model, tensors, name, key, **more)
+    return expected
+
+
+def save(folder, model, tensors, name="sparse-bitmask", key="quantization_config", **more):
     folder.mkdir()
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -81,7 +86,6 @@ def write(folder, name, dtype=torch.float32, key="quantization_config", suffix="
     save_file(
         {one: tensor.contiguous() for one, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    return expected
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -127,6 +131,89 @@ def test_offsets_in_the_file_are_not_read(tmp_path):
     assert same_tensors(tensors_of(tmp_path / "dense"), expected)
 
 
+SIZES = {"vocab_size": 64, "hidden_size": 36, "num_hidden_layers": 2}
+WHOLE = {
+    "llama": lambda: tiny_llama(attention_bias=True),
+    # norms without weights
+    "olmo": lambda: tiny(
+        "OlmoForCausalLM", **SIZES, intermediate_size=52, num_attention_heads=2, attention_bias=True, eos_token_id=1
+    ),
+    # parameters of other names than weight and bias, and three dimensions
+    "mamba": lambda: tiny("MambaForCausalLM", **SIZES, state_size=4),
+}
+
+
+def write_whole(folder, kind, dtype=torch.float32):
+    """Write a model as compressed-tensors 0.8.1 did, with every tensor compressed, and return its tensors."""
+    model = WHOLE[kind]().to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "k_proj" not in name:  # whose biases are zero, so without any value
+            torch.nn.init.normal_(parameter)
+        with torch.no_grad():
+            parameter[torch.rand(parameter.shape) < 0.5] = 0.0
+    expected = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    parts = {name: sparse_bitmask(tensor) for name, tensor in expected.items()}
+    save(folder, model, {f"{name}.{part}": one for name, found in parts.items() for part, one in found.items()})
+    return expected
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_in_which_every_tensor_is_compressed(tmp_path, kind, dtype):
+    old, dense = tmp_path / "old", tmp_path / "dense"
+    expected = write_whole(old, kind, dtype)
+    report = decompress_checkpoint(old, dense)
+    assert {one.tensor for one in report} == expected.keys()
+    assert f"{len(expected)} tensors decompressed" in str(report)
+    assert same_tensors(tensors_of(dense), expected)
+    assert [vars(one) for one in sparsity_report(old)] == [vars(one) for one in sparsity_report(dense)]
+    assert compare_sparsity(old, dense).kept
+    assert run("inspect", old).exit_code == 0
+    layers = compress_checkpoint(old, tmp_path / "small").modules.keys()
+    assert layers == compress_checkpoint(dense, tmp_path / "same").modules.keys()
+    assert same_tensors(tensors_of(tmp_path / "small"), tensors_of(tmp_path / "same"))
+    model = AutoModelForCausalLM.from_pretrained(old, dtype="auto")
+    assert {name for name, one in model.named_modules() if isinstance(one, CompressedLinear)} == layers
+    model.save_pretrained(tmp_path / "new")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
+    for one in (model, again):
+        assert same_tensors(one.dequantize().state_dict(), expected)
+
+
+def test_a_bias_keeps_its_name_next_to_weights_that_are_named_after_modules(tmp_path):
+    expected = write_whole(tmp_path / "old", "llama")
+    file = tmp_path / "old" / "model.safetensors"
+    save_file({name.replace(".weight.", "."): one for name, one in load_file(file).items()}, file, {"format": "pt"})
+    decompress_checkpoint(tmp_path / "old", tmp_path / "dense")
+    assert same_tensors(tensors_of(tmp_path / "dense"), expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    assert same_tensors(model.dequantize().state_dict(), expected)
+
+
+@pytest.mark.parametrize("damage", ["values", "beyond", "narrow", "deeper"])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.bias", "model.norm.weight"])
+def test_a_damaged_vector_is_refused_by_its_name(tmp_path, name, damage):
+    write_whole(tmp_path / "old", "llama")
+    file = tmp_path / "old" / "model.safetensors"
+    tensors = load_file(file)
+    bitmask = tensors[f"{name}.bitmask"]
+    if damage == "values":
+        tensors[f"{name}.compressed"] = tensors[f"{name}.compressed"][1:].clone()
+    elif damage == "beyond":
+        tensors[f"{name}.bitmask"] = torch.cat([bitmask, bitmask[:1]])
+    elif damage == "narrow":
+        tensors[f"{name}.bitmask"] = bitmask[1:].clone()
+    else:
+        tensors[f"{name}.bitmask"] = bitmask[None].clone()
+    save_file(tensors, file, {"format": "pt"})
+    result = run("decompress", tmp_path / "old", tmp_path / "out")
+    assert result.exit_code == 2
+    assert name in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+
+
 OTHER_FORMATS = pytest.mark.parametrize(
     ("format_name", "more", "message"),
     [
@@ -150,7 +237,7 @@ def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message)
 
 @pytest.mark.parametrize(
     "damage",
-    "values bitmask narrow shape negative huge missing beyond words integers short twice".split(),
+    "values bitmask narrow shape flat negative huge missing beyond words integers short twice".split(),
 )
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, damage):
@@ -166,6 +253,8 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
         tensors[bitmask] = tensors[bitmask][:, 1:].clone()
     elif damage == "shape":
         tensors[shape] = torch.tensor([36, 52, 1])
+    elif damage == "flat":
+        tensors[shape] = torch.tensor([36 * 52])
     elif damage == "negative":
         tensors[shape] = torch.tensor([-36, -52])
     elif damage == "huge":

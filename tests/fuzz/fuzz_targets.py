@@ -315,14 +315,16 @@ def _compressed_seeds() -> list[bytes]:
 
 def _old_seeds() -> list[bytes]:
     found = []
-    for suffix in ("", ".weight"):
+    matrices = {"a": (5, 70), "b": (3, 8), "d": (2, 1)}
+    whole = {f"{name}.weight": shape for name, shape in matrices.items()} | {"a.bias": (5,), "e": (2, 3, 9)}
+    for shapes in (matrices, whole):
         tensors = {"c.weight": torch.ones(2, 2)}
-        for name, (rows, columns) in {"a": (5, 70), "b": (3, 8), "d": (2, 1)}.items():
-            weight = _pruned(rows, columns, torch.bfloat16)
+        for name, shape in shapes.items():
+            weight = _pruned(math.prod(shape[:-1]), shape[-1], torch.bfloat16).view(shape)
             places = weight != 0
             packed = np.packbits(places.numpy(), axis=-1, bitorder="little")
-            parts = {"compressed": weight[places], "bitmask": torch.from_numpy(packed)}
-            parts |= {"shape": torch.tensor([rows, columns]), "row_offsets": torch.zeros(rows, dtype=torch.int64)}
-            tensors |= {f"{name}{suffix}.{part}": one for part, one in parts.items()}
+            parts = {"compressed": weight[places], "bitmask": torch.from_numpy(packed), "shape": torch.tensor(shape)}
+            parts["row_offsets"] = torch.zeros(shape[:-1], dtype=torch.int64)
+            tensors |= {f"{name}.{part}": one for part, one in parts.items()}
         found.append(save(tensors))
     return found
