@@ -84,7 +84,7 @@ def is_fused_experts(name: str) -> bool:
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
     """Whether a name is asked for, by the rule of PEFT's `target_modules`."""
     if isinstance(wanted, str):
-        return _compile(wanted).fullmatch(name) is not None
+        return compiled(wanted).fullmatch(name) is not None
     return any(name == end or name.endswith(f".{end}") for end in wanted)
 
 
@@ -136,7 +136,7 @@ def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:
     """What the values of an option say about modules, by the rule of PEFT's `target_modules`."""
     expressions = [value for value in values if not re.fullmatch(r"[\w.-]+", value)]
     for expression in expressions:
-        _compile(expression, option)
+        compiled(expression, option)
     if len(expressions) > 1 or (expressions and len(values) > 1):
         raise ValueError(
             f"{option} takes names, or one regular expression, and {expressions[0]!r} is one of {len(values)} values. "
@@ -146,7 +146,8 @@ def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:
 
 
 @lru_cache
-def _compile(expression: str, option: str = "") -> re.Pattern[str]:
+def compiled(expression: str, option: str = "") -> re.Pattern[str]:
+    """A regular expression; a `ValueError` that names the option if it is not valid."""
     try:
         return re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:

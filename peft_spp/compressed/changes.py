@@ -94,6 +94,9 @@ class Change:
         metadata = content.get("metadata")
         if isinstance(metadata, dict) and "total_size" in metadata:
             metadata["total_size"] = sum(one.size for _, tensors, _ in files for one in tensors)
+        if isinstance(metadata, dict) and "total_parameters" in metadata:
+            # of a model that was compressed in memory Transformers has counted the values
+            metadata["total_parameters"] = sum(math.prod(one.shape) for one in self.checkpoint.dense.values())
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.compressed_format import METHOD, VERSION, check_version
+from ..checkpoints.names import compiled
 
 
 class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -48,6 +49,8 @@ class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
         is_list = isinstance(names, Collection) and not isinstance(names, str)
         if names is not None and not (is_list and all(isinstance(name, str) for name in names)):
             raise ValueError(f"modules_to_not_convert must be a list of names, and is {names!r}")
+        for name in names or ():
+            compiled(name, "modules_to_not_convert")
         if min_sparsity is not None and not (isinstance(min_sparsity, (int, float)) and 0 <= min_sparsity <= 1):
             raise ValueError(f"min_sparsity must be between 0 and 1, and is {min_sparsity!r}")
         self.quant_method = METHOD  # type: ignore[assignment]  # it is registered, and not in the enum

@@ -15,7 +15,7 @@ from ..checkpoints.compressed_format import names_format
 from ..checkpoints.compressed_tensor import CompressedTensor
 from ..checkpoints.conversion import Origin, Origins
 from ..checkpoints.empty_model import empty_model
-from ..checkpoints.old_compressed_files import CONFIG_KEYS
+from ..checkpoints.old_compressed_files import CONFIG_KEYS, without_empty_formats
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .expert_converters import ExpertConverters
@@ -73,11 +73,16 @@ def _can_compress(origin: Origin, is_stack: bool, experts: ExpertConverters) -> 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration of a checkpoint without what it says of compression."""
     said = CONFIG_KEYS if checkpoint.compressed or names_format(checkpoint.config) else ()
-    return {name: value for name, value in checkpoint.config.items() if name not in said}
+    return {name: value for name, value in without_empty_formats(checkpoint.config).items() if name not in said}
+
+
+def check_can_be_compressed(checkpoint: Checkpoint) -> None:
+    """Raise the `ValueError` of [`find_layers`], if it would raise one."""
+    _empty_model(checkpoint)
 
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    folder, config = checkpoint.folder, checkpoint.config
+    folder, config = checkpoint.folder, without_empty_formats(checkpoint.config)
     is_old = any(one.old for one in checkpoint.compressed.values())
     quantization = None if is_old else config.get("quantization_config") or config.get("compression_config")
     if names_format(config) or (checkpoint.compressed and not is_old):

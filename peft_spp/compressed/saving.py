@@ -55,8 +55,10 @@ def state_and_metadata(model: PreTrainedModel) -> tuple[dict[str, Tensor] | None
                 "the model first, as with model.to(torch.float32), or call peft_spp.decompress(model)"
             )
     columns_of = {id(values): columns for values, columns in weights.values()}
-    saved = revert_weight_conversion(model, {name: values for name, (values, _) in weights.items()})
-    metadata = {COLUMNS: columns_text({name: columns_of[id(values)] for name, values in saved.items()})}
+    # with `save_original_format=False` the tensors keep the model's names, which nothing here is told
+    named = {name: values for name, (values, _) in weights.items()}
+    named |= revert_weight_conversion(model, dict(named))
+    metadata = {COLUMNS: columns_text({name: columns_of[id(values)] for name, values in named.items()})}
     parts = {name for stack in stacks for name in (stack, bitmask_of(stack))}
     if parts.issuperset(name for tensors, _ in stored.values() for name in tensors):
         return None, metadata

@@ -18,6 +18,7 @@ from ..checkpoints.hub import hub_id, local_folder
 from ..checkpoints.output import OutputFolder
 from ..checkpoints.own_files import CARD, MODEL
 from ..compressed.checkpoint_run import compress_in_place
+from ..compressed.models_on_disk import check_can_be_compressed
 from ..devices import usable_device
 from ..durable import sync_file
 from ..sparsity import NMPattern
@@ -133,6 +134,8 @@ def prune_checkpoint(
     out.check_apart_from(folder, "model")
     checkpoint = read_checkpoint(folder)
     out.check(checkpoint.size, checkpoint.copies)
+    if compress:
+        check_can_be_compressed(checkpoint)
     dense_card = read_card(folder / CARD)
     skeleton = Skeleton(checkpoint, where)
     layers = skeleton.find_targets(target_modules, exclude_modules)

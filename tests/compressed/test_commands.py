@@ -16,6 +16,7 @@ from peft_spp import BitmaskConfig
 from peft_spp.cli import app
 from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_checkpoint
 from peft_spp.functional.bitmask import bitmask_bytes
+from peft_spp.pruning import prune_checkpoint
 
 from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
 from helpers.tiny import block_linears, prune_, tiny, tiny_llama
@@ -131,6 +132,33 @@ def test_options_choose_what_is_compressed(dense, tmp_path):
         )
     result = run("compress", dense, tmp_path / "b", "--min-sparsity", "0.99", "--json")
     assert json.loads(result.stdout)["modules"] == []
+
+
+def test_a_format_that_says_nothing_is_no_quantization(dense, tmp_path):
+    config = json.loads((dense / "config.json").read_text())
+    empty = {"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": {"format": "dense"}}
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": {**empty, "format": "dense"}}))
+    before = compress_checkpoint(dense, tmp_path / "small")
+    prune_checkpoint(dense, tmp_path / "pruned", method="magnitude", pattern="1:4", compress=True)
+    for name in ("small", "pruned"):
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert written["quant_method"] == "bitmask"
+    decompress_checkpoint(tmp_path / "small", tmp_path / "again")
+    assert len(before) and "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="dense is quantized"):
+            prune_checkpoint(dense, tmp_path / "no", method="magnitude", pattern="1:4", compress=True, dry_run=dry_run)
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_index_of_a_decompressed_model_counts_all_its_parameters(tmp_path):
+    model = pruned_llama()
+    count = model.num_parameters()
+    peft_spp.compress(model).save_pretrained(tmp_path / "small", max_shard_size="6KB")
+    decompress_checkpoint(tmp_path / "small", tmp_path / "dense")
+    index = json.loads((tmp_path / "dense" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == count
 
 
 def test_nothing_is_written_in_a_dry_run_and_nothing_overwritten_unasked(dense, tmp_path):

@@ -108,6 +108,17 @@ def test_shards_dtypes_and_device_maps(kind, shard_size, settings, tmp_path):
         assert same_tensors(one.dequantize().state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("original", [False, True])
+def test_files_with_the_names_of_the_model_are_read_without_it(kind, original, tmp_path):
+    model = pruned(kind)
+    peft_spp.compress(copy.deepcopy(model)).save_pretrained(tmp_path / "small", save_original_format=original)
+    decompress_checkpoint(tmp_path / "small", tmp_path / "dense")
+    assert same_tensors(load(tmp_path / "dense").state_dict(), model.state_dict())
+    reports = [sparsity_report(tmp_path / name) for name in ("small", "dense")]
+    assert [(one.name, one.zeros) for one in reports[0]] == [(one.name, one.zeros) for one in reports[1]]
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_a_checkpoint_with_whole_stacks_keeps_them_whole(kind, tmp_path):
     model = pruned(kind)

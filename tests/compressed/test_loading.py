@@ -195,6 +195,7 @@ def test_what_to_leave_out_and_how_many_zeros_it_takes_can_be_chosen(dense):
     [
         {"modules_to_not_convert": "lm_head"},
         {"modules_to_not_convert": [1]},
+        {"modules_to_not_convert": ["lm_head", "*.q_proj"]},
         {"min_sparsity": 1.5},
         {"version": 2},
         {"version": "1"},
