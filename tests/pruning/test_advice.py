@@ -94,6 +94,15 @@ def test_activations_that_float16_cannot_hold(prune) -> None:
     prune(large(torch.bfloat16), DATA, pattern="2:4")
 
 
+def test_a_sequence_that_is_too_long_is_told_by_its_length_and_not_by_the_dtype() -> None:
+    model = build("gpt2")
+    told = r"float32, cannot be called .*: index out of .*\. The batch \(input_ids \(2, 65\)\) .*sequence_length"
+    with pytest.raises(ValueError, match=told) as refusal:
+        prune_wanda(model, [torch.full((2, 65), 5)], pattern="2:4")
+    assert "float32 only" not in str(refusal.value)
+    prune_wanda(model, [torch.full((2, 64), 5)], pattern="2:4")
+
+
 def test_a_dead_input_is_pruned_first() -> None:
     model = tiny_llama()
     model.model.layers[0].input_layernorm.weight.data[5] = 0.0
