@@ -177,7 +177,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"the model in {checkpoint.folder} is compressed: run `peft-spp decompress` on it before pruning."
         )
-    if "quantization_config" in without_empty_formats(checkpoint.config):
+    if without_empty_formats(checkpoint.config).get("quantization_config") is not None:
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
     try:
         # others cannot be the default: of a quantized model, which is refused

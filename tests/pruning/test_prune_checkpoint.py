@@ -112,6 +112,11 @@ def test_a_body_saved_without_its_head_is_pruned_too(tmp_path: Path, model: Path
         assert torch.equal(tensor, whole[f"model.{name}"]), name
 
 
+def test_a_config_that_says_that_nothing_is_quantized(tmp_path: Path, model: Path) -> None:
+    edit_config(quantization_config=None)(model)
+    assert prune_checkpoint(model, tmp_path / "out", method="magnitude", pattern="2:4").sparsity == 0.5
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, model: Path, text: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     report = prune_checkpoint(model, tmp_path / "out", pattern="2:4", calibration=text, dry_run=True, **SMALL)
