@@ -37,7 +37,8 @@ def run_calibration(
     embeddings are shared by the blocks as in the model itself. The first batch is run again block by block, which must
     give the same: a cache, randomness or any other state between calls would change it.
     """
-    device = next(model.parameters()).device
+    # the embeddings may be offloaded, and what is pruned is not
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     calibration: list[CalibrationBatch] = []
     for inputs in data:
         arguments = _model_arguments(model, blocks, inputs, device)

@@ -107,6 +107,11 @@ def check_prunable(layers: Mapping[str, PrunableLayer], pattern: str | NMPattern
         if weight is None or weight.dtype not in FLOATING:
             stored = "packed" if weight is None else f"stored as {weight.dtype}"
             raise ValueError(f"The weight of {name} is {stored}: prune before quantizing.")
+        if weight.is_meta:
+            raise ValueError(
+                f"The weight of {name} has no data in memory (it is offloaded): load the model without offloading, or "
+                "prune its folder with `peft-spp prune`."
+            )
         if not layer.weight.isfinite().all():
             raise ValueError(f"The weight of {name} contains NaN or infinite values.")
     check_divisible(layers, pattern)
