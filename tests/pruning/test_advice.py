@@ -243,6 +243,24 @@ def test_a_layer_outside_of_the_blocks_can_be_pruned_by_magnitude() -> None:
     assert (model.lm_head.weight == 0).float().mean() == 0.5
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ".*"])
+@pytest.mark.parametrize("prune", [*BY_DATA, lambda model, data, **how: prune_magnitude(model, **how)])
+def test_a_head_that_is_tied_to_the_embeddings_is_refused_in_memory_as_from_disk(
+    tmp_path: Path, prune, targets: list[str] | str
+) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    message = "lm_head shares its weight with the embeddings, which pruning would change too. Exclude it"
+    refused(prune, model, message, pattern="2:4", target_modules=targets)
+    request = {"method": "magnitude", "pattern": "2:4", "target_modules": targets}
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request)
+    if targets == ".*":
+        prune(model, DATA, pattern="2:4", target_modules=targets, exclude_modules=["lm_head"])
+        assert (model.model.embed_tokens.weight != 0).all()
+        assert prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request, exclude_modules=["lm_head"])
+
+
 @pytest.mark.parametrize("names, missing", [(["up_proj", "upproj"], "upproj"), (".*upproj", ".*upproj")])
 def test_a_name_that_excludes_nothing_is_told(names: str | list[str], missing: str) -> None:
     told = re.escape(f"exclude_modules: no linear layer of the model matches '{missing}'.")
