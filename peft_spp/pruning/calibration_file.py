@@ -19,6 +19,8 @@ SEQUENCE_LENGTH = 2048
 
 
 def read_documents(file: Path) -> list[str]:
+    if file.is_dir():
+        raise ValueError(f"the calibration file {file} is a folder: pass a file of text")
     documents = [document for document in read_texts(file) if document.strip()]
     if not documents:
         raise ValueError(f"the calibration file {file} contains no text")
