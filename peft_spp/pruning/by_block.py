@@ -37,8 +37,7 @@ def prune_model(
     if method.statistics is None:
         check_prunable(layers, method.pattern)
         method.check_sparsity(layers)
-        for name, layer in layers.items():
-            method.prune(name, layer, None)
+        _prune_layers(method, layers, dict.fromkeys(layers))
         return
     blocks_name, blocks = find_blocks(model, layers)
     check_prunable(layers, method.pattern)
@@ -98,13 +97,21 @@ def prune_block(
                 batch.run_block(index, block)
                 after_batch()
         rarely_reached = statistics.rarely_reached()
-        for name, statistic in statistics.compute().items():
-            method.prune(name, layers[name], statistic)
+        _prune_layers(method, layers, statistics.compute())
         del statistics
     for batch in batches:
         batch.hidden_states = batch.run_block(index, block)
         after_batch()
     return rarely_reached
+
+
+def _prune_layers(
+    method: PruningMethod, layers: Mapping[str, PrunableLayer], statistics: Mapping[str, torch.Tensor | None]
+) -> None:
+    for name, statistic in statistics.items():
+        method.prune(name, layers[name], statistic)
+    # or else autocast would go on with the dense weights that it has cast before
+    torch.clear_autocast_cache()
 
 
 def warn_of_rarely_reached(names: Sequence[str], layers: Mapping[str, PrunableLayer]) -> None:

@@ -37,7 +37,8 @@ def run_calibration(
     embeddings are shared by the blocks as in the model itself. The first batch is run again block by block, which must
     give the same: a cache, randomness or any other state between calls would change it.
     """
-    device = next(model.parameters()).device
+    # the embeddings may be offloaded, and what is pruned is not
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     calibration: list[CalibrationBatch] = []
     for inputs in data:
         arguments = _model_arguments(model, blocks, inputs, device)
@@ -124,9 +125,17 @@ def _call(model: nn.Module, arguments: dict[str, Any]) -> None:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        cause = "" if dtypes == ["float32"] else "Some models work in float32 only. "
+        if isinstance(error, IndexError):
+            tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            cause = (
+                f"The batch ({shapes}) may have too many tokens in a sequence (lower sequence_length), or ids of "
+                "tokens that the model has no embeddings for. "
+            )
         raise ValueError(
             f"{type(model).__name__}, with weights in {' and '.join(dtypes)}, cannot be called with the calibration "
-            f"data: {message(error)}. Some models work in float32 only; try model(**batch) without pruning."
+            f"data: {message(error)}. {cause}Try model(**batch) without pruning."
         ) from error
 
 

@@ -38,9 +38,21 @@ def calibration_inputs(
     Cutting is exact whatever a layer does to the shape of its inputs. Counting only some rows of them is not: layers
     get tokens flattened, split into heads, or routed to experts.
     """
+    # a tensor of three dimensions is batches, one behind another
+    if isinstance(batches, Mapping) or (isinstance(batches, torch.Tensor) and batches.ndim < 3):
+        raise ValueError(
+            f"calibration_batches is a {type(batches).__name__}, a single batch: pass a list of batches, such as "
+            "[batch]."
+        )
     number, empty = 0, True
     for number, batch in enumerate(batches, 1):
+        if not isinstance(batch, (torch.Tensor, Mapping)):
+            raise ValueError(
+                f"Calibration batch {number} is a {type(batch).__name__}. Pass a tensor of token ids of shape (batch, "
+                "tokens), or keyword arguments of the model's forward, such as tokenizer(text, return_tensors='pt')."
+            )
         arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+        _check_token_ids(number, arguments.get("input_ids"))
         arguments = {name: value for name, value in arguments.items() if name not in _UNUSED}
         for name, value in arguments.items():
             if isinstance(value, Cache) or (name in _CACHES and value is not None):
@@ -55,6 +67,15 @@ def calibration_inputs(
         raise ValueError("There is no calibration data: calibration_batches is empty.")
     if empty:
         raise ValueError("There is no calibration data: attention_mask marks all tokens as padding.")
+
+
+def _check_token_ids(number: int, ids: Any) -> None:
+    if ids is not None and not (isinstance(ids, torch.Tensor) and ids.ndim > 1):
+        what = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(
+            f"input_ids of calibration batch {number} ({what}) should be a tensor of shape (batch, tokens): pass "
+            "return_tensors='pt' to the tokenizer, or input_ids[None] for a single sequence."
+        )
 
 
 def _without_padding(number: int, arguments: dict[str, Any]) -> Iterator[CalibrationInputs]:

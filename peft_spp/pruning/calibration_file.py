@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..text_files import read_texts
 
@@ -18,6 +19,8 @@ SEQUENCE_LENGTH = 2048
 
 
 def read_documents(file: Path) -> list[str]:
+    if file.is_dir():
+        raise ValueError(f"the calibration file {file} is a folder: pass a file of text")
     documents = [document for document in read_texts(file) if document.strip()]
     if not documents:
         raise ValueError(f"the calibration file {file} contains no text")
@@ -50,19 +53,19 @@ def calibration_sequences(
 
 def calibration_from_file(
     file: str | os.PathLike[str],
-    model: Path,
-    config: PreTrainedConfig,
+    folder: Path,
+    model: PreTrainedModel,
     samples: int,
     sequence_length: int | None,
     seed: int,
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """
-    Draw the calibration data for a model from a file. It returns token ids, each of shape `(1, sequence_length)`, and
-    the settings.
+    Draw the calibration data for a model, whose tokenizer is in a folder, from a file. It returns token ids, each of
+    shape `(1, sequence_length)`, and the settings.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = _context(model)
     if sequence_length is None:
-        sequence_length = min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
+        sequence_length = SEQUENCE_LENGTH if limit is None else min(SEQUENCE_LENGTH, limit)
     if samples < 1 or sequence_length < 1:
         raise ValueError(
             f"samples and sequence_length should be positive but the values passed are {samples} and {sequence_length}"
@@ -70,12 +73,25 @@ def calibration_from_file(
     if limit is not None and sequence_length > limit:
         raise ValueError(f"sequence_length={sequence_length} exceeds the model's context of {limit} tokens")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the tokenizer of {model} cannot be loaded ({error}): save the tokenizer there, or pass batches of "
+            f"the tokenizer of {folder} cannot be loaded ({error}): save the tokenizer there, or pass batches of "
             "token ids as calibration"
         ) from error
     path = Path(file).expanduser()
     data = calibration_sequences(path, tokenizer, samples, sequence_length, seed)
     return data, {"calibration": path.name, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can take, `None` if nothing limits them."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit <= 0:  # XLNet has -1
+        return None
+    for name, module in model.named_modules():
+        is_positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if is_positions and module.num_embeddings == limit and module.padding_idx is not None:
+            # RoBERTa and models like it count positions from the one after that of padding
+            return limit - module.padding_idx - 1
+    return limit

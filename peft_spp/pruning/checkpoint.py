@@ -149,8 +149,8 @@ def prune_checkpoint(
         check_in_one_block(skeleton, layers)
         batches: Batches
         if isinstance(calibration, (str, os.PathLike)):
-            config = skeleton.model.config
-            batches, used = calibration_from_file(calibration, folder, config, samples, sequence_length, seed)
+            empty = skeleton.model
+            batches, used = calibration_from_file(calibration, folder, empty, samples, sequence_length, seed)
         else:
             batches, used = calibration, {"calibration": "batches passed in Python"}
         settings |= used

@@ -64,7 +64,9 @@ class InputStatistics(ABC):
 
     def _add(self, name: str, inputs: torch.Tensor) -> None:
         features = _exact(inputs.detach().reshape(-1, inputs.shape[-1]))
-        added = self.of_features(features)
+        # the model may run in autocast, which would multiply in half precision
+        with torch.autocast(features.device.type, enabled=False):
+            added = self.of_features(features)
         self._tokens[name] += len(features)
         if name in self._sums:
             # in place: a Hessian may take hundreds of megabytes

@@ -84,6 +84,7 @@ def find_target_layers(
         layers = {name: layer for name, layer in layers.items() if not _matches(name, layer, exclude_modules)}
         if not layers:
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
+    _check_not_embeddings(model, layers)
     return _linear_maps(layers, named=target_modules is not None)
 
 
@@ -107,6 +108,11 @@ def check_prunable(layers: Mapping[str, PrunableLayer], pattern: str | NMPattern
         if weight is None or weight.dtype not in FLOATING:
             stored = "packed" if weight is None else f"stored as {weight.dtype}"
             raise ValueError(f"The weight of {name} is {stored}: prune before quantizing.")
+        if weight.is_meta:
+            raise ValueError(
+                f"The weight of {name} has no data in memory (it is offloaded): load the model without offloading, or "
+                "prune its folder with `peft-spp prune`."
+            )
         if not layer.weight.isfinite().all():
             raise ValueError(f"The weight of {name} contains NaN or infinite values.")
     check_divisible(layers, pattern)
@@ -230,6 +236,16 @@ def _default_targets(model: nn.Module) -> list[str]:
     return [layer for layer, name in in_blocks.items() if name in names] + [
         layer for layer in experts if any(layer.startswith(f"{name}.") for name in names)
     ]
+
+
+def _check_not_embeddings(model: nn.Module, layers: Mapping[str, PrunableLayer]) -> None:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, layer in layers.items():
+        if not isinstance(layer, Expert) and any(id(one) in embeddings for one in layer.parameters(recurse=False)):
+            raise ValueError(
+                f"{name} shares its weight with the embeddings, which pruning would change too. Exclude it with "
+                "exclude_modules."
+            )
 
 
 def _linear_maps(layers: dict[str, PrunableLayer], named: bool) -> dict[str, PrunableLayer]:

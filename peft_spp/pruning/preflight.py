@@ -83,9 +83,13 @@ def check_tokens(skeleton: Skeleton, data: Iterable[CalibrationInputs]) -> None:
         return
     for inputs in data:
         ids = inputs.arguments.get("input_ids")
-        if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
+        if not isinstance(ids, torch.Tensor) or not ids.numel():
+            continue
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0:
+            raise ValueError(f"the calibration data contains token {smallest}: ids of tokens start at 0")
+        if largest >= len(weight):
             raise ValueError(
-                f"the calibration data contains token {int(ids.max())}, but the model has embeddings for only "
-                f"{len(weight)} tokens: the tokenizer does not belong to the model, or was extended without "
-                "resize_token_embeddings"
+                f"the calibration data contains token {largest}, but the model has embeddings for only {len(weight)} "
+                "tokens: the tokenizer does not belong to the model, or was extended without resize_token_embeddings"
             )

@@ -19,7 +19,6 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.conversion import Origin, Origins
 from ..checkpoints.empty_model import default_dtype, empty_model
 from ..checkpoints.old_compressed_files import without_empty_formats
-from ..checkpoints.ties import TiedNames
 from .layers import PrunableLayer, find_blocks, find_target_layers, weight_name
 
 
@@ -74,10 +73,7 @@ class Skeleton:
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.folder}, a {type(self.model).__name__}: {error}") from error
         self._targets = list(layers)
-        tied = TiedNames(self.checkpoint.config)
         for parameter, name in {weight_name(name, layer): name for name, layer in layers.items()}.items():
-            if parameter in tied:
-                raise ValueError(f"{name} shares its weight with the embeddings, which pruning would change too.")
             self._check_stored(parameter, name)
         return layers
 
@@ -177,7 +173,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(
             f"the model in {checkpoint.folder} is compressed: run `peft-spp decompress` on it before pruning."
         )
-    if "quantization_config" in without_empty_formats(checkpoint.config):
+    if without_empty_formats(checkpoint.config).get("quantization_config") is not None:
         raise ValueError(f"the model in {checkpoint.folder} is quantized: prune before quantizing.")
     try:
         # others cannot be the default: of a quantized model, which is refused

@@ -120,14 +120,15 @@ class SparseGPT(SparseGPTOptions, PruningMethod):
         assert statistic is not None
         weight = weight_matrix(layer)
         try:
-            pruned = sparsegpt_weight(
-                weight,
-                statistic,
-                pattern=self.pattern,
-                sparsity=self.sparsity,
-                damping=self.damping,
-                block_size=self.block_size,
-            )
+            with torch.autocast(weight.device.type, enabled=False):
+                pruned = sparsegpt_weight(
+                    weight,
+                    statistic,
+                    pattern=self.pattern,
+                    sparsity=self.sparsity,
+                    damping=self.damping,
+                    block_size=self.block_size,
+                )
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"The Hessian of the inputs of {name} cannot be inverted with damping={self.damping}: raise it, or "

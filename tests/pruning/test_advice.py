@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import nn
 
 from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt, prune_wanda, pruning_mask
@@ -92,6 +93,50 @@ def test_activations_that_float16_cannot_hold(prune) -> None:
     model = large(torch.float16)
     refused(prune, model, r"mlp.down_proj are not finite.*bfloat16.*exclude_modules", pattern="2:4")
     prune(large(torch.bfloat16), DATA, pattern="2:4")
+
+
+def test_a_sequence_that_is_too_long_is_told_by_its_length_and_not_by_the_dtype() -> None:
+    model = build("gpt2")
+    told = r"float32, cannot be called .*: index out of .*\. The batch \(input_ids \(2, 65\)\) .*sequence_length"
+    with pytest.raises(ValueError, match=told) as refusal:
+        prune_wanda(model, [torch.full((2, 65), 5)], pattern="2:4")
+    assert "float32 only" not in str(refusal.value)
+    prune_wanda(model, [torch.full((2, 64), 5)], pattern="2:4")
+
+
+@pytest.mark.parametrize("kind", ["disk", "cpu", "device_map", "experts"])
+def test_an_offloaded_model_is_refused_and_its_folder_can_be_pruned(tmp_path: Path, kind: str) -> None:
+    model, first = tiny_llama(), "model.layers.0.self_attn.q_proj"
+    if kind == "experts":
+        model, first = build("qwen2_moe"), "model.layers.0.mlp.experts.gate_up_proj.0"
+    model.save_pretrained(tmp_path / "dense")
+    if kind == "device_map":
+        in_memory = ("embed_tokens", "rotary_emb", "layers.1", "layers.2", "norm")
+        places = {"model.layers.0": "disk", "lm_head": "cpu"} | {f"model.{name}": "cpu" for name in in_memory}
+        model = type(model).from_pretrained(tmp_path / "dense", device_map=places, offload_folder=tmp_path / "off")
+    elif kind == "cpu":
+        cpu_offload(model, torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path / "off", torch.device("cpu"))
+    before = model(DATA[0]).logits
+    request = {"pattern": "2:4", "target_modules": [first.removesuffix(".0")]}
+    message = rf"{re.escape(first)} has no data in memory .*`peft-spp prune`"
+    with pytest.raises(ValueError, match=message):
+        prune_wanda(model, DATA, **request)
+    with pytest.raises(ValueError, match=message):
+        prune_magnitude(model, **request)
+    assert torch.equal(model(DATA[0]).logits, before)
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "out", calibration=DATA, **request)
+    assert report.sparsity == 0.5
+
+
+def test_what_is_not_pruned_may_be_offloaded() -> None:
+    models = [tiny_llama(), tiny_llama()]
+    cpu_offload(models[1].model.embed_tokens, torch.device("cpu"))
+    for model in models:
+        prune_wanda(model, DATA, pattern="2:4")
+    for name, layer in find_target_layers(models[0], None).items():
+        assert torch.equal(layer.weight, models[1].get_submodule(name).weight), name
 
 
 def test_a_dead_input_is_pruned_first() -> None:
@@ -196,6 +241,24 @@ def test_a_layer_outside_of_the_blocks_can_be_pruned_by_magnitude() -> None:
     )
     prune_magnitude(model, pattern="2:4", target_modules=["lm_head"])
     assert (model.lm_head.weight == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ".*"])
+@pytest.mark.parametrize("prune", [*BY_DATA, lambda model, data, **how: prune_magnitude(model, **how)])
+def test_a_head_that_is_tied_to_the_embeddings_is_refused_in_memory_as_from_disk(
+    tmp_path: Path, prune, targets: list[str] | str
+) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    message = "lm_head shares its weight with the embeddings, which pruning would change too. Exclude it"
+    refused(prune, model, message, pattern="2:4", target_modules=targets)
+    request = {"method": "magnitude", "pattern": "2:4", "target_modules": targets}
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request)
+    if targets == ".*":
+        prune(model, DATA, pattern="2:4", target_modules=targets, exclude_modules=["lm_head"])
+        assert (model.model.embed_tokens.weight != 0).all()
+        assert prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request, exclude_modules=["lm_head"])
 
 
 @pytest.mark.parametrize("names, missing", [(["up_proj", "upproj"], "upproj"), (".*upproj", ".*upproj")])

@@ -12,7 +12,7 @@ from plain_wanda import SEED, assert_plain_wanda, in_float64, plain_wanda, weigh
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from peft_spp.pruning import prune_wanda
+from peft_spp.pruning import prune_sparsegpt, prune_wanda
 from peft_spp.pruning.block_calls import entering_states
 from peft_spp.pruning.calibration import enter_blocks
 from peft_spp.pruning.calibration_data import calibration_inputs
@@ -65,6 +65,19 @@ def test_a_model_that_asks_for_dropout_gives_the_same_masks_in_training() -> Non
     models[0].train()
     for model in models:
         prune_wanda(model, two_batches(64), pattern="2:4")
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
+
+
+@pytest.mark.parametrize("prune_by_data", [prune_wanda, prune_sparsegpt])
+def test_blocks_get_what_pruned_blocks_give_where_autocast_has_cached_the_dense_weights(prune_by_data) -> None:
+    models = [tiny_llama() for _ in range(2)]
+    for model, is_cached in zip(models, (True, False), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=is_cached), torch.no_grad():
+            prune_by_data(model, two_batches(64), pattern="1:4")
+            output = model(two_batches(64)[0]).logits
+            torch.clear_autocast_cache()
+            assert torch.equal(output, model(two_batches(64)[0]).logits)
     for name, value in models[0].state_dict().items():
         assert torch.equal(value, models[1].state_dict()[name]), name
 

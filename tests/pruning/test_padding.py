@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plain_wanda import assert_plain_wanda, in_float64
-from transformers import DynamicCache
+from transformers import BatchEncoding, DynamicCache
 
 from peft_spp.pruning import prune_checkpoint, prune_sparsegpt, prune_wanda
 from peft_spp.pruning.calibration_data import calibration_inputs
@@ -107,6 +107,11 @@ SHORT = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
+        ("text", "batch 1 is a str. Pass a tensor"),
+        ([[3, 4, 5, 6]], "batch 1 is a list. Pass a tensor"),
+        (ids(2, 12).numpy(), "batch 1 is a ndarray. Pass a tensor"),
+        ({"input_ids": [[3, 4, 5, 6]]}, r"input_ids of calibration batch 1 \(list\) .*return_tensors='pt'"),
+        (ids(12), r"input_ids of calibration batch 1 \(shape \(12,\)\) .*input_ids\[None\]"),
         ({"input_ids": ids(2, 12), "attention_mask": NO_TOKENS}, "attention_mask marks all tokens as padding"),
         ({"input_ids": ids(2, 0)}, "no calibration data"),
         ({"input_ids": ids(2, 12), "attention_mask": HOLE}, "batch 1 has padding between the tokens of sequence 0"),
@@ -123,12 +128,29 @@ SHORT = torch.tensor([[1] * 12, [1] * 5 + [0] * 7])
     ],
 )
 @pytest.mark.parametrize("prune_it", [prune_wanda, prune_sparsegpt])
-def test_data_that_cannot_be_used_is_refused_and_the_model_stays_dense(prune_it, batch: dict, message: str) -> None:
+def test_data_that_cannot_be_used_is_refused_and_the_model_stays_dense(prune_it, batch: Any, message: str) -> None:
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
         prune_it(model, [batch], pattern="2:4")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [ids(2, 12), {"input_ids": ids(2, 12)}, BatchEncoding({"input_ids": ids(2, 12)})])
+def test_a_batch_in_the_place_of_batches_is_refused_and_a_list_of_it_works(tmp_path: Path, batch: Any) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "dense")
+    message = rf"calibration_batches is a {type(batch).__name__}, a single batch: .*\[batch\]"
+    for prune_it in (prune_wanda, prune_sparsegpt):
+        with pytest.raises(ValueError, match=message):
+            prune_it(model, batch, pattern="2:4")
+        prune_it(tiny_llama(), [batch], pattern="2:4")
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", pattern="2:4", calibration=batch)
+
+
+def test_batches_may_be_in_one_tensor() -> None:
+    assert [one.arguments["input_ids"].shape for one in calibration_inputs(ids(3, 2, 12))] == 3 * [(2, 12)]
 
 
 def test_what_refusals_of_padding_advise_works() -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_spp.demo.data import train_tokenizer
 from peft_spp.pruning import prune_checkpoint, prune_magnitude, prune_sparsegpt, prune_wanda
 from peft_spp.pruning.calibration_file import calibration_sequences
 from peft_spp.sparsity import sparsity_report
 
-from helpers.dense_checkpoints import SMALL, edit_config, peak_of_tensors, save_model
+from helpers.dense_checkpoints import SMALL, TEXT, edit_config, peak_of_tensors, save_model
 from helpers.merge_cases import assert_same_bits, stored
-from helpers.tiny import tiny_llama
+from helpers.tiny import tiny, tiny_llama
 
 
 IN_MEMORY = {"wanda": prune_wanda, "sparsegpt": prune_sparsegpt, "magnitude": prune_magnitude}
@@ -111,6 +112,11 @@ def test_a_body_saved_without_its_head_is_pruned_too(tmp_path: Path, model: Path
         assert torch.equal(tensor, whole[f"model.{name}"]), name
 
 
+def test_a_config_that_says_that_nothing_is_quantized(tmp_path: Path, model: Path) -> None:
+    edit_config(quantization_config=None)(model)
+    assert prune_checkpoint(model, tmp_path / "out", method="magnitude", pattern="2:4").sparsity == 0.5
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, model: Path, text: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     report = prune_checkpoint(model, tmp_path / "out", pattern="2:4", calibration=text, dry_run=True, **SMALL)
@@ -153,6 +159,33 @@ def test_documents_are_read_from_json_lines(tmp_path: Path, model: Path) -> None
     other = calibration_sequences(tmp_path / "texts.jsonl", tokenizer, 5, 16, seed=2)
     assert all(torch.equal(one, two) for one, two in zip(drawn, again, strict=True))
     assert not all(torch.equal(one, two) for one, two in zip(drawn, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "sequence_length"),
+    [
+        ("RobertaForCausalLM", {"max_position_embeddings": 66, "pad_token_id": 1, "is_decoder": True}, 64),
+        ("XLMRobertaForMaskedLM", {"max_position_embeddings": 66, "pad_token_id": 3}, 62),
+        ("BertForMaskedLM", {"max_position_embeddings": 66, "pad_token_id": 1}, 66),
+        ("XLNetLMHeadModel", {"d_head": 8, "d_inner": 48}, 2048),  # its max_position_embeddings is -1
+    ],
+)
+def test_sequences_are_as_long_as_the_model_can_take(
+    tmp_path: Path, text: Path, class_name: str, settings: dict, sequence_length: int
+) -> None:
+    tokenizer = train_tokenizer([TEXT], vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = tiny(class_name, vocab_size=len(tokenizer), **sizes, **settings)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    request = {"pattern": "2:4", "calibration": text, "samples": 2}
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request)
+    assert report.settings["sequence_length"] == sequence_length
+    if "max_position_embeddings" in settings:
+        with pytest.raises(ValueError, match=f"exceeds the model's context of {sequence_length} tokens"):
+            prune_checkpoint(tmp_path / "dense", tmp_path / "longer", **request, sequence_length=sequence_length + 1)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, sequence_length + 1), 5))
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])

@@ -241,3 +241,38 @@ def test_a_hessian_without_inverse_names_the_layer() -> None:
     with pytest.raises(ValueError, match=r"inputs of my\.layer cannot be inverted"):
         SparseGPT("2:4", damping=1e-9).prune("my.layer", layer, -torch.eye(4))
     assert torch.equal(layer.weight, before)
+
+
+def test_hessians_in_autocast_are_those_of_the_features_in_float64(llama: LlamaForCausalLM) -> None:
+    """They are summed over so many batches that a sum in bfloat16 would stop to grow."""
+    layer = llama.model.layers[0].mlp.up_proj
+    inputs = torch.randn(400, 4, 16, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    hessians = InputHessians({"up_proj": layer})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), hessians:
+        for batch in inputs:
+            layer(batch)
+    X = inputs.double().reshape(-1, 16)
+    hessian = hessians.compute()["up_proj"]
+    assert hessian.dtype == torch.float32
+    torch.testing.assert_close(hessian.double(), 2 * X.T @ X, rtol=1e-5, atol=1e-3)
+
+
+def test_weights_in_autocast_are_updated_in_their_own_dtype(
+    llama: LlamaForCausalLM, calibration_batches: list[torch.Tensor]
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        prune_sparsegpt(llama, calibration_batches, pattern="2:4", block_size=8)
+    for name, layer in find_target_layers(llama, None).items():
+        assert layer.weight.dtype == torch.float32 and satisfies_n_m(layer.weight, "2:4")
+        assert not torch.equal(layer.weight, layer.weight.bfloat16().float()), name
+
+
+def test_the_update_of_a_layer_is_the_same_in_autocast() -> None:
+    X = correlated_inputs(100, 32, torch.float32)
+    hessian = 2 * X.T @ X
+    layer = nn.Linear(32, 8)
+    other = copy.deepcopy(layer)
+    SparseGPT("2:4", block_size=8).prune("layer", layer, hessian)
+    with torch.autocast("cpu", torch.bfloat16):
+        SparseGPT("2:4", block_size=8).prune("layer", other, hessian)
+    assert torch.equal(layer.weight, other.weight)
