@@ -21,7 +21,7 @@ SPP_RATES = (2e-3, 6e-3)
 LORA_RATES = (3e-4, 1e-3)
 
 SPP = Contender("spp", rates=SPP_RATES)
-SUPERTUNING = Contender("supertuning", equal="parameters", rates=LORA_RATES)
+SUPERTUNING = Contender("supertuning", equal="parameters", rates=(*LORA_RATES, 3e-3))
 IA3 = Contender("ia3", rates=(3e-3, 1e-2))
 HIRA = Contender("hira", rates=(3e-3, 1e-2))
 MASKED_LORA = Contender("masked_lora", rates=LORA_RATES)
@@ -50,7 +50,7 @@ OTHERS = (
     HIRA,
     IA3,
     distilled(POSITIVE, "samples"),
-    Contender("supertuning", rates=LORA_RATES),
+    Contender("supertuning", rates=SUPERTUNING.rates),
     distilled(MASKED_FULL, "both"),
     Contender("spp_positive", {"r": 64}, rates=SPP_RATES),
 )

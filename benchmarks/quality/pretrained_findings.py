@@ -16,7 +16,7 @@ MAIN_TEXT = "text"
 
 def points(gain: float, error: float) -> str:
     """A difference in percentage points, with its standard error."""
-    return f"{100 * gain:+.1f} ± {100 * error:.1f}"
+    return f"{round(100 * gain, 1) + 0.0:+.1f} ± {100 * error:.1f}"
 
 
 def shares(one: Comparison, entry: Entry) -> str:
@@ -96,7 +96,7 @@ def _accuracy_sentence(one: Comparison, spp: Entry, others: Sequence[Comparison]
 
 
 def _zeros(entry: Entry) -> str:
-    lost = sum(one["zeros_lost"] or 0 for one in entry.deployed)
+    lost = max(one["zeros_lost"] or 0 for one in entry.deployed)
     return f"{lost:,} zeros lost" if lost else "no zero lost"
 
 
