@@ -18,6 +18,7 @@ from .functional.factors import compute_dtype
 from .functional.row_blocks import refine_row_blocks
 from .tuner import SPPConfig, SPPLayer
 from .tuner.adapter_files import PREFIX
+from .tuner.adapter_tensors import has_place, saved_name
 from .tuner.base_record import check_base
 from .tuner.loading import check_tokens, read_if_ours
 from .tuner.module_names import own_modules
@@ -94,7 +95,11 @@ def hotswap_adapter_from_state_dict(
         state_dict = {key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     factors = {name: state_dict.get(f"{name}.spp_A.weight") for name in layers}
     # PEFT saves the base model's weight of an adapted head next to its factors; it is there already
-    state_dict = {key: one for key, one in state_dict.items() if key.removesuffix(".base_layer.weight") not in layers}
+    state_dict = {
+        key: one
+        for key, one in state_dict.items()
+        if key.removesuffix(".base_layer.weight") not in layers or not has_place(saved_name(key), model, adapter_name)
+    }
     refined = {
         f"{name}.spp_A.weight": _refine(A, layers[name], adapter_name) for name, A in factors.items() if A is not None
     }

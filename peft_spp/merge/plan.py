@@ -62,8 +62,8 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
         weight = checkpoint.dense[found[name]]
         if weight.shape != head.shape or not same_bits(weight.load().to(head.load().dtype), head.load()):
             raise ValueError(
-                f"{adapter.folder} has a weight of its own for {name!r}, as PEFT saves it with save_embedding_layers "
-                f"or after the vocabulary was resized, and it is not that of {weight.file}. {INSTEAD}"
+                f"{adapter.folder} has a weight of its own, {head.name!r}, as PEFT saves it of an adapted head, and "
+                f"{weight.file} has another. {INSTEAD}"
             )
     layout = checkpoint.layout
     merges: dict[str, list[Merge]] = {}

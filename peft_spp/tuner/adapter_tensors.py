@@ -105,7 +105,7 @@ def check_count(
     if may_have_biases:
         biases = {f"{owner.removeprefix(PREFIX)}.bias" for owner, _ in own_modules(model)}
         left = [name for name in left if name not in biases]
-    left = [name for name in left if not _has_place(name, model, adapter_name)] if left else []
+    left = [name for name in left if not has_place(name, model, adapter_name)] if left else []
     if not missing and not left:
         return
     if may_be_renamed and _ends(missing) == _ends(left):
@@ -129,7 +129,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
+def has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
     """Whether a tensor that is not part of the adapter is loaded into the model all the same: embeddings alone are."""
     if FACTOR.fullmatch(name):
         return False
