@@ -18,12 +18,12 @@ from .suites import AT_2_4
 # Short runs choose the rate, and those favor rates that are too high for long ones: SPP at 2e-2 was the best of 6e-3,
 # 2e-2 and 6e-2 after 40 steps, and ended after 300 steps at a perplexity of 1192. So the grids leave the highest out.
 SPP_RATES = (2e-3, 6e-3)
-LORA_RATES = (3e-4, 1e-3)
+LORA_RATES = (3e-4, 1e-3, 3e-3)
 
 SPP = Contender("spp", rates=SPP_RATES)
-SUPERTUNING = Contender("supertuning", equal="parameters", rates=(*LORA_RATES, 3e-3))
-IA3 = Contender("ia3", rates=(3e-3, 1e-2))
-HIRA = Contender("hira", rates=(3e-3, 1e-2))
+SUPERTUNING = Contender("supertuning", equal="parameters", rates=LORA_RATES)
+IA3 = Contender("ia3", rates=(3e-3, 1e-2, 3e-2))
+HIRA = Contender("hira", rates=(3e-3, 1e-2, 3e-2))
 MASKED_LORA = Contender("masked_lora", rates=LORA_RATES)
 POSITIVE = Contender("spp_positive", rates=SPP_RATES)
 LORA = Contender("lora", rates=LORA_RATES)
@@ -50,7 +50,7 @@ OTHERS = (
     HIRA,
     IA3,
     distilled(POSITIVE, "samples"),
-    Contender("supertuning", rates=SUPERTUNING.rates),
+    Contender("supertuning", rates=LORA_RATES),
     distilled(MASKED_FULL, "both"),
     Contender("spp_positive", {"r": 64}, rates=SPP_RATES),
 )

@@ -159,7 +159,12 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
         for entry in one.entries:
             label = label_of(entry.settings, None)
             known = any(row[:2] == [one.pruning.label, label] for row in rows)
-            if known or not entry.rates or entry.deployment in ("unmerged", "remasked"):
+            if known or entry.deployment in ("unmerged", "remasked"):
+                continue
+            first = next((own for own in comparisons[0].entries if label_of(own.settings, None) == label), entry)
+            if not entry.rates:
+                if entry.settings["rate"] != first.settings["rate"]:
+                    rows.append([one.pruning.label, label, f"**{entry.settings['rate']:g}**"])
                 continue
             cells = []
             for rate, loss in sorted(entry.rates.items()):
