@@ -209,8 +209,12 @@ def copy_sentences(one: Comparison, first: Comparison) -> str:
 
 
 def _same(one: Comparison, entry: Entry) -> Entry | None:
-    """The entry of the same contender on another copy."""
-    return next((own for own in one.entries if own.label == entry.label), None)
+    """The entry of the same contender at the same rate on another copy."""
+
+    def key(some: Entry) -> tuple[object, ...]:
+        return (*(some.settings[name] for name in ("method", "options", "equal", "rate")), some.deployment)
+
+    return next((own for own in one.entries if key(own) == key(entry)), None)
 
 
 def _equal_sentences(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
@@ -228,7 +232,11 @@ def _equal_sentences(store: Store, comparisons: Sequence[Comparison]) -> list[st
 
 
 def _start_sentence(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
-    pairs = [(one, one.find("spp_positive"), one.find("spp")) for one in comparisons]
+    pairs = [
+        (one, positive, _at_rate(one, "spp", positive))
+        for one in comparisons
+        if (positive := one.find("spp_positive"))
+    ]
     said = [
         f"{one.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
         f"{default.perplexity(MAIN_TEXT).mean:.2f} on {text_name(store, MAIN_TEXT)} and "
@@ -236,9 +244,15 @@ def _start_sentence(store: Store, comparisons: Sequence[Comparison]) -> list[str
         f"{text_name(store, UNLIKE)}, accuracy "
         f"{points(*positive.gain(default))} points"
         for one, positive, default in pairs
-        if positive is not None and default is not None
+        if default is not None
     ]
     return [f"The positive start of A against the default start: {'; '.join(said)}."] if said else []
+
+
+def _at_rate(one: Comparison, method: str, other: Entry) -> Entry | None:
+    """The entry of a method at the rate of another."""
+    same = [entry for entry in one.entries if entry.settings["method"] == method and not entry.settings["options"]]
+    return next((entry for entry in same if entry.settings["rate"] == other.settings["rate"]), None)
 
 
 def _zeros_sentence(comparisons: Sequence[Comparison]) -> list[str]:

@@ -189,12 +189,13 @@ def comparisons_of(store: Store) -> list[Comparison]:
     return comparisons
 
 
-def _place(entry: Entry) -> tuple[int, int, int, str]:
+def _place(entry: Entry) -> tuple[int, int, int, str, bool]:
     """Where an entry stands among the others, in whatever order they were measured."""
     method, options = entry.settings["method"], entry.settings["options"]
     group = 0 if method.startswith("spp") else 1 if entry.deployed[0].get("zeros_lost") == 0 else 2
     extras = sum(name in options for name in ("teacher", "text"))
-    return group, list(METHODS).index(method), extras, str(entry.settings["equal"] or "")
+    equal, gave_way = str(entry.settings["equal"] or ""), "rate" in entry.label
+    return group, list(METHODS).index(method), extras, equal, gave_way
 
 
 def machine_of(store: Store, record: Record) -> str:
@@ -210,26 +211,33 @@ def machine_name(environment: Mapping[str, Any]) -> str:
 
 def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -> list[Entry]:
     pruning, weights = base["pruning"], base.get("weights")
-    groups: dict[str, list[Record]] = {}
+    groups: dict[tuple[str, float], list[Record]] = {}
     for one in records:
         if one.kind != "tune" or not one.measured["deployments"]:
             continue
         if one.settings["pruning"] == pruning and one.settings.get("weights") == weights:
-            groups.setdefault(_contender(one.settings), []).append(one)
+            groups.setdefault((_contender(one.settings), one.settings["rate"]), []).append(one)
     entries = []
-    for key, group in groups.items():
+    for (key, rate), group in groups.items():
         first = group[0]
         rates = {
             one.settings["rate"]: one.measured["validation_loss"]
             for one in records
             if one.kind == "rate" and _contender(one.settings) == key and one.settings["pruning"] == pruning
         }
+        others = {own for contender, own in groups if contender == key} - {rate}
+        gave_way = any(_loss(rates, other) < _loss(rates, rate) for other in others)
         for deployment in first.measured["deployments"]:
             deployed = tuple(one.measured["deployments"][deployment] for one in group)
-            label = label_of(first.settings, deployment)
+            label = label_of(first.settings, deployment) + (f", rate {rate:g}" if gave_way else "")
             machine = machine_of(store, first)
             entries.append(Entry(label, deployed, first.settings, first.measured, deployment, rates, machine))
     return entries
+
+
+def _loss(rates: Mapping[float, float | None], rate: float) -> float:
+    loss = rates.get(rate)
+    return math.inf if loss is None else loss
 
 
 def _contender(settings: Mapping[str, Any]) -> str:

@@ -104,6 +104,19 @@ def test_the_spread_over_seeds_is_told_for_rows_of_one_seed(store, tmp_path):
     assert "with several seeds" not in " ".join((tmp_path / "page.md").read_text().split())
 
 
+def test_a_rate_that_gave_way_to_a_better_one_has_a_row_of_its_own(store, tmp_path):
+    settings = {**COMMON, "pruning": "wanda-2:4", "method": "spp_positive", "options": {}, "equal": None, "seed": 0}
+    store.add("rate", {**settings, "rate": 0.2, "steps": 1}, {**TRAINED, "validation_loss": 2.5})
+    merged = {"merged": deployed(3.2, "1110", "1100")}
+    store.add("tune", {**settings, "rate": 0.2, "steps": 2}, {**TRAINED, "deployments": merged})
+    (one,) = comparisons_of(store)
+    labels = [entry.label for entry in one.entries]
+    assert labels[:2] == ["SPP, positive start, r=16", "SPP, positive start, r=16, rate 0.1"]
+    assert one.find("spp_positive").settings["rate"] == 0.2 and len(one.entries[1].deployed) == 2
+    write_pretrained(store, tmp_path / "page.md")
+    assert "0.1: 20.09, **0.2: 12.18** (edge)" in (tmp_path / "page.md").read_text()
+
+
 def test_rows_stand_in_one_order_however_they_were_measured(store):
     names = [[entry.label for entry in one.entries] for one in comparisons_of(store)]
     store.records[2:] = store.records[:1:-1]
@@ -177,7 +190,7 @@ def test_what_is_won_back_is_of_the_same_copy_of_the_pruned_model(store, tmp_pat
     copy = {**COMMON, "pruning": "wanda-2:4", "weights": "abc"}
     store.add("base", copy, deployed(7.0, "1000", "0000"))
     for method, right in (("spp_positive", "1110"), ("lora", "1111")):
-        settings = {**copy, "method": method, "options": {}, "equal": None, "seed": 0, "rate": 1, "steps": 2}
+        settings = {**copy, "method": method, "options": {}, "equal": None, "seed": 0, "rate": 0.1, "steps": 2}
         store.add("tune", settings, {**TRAINED, "deployments": {"merged": deployed(4.0, right, "0000")}})
     seconds = {name: {"seconds": [1.0], "bytes": 8} for name in ("spp", "lora")}
     store.add("profile", {**COMMON, "contenders": ["lora", "spp"]}, seconds)
