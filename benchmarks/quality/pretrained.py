@@ -16,7 +16,7 @@ from .suites import AT_2_4
 
 
 # Short runs choose the rate, and those favor rates that are too high for long ones: SPP at 2e-2 was the best of 6e-3,
-# 2e-2 and 6e-2 after 40 steps, and ended after 300 steps at a perplexity of 1192. So the grids leave the highest out.
+# 2e-2 and 6e-2 after 40 steps, and ended after 300 steps at a perplexity of 1192. So its grid leaves them out.
 SPP_RATES = (2e-3, 6e-3, 1.2e-2)
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 

@@ -31,6 +31,7 @@ class Entry:
         deployment (`str`): What became of the trained model.
         rates (`Mapping[float, float | None]`): The rates that were tried, with the loss on the validation text.
         machine (`str`): What it was measured on.
+        gave_way (`bool`): Whether it was tuned at another rate than the one that was chosen later.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Entry:
     deployment: str = "merged"
     rates: Mapping[float, float | None] = field(default_factory=dict)
     machine: str = ""
+    gave_way: bool = False
 
     @property
     def name(self) -> str:
@@ -194,8 +196,7 @@ def _place(entry: Entry) -> tuple[int, int, int, str, bool]:
     method, options = entry.settings["method"], entry.settings["options"]
     group = 0 if method.startswith("spp") else 1 if entry.deployed[0].get("zeros_lost") == 0 else 2
     extras = sum(name in options for name in ("teacher", "text"))
-    equal, gave_way = str(entry.settings["equal"] or ""), "rate" in entry.label
-    return group, list(METHODS).index(method), extras, equal, gave_way
+    return group, list(METHODS).index(method), extras, str(entry.settings["equal"] or ""), entry.gave_way
 
 
 def machine_of(store: Store, record: Record) -> str:
@@ -231,7 +232,9 @@ def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -
             deployed = tuple(one.measured["deployments"][deployment] for one in group)
             label = label_of(first.settings, deployment) + (f", rate {rate:g}" if gave_way else "")
             machine = machine_of(store, first)
-            entries.append(Entry(label, deployed, first.settings, first.measured, deployment, rates, machine))
+            entries.append(
+                Entry(label, deployed, first.settings, first.measured, deployment, rates, machine, gave_way)
+            )
     return entries
 
 

@@ -62,7 +62,7 @@ def plan_merge(checkpoint: Checkpoint, adapter: Adapter) -> Plan:
         weight = checkpoint.dense[found[name]]
         if weight.shape != head.shape or not same_bits(weight.load().to(head.load().dtype), head.load()):
             raise ValueError(
-                f"{adapter.folder} has a weight of its own, {head.name!r}, as PEFT saves it of an adapted head, and "
+                f"{adapter.folder} has a weight of its own, {head.name!r}, which PEFT saves with an adapted head, and "
                 f"{weight.file} has another. {INSTEAD}"
             )
     layout = checkpoint.layout

@@ -134,9 +134,7 @@ def has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
     if FACTOR.fullmatch(name):
         return False
     owner_name, _, tensor = name.rpartition(".")
-    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
-    head = output_embeddings() if output_embeddings is not None else None
-    heads = set(head.modules()) if isinstance(head, nn.Module) else set()
+    heads = head_modules(model)
     # with bias="all" PEFT saves the bias of a module to save as such and as that of its original, too
     wrappers = tuple(
         f"{n.removeprefix(PREFIX)}." for n, m in own_modules(model) if isinstance(m, AuxiliaryTrainingWrapper)
@@ -147,6 +145,13 @@ def has_place(name: str, model: nn.Module, adapter_name: str) -> bool:
         for other, module in own_modules(model)
         if other.removeprefix(PREFIX) in (owner_name, f"{owner_name}.{adapter_name}")
     ) or any("_flat_param" in parameter for parameter, _ in model.named_parameters())
+
+
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The output embeddings and the modules in them."""
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if output_embeddings is not None else None
+    return set(head.modules()) if isinstance(head, nn.Module) else set()
 
 
 def check_saved(written: Iterable[str], model: nn.Module, config: SPPConfig, adapter_name: str) -> None:

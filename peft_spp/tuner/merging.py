@@ -28,7 +28,6 @@ class MergingModel(BaseTuner):
         untie_adapted_weights(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_bases()
         for layer in self._adapted_layers():
             layer.check_merge_stays()
         self._check_merge(adapter_names, safe_merge)
@@ -41,11 +40,12 @@ class MergingModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_bases()
         if merge:
             for layer in self._adapted_layers():
                 layer.check_unload_stays()
             self._check_merge(adapter_names, safe_merge)
+        else:
+            self._check_bases()
         identities = self._ids_once_unloaded(adapter_names if merge else [])
         unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -92,7 +92,6 @@ class MergingModel(BaseTuner):
         """
         identities = self._ids_once_unloaded(adapter_names) if dequantize else []
         before = merged_adapters(vars(self.model.config)) if identities else []
-        self._check_bases()
         if dequantize:
             self._check_merge(adapter_names, safe_merge, quantized=False)
             self._check_merge_allowed()
@@ -123,6 +122,7 @@ class MergingModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, quantized: bool = True) -> None:
         """Check all layers before the first one is merged, so that a broken adapter leaves no half-merged model."""
+        self._check_bases()
         names = self.active_adapters if adapter_names is None else adapter_names
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ValueError(f"Adapter {unknown[0]!r} not found, available adapters: {list(self.peft_config)}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints.names import unwrapped_name
 from ..sparsity.base_masks import warn_or_raise
-from .adapter_tensors import BY_ADAPTER, belongs_to, other_adapters, restore_tensors
+from .adapter_tensors import BY_ADAPTER, belongs_to, head_modules, other_adapters, restore_tensors
 from .config import SPPConfig
 from .layer import AdaptedLayer
 from .layer_factors import SPPLayer
@@ -34,7 +34,7 @@ def _unmerge_heads(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Non
     """Put W in the place of W': of an adapted head PEFT saves what its base layer holds, merged or not."""
     merged = {
         _weight(one).data_ptr(): one
-        for one in model.modules()
+        for one in head_modules(model)
         if isinstance(one, AdaptedLayer) and one.merged and _is_plain(one)
     }
     for key, tensor in state_dict.items():
