@@ -27,7 +27,7 @@ HIRA = Contender("hira", rates=(3e-3, 1e-2, 3e-2))
 MASKED_LORA = Contender("masked_lora", rates=LORA_RATES)
 POSITIVE = Contender("spp_positive", rates=SPP_RATES)
 LORA = Contender("lora", rates=LORA_RATES)
-MASKED_FULL = Contender("masked_full", rates=(5e-5, 2e-4))
+MASKED_FULL = Contender("masked_full", rates=(5e-5, 2e-4, 6e-4))
 
 
 def distilled(contender: Contender, text: str = "data") -> Contender:

@@ -33,22 +33,16 @@ def tasks_share(one: Comparison, entry: Entry) -> str:
 
 
 def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
-    """What a user should know: of each pruning what it took and what came back, and what the start of A changes."""
-    said = []
-    for one in comparisons:
-        if one.copy:
-            continue
-        spp = main_entry(one)
-        sentences = [_pruned_sentence(one)]
-        if spp is not None:
-            others = [other for other in comparisons if other.pruning == one.pruning and other.copy]
-            sentences += [_accuracy_sentence(one, spp, others), _text_sentence(store, one, spp), *_told_sentence(one)]
-        said.append(" ".join(sentences))
+    """What a user should know, in five sentences."""
+    told = [(one, spp) for one in comparisons if not one.copy and (spp := main_entry(one)) is not None]
+    if not told:
+        return []
     return [
-        *said,
-        *_equal_sentences(store, comparisons),
-        *_start_sentence(store, comparisons),
-        *_zeros_sentence(comparisons),
+        _loss_sentence(told),
+        _regained_sentence(told, comparisons),
+        *_standing_sentence(told),
+        _text_sentence(store, told),
+        *_recipes_sentence(store, *told[0]),
     ]
 
 
@@ -57,7 +51,13 @@ def details(store: Store, one: Comparison) -> list[str]:
     spp = main_entry(one)
     if spp is None:
         return []
-    return [*_undecided_sentence(one), *_rivals_sentences(store, one, spp), *_probability_sentence(one)]
+    return [
+        *_undecided_sentence(one),
+        *_rivals_sentences(store, one, spp),
+        *_probability_sentence(one),
+        *_equal_sentence(store, one, spp),
+        *_start_sentence(store, one),
+    ]
 
 
 def main_entry(one: Comparison) -> Entry | None:
@@ -70,61 +70,101 @@ def spp_entries(one: Comparison) -> list[Entry]:
     return [entry for entry in one.entries if entry.settings["method"].startswith("spp")]
 
 
-def _pruned_sentence(one: Comparison) -> str:
-    lost, error = one.pruned.gain(one.dense)
-    return (
-        f"{one.pruning.label}: the mean accuracy falls from {one.dense.accuracy:.1%} to {one.pruned.accuracy:.1%} "
-        f"({points(lost, error)} points)."
-    )
+Told = Sequence[tuple[Comparison, Entry]]
+"""Of each pruning the first copy, and SPP on it."""
 
 
-def _accuracy_sentence(one: Comparison, spp: Entry, others: Sequence[Comparison]) -> str:
-    """How much of the accuracy SPP wins back, also on other copies, and LoRA, which it stands in for."""
-    again = [
-        f"{_tasks(other, same)} on another copy{other.mark}"
-        for other in others
-        if (same := _same(other, spp)) is not None
-    ]
-    said = f"{spp.label}, after {spp.tuned['tokens']:,} tokens, wins back {', '.join([_tasks(one, spp), *again])}"
-    said += f", with {_zeros(spp)}"
-    merged, masked = one.find("lora"), one.find("lora", "remasked")
-    if merged is not None:
-        said += f"; {merged.label} {one.tasks_won_back(merged):.0%}, with {_zeros(merged)}"
-    if masked is not None:
-        said += f"; {masked.label} {one.tasks_won_back(masked):.0%}"
-    return f"{said}."
+def _loss_sentence(told: Told) -> str:
+    """What pruning took of the tasks."""
+    accuracy = told[0][0].dense.accuracy
+    lost = [f"{points(*one.dense.gain(one.pruned)).removeprefix('+')} at {one.pruning.label}" for one, _ in told]
+    return f"Of a mean accuracy of {accuracy:.1%} in the tasks, pruning takes {' and '.join(lost)}, in points."
 
 
-def _zeros(entry: Entry) -> str:
-    lost = max(one["zeros_lost"] or 0 for one in entry.deployed)
-    return f"{lost:,} zeros lost" if lost else "no zero lost"
+def _regained_sentence(told: Told, comparisons: Sequence[Comparison]) -> str:
+    """How much of the accuracy SPP wins back, and that it keeps the zeros."""
+    said = []
+    for one, spp in told:
+        gain, error = spp.gain(one.pruned)
+        doubt = "" if abs(gain) > 2 * error else f", which {_questions(one):,} questions do not tell from nothing"
+        said.append(f"{tasks_share(one, spp)} at {one.pruning.label}{doubt}")
+    models = [deployed for one in comparisons for entry in spp_entries(one) for deployed in entry.deployed]
+    zeros = sum(one["zeros_lost"] or 0 for one in models)
+    kept = f"lost {zeros:,} zeros" if zeros else "kept every zero"
+    loras = [lora for one, _ in told if (lora := one.find("lora")) is not None]
+    lost = f", where merging a LoRA lost {_zeros_lost(loras[0]):,}" if loras else ""
+    tokens = told[0][1].tuned["tokens"]
+    return f"In {tokens:,} tokens SPP wins back {' and '.join(said)}; its tuned models ({len(models)}) {kept}{lost}."
 
 
-def _text_sentence(store: Store, one: Comparison, spp: Entry) -> str:
-    best = max(spp_entries(one), key=lambda entry: one.won_back(entry, UNLIKE))
-    other = "" if best is spp else f" ({one.won_back(best, UNLIKE):.0%} by {best.label})"
-    return (
-        f"Of the log-perplexity SPP wins back {one.won_back(spp, MAIN_TEXT):.0%} on {text_name(store, MAIN_TEXT)}, "
-        f"which is like the tuning text, and {one.won_back(spp, UNLIKE):.0%} on {text_name(store, UNLIKE)}, which are "
-        f"not{other}."
-    )
+def _zeros_lost(entry: Entry) -> int:
+    return max(one["zeros_lost"] or 0 for one in entry.deployed)
 
 
-def _tasks(one: Comparison, entry: Entry) -> str:
-    """How much of the accuracy an entry wins back."""
-    gain, error = entry.gain(one.pruned)
-    doubt = "" if abs(gain) > 2 * error else ", not distinguishable from zero"
-    share = one.tasks_won_back(entry)
-    return f"{share:.0%} ({points(gain, error)} points{doubt})" if math.isfinite(share) else points(gain, error)
+def _questions(one: Comparison) -> int:
+    return sum(len(scores[f"{METRIC} right"]) for scores in one.pruned.deployed[0]["tasks"].values())
 
 
-def _told_sentence(one: Comparison) -> list[str]:
-    """What tuning on the training parts of the tasks does."""
-    told = [entry for entry in one.entries if entry.saw_tasks and entry.has_tasks]
-    if not told:
+def _standing_sentence(told: Told) -> list[str]:
+    """Which of the others that keep the zeros are more or less accurate than SPP."""
+    compared = [(one, spp, rivals) for one, spp in told if (rivals := _rivals(one))]
+    if not compared:
         return []
-    shares = ", ".join(f"{one.tasks_won_back(entry):.0%} ({entry.label.partition(' (')[0]})" for entry in told)
-    return [f"With the tasks' own training questions in the tuning text, of the accuracy comes back: {shares}."]
+    said = []
+    for word, sign in (("more", -1), ("less", 1)):
+        found = [
+            f"{entry.label} at {one.pruning.label}"
+            for one, spp, rivals in compared
+            for entry in rivals
+            if sign * _certain(spp, entry) > 0
+        ]
+        said.append(f"{'; '.join(found) or 'none'} {'are' if len(found) > 1 else 'is'} {word} accurate")
+    counts = " and ".join(f"{len(rivals)} at {one.pruning.label}" for one, _, rivals in compared)
+    return [
+        f"Of the other methods that keep the zeros ({counts}), {' and '.join(said)} than SPP by over two standard "
+        "errors."
+    ]
+
+
+def _text_sentence(store: Store, told: Told) -> str:
+    """That perplexity on text like the tuning text tells little of other text."""
+    like, unlike = (
+        " and ".join(f"{one.won_back(spp, text):.0%} at {one.pruning.label}" for one, spp in told)
+        for text in (MAIN_TEXT, UNLIKE)
+    )
+    return (
+        f"Of the log-perplexity SPP wins back {like} on {text_name(store, MAIN_TEXT)}, which is like the tuning text, "
+        f"but {unlike} on {text_name(store, UNLIKE)}, which are not: tune on text like what the model will read."
+    )
+
+
+def _recipes_sentence(store: Store, one: Comparison, spp: Entry) -> list[str]:
+    """What the tasks' own questions as tuning text, and the dense model as a teacher, change."""
+    said = []
+    asked = [entry for entry in spp_entries(one) if entry.saw_tasks and entry.has_tasks]
+    if asked:
+        said.append(
+            f"the tasks' own training questions as half of the tuning text win back {tasks_share(one, asked[0])} of "
+            "the accuracy"
+        )
+    distilled = [entry for entry in spp_entries(one) if entry.settings["options"].get("teacher")]
+    if distilled:
+        best = max(distilled, key=lambda entry: one.won_back(entry, UNLIKE))
+        said.append(
+            f"distilling the dense model wins back {one.won_back(best, UNLIKE):.0%} on {text_name(store, UNLIKE)} and "
+            f"{one.won_back(best, MAIN_TEXT):.0%} on {text_name(store, MAIN_TEXT)}"
+            + (f", and {share} of the accuracy" if (share := tasks_share(one, best)) else "")
+        )
+    return [f"At {one.pruning.label}, {'; '.join(said)}."] if said else []
+
+
+def _rivals(one: Comparison) -> list[Entry]:
+    """The others whose zeros are kept too."""
+    return [entry for entry in _untold(one) if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0]
+
+
+def _named(entries: Sequence[Entry]) -> str:
+    return "; ".join(entry.label for entry in entries) or "none"
 
 
 def _untold(one: Comparison) -> list[Entry]:
@@ -153,26 +193,24 @@ def _probability_sentence(one: Comparison) -> list[str]:
 
 
 def _rivals_sentences(store: Store, one: Comparison, spp: Entry) -> list[str]:
-    """Which of the others whose zeros are kept too are ahead of SPP, and which are behind it."""
-    rivals = [
-        entry for entry in _untold(one) if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0
-    ]
+    """Which of the others whose zeros are kept too are ahead of SPP, on which text, and which are behind it."""
+    rivals = _rivals(one)
     if not rivals:
         return []
 
-    def named(entries: Sequence[Entry]) -> str:
-        return "; ".join(entry.label for entry in entries) or "none"
+    def lower(entry: Entry, text: str) -> bool:
+        return entry.perplexity(text).mean < spp.perplexity(text).mean
 
-    lower = {
-        text: [entry for entry in rivals if entry.perplexity(text).mean < spp.perplexity(text).mean]
-        for text in (MAIN_TEXT, UNLIKE)
-    }
+    both = [entry for entry in rivals if lower(entry, MAIN_TEXT) and lower(entry, UNLIKE)]
+    like = [entry for entry in rivals if lower(entry, MAIN_TEXT) and entry not in both]
+    unlike = [entry for entry in rivals if lower(entry, UNLIKE) and entry not in both]
     ahead, behind = ([entry for entry in rivals if sign * _certain(spp, entry) > 0] for sign in (-1, 1))
     return [
         f"Of the others that keep the zeros, with a lower perplexity than {spp.label} on "
-        f"{text_name(store, MAIN_TEXT)}: {named(lower[MAIN_TEXT])}. On {text_name(store, UNLIKE)}: "
-        f"{named(lower[UNLIKE])}. More accurate by over two standard errors: {named(ahead)}. Less accurate by as "
-        f"much: {named(behind)}."
+        f"{text_name(store, MAIN_TEXT)} alone, so closer to the tuning text and not to the dense model: "
+        f"{_named(like)}. "
+        f"On {text_name(store, UNLIKE)} alone: {_named(unlike)}. On both: {_named(both)}. More accurate by over two "
+        f"standard errors: {_named(ahead)}. Less accurate by as much: {_named(behind)}."
     ]
 
 
@@ -181,10 +219,9 @@ def _undecided_sentence(one: Comparison) -> list[str]:
     entries = _untold(one)
     if len(entries) < 2 or any(_certain(entry, one.pruned) for entry in entries):
         return []
-    questions = sum(len(scores[f"{METRIC} right"]) for scores in one.pruned.deployed[0]["tasks"].values())
     return [
         f"None of the methods changes the accuracy by more than two standard errors: of what pruning took, too little "
-        f"comes back after so many tokens to tell them apart by {questions:,} questions."
+        f"comes back after so many tokens to tell them apart by {_questions(one):,} questions."
     ]
 
 
@@ -217,48 +254,38 @@ def _same(one: Comparison, entry: Entry) -> Entry | None:
     return next((own for own in one.entries if key(own) == key(entry)), None)
 
 
-def _equal_sentences(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
+def _equal_sentence(store: Store, one: Comparison, spp: Entry) -> list[str]:
     """SPP next to those that got as much time, or have as many parameters."""
-    said = []
-    for one in comparisons:
-        spp, rivals = main_entry(one), [entry for entry in one.entries if entry.settings["equal"]]
-        if spp is not None and rivals:
-            told = "; ".join(f"{entry.label} {shares(one, entry)}" for entry in (spp, *rivals))
-            said.append(
-                f"{one.label}, with SPP's number of parameters or in its time, won back on "
-                f"{text_name(store, MAIN_TEXT)} / on {text_name(store, UNLIKE)} / of the accuracy: {told}."
-            )
-    return said
+    rivals = [entry for entry in one.entries if entry.settings["equal"]]
+    if not rivals:
+        return []
+    told = "; ".join(f"{entry.label} {shares(one, entry)}" for entry in (spp, *rivals))
+    return [
+        f"With SPP's number of parameters or in its time, won back on {text_name(store, MAIN_TEXT)} / on "
+        f"{text_name(store, UNLIKE)} / of the accuracy: {told}."
+    ]
 
 
-def _start_sentence(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
-    pairs = [
-        (one, positive, _at_rate(one, "spp", positive))
-        for one in comparisons
-        if (positive := one.find("spp_positive"))
+def _start_sentence(store: Store, one: Comparison) -> list[str]:
+    """The two starts of A, at the same rate."""
+    positive = one.find("spp_positive")
+    default = _at_rate(one, "spp", positive) if positive is not None else None
+    if positive is None or default is None:
+        return []
+    texts = " and ".join(
+        f"{positive.perplexity(text).mean:.2f} against {default.perplexity(text).mean:.2f} on {text_name(store, text)}"
+        for text in (MAIN_TEXT, UNLIKE)
+    )
+    return [
+        f"The positive start of A against the default start, at rate {positive.settings['rate']:g}: perplexity "
+        f"{texts}, accuracy {points(*positive.gain(default))} points."
     ]
-    said = [
-        f"{one.label}, perplexity {positive.perplexity(MAIN_TEXT).mean:.2f} against "
-        f"{default.perplexity(MAIN_TEXT).mean:.2f} on {text_name(store, MAIN_TEXT)} and "
-        f"{positive.perplexity(UNLIKE).mean:.2f} against {default.perplexity(UNLIKE).mean:.2f} on "
-        f"{text_name(store, UNLIKE)}, accuracy "
-        f"{points(*positive.gain(default))} points"
-        for one, positive, default in pairs
-        if default is not None
-    ]
-    return [f"The positive start of A against the default start: {'; '.join(said)}."] if said else []
 
 
 def _at_rate(one: Comparison, method: str, other: Entry) -> Entry | None:
     """The entry of a method at the rate of another."""
     same = [entry for entry in one.entries if entry.settings["method"] == method and not entry.settings["options"]]
     return next((entry for entry in same if entry.settings["rate"] == other.settings["rate"]), None)
-
-
-def _zeros_sentence(comparisons: Sequence[Comparison]) -> list[str]:
-    models = [deployed for one in comparisons for entry in spp_entries(one) for deployed in entry.deployed]
-    lost = sum(one["zeros_lost"] or 0 for one in models)
-    return [f"Zeros lost by SPP, in all of its tuned models together ({len(models)}): {lost:,}."] if models else []
 
 
 def text_name(store: Store, text: str) -> str:
