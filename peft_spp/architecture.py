@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a model is made of: its transformer blocks, the linear layers in them, and the routers among these.
+What a model is made of: its transformer blocks, the linear layers in them, the routers among these, and its positions.
 
 The tuner, the pruner and, as far as names go, the reports ask here, so that what one leaves alone the others do too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias, TypeGuard, cast
 
@@ -66,6 +67,36 @@ def linear_layers_in_blocks(
             if name.startswith(f"{block_list}.") and is_linear(module) and not is_router(name):
                 layers[name] = block_list
     return layers
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens a model can take, `None` if nothing limits them."""
+    table = position_table(model)
+    return _declared_context(model) if table is None else table[1]
+
+
+def position_table(model: nn.Module) -> tuple[str, int] | None:
+    """The embedding of learned positions and how many tokens it allows, `None` if positions are computed."""
+    limit = _declared_context(model)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or re.search(r"pos|wpe", name.rpartition(".")[2]) is None:
+            continue
+        if module.num_embeddings == limit and module.padding_idx is not None:
+            # RoBERTa and models like it count positions from the one after that of padding
+            return name, limit - module.padding_idx - 1
+        # OPT's has two rows more than positions
+        if 0 <= module.num_embeddings - limit <= 2:
+            return name, limit
+    return None
+
+
+def _declared_context(model: nn.Module) -> int | None:
+    config = cast(Any, model).config.get_text_config()
+    # MPT has another name for it, and XLNet, which has no limit, -1
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def find_expert_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

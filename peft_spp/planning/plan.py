@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import get_peft_model
 from torch import nn
 
-from ..architecture import find_block_lists, find_expert_stacks
+from ..architecture import find_block_lists, find_expert_stacks, position_table
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.hub import local_folder
 from ..checkpoints.own_files import CONFIG
@@ -298,22 +297,13 @@ def _check(model: nn.Module, sparsity: float | None, gpus: int, engine: str, bat
         raise ValueError(f"sparsity={sparsity} is not between 0 and 1")
     if sparsity is not None and gpus > 1 and engine == "zero3":
         raise ValueError("engine='zero3' cannot shard compressed weights: use 'fsdp2', 'zero2' or 'ddp'")
-    _check_positions(model, sequence)
-
-
-def _check_positions(model: nn.Module, sequence: int) -> None:
-    """Refuse a sequence that is longer than a table of positions; on the meta device no index is out of range."""
-    limit = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or sequence <= limit:
-        return
-    for name, module in model.named_modules():
-        is_of_positions = re.search(r"pos|wpe", name.rpartition(".")[2]) is not None
-        # OPT's has two rows more than positions
-        if is_of_positions and isinstance(module, nn.Embedding) and 0 <= module.num_embeddings - limit <= 2:
-            raise ValueError(
-                f"sequence={sequence} is more than the {limit} positions that {name} of {type(model).__name__} has: "
-                "set a smaller sequence (--sequence)"
-            )
+    table = position_table(model)
+    # on the meta device no index is out of range
+    if table is not None and sequence > table[1]:
+        raise ValueError(
+            f"sequence={sequence} is more than the {table[1]} positions that {table[0]} of {type(model).__name__} "
+            "has: set a smaller sequence (--sequence)"
+        )
 
 
 def _compress(model: nn.Module, sparsity: float, skip: Sequence[str] | None, min_sparsity: float | None) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architecture import context_length
 from ..text_files import read_texts
 
 
@@ -63,7 +63,7 @@ def calibration_from_file(
     Draw the calibration data for a model, whose tokenizer is in a folder, from a file. It returns token ids, each of
     shape `(1, sequence_length)`, and the settings.
     """
-    limit = _context(model)
+    limit = context_length(model)
     if sequence_length is None:
         sequence_length = SEQUENCE_LENGTH if limit is None else min(SEQUENCE_LENGTH, limit)
     if samples < 1 or sequence_length < 1:
@@ -82,16 +82,3 @@ def calibration_from_file(
     path = Path(file).expanduser()
     data = calibration_sequences(path, tokenizer, samples, sequence_length, seed)
     return data, {"calibration": path.name, "samples": samples, "sequence_length": sequence_length, "seed": seed}
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can take, `None` if nothing limits them."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or limit <= 0:  # XLNet has -1
-        return None
-    for name, module in model.named_modules():
-        is_positions = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
-        if is_positions and module.num_embeddings == limit and module.padding_idx is not None:
-            # RoBERTa and models like it count positions from the one after that of padding
-            return limit - module.padding_idx - 1
-    return limit

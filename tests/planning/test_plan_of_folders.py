@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig
 from typer.testing import CliRunner
 
 import peft_spp
@@ -164,6 +164,21 @@ def test_a_sequence_is_not_longer_than_the_learned_positions(tmp_path: Path):
     ).save_pretrained(tmp_path)
     refused("sequence=33 is more than the 32 positions that transformer.wpe", tmp_path, "--sequence", 33)
     assert run(tmp_path, "--sequence", 32).exit_code == 0
+
+
+def test_positions_that_padding_takes_do_not_count(tmp_path: Path):
+    """RoBERTa counts from the position after that of padding, so a table of 66 has 64."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    RobertaConfig(
+        **sizes,
+        vocab_size=64,
+        max_position_embeddings=66,
+        pad_token_id=1,
+        is_decoder=True,
+        architectures=["RobertaForCausalLM"],
+    ).save_pretrained(tmp_path)
+    refused("sequence=65 is more than the 64 positions that roberta.embeddings", tmp_path, "--sequence", 65)
+    assert run(tmp_path, "--sequence", 64).exit_code == 0
 
 
 def test_rotary_positions_have_no_end(folder: Path):

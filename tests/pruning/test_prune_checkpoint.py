@@ -167,6 +167,7 @@ def test_documents_are_read_from_json_lines(tmp_path: Path, model: Path) -> None
         ("RobertaForCausalLM", {"max_position_embeddings": 66, "pad_token_id": 1, "is_decoder": True}, 64),
         ("XLMRobertaForMaskedLM", {"max_position_embeddings": 66, "pad_token_id": 3}, 62),
         ("BertForMaskedLM", {"max_position_embeddings": 66, "pad_token_id": 1}, 66),
+        ("MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 66}, 66),
         ("XLNetLMHeadModel", {"d_head": 8, "d_inner": 48}, 2048),  # its max_position_embeddings is -1
     ],
 )
@@ -181,7 +182,7 @@ def test_sequences_are_as_long_as_the_model_can_take(
     request = {"pattern": "2:4", "calibration": text, "samples": 2}
     report = prune_checkpoint(tmp_path / "dense", tmp_path / "out", **request)
     assert report.settings["sequence_length"] == sequence_length
-    if "max_position_embeddings" in settings:
+    if {"max_position_embeddings", "max_seq_len"} & set(settings):
         with pytest.raises(ValueError, match=f"exceeds the model's context of {sequence_length} tokens"):
             prune_checkpoint(tmp_path / "dense", tmp_path / "longer", **request, sequence_length=sequence_length + 1)
         with pytest.raises((IndexError, RuntimeError)):
