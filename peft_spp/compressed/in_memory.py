@@ -22,7 +22,7 @@ from .quantizer import BitmaskHfQuantizer
 from .saving import saving_transforms
 from .selection import (
     converted_names,
-    find_weights,
+    find_compressible,
     module_name,
     transformers_models,
     warn_of_dense_layers,
@@ -63,7 +63,7 @@ def compress(
     BitmaskConfig(modules_to_not_convert, min_sparsity)  # which checks them
     models = transformers_models(module)
     _check(module, models)
-    layers, stacks, kept = find_weights(module, modules_to_not_convert)
+    layers, stacks, kept = find_compressible(module, modules_to_not_convert)
     for name in stored_in_another_form(models, layers, stacks):
         layers.pop(name, None)
         stacks.pop(name, None)

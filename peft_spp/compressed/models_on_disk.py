@@ -19,7 +19,7 @@ from ..checkpoints.old_compressed_files import CONFIG_KEYS, without_empty_format
 from ..checkpoints.tensor_file import StoredTensor
 from ..functional.bitmask import BITS
 from .expert_converters import ExpertConverters
-from .selection import find_weights, module_name
+from .selection import find_compressible, module_name
 
 
 INSTEAD = "Load the model with from_pretrained and quantization_config=BitmaskConfig(), and save it instead."
@@ -46,7 +46,7 @@ def find_layers(
     loads, and for each other one why not.
     """
     model = _empty_model(checkpoint)
-    layers, stacks, kept = find_weights(model, skip)
+    layers, stacks, kept = find_compressible(model, skip)
     experts = ExpertConverters(model, get_model_conversion_mapping(model))
     shapes = {f"{name}.weight": tuple(layer.weight.shape) for name, layer in layers.items()}
     shapes |= {name: tuple(owner.get_parameter(parameter).shape) for name, (owner, parameter) in stacks.items()}

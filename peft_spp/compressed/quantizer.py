@@ -29,7 +29,7 @@ from .operations import Compress, Read, ReadOld, one_of
 from .saving import state_and_metadata
 from .selection import (
     converted_names,
-    find_weights,
+    find_compressible,
     module_name,
     warn_of_dense_layers,
     why_not_worth_it,
@@ -121,7 +121,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self.files = kwargs.get("checkpoint_files") or []
         if not self.pre_quantized:
-            layers, stacks, self._kept = find_weights(model, self.quantization_config.modules_to_not_convert)
+            layers, stacks, self._kept = find_compressible(model, self.quantization_config.modules_to_not_convert)
             self.stacks = tuple(stacks)
             waiting = [*(f"{name}.weight" for name in layers), *stacks]
             self._waiting = set(waiting)

@@ -31,7 +31,7 @@ class Found(NamedTuple):
     kept: dict[str, str]  # why each other one cannot be, by `module_name`
 
 
-def find_weights(model: nn.Module, skip: Sequence[str] | None = None) -> Found:
+def find_compressible(model: nn.Module, skip: Sequence[str] | None = None) -> Found:
     """
     Find the linear layers that can be compressed, and the parameters with the weights of all experts of a mixture.
 
@@ -41,9 +41,37 @@ def find_weights(model: nn.Module, skip: Sequence[str] | None = None) -> Found:
         model (`nn.Module`): Any model, on any device.
         skip (`Sequence[str]`, *optional*): See [`BitmaskConfig`].
     """
-    layers, kept = _find_linear_layers(model, skip)
-    stacks, dense_stacks = _find_stacks(model, skip)
-    kept |= dense_stacks
+    skipped, tied = _skipped(model, skip)
+    owners, places = _owners(model)
+    layers: dict[str, nn.Linear] = {}
+    stacks: dict[str, tuple[nn.Module, str]] = {}
+    kept: dict[str, str] = {}
+
+    def is_left_out(weight_name: str, module: nn.Module, weight: Tensor | None) -> bool:
+        shown = module_name(weight_name)
+        if weight_name in tied or owners[id(weight)] > 1 or places[id(module)] > 1:
+            kept[shown] = "tied"
+        elif not should_convert_module(shown, skipped):
+            kept[shown] = "left out"
+        return shown in kept
+
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or is_left_out(f"{name}.weight", module, _own(module, "weight")):
+            continue
+        reason = _why_no_layer(model, name, module)
+        if reason is None:
+            layers[name] = module
+        else:
+            kept[name] = reason
+    for name, (module, parameter) in find_expert_stacks(model).items():
+        if is_left_out(name, module, _own(module, parameter)):
+            continue
+        reason = _why_no_stack(model, name.removesuffix(f".{parameter}"), module, parameter)
+        if reason is None:
+            stacks[name] = (module, parameter)
+        else:
+            kept[module_name(name)] = reason
+
     names = [*layers, *map(module_name, stacks), *kept]
     warn_of_names_without_layers(
         lambda wanted: any(not should_convert_module(name, list(wanted)) for name in names),
@@ -52,54 +80,35 @@ def find_weights(model: nn.Module, skip: Sequence[str] | None = None) -> Found:
     return Found(layers, stacks, kept)
 
 
-def _find_linear_layers(model: nn.Module, skip: Sequence[str] | None) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    skipped, tied = _skipped(model, skip)
-    owners, places = _owners(model)
-    found, kept = {}, {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if f"{name}.weight" in tied or owners[id(module._parameters.get("weight"))] > 1 or places[id(module)] > 1:
-            kept[name] = "tied"
-        elif not should_convert_module(name, skipped):
-            kept[name] = "left out"
-        elif type(module) is not nn.Linear or not has_plain_forward(module) or _has_hooks(module):
-            kept[name] = "not a plain nn.Linear"
-        elif _is_read(model, name):
-            kept[name] = "its weight is read without calling it"
-        elif module._parameters.get("weight") is None:
-            kept[name] = "its weight is computed"
-        elif module.weight.dtype not in BITS or type(module.weight.data) is not Tensor:
-            kept[name] = f"its weight is {module.weight.dtype}"
-        else:
-            found[name] = module
-    return found, kept
+def _why_no_layer(model: nn.Module, name: str, module: nn.Linear) -> str | None:
+    if type(module) is not nn.Linear or not has_plain_forward(module) or _has_hooks(module):
+        return "not a plain nn.Linear"
+    if _is_read(model, name):
+        return "its weight is read without calling it"
+    if _own(module, "weight") is None:
+        return "its weight is computed"
+    return _why_no_values(module.weight)
 
 
-def _find_stacks(
-    model: nn.Module, skip: Sequence[str] | None
-) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, str]]:
-    skipped, tied = _skipped(model, skip)
-    owners, places = _owners(model)
-    found, kept = {}, {}
-    for name, (module, parameter) in find_expert_stacks(model).items():
-        weight, shown = module._parameters.get(parameter), module_name(name)
-        owner = name.removesuffix(f".{parameter}")
-        if name in tied or owners[id(weight)] > 1 or places[id(module)] > 1:
-            kept[shown] = "tied"
-        elif not should_convert_module(shown, skipped):
-            kept[shown] = "left out"
-        elif parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
-            kept[shown] = "its weight is computed"
-        elif "forward" in vars(module) or _has_hooks(module):
-            kept[shown] = "its module has another forward pass than its class, or hooks"
-        elif _is_read(model, owner, parameter):
-            kept[shown] = "it is read outside its module"
-        elif weight is None or weight.dtype not in BITS or type(weight.data) is not Tensor:
-            kept[shown] = f"its weight is {None if weight is None else weight.dtype}"
-        else:
-            found[name] = (module, parameter)
-    return found, kept
+def _why_no_stack(model: nn.Module, owner: str, module: nn.Module, parameter: str) -> str | None:
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
+        return "its weight is computed"
+    if "forward" in vars(module) or _has_hooks(module):
+        return "its module has another forward pass than its class, or hooks"
+    if _is_read(model, owner, parameter):
+        return "it is read outside its module"
+    return _why_no_values(_own(module, parameter))
+
+
+def _why_no_values(weight: Tensor | None) -> str | None:
+    """Why the values of a weight cannot be stored; `None` if they can."""
+    if weight is not None and weight.dtype in BITS and type(weight.data) is Tensor:
+        return None
+    return f"its weight is {None if weight is None else weight.dtype}"
+
+
+def _own(module: nn.Module, parameter: str) -> Tensor | None:
+    return module._parameters.get(parameter)
 
 
 def module_name(weight: str) -> str:

@@ -25,7 +25,7 @@ from ..compressed import CompressedLinear
 from ..compressed.config import METHOD, BitmaskConfig
 from ..compressed.experts import put_stack
 from ..compressed.in_memory import stored_in_another_form
-from ..compressed.selection import find_weights, transformers_models, why_not_worth_it
+from ..compressed.selection import find_compressible, transformers_models, why_not_worth_it
 from ..error_text import one_line
 from ..functional.bitmask import Compressed, bitmask_bytes
 from ..reports import PlainData, plain_table
@@ -308,7 +308,7 @@ def _check(model: nn.Module, sparsity: float | None, gpus: int, engine: str, bat
 
 def _compress(model: nn.Module, sparsity: float, skip: Sequence[str] | None, min_sparsity: float | None) -> None:
     """Put compressed layers and stacks in the place of those that would be compressed with so many zeros."""
-    layers, stacks, _ = find_weights(model, skip)
+    layers, stacks, _ = find_compressible(model, skip)
     apart = stored_in_another_form(transformers_models(model), layers, stacks)
     weights = {name: layer.weight for name, layer in layers.items()}
     weights |= {name: owner.get_parameter(parameter) for name, (owner, parameter) in stacks.items()}
