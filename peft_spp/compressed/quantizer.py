@@ -300,7 +300,10 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.problems:
             more = f" ({len(self.problems) - 1} more weights are wrong too)" if len(self.problems) > 1 else ""
-            raise ValueError(f"{self.problems[0]}{more}. The checkpoint is damaged; copy it again.")
+            raise ValueError(
+                f"{self.problems[0]}{more}. The checkpoint is damaged, or the model has other sizes: copy the "
+                "checkpoint again, or load it with its own configuration."
+            )
         for name, row_offsets in self._row_offsets.items():
             # Transformers leaves buffers that are not saved without a value
             put_row_offsets(model, name, row_offsets)

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import peft_spp
 
@@ -115,6 +115,14 @@ def test_two_damaged_tensors_are_counted(saved):
     rewrite(folder, tensors)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: .* \(1 more"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_model_of_other_sizes_is_not_loaded(saved):
+    folder, _ = saved
+    config = AutoConfig.from_pretrained(folder)
+    config.intermediate_size *= 2
+    with pytest.raises(ValueError, match="or the model has other sizes: .* load it with its own configuration"):
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
 @pytest.mark.parametrize("missing", [WEIGHT, BITMASK])
