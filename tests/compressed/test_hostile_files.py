@@ -121,7 +121,7 @@ def test_a_model_of_other_sizes_is_not_loaded(saved):
     folder, _ = saved
     config = AutoConfig.from_pretrained(folder)
     config.intermediate_size *= 2
-    with pytest.raises(ValueError, match="or the model has other sizes: .* load it with its own configuration"):
+    with pytest.raises(ValueError, match=r"or the model has other sizes: .* load it with its own configuration"):
         AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
