@@ -54,6 +54,7 @@ def details(store: Store, one: Comparison) -> list[str]:
     return [
         *_undecided_sentence(one),
         *_rivals_sentences(store, one, spp),
+        *_why_sentences(one, spp),
         *_probability_sentence(one),
         *_equal_sentence(store, one, spp),
         *_start_sentence(store, one),
@@ -212,6 +213,27 @@ def _rivals_sentences(store: Store, one: Comparison, spp: Entry) -> list[str]:
         f"On {text_name(store, UNLIKE)} alone: {_named(unlike)}. On both: {_named(both)}. More accurate by over two "
         f"standard errors: {_named(ahead)}. Less accurate by as much: {_named(behind)}."
     ]
+
+
+def _why_sentences(one: Comparison, spp: Entry) -> list[str]:
+    """What keeps the methods so close together: how many questions there are, and the text."""
+    rivals = _rivals(one)
+    shares = [one.tasks_won_back(entry) for entry in (spp, *rivals)]
+    if not rivals or not all(map(math.isfinite, shares)):
+        return []
+    lost = one.dense.gain(one.pruned)[0]
+    smallest = min(2 * spp.gain(entry)[1] for entry in rivals)
+    said = (
+        f"Why no more can be said: two standard errors of SPP's lead are at least {100 * smallest:.1f} points, "
+        f"{smallest / lost:.0%} of what pruning took."
+    )
+    asked = [one.tasks_won_back(entry) for entry in spp_entries(one) if entry.saw_tasks and entry.has_tasks]
+    if asked and max(asked) > max(shares):
+        said += (
+            f" The text matters more than the method: on the same text SPP and they win back {min(shares):.0%} to "
+            f"{max(shares):.0%} of the accuracy, and SPP {max(asked):.0%} with the tasks' questions in it."
+        )
+    return [said]
 
 
 def _undecided_sentence(one: Comparison) -> list[str]:

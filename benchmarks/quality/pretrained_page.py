@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 
 from peft_spp.durable import write_text
 
-from ..harness import format_bytes, plots
+from ..harness import format_bytes, format_ratio, plots
+from ..harness.statistics import ratio_summary
 from . import prose
 from .analysis import label_of
 from .data import UNLIKE
@@ -70,8 +71,14 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
     if tuned:
-        parts += ["## Costs", costs_table(store, tuned), "## Learning rates"]
-        parts += [paragraph(prose.PRETRAINED_RATES.format(**store.about["suite"]["budget"])), rates_table(tuned)]
+        budget = store.about["suite"]["budget"]
+        parts += [
+            "## Costs",
+            costs_table(store, tuned),
+            paragraph(prose.PRETRAINED_COSTS.format(**budget)),
+            "## Learning rates",
+        ]
+        parts += [paragraph(prose.PRETRAINED_RATES.format(**budget)), rates_table(tuned)]
         if unstable := unstable_runs(store):
             parts.append(paragraph(unstable))
     parts += ["## How it was measured", paragraph(method(store)), missing(store, comparisons)]
@@ -143,8 +150,9 @@ def costs_table(store: Store, comparisons: Sequence[Comparison]) -> str:
         measured = steps.get(entry.name)
         ratio, memory = "–", "–"
         if measured:
-            own, spp = sorted(measured["seconds"]), sorted(steps["spp"]["seconds"])
-            ratio, memory = f"{own[len(own) // 2] / spp[len(spp) // 2]:.2f}", format_bytes(measured["bytes"])
+            rounds = {name: steps[name]["seconds"] for name in (entry.name, "spp")}
+            memory = format_bytes(measured["bytes"])
+            ratio = "1" if entry.name == "spp" else format_ratio(ratio_summary(rounds, entry.name, "spp"))
         size = format_kilobytes(entry.tuned["adapter_bytes"])
         lost = f"{max(one['zeros_lost'] or 0 for one in entry.deployed):,}"
         rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, lost])

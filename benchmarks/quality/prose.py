@@ -133,6 +133,12 @@ ARC-easy and 27.7 (acc_norm) on ARC-challenge for SmolLM2-135M-Instruct with the
 questions; the model here was dequantized from 4 bits.
 """
 
+PRETRAINED_COSTS = """
+The steps of all were timed side by side, in {timing_rounds} interleaved rounds on an idle machine: the median ratio to
+SPP's step, and its quartiles. The memory holds the adapter, gradients, the optimizer's state and what is kept
+for the backward pass, without the weights.
+"""
+
 PRETRAINED_RATES = """
 Each contender's rate is the one of a fixed grid with the lowest perplexity on the validation text after {rate_steps}
 steps of one sequence; *(edge)* marks rates at the edge of the grid, beyond which a better one may lie. Prunings

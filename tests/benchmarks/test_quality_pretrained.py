@@ -130,6 +130,7 @@ def test_the_page_says_who_is_ahead_on_which_text(store, tmp_path):
     assert "Of the other methods that keep the zeros (1 at Wanda 2:4), none is more accurate and none is less" in page
     assert "On Python docs alone: none. On both: Masked full fine-tuning." in page
     assert "More accurate by over two standard errors: none. Less accurate by as much: none." in page
+    assert "two standard errors of SPP's lead are at least 28.0 points, 45% of what pruning took." in page
     assert "None of the methods changes the accuracy by more than two standard errors" in page
     assert "to tell them apart by 8 questions." in page
     assert "of 87.5% in the tasks, pruning takes 62.5 ± " in page
@@ -184,6 +185,10 @@ def test_what_was_tuned_on_the_tasks_is_compared_separately(store, tmp_path):
     page = " ".join((tmp_path / "page.md").read_text().split())
     told = "SPP, positive start, r=16 (tuned on the tasks' training parts)"
     assert "training questions as half of the tuning text win back 120 ± " in page
+    assert (
+        "on the same text SPP and they win back 0% to 30% of the accuracy, and SPP 120% with the tasks' questions"
+        in page
+    )
     # its row; it is not compared with those that saw no question
     assert page.count(told) == 1
 
