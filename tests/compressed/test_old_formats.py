@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse checkpoints as compressed-tensors wrote them until it removed these formats, made from what it published."""
+"""The sparse formats that compressed-tensors removed, read by the commands."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_spp import BitmaskConfig, CompressedLinear
+from peft_spp import CompressedLinear
 from peft_spp.cli import app
 from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_checkpoint
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
-from helpers.compressed_cases import pruned_llama, same_tensors, tensors_of
-from helpers.tiny import block_linears, tiny, tiny_llama
-from helpers.tiny_moe import tiny_moe
+from helpers.compressed_cases import same_tensors, tensors_of
+from helpers.old_formats import FORMATS, OTHER_FORMATS, save_old, sparse_bitmask, write_old
+from helpers.tiny import tiny, tiny_llama
 
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -28,72 +26,12 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(one) for one in arguments])
 
 
-def packed(mask):
-    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
-
-
-def sparse_bitmask(weight):
-    mask = weight != 0
-    counts = mask.sum(-1)
-    return {
-        "shape": torch.tensor(weight.shape),
-        "compressed": weight[mask],
-        "bitmask": packed(mask),
-        "row_offsets": torch.cumsum(counts, 0) - counts,
-    }
-
-
-def sparse_24_bitmask(weight):
-    # exactly two of four, the largest, whether they are zero or not
-    groups = weight.reshape(-1, 4)
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.abs().topk(2, dim=1).indices, True)
-    mask = mask.reshape(weight.shape)
-    return {
-        "shape": torch.tensor(weight.shape).reshape(-1, 1),
-        "compressed": weight[mask].reshape(len(weight), -1),
-        "bitmask": packed(mask),
-    }
-
-
-FORMATS = {"sparse-bitmask": (sparse_bitmask, "0.6"), "sparse-24-bitmask": (sparse_24_bitmask, "2:4")}
-
-
-def write(folder, name, dtype=torch.float32, key="quantization_config", suffix="", **more):
-    """Write a model in an old format, and return what its tensors have to be."""
-    make, pattern = FORMATS.get(name, FORMATS["sparse-bitmask"])
-    model = pruned_llama(dtype, pattern, hidden_size=36, intermediate_size=52, num_attention_heads=2)
-    expected = {one: tensor.detach().clone() for one, tensor in model.state_dict().items()}
-    tensors = dict(expected)
-    for one in block_linears(model):
-        weight = expected[f"{one}.weight"]
-        # a -0.0 is not stored in these formats, and of four values two
-        weight[0, :4] = torch.tensor([0.0, 0.5, 0.0, 0.0])
-        weight[weight == 0] = 0.0
-        del tensors[f"{one}.weight"]
-        tensors |= {f"{one}{suffix}.{part}": tensor for part, tensor in make(weight).items()}
-    save(folder, model, tensors, name, key, **more)
-    return expected
-
-
-def save(folder, model, tensors, name="sparse-bitmask", key="quantization_config", **more):
-    folder.mkdir()
-    model.config.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    sparsity = {"format": name, "sparsity_structure": "unstructured", "global_sparsity": 0.5}
-    inside = {"quant_method": "compressed-tensors", "format": "dense", "sparsity_config": sparsity, **more}
-    config[key] = sparsity if key == "sparsity_config" else inside
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(
-        {one: tensor.contiguous() for one, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("suffix", ["", ".weight"])
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])
 def test_both_commands_read_them(tmp_path, name, dtype, suffix, key):
-    expected = write(tmp_path / "old", name, dtype, key, suffix)
+    expected = write_old(tmp_path / "old", name, dtype, key, suffix)
     result = run("decompress", tmp_path / "old", tmp_path / "dense", "--json")
     assert result.exit_code == 0, result.stderr
     assert len(json.loads(result.stdout)["modules"]) == 21
@@ -109,7 +47,7 @@ def test_both_commands_read_them(tmp_path, name, dtype, suffix, key):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_reports_read_them_and_other_tools_say_what_to_do(tmp_path, name):
-    write(tmp_path / "old", name)
+    write_old(tmp_path / "old", name)
     decompress_checkpoint(tmp_path / "old", tmp_path / "dense")
     reports = [sparsity_report(tmp_path / one) for one in ("old", "dense")]
     assert [vars(one) for one in reports[0]] == [vars(one) for one in reports[1]]
@@ -120,7 +58,7 @@ def test_reports_read_them_and_other_tools_say_what_to_do(tmp_path, name):
 
 
 def test_offsets_in_the_file_are_not_read(tmp_path):
-    expected = write(tmp_path / "old", "sparse-bitmask")
+    expected = write_old(tmp_path / "old", "sparse-bitmask")
     file = tmp_path / "old" / "model.safetensors"
     tensors = load_file(file)
     for one in tensors:
@@ -153,7 +91,7 @@ def write_whole(folder, kind, dtype=torch.float32):
             parameter[torch.rand(parameter.shape) < 0.5] = 0.0
     expected = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     parts = {name: sparse_bitmask(tensor) for name, tensor in expected.items()}
-    save(folder, model, {f"{name}.{part}": one for name, found in parts.items() for part, one in found.items()})
+    save_old(folder, model, {f"{name}.{part}": one for name, found in parts.items() for part, one in found.items()})
     return expected
 
 
@@ -214,19 +152,9 @@ def test_a_damaged_vector_is_refused_by_its_name(tmp_path, name, damage):
         AutoModelForCausalLM.from_pretrained(tmp_path / "old")
 
 
-OTHER_FORMATS = pytest.mark.parametrize(
-    ("format_name", "more", "message"),
-    [
-        ("marlin-24", {}, "'marlin-24'"),
-        ("sparse-bitmask", {"config_groups": {"group_0": {}}}, "quantized values"),
-        ("sparse-24-bitmask", {"format": "float-quantized"}, "float-quantized"),
-    ],
-)
-
-
 @OTHER_FORMATS
 def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message):
-    write(tmp_path / "old", format_name, **more)
+    write_old(tmp_path / "old", format_name, **more)
     for command in ("decompress", "compress", "inspect"):
         out = () if command == "inspect" else (tmp_path / "out",)
         result = run(command, tmp_path / "old", *out)
@@ -241,7 +169,7 @@ def test_other_formats_are_refused_by_name(tmp_path, format_name, more, message)
 )
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, damage):
-    write(tmp_path / "old", name)
+    write_old(tmp_path / "old", name)
     file = tmp_path / "old" / "model.safetensors"
     tensors = load_file(file)
     values, bitmask, shape = (f"{NAME}.{part}" for part in ("compressed", "bitmask", "shape"))
@@ -279,133 +207,8 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
 
 
 def test_a_report_of_an_old_model_counts_its_bytes(tmp_path):
-    write(tmp_path / "old", "sparse-bitmask", torch.bfloat16)
+    write_old(tmp_path / "old", "sparse-bitmask", torch.bfloat16)
     report = compress_checkpoint(tmp_path / "old", tmp_path / "small")
     assert report.kept == {"lm_head": "left out"}
     stored = load_file(tmp_path / "old" / "model.safetensors")
     assert report.bytes_before == sum(one.numel() * one.element_size() for one in stored.values())
-
-
-SETTINGS = pytest.mark.parametrize("settings", [{}, {"quantization_config": BitmaskConfig()}], ids=["plain", "asked"])
-
-
-@SETTINGS
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("suffix", ["", ".weight"])
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])
-def test_transformers_loads_them_compressed_and_saves_them_in_our_format(tmp_path, name, dtype, suffix, key, settings):
-    expected = write(tmp_path / "old", name, dtype, key, suffix)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype="auto", **settings)
-    assert sum(isinstance(one, CompressedLinear) for one in model.modules()) == 21
-    model.save_pretrained(tmp_path / "new")
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "bitmask"
-    assert not {"compression_config", "sparsity_config"} & config.keys()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype="auto")
-    for one in (model, again):
-        assert same_tensors(one.dequantize().state_dict(), expected)
-    decompress_checkpoint(tmp_path / "new", tmp_path / "dense")
-    assert same_tensors(tensors_of(tmp_path / "dense"), expected)
-
-
-def test_transformers_loads_them_in_another_dtype_and_from_shards(tmp_path):
-    expected = write(tmp_path / "old", "sparse-bitmask")
-    tensors = tensors_of(tmp_path / "old")
-    (tmp_path / "old" / "model.safetensors").unlink()
-    files = {}
-    for number, one in enumerate(sorted(tensors)):  # so that the tensors of a weight lie apart
-        files.setdefault(f"model-{number % 3}.safetensors", {})[one] = tensors[one]
-    for file, inside in files.items():
-        save_file(inside, tmp_path / "old" / file, {"format": "pt"})
-    weight_map = {one: file for file, inside in files.items() for one in inside}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (tmp_path / "old" / "model.safetensors.index.json").write_text(json.dumps(index))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "old", dtype=dtype)
-        assert sum(isinstance(one, CompressedLinear) for one in model.modules()) == 21
-        assert same_tensors(model.dequantize().state_dict(), {k: one.to(dtype) for k, one in expected.items()})
-
-
-def test_what_stays_dense_is_chosen_as_for_a_plain_model(tmp_path):
-    expected = write(tmp_path / "old", "sparse-bitmask")
-    file = tmp_path / "old" / "model.safetensors"
-    tensors = load_file(file)
-    for one in ("lm_head", "model.embed_tokens"):
-        tensors |= {f"{one}.{part}": tensor for part, tensor in sparse_bitmask(tensors.pop(f"{one}.weight")).items()}
-    save_file(tensors, file, {"format": "pt"})
-    config = BitmaskConfig(modules_to_not_convert=["lm_head", "o_proj"])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "old", quantization_config=config)
-    assert sum(isinstance(one, CompressedLinear) for one in model.modules()) == 18
-    assert same_tensors(model.dequantize().state_dict(), expected)
-
-
-@SETTINGS
-@pytest.mark.parametrize("damage", ["values", "bitmask", "narrow", "flat", "signed", "integers", "missing", "beyond"])
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_damaged_one_is_not_loaded(tmp_path, name, damage, settings):
-    write(tmp_path / "old", name)
-    file = tmp_path / "old" / "model.safetensors"
-    tensors = load_file(file)
-    values, bitmask = (f"{NAME}.{part}" for part in ("compressed", "bitmask"))
-    if damage == "values":
-        tensors[values] = tensors[values][1:].clone()
-    elif damage == "bitmask":
-        tensors[bitmask][5, 2] = 255
-    elif damage == "narrow":
-        tensors[bitmask] = tensors[bitmask][:, 1:].clone()
-    elif damage == "flat":
-        tensors[bitmask] = tensors[bitmask].flatten()
-    elif damage == "signed":
-        tensors[bitmask] = tensors[bitmask].view(torch.int8)
-    elif damage == "integers":
-        tensors[values] = tensors[values].view(torch.int32)
-    elif damage == "missing":
-        del tensors[bitmask]
-    else:
-        tensors[bitmask][5, -1] |= 128
-    save_file(tensors, file, {"format": "pt"})
-    for more in ({}, {"ignore_mismatched_sizes": True}, {"dtype": torch.bfloat16}):
-        with pytest.raises(ValueError, match=NAME.replace(".", r"\.")):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "old", **settings, **more)
-
-
-@OTHER_FORMATS
-def test_transformers_does_not_load_other_formats_at_random(tmp_path, format_name, more, message):
-    write(tmp_path / "old", format_name, **more)
-    with pytest.raises(ValueError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "old")
-
-
-def test_another_quantization_and_a_state_dict_are_refused_with_the_way_out(tmp_path):
-    write(tmp_path / "old", "sparse-bitmask", key="sparsity_config")
-    with pytest.raises(ValueError, match=r"'sparse-bitmask'.*not with TorchAoConfig.*`peft-spp decompress`"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path / "old", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
-        )
-    config = LlamaConfig.from_pretrained(tmp_path / "old")
-    with pytest.raises(ValueError, match=r"'sparse-bitmask'.*without state_dict"):
-        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors_of(tmp_path / "old"))
-
-
-def test_experts_that_transformers_fuses_are_refused_with_the_command_that_reads_them(tmp_path):
-    model = tiny_moe("qwen3_moe", pattern="0.5")
-    model.save_pretrained(tmp_path / "old")
-    expected = tensors_of(tmp_path / "old")
-    tensors = dict(expected)
-    for one in expected:
-        if ".experts." in one:
-            name = one.removesuffix(".weight")
-            tensors |= {f"{name}.{part}": tensor for part, tensor in sparse_bitmask(tensors.pop(one)).items()}
-    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "old" / "config.json").read_text())
-    (tmp_path / "old" / "config.json").write_text(
-        json.dumps({**config, "sparsity_config": {"format": "sparse-bitmask"}})
-    )
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.experts\.0\.\w+\.weight is compressed.*`peft-spp decompress`"
-    ):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "old")
-    decompress_checkpoint(tmp_path / "old", tmp_path / "dense")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert same_tensors(loaded.state_dict(), model.state_dict())
