@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts whose zeros are not stored, in files: loading, saving, the commands, and files that are damaged."""
+"""Experts whose zeros are not stored, in files: loading, saving, and the commands."""
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -21,25 +19,14 @@ from peft_spp.compressed.experts import find_compressed_stacks
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import same_tensors, tensors_of
-from helpers.mixtures import SAVED_ONE_BY_ONE, expert_weights, mixture
-from helpers.tiny import block_linears, prune_, randomize
+from helpers.mixtures import SAVED_ONE_BY_ONE, mixture, pruned_mixture
+from helpers.tiny import randomize
 from helpers.tiny_moe import IDS
 
 
 # and two with other names in a checkpoint than in the model
 KINDS = [*SAVED_ONE_BY_ONE, "granitemoe", "aria_text"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay dense")
-
-
-def pruned(kind, dtype=torch.float32):
-    model = mixture(kind, dtype).eval()
-    for weight in expert_weights(model).values():
-        prune_(weight, "0.5")
-        with torch.no_grad():
-            weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-7])
-    for layer in block_linears(model).values():
-        prune_(layer.weight, "0.5")
-    return model
 
 
 def load(folder, **settings):
@@ -59,7 +46,7 @@ def stacks_of(model):
 @pytest.fixture(params=KINDS)
 def saved(request, tmp_path):
     """A mixture in bfloat16, and the folder of a dense checkpoint of it."""
-    model = pruned(request.param, torch.bfloat16)
+    model = pruned_mixture(request.param, torch.bfloat16)
     model.save_pretrained(tmp_path / "dense")
     return model, tmp_path / "dense"
 
@@ -99,7 +86,7 @@ def test_all_ways_to_a_compressed_checkpoint_give_the_same_and_all_ways_back_eve
 @pytest.mark.parametrize("shard_size", ["1GB", "6KB"])
 @pytest.mark.parametrize("settings", [{}, {"dtype": torch.float16}, {"device_map": "cpu"}], ids=str)
 def test_shards_dtypes_and_device_maps(kind, shard_size, settings, tmp_path):
-    pruned(kind).save_pretrained(tmp_path / "dense", max_shard_size=shard_size)
+    pruned_mixture(kind).save_pretrained(tmp_path / "dense", max_shard_size=shard_size)
     plain = load(tmp_path / "dense", **settings)
     first = load(tmp_path / "dense", quantization_config=BitmaskConfig(), **settings)
     first.save_pretrained(tmp_path / "small", max_shard_size=shard_size)
@@ -111,7 +98,7 @@ def test_shards_dtypes_and_device_maps(kind, shard_size, settings, tmp_path):
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("original", [False, True])
 def test_files_with_the_names_of_the_model_are_read_without_it(kind, original, tmp_path):
-    model = pruned(kind)
+    model = pruned_mixture(kind)
     peft_spp.compress(copy.deepcopy(model)).save_pretrained(tmp_path / "small", save_original_format=original)
     decompress_checkpoint(tmp_path / "small", tmp_path / "dense")
     assert same_tensors(load(tmp_path / "dense").state_dict(), model.state_dict())
@@ -121,7 +108,7 @@ def test_files_with_the_names_of_the_model_are_read_without_it(kind, original, t
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_a_checkpoint_with_whole_stacks_keeps_them_whole(kind, tmp_path):
-    model = pruned(kind)
+    model = pruned_mixture(kind)
     model.save_pretrained(tmp_path / "dense", save_original_format=False)
     assert any(name.endswith("experts.gate_up_proj") for name in tensors_of(tmp_path / "dense"))
     compress_checkpoint(tmp_path / "dense", tmp_path / "small")
@@ -134,7 +121,7 @@ def test_a_checkpoint_with_whole_stacks_keeps_them_whole(kind, tmp_path):
 
 
 def test_the_body_of_a_model_loads_alone(tmp_path):
-    model = pruned("qwen2_moe")
+    model = pruned_mixture("qwen2_moe")
     peft_spp.compress(copy.deepcopy(model)).save_pretrained(tmp_path)
     body = AutoModel.from_pretrained(tmp_path)
     assert len(find_compressed_stacks(body)) == 4
@@ -142,7 +129,7 @@ def test_the_body_of_a_model_loads_alone(tmp_path):
 
 
 def test_a_stack_without_zeros_stays_dense_as_a_whole(tmp_path):
-    model = pruned("mixtral")
+    model = pruned_mixture("mixtral")
     name = "model.layers.1.mlp.experts.gate_up_proj"
     torch.nn.init.ones_(model.get_parameter(name)[1:])
     model.save_pretrained(tmp_path / "dense")
@@ -160,7 +147,7 @@ def test_a_stack_without_zeros_stays_dense_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 def test_reports_read_compressed_experts_from_files(kind, tmp_path):
-    pruned(kind).save_pretrained(tmp_path / "dense")
+    pruned_mixture(kind).save_pretrained(tmp_path / "dense")
     report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
     reports = [sparsity_report(tmp_path / name).to_dict()["modules"] for name in ("dense", "small")]
     assert reports[0] == reports[1]
@@ -180,7 +167,7 @@ PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 @pytest.mark.parametrize(("kind", "parameters"), [("mixtral", []), ("gpt_oss", []), ("mixtral", PARAMETERS)])
 def test_a_merge_from_disk_to_disk_writes_what_a_saved_merge_has(kind, parameters, tmp_path):
-    model = pruned(kind)
+    model = pruned_mixture(kind)
     model.save_pretrained(tmp_path / "dense")
     compress_checkpoint(tmp_path / "dense", tmp_path / "small")
     adapted = get_peft_model(load(tmp_path / "small"), SPPConfig(r=4, target_parameters=parameters))
@@ -200,7 +187,7 @@ def test_a_merge_from_disk_to_disk_writes_what_a_saved_merge_has(kind, parameter
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_a_merged_model_is_saved_compressed(kind, tmp_path):
-    small, dense = peft_spp.compress(pruned(kind)), pruned(kind)
+    small, dense = peft_spp.compress(pruned_mixture(kind)), pruned_mixture(kind)
     for name, model in (("small", small), ("dense", dense)):
         adapted = get_peft_model(model, SPPConfig(r=4, target_modules=[], target_parameters=PARAMETERS))
         torch.manual_seed(0)
@@ -224,7 +211,7 @@ def test_pruning_by_command_writes_compressed_experts(kind, tmp_path):
 
 def test_offloaded_experts_are_saved_whole_or_not_at_all(tmp_path):
     for kind in ("gpt_oss", "mixtral"):
-        model = peft_spp.compress(pruned(kind))
+        model = peft_spp.compress(pruned_mixture(kind))
         expected = model(IDS).logits
         cpu_offload(model, execution_device=torch.device("cpu"))
         torch.testing.assert_close(model(IDS).logits, expected)
@@ -239,7 +226,7 @@ def test_offloaded_experts_are_saved_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 def test_a_device_map_puts_experts_on_the_host(kind, compressed, offload_buffers, tmp_path):
-    model = pruned(kind)
+    model = pruned_mixture(kind)
     (peft_spp.compress(model) if compressed else model).save_pretrained(tmp_path)
     settings = {} if compressed else {"quantization_config": BitmaskConfig()}
     names = [f"model.{name}" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")]
@@ -252,104 +239,3 @@ def test_a_device_map_puts_experts_on_the_host(kind, compressed, offload_buffers
 
 
 # the weights of one expert, one that is stored for itself and one of a whole stack
-PARTS = {
-    "mixtral": ("model.layers.1.block_sparse_moe.experts.2.w3.weight", "model.layers.1.mlp.experts.gate_up_proj"),
-    "qwen2_moe": ("model.layers.1.mlp.experts.0.down_proj.weight", "model.layers.1.mlp.experts.down_proj"),
-    "gpt_oss": ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.gate_up_proj"),
-}
-
-
-def bitmask_of(name):
-    return name.replace(".weight", ".bitmask") if name.endswith(".weight") else f"{name}_bitmask"
-
-
-def more_values(tensors, name):
-    tensors[name] = torch.cat([tensors[name], torch.ones(1)])
-
-
-def no_value_at_all(tensors, name):
-    tensors[name] = torch.empty(0)
-
-
-def fewer_rows(tensors, name):
-    tensors[bitmask_of(name)] = tensors[bitmask_of(name)][:-1].clone()
-
-
-def fewer_columns(tensors, name):
-    tensors[bitmask_of(name)] = tensors[bitmask_of(name)][..., :-1].clone()
-
-
-def flat_bitmask(tensors, name):
-    tensors[bitmask_of(name)] = tensors[bitmask_of(name)].flatten()
-
-
-def floating_bitmask(tensors, name):
-    tensors[bitmask_of(name)] = tensors[bitmask_of(name)].float()
-
-
-def bit_beyond_the_last_column(tensors, name):
-    tensors[bitmask_of(name)][..., -1] |= 128
-
-
-def integer_values(tensors, name):
-    tensors[name] = tensors[name].view(torch.int32)
-
-
-def values_as_a_matrix(tensors, name):
-    tensors[name] = tensors[name][None].clone()
-
-
-def no_bitmask(tensors, name):
-    del tensors[bitmask_of(name)]
-
-
-def no_values(tensors, name):
-    del tensors[name]
-
-
-DAMAGES = [
-    more_values, no_value_at_all, fewer_rows, fewer_columns, flat_bitmask, floating_bitmask,
-    bit_beyond_the_last_column, integer_values, values_as_a_matrix, no_bitmask, no_values,
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    for kind in PARTS:
-        peft_spp.compress(pruned(kind)).save_pretrained(folder / kind)
-    return folder
-
-
-@pytest.mark.parametrize("kind", list(PARTS))
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_the_tensor_named(kind, damage, folders, tmp_path):
-    shutil.copytree(folders / kind, tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
-    tensors = load_file(file)
-    name, stack = PARTS[kind]
-    damage(tensors, name)
-    save_file(tensors, file, header["__metadata__"])
-    # of experts that are incomplete the stack is named
-    named = stack if damage in (no_bitmask, no_values) else name
-    for settings in ({}, {"ignore_mismatched_sizes": True}):
-        with pytest.raises(ValueError, match=f"{named.replace('.', chr(92) + '.')}.*The checkpoint is damaged"):
-            load(tmp_path / "model", **settings)
-    result = CliRunner().invoke(app, ["decompress", str(tmp_path / "model"), str(tmp_path / "out")])
-    assert (result.exit_code != 0 and name in result.output.replace("\n", "")) or bitmask_of(name) in result.output
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("damage", [one for one in DAMAGES if one not in (no_bitmask, no_values)])
-def test_a_damaged_state_dict_does_not_change_a_model(damage):
-    model = peft_spp.compress(pruned("gpt_oss"))
-    before = {name: one.clone() for name, one in model.state_dict().items()}
-    tensors = {name: one.clone() for name, one in before.items()}
-    name, _ = PARTS["gpt_oss"]
-    damage(tensors, name)
-    experts = model.get_submodule(name.rpartition(".")[0])
-    inside = {one.rpartition(".")[2]: tensor for one, tensor in tensors.items() if one.startswith(name)}
-    with pytest.raises(ValueError, match="gate_up_proj"):
-        experts.load_state_dict(inside, strict=False)
-    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from helpers.every_model import build
+from helpers.tiny import block_linears, prune_
 from helpers.tiny_moe import MOE, tiny_moe
 
 
@@ -71,3 +72,15 @@ def tiny_llama4() -> nn.Module:
     vision |= {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "image_size": 28}
     config = transformers.Llama4Config(text_config=text, vision_config=vision)
     return transformers.Llama4ForConditionalGeneration(config)
+
+
+def pruned_mixture(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One whose experts and layers are half zeros, a -0.0 and a tiny value among the others."""
+    model = mixture(kind, dtype).eval()
+    for weight in expert_weights(model).values():
+        prune_(weight, "0.5")
+        with torch.no_grad():
+            weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-7])
+    for layer in block_linears(model).values():
+        prune_(layer.weight, "0.5")
+    return model
