@@ -221,13 +221,16 @@ def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -
     entries = []
     for (key, rate), group in groups.items():
         first = group[0]
+        tried = [one for one in records if one.kind == "rate" and _contender(one.settings) == key]
         rates = {
             one.settings["rate"]: one.measured["validation_loss"]
-            for one in records
-            if one.kind == "rate" and _contender(one.settings) == key and one.settings["pruning"] == pruning
+            for one in tried
+            if one.settings["pruning"] == pruning
         }
+        # a pruning without rates of its own takes those of another
+        chosen_by = rates or {one.settings["rate"]: one.measured["validation_loss"] for one in tried}
         others = {own for contender, own in groups if contender == key} - {rate}
-        gave_way = any(_loss(rates, other) < _loss(rates, rate) for other in others)
+        gave_way = any(_loss(chosen_by, other) < _loss(chosen_by, rate) for other in others)
         for deployment in first.measured["deployments"]:
             deployed = tuple(one.measured["deployments"][deployment] for one in group)
             label = label_of(first.settings, deployment) + (f", rate {rate:g}" if gave_way else "")

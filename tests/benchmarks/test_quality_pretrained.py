@@ -117,6 +117,24 @@ def test_a_rate_that_gave_way_to_a_better_one_has_a_row_of_its_own(store, tmp_pa
     assert "0.1: 20.09, **0.2: 12.18** (edge)" in (tmp_path / "page.md").read_text()
 
 
+def test_at_a_pruning_that_takes_the_rates_of_another_a_rate_gives_way_too(store):
+    contender = {**COMMON, "method": "spp_positive", "options": {}, "equal": None, "seed": 0}
+    store.add("base", {**COMMON, "pruning": "wanda-0.5"}, deployed(4.0, "1100", "1000"))
+    store.add(
+        "rate", {**contender, "pruning": "wanda-2:4", "rate": 0.2, "steps": 1}, {**TRAINED, "validation_loss": 2.5}
+    )
+    for rate in (0.1, 0.2):
+        merged = {"merged": deployed(3.0 + rate, "1110", "1100")}
+        settings = {**contender, "pruning": "wanda-0.5", "rate": rate, "steps": 2}
+        store.add("tune", settings, {**TRAINED, "deployments": merged})
+    at_50 = comparisons_of(store)[1]
+    assert [one.label for one in at_50.entries] == [
+        "SPP, positive start, r=16",
+        "SPP, positive start, r=16, rate 0.1",
+    ]
+    assert at_50.find("spp_positive").settings["rate"] == 0.2 and not at_50.entries[0].rates
+
+
 def test_rows_stand_in_one_order_however_they_were_measured(store):
     names = [[entry.label for entry in one.entries] for one in comparisons_of(store)]
     store.records[2:] = store.records[:1:-1]
