@@ -115,8 +115,8 @@ class Store:
         Add what another store has measured and this one has not, with where it was measured.
 
         Raises:
-            ValueError: If that is another base model, or a run that this store has with another learning rate or
-                another number of steps, or the tasks of that store have other questions. Nothing is added then.
+            ValueError: If that is another base model, or a run that this store has with another number of steps, or
+                the tasks of that store have other questions. Nothing is added then.
         """
         self._refuse_other_questions(other.about, str(other.path))
         bases, theirs = ({one.settings["base"] for one in some.records} for some in (self, other))
@@ -170,5 +170,5 @@ def _run_key(record: Record) -> str:
 
 
 def _contender_key(record: Record) -> str:
-    """The same for runs of one contender and seed, whatever their learning rate and steps."""
-    return key_of("", {name: value for name, value in record.settings.items() if name not in ("rate", "steps")})
+    """The same for runs of one contender, rate and seed, whatever their steps."""
+    return key_of("", {name: value for name, value in record.settings.items() if name != "steps"})

@@ -286,13 +286,18 @@ def test_a_store_takes_what_another_one_has_too(tmp_path):
             (2, 3.0, 1),
         ]
         assert own.environments == [{"cpu": "one"}, {"cpu": "two"}]
-    # seeds of one contender are averaged, so that all have one rate
+    # seeds of one contender are averaged, so that all have as many steps
+    own.add("tune", {"base": "b", "seed": 4, "rate": 0.1, "steps": 9}, {"loss": 1.0})
     third.begin({"cpu": "two"}, {})
-    third.add("tune", {"base": "b", "seed": 4, "rate": 0.1}, {"loss": 1.0})
-    third.add("tune", {"base": "b", "seed": 1, "rate": 0.3}, {"loss": 1.0})
-    with pytest.raises(ValueError, match=r"third\.json has the run .*0\.3.* has it as .*0\.1"):
+    third.add("tune", {"base": "b", "seed": 5, "rate": 0.1, "steps": 9}, {"loss": 1.0})
+    third.add("tune", {"base": "b", "seed": 4, "rate": 0.1, "steps": 8}, {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"third\.json has the run .*'steps': 8.* has it as .*'steps': 9"):
         own.take(third)
-    assert len(own.records) == 3
+    assert len(own.records) == 4
+    # runs at another rate are other runs
+    third.records[1:] = [dataclasses.replace(third.records[0], settings={"base": "b", "seed": 1, "rate": 0.3})]
+    own.take(third)
+    assert len(own.records) == 6
     third.records = [dataclasses.replace(third.records[0], settings={"base": "c"})]
     with pytest.raises(ValueError, match="another base model: c"):
         own.take(third)
