@@ -29,6 +29,7 @@ _RELIED_ON = {
         "BaseTuner._get_adapter_state_dict",
         "BaseTuner._remap_adapter_state_dict_for_load",
         "BaseTuner._remove_adapter_name_from_key",
+        "BaseTunerLayer._get_base_layer_device_and_dtype",
         "BaseTunerLayer._move_adapter_to_device_of_base_layer",
         "_ExcludedModule",
         "_maybe_include_all_linear_layers",

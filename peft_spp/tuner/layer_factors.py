@@ -94,8 +94,26 @@ class SPPLayer(BaseTunerLayer):
         self.spp_A[adapter_name] = nn.Linear(self.in_features, self.num_experts * r, bias=False)
         self.spp_B[adapter_name] = nn.Linear(1, self.num_experts * self.out_features, bias=False)
         self.reset_spp_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        device, dtype = self._home()
+        self._put_factors(adapter_name, device, dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _home(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """The device and dtype of the base layer, as far as new factors can have them."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device, dtype if dtype is not None and dtype.is_floating_point else None
+
+    def _put_factors(self, adapter_name: str, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        for factors in (self.spp_A, self.spp_B):
+            factor = cast(nn.Linear, factors[adapter_name])
+            # without memory the dtype is all that they can have
+            factor.to(device=None if factor.weight.is_meta else device, dtype=dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT calls this for factors that it has loaded with `low_cpu_mem_usage`. They keep their dtype: in the base
+        # layer's they would be rounded, and `autocast_adapter_dtype` would bring nothing back.
+        if adapter_name in self.spp_A:
+            self._put_factors(adapter_name, device or self._home()[0], None)
 
     @torch.no_grad()
     def reset_spp_parameters(self, adapter_name: str, init_weights: bool | Literal["positive"]) -> None:

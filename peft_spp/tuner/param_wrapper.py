@@ -88,11 +88,9 @@ class ParamWrapper(AdaptedLayer):
             raise ValueError(f"spp.{type(self).__name__} does not work with fan_in_fan_out.")
         super().update_layer(adapter_name, r, spp_alpha=spp_alpha, config=config, **kwargs)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _home(self) -> tuple[torch.device | None, torch.dtype | None]:
         parameter = self._base_weight()
-        for factors in (self.spp_A, self.spp_B):
-            if not any(factor.is_meta for factor in factors.parameters()):
-                factors[adapter_name].to(device or parameter.device, dtype=parameter.dtype)
+        return parameter.device, parameter.dtype
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

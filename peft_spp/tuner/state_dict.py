@@ -65,6 +65,13 @@ def _keep_rows(layer: AdaptedLayer, state_dict: dict[str, torch.Tensor], key: st
             )
 
 
+def _give_dtypes(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Convert what replaces parameters without memory (`low_cpu_mem_usage`), as copying into others does."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta and name in state_dict:
+            state_dict[name] = state_dict[name].to(parameter.dtype)
+
+
 def _weight(layer: AdaptedLayer) -> torch.Tensor:
     return cast(torch.Tensor, layer.get_base_layer().weight)
 
@@ -130,4 +137,5 @@ class AdapterStateDict(BaseTuner):
             base_key = keys.get(f"{name}.base_layer.weight", "")
             if isinstance(module, AdaptedLayer) and adapter_name in module.spp_A and base_key in remapped:
                 _keep_rows(module, remapped, base_key, config)
+        _give_dtypes(model, remapped)
         return remapped

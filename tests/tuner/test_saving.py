@@ -24,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from peft_spp import SPPConfig
 
 from helpers.tiny import MLP, randomize, tiny_llama
+from helpers.tiny_moe import tiny_moe
 from helpers.unchanged import refused
 
 
@@ -57,6 +58,46 @@ def test_every_way_to_load_gives_the_same_logits(adapter):
     both.load_adapter(folder, "second")
     both.set_adapter("second")
     assert torch.equal(both(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_low_cpu_mem_usage_changes_neither_the_values_nor_the_dtype(autocast, experts, tmp_path):
+    def base():
+        return tiny_moe("mixtral").bfloat16() if experts else tiny_llama().bfloat16()
+
+    settings = {"target_parameters": ["gate_up_proj", "down_proj"]} if experts else {}
+    config = SPPConfig(r=2, task_type="CAUSAL_LM", modules_to_save=["lm_head"], **settings)
+    model = get_peft_model(base(), config)
+    randomize(model)  # in float32, to which PEFT casts them
+    model.save_pretrained(tmp_path)
+
+    def loaded(**arguments):
+        arguments["autocast_adapter_dtype"] = autocast
+        model = PeftModel.from_pretrained(base(), tmp_path, **arguments)
+        model.load_adapter(tmp_path, "second", **arguments)
+        return {name: one for name, one in model.named_parameters() if ".spp_" in name or "modules_to_save" in name}
+
+    expected, found = loaded(), loaded(low_cpu_mem_usage=True)
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        assert found[name].dtype == one.dtype, name
+        assert torch.equal(found[name], one), name
+    assert {one.dtype for name, one in found.items() if ".spp_" in name} == {
+        torch.float32 if autocast else torch.bfloat16
+    }
+
+
+def test_values_too_large_for_the_dtype_are_named_with_low_cpu_mem_usage_too(tmp_path):
+    model = get_peft_model(tiny_llama(), SPPConfig(r=4, task_type="CAUSAL_LM"))
+    randomize(model, 1e6)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        base = tiny_llama().half()
+        with refused(base, match=r"tensor '.*spp_A.weight'"):
+            PeftModel.from_pretrained(
+                base, tmp_path, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage
+            )
 
 
 def test_transformers_add_adapter_trains_and_saves(tmp_path):
