@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ OTHER_WEIGHTS = (
 )
 """Weights in formats that are not merged: next to merged weights they would be a second, unmerged model."""
 
+_VARIANT = re.compile(r"model\.(\w+)(?:-\d+-of-\d+)?\.safetensors$")
 # an adapter in the folder of a model is applied by Transformers when it loads the model
 _NOT_CARRIED = (*OTHER_WEIGHTS, "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 
@@ -81,7 +83,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """List what a folder holds; only headers are read."""
     listing = list_folder(folder)
     if not listing.loaded:
-        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, so Transformers would not load it either")
+        variants = sorted(match[1] for path in folder.iterdir() if (match := _VARIANT.match(path.name)))
+        rest = "so Transformers would not load it either"
+        if variants:
+            rest = f"but a variant: load it with from_pretrained(..., variant={variants[0]!r}) and save it again"
+        raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, {rest}")
     files = tuple(open_tensor_file(path, listed) for path, listed in read_headers(listing.files).items())
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     carried, left_out = _other_files(folder, {file.path for file in files}, listing.index)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoints.merged import adapter_id
 from ..checkpoints.safetensors_files import read_json
@@ -110,6 +111,12 @@ def group_factors(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]
     return factors
 
 
+def _saved_by_a_run(folder: Path) -> str:
+    """Where the last adapter of an unfinished run is, for messages."""
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    return f". Pass {last}" if last and (Path(last) / CONFIG_NAME).is_file() else ""
+
+
 def read_settings(
     source: str | os.PathLike[str],
     *,
@@ -120,7 +127,8 @@ def read_settings(
     """Read the settings of a saved adapter. It returns the file, and the settings."""
     file = find_file(source, CONFIG_NAME, subfolder, hub)
     if file is None:
-        raise FileNotFoundError(f"{Path(source, subfolder or '')} is not a PEFT adapter: it has no {CONFIG_NAME}")
+        folder = Path(source, subfolder or "")
+        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}{_saved_by_a_run(folder)}")
     method = read_json(file, strict=True).get("peft_type")
     if method != "SPP":
         raise ValueError(f"{file} has peft_type {method!r}, and only SPP adapters are supported here")

@@ -3,6 +3,7 @@
 
 import pickle
 import re
+import shutil
 import struct
 
 import pytest
@@ -32,6 +33,23 @@ def test_a_pickled_base_is_not_read(tmp_path, case):
         file.unlink()
     (case.base / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trap")))
     assert_refused(tmp_path, case, "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("shard_size", ["50MB", "20KB"])
+def test_a_base_that_is_a_variant_is_told_how_to_load(tmp_path, case, shard_size):
+    for file in case.base.glob("*.safetensors*"):
+        file.unlink()
+    tiny_llama().save_pretrained(case.base, variant="fp16", max_shard_size=shard_size)
+    assert len(list(case.base.glob("model.fp16*.safetensors"))) > (shard_size == "20KB")
+    assert_refused(tmp_path, case, "but a variant: load it with from_pretrained(..., variant='fp16')")
+
+
+def test_the_last_adapter_of_an_unfinished_run_is_named(tmp_path, case):
+    for step in (5, 20):
+        shutil.copytree(case.adapter, tmp_path / "run" / f"checkpoint-{step}")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json\. Pass .*run/checkpoint-20$"):
+        merge_checkpoint(case.base, tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])
