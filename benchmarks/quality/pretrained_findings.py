@@ -160,8 +160,12 @@ def _recipes_sentence(store: Store, one: Comparison, spp: Entry) -> list[str]:
 
 
 def _rivals(one: Comparison) -> list[Entry]:
-    """The others whose zeros are kept too."""
-    return [entry for entry in _untold(one) if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0]
+    """The others whose zeros are kept too, each at its best rate."""
+    return [
+        entry
+        for entry in _untold(one)
+        if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0 and not entry.gave_way
+    ]
 
 
 def _named(entries: Sequence[Entry]) -> str:
