@@ -310,11 +310,12 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     """
     note = (
         "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
-        f"accuracy.\nHollow: distilled, or zeros lost. {machines(store, capability=False)}"
+        f"accuracy.\nHollow: distilled, or zeros lost. Each at its best rate. {machines(store, capability=False)}"
     )
     figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
     for place, one in enumerate(comparisons):
-        entries = [one.pruned, *(entry for entry in one.entries if entry.deployment != "unmerged")]
+        shown = (entry for entry in one.entries if entry.deployment != "unmerged" and not entry.gave_way)
+        entries = [one.pruned, *shown]
         for index, entry in enumerate(entries):
             x = place + 0.8 * ((index + 0.5) / len(entries) - 0.5)
             for axes, text in ((left, MAIN_TEXT), (middle, UNLIKE)):
@@ -352,5 +353,15 @@ def _mark(axes: Axes, x: float, y: float, entry: Entry) -> None:
         markeredgecolor=plots.BLACK if style.color == plots.YELLOW else style.color,
         linestyle="none",
         markersize=5,
-        label=entry.label,
+        label=_drawn_label(entry),
     )
+
+
+def _drawn_label(entry: Entry) -> str:
+    """For the legend of the picture: without ranks, as those at equal parameters or time have the same marks."""
+    if not entry.settings:
+        return entry.label
+    told = {name: one for name, one in entry.settings["options"].items() if name in ("teacher", "text")}
+    whole = label_of({**entry.settings, "options": told, "equal": None}, entry.deployment)
+    _, bracket, parts = whole.partition(" (")
+    return f"{METHODS[entry.settings['method']].style.label}{bracket}{parts}"
