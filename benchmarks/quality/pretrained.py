@@ -35,9 +35,9 @@ def distilled(contender: Contender, text: str = "data") -> Contender:
     return Contender(contender.method, {**contender.options, "teacher": True, "text": text}, rates=contender.rates)
 
 
-def on_questions(contender: Contender) -> Contender:
-    """The contender, tuned on the tasks' training parts as well, at the rate of the first."""
-    return Contender(contender.method, {**contender.options, "text": "questions"}, rates=contender.rates[-1:])
+def on_questions(contender: Contender, rate: float) -> Contender:
+    """The contender, tuned on the tasks' training parts as well, at one rate."""
+    return Contender(contender.method, {**contender.options, "text": "questions"}, rates=(rate,))
 
 
 FOUR = (POSITIVE, LORA, distilled(POSITIVE, "both"), MASKED_FULL)
@@ -66,7 +66,7 @@ PRETRAINED = Suite(
     (Checkpoint(NAME, "", dtype="bfloat16"),),
     (
         Study(NAME, AT_2_4, FOUR),
-        Study(NAME, AT_2_4, (on_questions(POSITIVE), on_questions(LORA))),
+        Study(NAME, AT_2_4, (on_questions(POSITIVE, 6e-3), on_questions(LORA, 3e-3))),
         Study(NAME, AT_2_4, OTHERS[:4]),
         Study(NAME, AT_50, (*FOUR, SPP), rates_from=AT_2_4),
         Study(NAME, AT_2_4, OTHERS[4:]),
