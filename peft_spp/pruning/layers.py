@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -61,8 +63,7 @@ def find_target_layers(
     model: nn.Module, target_modules: str | Iterable[str] | None, exclude_modules: str | Iterable[str] | None = None
 ) -> dict[str, PrunableLayer]:
     """Find the linear layers to prune, and the experts. An expert goes by its own name and that of its stack."""
-    if hasattr(model, "peft_config"):
-        raise ValueError("The model has a PEFT adapter. Prune the base model before the adapter is added.")
+    _check_without_adapters(model)
     every = layers = prunable_layers(model)
     compressed = next((name for name, layer in layers.items() if isinstance(layer, CompressedLinear)), None)
     compressed = compressed or next(iter(find_compressed_stacks(model)), None)
@@ -86,6 +87,16 @@ def find_target_layers(
             raise ValueError(f"All linear layers that match {target_modules=} are excluded by {exclude_modules=}.")
     _check_not_embeddings(model, layers)
     return _linear_maps(layers, named=target_modules is not None)
+
+
+def _check_without_adapters(model: nn.Module) -> None:
+    """Raise a `ValueError` if there are adapters in the model: their factors are linear layers as well."""
+    # of a body that is taken out of a model with adapters, the modules alone show it
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, kinds)), None)
+    if adapted is not None or hasattr(model, "peft_config"):
+        where = f" ({adapted})" if adapted else ""
+        raise ValueError(f"The model has a PEFT adapter{where}. Prune the base model before the adapter is added.")
 
 
 def prunable_layers(model: nn.Module) -> dict[str, PrunableLayer]:

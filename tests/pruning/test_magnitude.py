@@ -3,10 +3,11 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from peft_spp import SPPConfig
 from peft_spp.pruning import prune_magnitude
 from peft_spp.pruning.layers import find_target_layers, weight_matrix
 
@@ -137,6 +138,34 @@ def test_a_model_with_an_adapter_is_refused(llama: LlamaForCausalLM) -> None:
     peft_model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="before the adapter is added"):
         prune_magnitude(peft_model, pattern="2:4")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (LoraConfig(target_modules=["q_proj"]), r"layers\.0\.self_attn\.q_proj"),
+        (SPPConfig(target_modules=["v_proj"]), r"layers\.0\.self_attn\.v_proj"),
+        (LoraConfig(target_modules=["down_proj"], modules_to_save=["up_proj"]), r"layers\.0\.mlp\.up_proj"),
+    ],
+)
+def test_the_body_of_a_model_with_an_adapter_is_refused_unchanged(
+    llama: LlamaForCausalLM, config: PeftConfig, named: str
+) -> None:
+    peft_model = get_peft_model(llama, config)
+    before = copy.deepcopy(peft_model.state_dict())
+    with pytest.raises(ValueError, match=rf"has a PEFT adapter \({named}\)\. Prune the base model before"):
+        prune_magnitude(peft_model.get_base_model().model, sparsity=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in peft_model.state_dict().items())
+
+
+def test_a_model_is_pruned_once_its_adapter_is_merged(llama: LlamaForCausalLM) -> None:
+    merged = get_peft_model(
+        llama, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ).merge_and_unload()
+    prune_magnitude(merged, pattern="2:4")
+    assert all(
+        (layer.weight.reshape(-1, 4) != 0).sum(-1).le(2).all() for layer in find_target_layers(merged, None).values()
+    )
 
 
 @pytest.mark.parametrize(
