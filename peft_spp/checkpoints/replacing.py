@@ -39,9 +39,10 @@ def can_be_renamed(folder: Path) -> bool:
     """
     Try whether a folder can be renamed, without renaming it.
 
-    A mount point cannot, nor a folder whose parent may not be written to, nor one of a lower layer of an overlay.
+    A mount point cannot, nor a folder whose parent may not be written to, nor one of a lower layer of an overlay. The
+    current folder is not to be: a shell in it would stay in the old one, which is removed.
     """
-    if str(folder) in mount_points():
+    if str(folder) in mount_points() or folder.samefile(os.curdir):
         return False
     try:
         trial = Path(tempfile.mkdtemp(prefix=".peft-spp.", dir=folder.parent))

@@ -61,6 +61,17 @@ def test_a_folder_in_a_parent_that_may_not_be_written_to_is_filled_in_place(tmp_
         assert everything(folder) == NEW
 
 
+@pytest.mark.parametrize("old", [{}, OLD[MODEL]])
+def test_the_current_folder_is_filled_in_place(old, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    write(folder, old)
+    monkeypatch.chdir(folder)
+    replace(Path(), MODEL)
+    assert everything(Path()) == NEW
+    assert everything(tmp_path) == {f"here/{name}": content for name, content in NEW.items()}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_a_place_that_may_not_be_written_to_is_told_by_the_check():
     with tempfile.TemporaryDirectory() as public, no_right_to_write_to(public):
