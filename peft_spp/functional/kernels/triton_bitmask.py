@@ -211,7 +211,9 @@ def few_tokens_kernel(
         else:
             columns = (byte + tl.arange(0, BYTES))[:, None] * 8 + tl.arange(0, 8)[None, :]
             for t in tl.static_range(TOKENS):
-                x_row = tl.load(x + t * n + columns, mask=(columns < n) & (t < tokens), other=0.0).to(tl.float32)
+                # of one token `t < tokens` is a Python bool, which Triton 3.9 does not combine with a mask
+                end = tl.where(t < tokens, n, 0)
+                x_row = tl.load(x + t * n + columns, mask=columns < end, other=0.0).to(tl.float32)
                 products = scaled.to(tl.float32) * x_row[None, :, :]
                 if TOKENS == 1:
                     total += products
