@@ -79,23 +79,28 @@ def _loss_sentence(told: Told) -> str:
     """What pruning took of the tasks."""
     accuracy = told[0][0].dense.accuracy
     lost = [f"{points(*one.dense.gain(one.pruned)).removeprefix('+')} at {one.pruning.label}" for one, _ in told]
-    return f"Of a mean accuracy of {accuracy:.1%} in the tasks, pruning takes {' and '.join(lost)}, in points."
+    return f"Of a mean accuracy of {accuracy:.1%} in the tasks, pruning takes {_series(lost)}, in points."
 
 
 def _regained_sentence(told: Told, comparisons: Sequence[Comparison]) -> str:
     """How much of the accuracy SPP wins back, and that it keeps the zeros."""
-    said = []
-    for one, spp in told:
-        gain, error = spp.gain(one.pruned)
-        doubt = "" if abs(gain) > 2 * error else f", which {_questions(one):,} questions do not tell from nothing"
-        said.append(f"{tasks_share(one, spp)} at {one.pruning.label}{doubt}")
+    said = _series([f"{tasks_share(one, spp)} at {one.pruning.label}" for one, spp in told])
+    unsure = [one for one, spp in told if not _certain(spp, one.pruned)]
+    if unsure:
+        labels = _series([one.pruning.label for one in unsure])
+        said += f" ({_questions(unsure[0]):,} questions do not tell it from nothing at {labels})"
     models = [deployed for one in comparisons for entry in spp_entries(one) for deployed in entry.deployed]
     zeros = sum(one["zeros_lost"] or 0 for one in models)
     kept = f"lost {zeros:,} zeros" if zeros else "kept every zero"
     loras = [lora for one, _ in told if (lora := one.find("lora")) is not None]
     lost = f", where merging a LoRA lost {_zeros_lost(loras[0]):,}" if loras else ""
     tokens = told[0][1].tuned["tokens"]
-    return f"In {tokens:,} tokens SPP wins back {' and '.join(said)}; its tuned models ({len(models)}) {kept}{lost}."
+    return f"In {tokens:,} tokens SPP wins back {said}; its tuned models ({len(models)}) {kept}{lost}."
+
+
+def _series(items: Sequence[str]) -> str:
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _zeros_lost(entry: Entry) -> int:
@@ -120,7 +125,7 @@ def _standing_sentence(told: Told) -> list[str]:
             if sign * _certain(spp, entry) > 0
         ]
         said.append(f"{'; '.join(found) or 'none'} {'are' if len(found) > 1 else 'is'} {word} accurate")
-    counts = " and ".join(f"{len(rivals)} at {one.pruning.label}" for one, _, rivals in compared)
+    counts = _series([f"{len(rivals)} at {one.pruning.label}" for one, _, rivals in compared])
     return [
         f"Of the other methods that keep the zeros ({counts}), {' and '.join(said)} than SPP by over two standard "
         "errors."
@@ -130,7 +135,7 @@ def _standing_sentence(told: Told) -> list[str]:
 def _text_sentence(store: Store, told: Told) -> str:
     """That perplexity on text like the tuning text tells little of other text."""
     like, unlike = (
-        " and ".join(f"{one.won_back(spp, text):.0%} at {one.pruning.label}" for one, spp in told)
+        _series([f"{one.won_back(spp, text):.0%} at {one.pruning.label}" for one, spp in told])
         for text in (MAIN_TEXT, UNLIKE)
     )
     return (

@@ -165,20 +165,22 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
     rows: list[list[str]] = []
     for one in comparisons:
         for entry in one.entries:
-            label = label_of(entry.settings, None)
-            known = any(row[:2] == [one.pruning.label, label] for row in rows)
-            if known or entry.deployment in ("unmerged", "remasked"):
+            if entry.gave_way or entry.deployment in ("unmerged", "remasked"):
                 continue
-            first = next((own for own in comparisons[0].entries if label_of(own.settings, None) == label), entry)
-            if not entry.rates:
-                if entry.settings["rate"] != first.settings["rate"]:
-                    rows.append([one.pruning.label, label, f"**{entry.settings['rate']:g}**"])
+            label, own = label_of(entry.settings, None), entry.settings["rate"]
+            known = any(row[:2] == [one.pruning.label, label] for row in rows)
+            if known or not entry.rates:
+                first = next(
+                    (other for other in comparisons[0].entries if label_of(other.settings, None) == label), None
+                )
+                if first is None or own != first.settings["rate"]:
+                    rows.append([one.label, label, f"**{own:g}**"])
                 continue
             cells = []
             for rate, loss in sorted(entry.rates.items()):
                 text = f"{rate:g}: {'diverged' if loss is None else f'{math.exp(loss):.2f}'}"
-                cells.append(f"**{text}**" if rate == entry.settings["rate"] else text)
-            edge = len(entry.rates) > 1 and entry.settings["rate"] in (min(entry.rates), max(entry.rates))
+                cells.append(f"**{text}**" if rate == own else text)
+            edge = len(entry.rates) > 1 and own in (min(entry.rates), max(entry.rates))
             rows.append([one.pruning.label, label, ", ".join(cells) + (" (edge)" if edge else "")])
     return table(["", "", "learning rate: validation perplexity"], rows, numbers_from=3)
 
@@ -330,7 +332,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     ):
         axes.set_title(title, loc="left")
         axes.axhline(value, color=plots.BLACK, linewidth=0.8, linestyle=(0, (4, 2)))
-        axes.set_xticks(range(len(comparisons)), [one.label.replace(" ", "\n", 1) for one in comparisons])
+        axes.set_xticks(range(len(comparisons)), [one.label.replace(" ", "\n", 1) for one in comparisons], fontsize=7)
         if axes is not right:
             plots.log_y(axes)
     handles, labels = left.get_legend_handles_labels()
