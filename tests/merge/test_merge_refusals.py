@@ -44,6 +44,10 @@ def test_a_base_that_is_a_variant_is_told_how_to_load(tmp_path, case, shard_size
     assert_refused(tmp_path, case, "but a variant: load it with from_pretrained(..., variant='fp16')")
 
 
+def test_an_adapter_in_the_place_of_the_base_is_told(tmp_path, case):
+    assert_refused(tmp_path, case, "but an adapter: pass the model that it is for", base=case.adapter)
+
+
 def test_the_last_adapter_of_an_unfinished_run_is_named(tmp_path, case):
     for step in (5, 20):
         shutil.copytree(case.adapter, tmp_path / "run" / f"checkpoint-{step}")
