@@ -115,14 +115,25 @@ def label_of(settings: Mapping[str, Any], deployment: str | None = "merged") -> 
         label += f", r={options.get('r', RANKS[method])}"
     elif method == "supertuning":
         label += f", {SHARE:.0%} of the weights"
-    parts = [f"{name} {value}" for name, value in options.items() if name not in NAMED]
+    others = [f"{name} {value}" for name, value in options.items() if name not in NAMED]
+    return with_remarks(label, [*others, *remarks_of(settings, deployment)])
+
+
+def remarks_of(settings: Mapping[str, Any], deployment: str | None) -> list[str]:
+    """What a contender was tuned on, its deployment, and its time, for readers."""
+    options, remarks = settings["options"], []
     if "text" in options:
-        parts.append(f"{'distilled' if options.get('teacher') else 'tuned'}{TEXTS[options['text']]}")
-    if method == "lora" and deployment is not None:
-        parts.append(DEPLOYMENTS[deployment])
-    if equal == "time":
-        parts.append(f"SPP's time, {settings['steps']} steps" if "steps" in settings else "SPP's time")
-    return f"{label} ({'; '.join(parts)})" if parts else label
+        remarks.append(f"{'distilled' if options.get('teacher') else 'tuned'}{TEXTS[options['text']]}")
+    if settings["method"] == "lora" and deployment is not None:
+        remarks.append(DEPLOYMENTS[deployment])
+    if settings["equal"] == "time":
+        remarks.append(f"SPP's time, {settings['steps']} steps" if "steps" in settings else "SPP's time")
+    return remarks
+
+
+def with_remarks(label: str, remarks: Sequence[str]) -> str:
+    """A label, with remarks in brackets."""
+    return f"{label} ({'; '.join(remarks)})" if remarks else label
 
 
 @dataclass(frozen=True)

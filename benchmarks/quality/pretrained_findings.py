@@ -93,7 +93,7 @@ def _regained_sentence(told: Told, comparisons: Sequence[Comparison]) -> str:
     zeros = sum(one["zeros_lost"] or 0 for one in models)
     kept = f"lost {zeros:,} zeros" if zeros else "kept every zero"
     loras = [lora for one, _ in told if (lora := one.find("lora")) is not None]
-    lost = f", where merging a LoRA lost {_zeros_lost(loras[0]):,}" if loras else ""
+    lost = f", where merging a LoRA lost {loras[0].zeros_lost:,}" if loras else ""
     tokens = told[0][1].tuned["tokens"]
     return f"In {tokens:,} tokens SPP wins back {said}; its tuned models ({len(models)}) {kept}{lost}."
 
@@ -101,10 +101,6 @@ def _regained_sentence(told: Told, comparisons: Sequence[Comparison]) -> str:
 def _series(items: Sequence[str]) -> str:
     *first, last = items
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _zeros_lost(entry: Entry) -> int:
-    return max(one["zeros_lost"] or 0 for one in entry.deployed)
 
 
 def _questions(one: Comparison) -> int:
@@ -116,15 +112,14 @@ def _standing_sentence(told: Told) -> list[str]:
     compared = [(one, spp, rivals) for one, spp in told if (rivals := _rivals(one))]
     if not compared:
         return []
-    said = []
-    for word, sign in (("more", -1), ("less", 1)):
-        found = [
-            f"{entry.label} at {one.pruning.label}"
-            for one, spp, rivals in compared
-            for entry in rivals
-            if sign * _certain(spp, entry) > 0
-        ]
-        said.append(f"{'; '.join(found) or 'none'} {'are' if len(found) > 1 else 'is'} {word} accurate")
+    found: dict[str, list[str]] = {"more": [], "less": []}
+    for one, spp, rivals in compared:
+        for names, entries in zip(found.values(), _standing(spp, rivals), strict=True):
+            names += [f"{entry.label} at {one.pruning.label}" for entry in entries]
+    said = [
+        f"{'; '.join(names) or 'none'} {'are' if len(names) > 1 else 'is'} {word} accurate"
+        for word, names in found.items()
+    ]
     counts = _series([f"{len(rivals)} at {one.pruning.label}" for one, _, rivals in compared])
     return [
         f"Of the other methods that keep the zeros ({counts}), {' and '.join(said)} than SPP by over two standard "
@@ -147,7 +142,7 @@ def _text_sentence(store: Store, told: Told) -> str:
 def _recipes_sentence(store: Store, one: Comparison, spp: Entry) -> list[str]:
     """What the tasks' own questions as tuning text, and the dense model as a teacher, change."""
     said = []
-    asked = [entry for entry in spp_entries(one) if entry.saw_tasks and entry.has_tasks]
+    asked = _asked(one)
     if asked:
         said.append(
             f"the tasks' own training questions as half of the tuning text win back {tasks_share(one, asked[0])} of "
@@ -171,6 +166,17 @@ def _rivals(one: Comparison) -> list[Entry]:
         for entry in _untold(one)
         if entry not in spp_entries(one) and entry.deployed[0]["zeros_lost"] == 0 and not entry.gave_way
     ]
+
+
+def _standing(spp: Entry, rivals: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+    """Those that are more accurate than SPP by over two standard errors, and those that are less."""
+    leads = [(_certain(spp, entry), entry) for entry in rivals]
+    return [entry for lead, entry in leads if lead < 0], [entry for lead, entry in leads if lead > 0]
+
+
+def _asked(one: Comparison) -> list[Entry]:
+    """SPP, tuned on the tasks' training parts."""
+    return [entry for entry in spp_entries(one) if entry.saw_tasks and entry.has_tasks]
 
 
 def _named(entries: Sequence[Entry]) -> str:
@@ -214,13 +220,12 @@ def _rivals_sentences(store: Store, one: Comparison, spp: Entry) -> list[str]:
     both = [entry for entry in rivals if lower(entry, MAIN_TEXT) and lower(entry, UNLIKE)]
     like = [entry for entry in rivals if lower(entry, MAIN_TEXT) and entry not in both]
     unlike = [entry for entry in rivals if lower(entry, UNLIKE) and entry not in both]
-    ahead, behind = ([entry for entry in rivals if sign * _certain(spp, entry) > 0] for sign in (-1, 1))
+    ahead, behind = _standing(spp, rivals)
     return [
         f"Of the others that keep the zeros, with a lower perplexity than {spp.label} on "
         f"{text_name(store, MAIN_TEXT)} alone, so closer to the tuning text and not to the dense model: "
-        f"{_named(like)}. "
-        f"On {text_name(store, UNLIKE)} alone: {_named(unlike)}. On both: {_named(both)}. More accurate by over two "
-        f"standard errors: {_named(ahead)}. Less accurate by as much: {_named(behind)}."
+        f"{_named(like)}. On {text_name(store, UNLIKE)} alone: {_named(unlike)}. On both: {_named(both)}. More "
+        f"accurate by over two standard errors: {_named(ahead)}. Less accurate by as much: {_named(behind)}."
     ]
 
 
@@ -236,7 +241,7 @@ def _why_sentences(one: Comparison, spp: Entry) -> list[str]:
         f"Why no more can be said: two standard errors of SPP's lead are at least {100 * smallest:.1f} points, "
         f"{smallest / lost:.0%} of what pruning took."
     )
-    asked = [one.tasks_won_back(entry) for entry in spp_entries(one) if entry.saw_tasks and entry.has_tasks]
+    asked = [one.tasks_won_back(entry) for entry in _asked(one)]
     if asked and max(asked) > max(shares):
         said += (
             f" The text matters more than the method: on the same text SPP and they win back {min(shares):.0%} to "

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
 from peft_spp.durable import write_text
 
-from ..harness import format_bytes, format_ratio, plots
+from ..harness import format_bytes, format_ratio
 from ..harness.statistics import ratio_summary
 from . import prose
 from .analysis import label_of
@@ -23,7 +21,6 @@ from .design import Pruning
 from .methods import METHODS
 from .page import bullets, paragraph
 from .pretrained_findings import (
-    MAIN_TEXT,
     copy_sentences,
     details,
     findings,
@@ -33,7 +30,8 @@ from .pretrained_findings import (
     tasks_share,
     text_name,
 )
-from .pretrained_results import Comparison, Entry, comparisons_of, machine_name
+from .pretrained_picture import draw
+from .pretrained_results import Comparison, Entry, comparisons_of, machines, model_name
 from .store import UNSTABLE, Store
 from .tables import format_kilobytes, table
 
@@ -107,11 +105,6 @@ def legend(store: Store, one: Comparison) -> str:
     return prose.PRETRAINED_LEGEND.format(like=f"{' and '.join(like)} {'is' if len(like) == 1 else 'are'}")
 
 
-def model_name(store: Store) -> str:
-    """The model of the last run."""
-    return str(store.records[-1].settings["model"])
-
-
 def quality_table(store: Store, one: Comparison) -> str:
     """Perplexities and accuracies, a row for each model that is deployed."""
     texts = list(one.dense.deployed[0]["losses"])
@@ -154,8 +147,7 @@ def costs_table(store: Store, comparisons: Sequence[Comparison]) -> str:
             memory = format_bytes(measured["bytes"])
             ratio = "1" if entry.name == "spp" else format_ratio(ratio_summary(rounds, entry.name, "spp"))
         size = format_kilobytes(entry.tuned["adapter_bytes"])
-        lost = f"{max(one['zeros_lost'] or 0 for one in entry.deployed):,}"
-        rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, lost])
+        rows.append([label, f"{entry.tuned['trainable']:,}", size, ratio, memory, f"{entry.zeros_lost:,}"])
     headings = ["", "trained parameters", "adapter", "step ÷ SPP's", "memory of a step", "zeros lost, merged"]
     return table(headings, rows, numbers_from=1)
 
@@ -262,13 +254,6 @@ def method(store: Store) -> str:
     )
 
 
-def machines(store: Store, capability: bool = True) -> str:
-    """The processors that something was measured on, and the versions of PyTorch."""
-    names = [machine_name(one) if capability else one["hardware"]["cpu"] for one in store.environments]
-    versions = [one["versions"]["torch"] for one in store.environments]
-    return f"{', '.join(dict.fromkeys(names))}; PyTorch {', '.join(dict.fromkeys(versions))}"
-
-
 def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
     """What the suite has planned and not run yet."""
     if store.about.get("complete"):
@@ -299,71 +284,3 @@ def _is_of(entry: Entry, planned: Mapping[str, Any]) -> bool:
         planned["equal"],
         options,
     )
-
-
-def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
-    """
-    Draw perplexity and accuracy by pruning, all contenders.
-
-    Args:
-        comparisons (`Sequence[Comparison]`): What was measured.
-        store (`Store`): Where.
-        path (`Path`): The picture.
-    """
-    note = (
-        "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
-        f"accuracy.\nHollow: distilled, or zeros lost. Each at its best rate. {machines(store, capability=False)}"
-    )
-    figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
-    for place, one in enumerate(comparisons):
-        shown = (entry for entry in one.entries if entry.deployment != "unmerged" and not entry.gave_way)
-        entries = [one.pruned, *shown]
-        for index, entry in enumerate(entries):
-            x = place + 0.8 * ((index + 0.5) / len(entries) - 0.5)
-            for axes, text in ((left, MAIN_TEXT), (middle, UNLIKE)):
-                _mark(axes, x, entry.perplexity(text).mean, entry)
-            right.errorbar([x], [100 * entry.accuracy], [100 * entry.accuracy_error], color="#bbbbbb", linewidth=0.8)
-            _mark(right, x, 100 * entry.accuracy, entry)
-    dense = comparisons[0].dense
-    for axes, title, value in (
-        (left, "perplexity, text like the tuning's", dense.perplexity(MAIN_TEXT).mean),
-        (middle, "perplexity, text unlike it", dense.perplexity(UNLIKE).mean),
-        (right, "mean accuracy of the tasks, %", 100 * dense.accuracy),
-    ):
-        axes.set_title(title, loc="left")
-        axes.axhline(value, color=plots.BLACK, linewidth=0.8, linestyle=(0, (4, 2)))
-        axes.set_xticks(range(len(comparisons)), [one.label.replace(" ", "\n", 1) for one in comparisons], fontsize=7)
-        if axes is not right:
-            plots.log_y(axes)
-    handles, labels = left.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=2, frameon=False, fontsize=7)
-    plots.save_figure(figure, path)
-
-
-def _mark(axes: Axes, x: float, y: float, entry: Entry) -> None:
-    style = METHODS[entry.settings["method"]].style if entry.settings else plots.Style("", plots.GRAY, "x")
-    hollow = bool(entry.settings) and (entry.settings["options"].get("teacher") or entry.deployed[0].get("zeros_lost"))
-    axes.plot(
-        [x],
-        [y],
-        marker=style.marker,
-        color=style.color,
-        markerfacecolor="white" if hollow else style.color,
-        markerfacecoloralt="white",
-        fillstyle="left" if entry.saw_tasks else "full",
-        markeredgecolor=plots.BLACK if style.color == plots.YELLOW else style.color,
-        linestyle="none",
-        markersize=5,
-        label=_drawn_label(entry),
-    )
-
-
-def _drawn_label(entry: Entry) -> str:
-    """For the legend of the picture: without ranks, as those at equal parameters or time have the same marks."""
-    if not entry.settings:
-        return entry.label
-    told = {name: one for name, one in entry.settings["options"].items() if name in ("teacher", "text")}
-    whole = label_of({**entry.settings, "options": told, "equal": None}, entry.deployment)
-    _, bracket, parts = whole.partition(" (")
-    return f"{METHODS[entry.settings['method']].style.label}{bracket}{parts}"

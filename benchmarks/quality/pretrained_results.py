@@ -53,6 +53,11 @@ class Entry:
         """Whether it was tuned on the training parts of the tasks."""
         return bool(self.settings) and self.settings["options"].get("text") == "questions"
 
+    @property
+    def zeros_lost(self) -> int:
+        """The most zeros that a seed lost."""
+        return max(one["zeros_lost"] or 0 for one in self.deployed)
+
     def losses(self, text: str) -> list[float]:
         """The loss on a text, by seed."""
         return [one["losses"][text] for one in self.deployed]
@@ -204,6 +209,18 @@ def machine_of(store: Store, record: Record) -> str:
     return machine_name(store.environments[record.environment])
 
 
+def model_name(store: Store) -> str:
+    """The model of the last run."""
+    return str(store.records[-1].settings["model"])
+
+
+def machines(store: Store, capability: bool = True) -> str:
+    """The processors that something was measured on, and the versions of PyTorch."""
+    names = [machine_name(one) if capability else one["hardware"]["cpu"] for one in store.environments]
+    versions = [one["versions"]["torch"] for one in store.environments]
+    return f"{', '.join(dict.fromkeys(names))}; PyTorch {', '.join(dict.fromkeys(versions))}"
+
+
 def machine_name(environment: Mapping[str, Any]) -> str:
     """The processor of an environment, and the instructions that PyTorch uses of it."""
     hardware = environment["hardware"]
@@ -227,7 +244,7 @@ def _entries(store: Store, records: Sequence[Record], base: Mapping[str, Any]) -
             for one in tried
             if one.settings["pruning"] == pruning
         }
-        # a pruning without rates of its own takes those of another
+        # a pruning without its own rates takes those of another
         chosen_by = rates or {one.settings["rate"]: one.measured["validation_loss"] for one in tried}
         others = {own for contender, own in groups if contender == key} - {rate}
         gave_way = any(_loss(chosen_by, other) < _loss(chosen_by, rate) for other in others)

@@ -47,26 +47,22 @@ def find_compressible(model: nn.Module, skip: Sequence[str] | None = None) -> Fo
     stacks: dict[str, tuple[nn.Module, str]] = {}
     kept: dict[str, str] = {}
 
-    def is_left_out(weight_name: str, module: nn.Module, weight: Tensor | None) -> bool:
-        shown = module_name(weight_name)
-        if weight_name in tied or owners[id(weight)] > 1 or places[id(module)] > 1:
-            kept[shown] = "tied"
-        elif not should_convert_module(shown, skipped):
-            kept[shown] = "left out"
-        return shown in kept
+    def why_left_out(name: str, module: nn.Module, parameter: str) -> str | None:
+        if name in tied or owners[id(module._parameters.get(parameter))] > 1 or places[id(module)] > 1:
+            return "tied"
+        return None if should_convert_module(module_name(name), skipped) else "left out"
 
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or is_left_out(f"{name}.weight", module, _own(module, "weight")):
+        if not isinstance(module, nn.Linear):
             continue
-        reason = _why_no_layer(model, name, module)
+        reason = why_left_out(f"{name}.weight", module, "weight") or _why_no_layer(model, name, module)
         if reason is None:
             layers[name] = module
         else:
             kept[name] = reason
     for name, (module, parameter) in find_expert_stacks(model).items():
-        if is_left_out(name, module, _own(module, parameter)):
-            continue
-        reason = _why_no_stack(model, name.removesuffix(f".{parameter}"), module, parameter)
+        owner = name.removesuffix(f".{parameter}")
+        reason = why_left_out(name, module, parameter) or _why_no_stack(model, owner, module, parameter)
         if reason is None:
             stacks[name] = (module, parameter)
         else:
@@ -85,7 +81,7 @@ def _why_no_layer(model: nn.Module, name: str, module: nn.Linear) -> str | None:
         return "not a plain nn.Linear"
     if _is_read(model, name):
         return "its weight is read without calling it"
-    if _own(module, "weight") is None:
+    if module._parameters.get("weight") is None:
         return "its weight is computed"
     return _why_no_values(module.weight)
 
@@ -97,7 +93,7 @@ def _why_no_stack(model: nn.Module, owner: str, module: nn.Module, parameter: st
         return "its module has another forward pass than its class, or hooks"
     if _is_read(model, owner, parameter):
         return "it is read outside its module"
-    return _why_no_values(_own(module, parameter))
+    return _why_no_values(module._parameters.get(parameter))
 
 
 def _why_no_values(weight: Tensor | None) -> str | None:
@@ -105,10 +101,6 @@ def _why_no_values(weight: Tensor | None) -> str | None:
     if weight is not None and weight.dtype in BITS and type(weight.data) is Tensor:
         return None
     return f"its weight is {None if weight is None else weight.dtype}"
-
-
-def _own(module: nn.Module, parameter: str) -> Tensor | None:
-    return module._parameters.get(parameter)
 
 
 def module_name(weight: str) -> str:

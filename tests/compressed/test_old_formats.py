@@ -15,7 +15,7 @@ from peft_spp.compressed.checkpoint_run import compress_checkpoint, decompress_c
 from peft_spp.sparsity import compare_sparsity, sparsity_report
 
 from helpers.compressed_cases import same_tensors, tensors_of
-from helpers.old_formats import FORMATS, OTHER_FORMATS, save_old, sparse_bitmask, write_old
+from helpers.old_formats import FORMATS, OTHER_FORMATS, damage_, save_old, sparse_bitmask, write_old
 from helpers.tiny import tiny, tiny_llama
 
 
@@ -173,13 +173,7 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
     file = tmp_path / "old" / "model.safetensors"
     tensors = load_file(file)
     values, bitmask, shape = (f"{NAME}.{part}" for part in ("compressed", "bitmask", "shape"))
-    if damage == "values":
-        tensors[values] = tensors[values][1:].clone()
-    elif damage == "bitmask":
-        tensors[bitmask][5, 2] = 255
-    elif damage == "narrow":
-        tensors[bitmask] = tensors[bitmask][:, 1:].clone()
-    elif damage == "shape":
+    if damage == "shape":
         tensors[shape] = torch.tensor([36, 52, 1])
     elif damage == "flat":
         tensors[shape] = torch.tensor([36 * 52])
@@ -187,8 +181,6 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
         tensors[shape] = torch.tensor([-36, -52])
     elif damage == "huge":
         tensors[shape] = torch.tensor([1 << 62, 4])
-    elif damage == "missing":
-        del tensors[bitmask]
     elif damage == "words":
         tensors[bitmask] = tensors[bitmask].int()
     elif damage == "integers":
@@ -198,7 +190,7 @@ def test_damaged_ones_are_refused_by_the_name_of_the_tensor(tmp_path, name, dama
     elif damage == "twice":
         tensors[f"{NAME}.weight"] = torch.ones(36, 52)
     else:
-        tensors[bitmask][5, -1] |= 128
+        damage_(tensors, NAME, damage)
     save_file(tensors, file)
     result = run("decompress", tmp_path / "old", tmp_path / "out")
     assert result.exit_code == 2

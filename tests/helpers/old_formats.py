@@ -80,3 +80,19 @@ OTHER_FORMATS = pytest.mark.parametrize(
         ("sparse-24-bitmask", {"format": "float-quantized"}, "float-quantized"),
     ],
 )
+
+
+def damage_(tensors, name, damage):
+    """Damage a weight in a way that the commands and Transformers are both tried with."""
+    values, bitmask = f"{name}.compressed", f"{name}.bitmask"
+    if damage == "values":
+        tensors[values] = tensors[values][1:].clone()
+    elif damage == "bitmask":
+        tensors[bitmask][5, 2] = 255
+    elif damage == "narrow":
+        tensors[bitmask] = tensors[bitmask][:, 1:].clone()
+    elif damage == "missing":
+        del tensors[bitmask]
+    else:
+        assert damage == "beyond"
+        tensors[bitmask][5, -1] |= 128
