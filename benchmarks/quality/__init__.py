@@ -11,7 +11,6 @@ the merged model, saved, and loaded by plain Transformers.
 - `data`, `base_models`: the texts, and the dense and pruned models, which are kept between runs;
 - `tuning`, `evaluation`, `harness_tasks`: one fine-tuning run, and what is measured;
 - `jobs`: one measurement;  `store`: those that are done;  `plan`: which come next, learning rates among them;
-- `pretrained`: the suite of a pretrained model;  `samples`: what that model writes;  `estimate`: what is left;
-- `analysis`, `tables`, `pictures`, `page`: what the results say, and `pretrained_results`,
-  `pretrained_findings`, `pretrained_page`.
+- `pretrained`: the suite of a pretrained model, and its page;  `samples`: what that model writes;
+- `estimate`: what is left;  `analysis`, `tables`, `pictures`, `page`: what the results say.
 """

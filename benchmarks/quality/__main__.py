@@ -23,8 +23,8 @@ from .estimate import needs_on_gpu
 from .harness_tasks import write_tasks
 from .page import write_report
 from .plan import Session, describe
-from .pretrained import PRETRAINED
-from .pretrained_page import write_pretrained
+from .pretrained.page import write_pretrained
+from .pretrained.suite import PRETRAINED
 from .store import Store
 from .suites import QUICK, SUITES
 

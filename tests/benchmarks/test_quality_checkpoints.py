@@ -25,7 +25,7 @@ from benchmarks.quality.data import load_texts
 from benchmarks.quality.design import Checkpoint, Pruning, Study
 from benchmarks.quality.harness_tasks import evaluate_tasks
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.pretrained import FOUR, OTHERS, PRETRAINED
+from benchmarks.quality.pretrained.suite import FOUR, OTHERS, PRETRAINED
 from benchmarks.quality.suites import AT_2_4, CHECKPOINTS
 from benchmarks.quality.tuning import distillation_loss
 from peft_spp.demo.data import train_tokenizer

@@ -12,9 +12,9 @@ pytest.importorskip("datasets")
 
 from benchmarks.quality.__main__ import described
 from benchmarks.quality.design import Study
-from benchmarks.quality.pretrained import FOUR, PRETRAINED
-from benchmarks.quality.pretrained_page import write_pretrained
-from benchmarks.quality.pretrained_results import comparisons_of
+from benchmarks.quality.pretrained.page import write_pretrained
+from benchmarks.quality.pretrained.results import comparisons_of
+from benchmarks.quality.pretrained.suite import FOUR, PRETRAINED
 from benchmarks.quality.store import Store
 from benchmarks.quality.suites import AT_2_4
 

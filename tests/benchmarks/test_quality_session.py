@@ -16,7 +16,7 @@ from benchmarks.quality import plan
 from benchmarks.quality.__main__ import described, narrow
 from benchmarks.quality.design import Contender, Pruning, Study
 from benchmarks.quality.estimate import Estimate
-from benchmarks.quality.pretrained import IA3, MASKED_LORA, POSITIVE, PRETRAINED, SPP, distilled
+from benchmarks.quality.pretrained.suite import IA3, MASKED_LORA, POSITIVE, PRETRAINED, SPP, distilled
 from benchmarks.quality.store import Store
 from benchmarks.quality.suites import AT_2_4
 

