@@ -32,7 +32,7 @@ class SPPConfig(PeftConfig):
     Args:
         r (`int`):
             The number of row blocks, that is the rows of A. The output rows of a layer are split into r blocks as
-            evenly as they go, and the rows of a block share a row of A. A layer with fewer rows than r gets one block
+            evenly as possible, and the rows of a block share a row of A. A layer with fewer rows than r gets one block
             a row, as if `rank_pattern` had said so.
         target_modules (`Optional[Union[List[str], str]]`):
             The names of the modules to apply the adapter to. When passing a string, a regex match will be performed.
@@ -60,7 +60,8 @@ class SPPConfig(PeftConfig):
             The dropout probability on the input of the SPP branch. Anything above 0 costs a second matmul in training.
         fan_in_fan_out (`bool`):
             Set this to True if the layer to replace stores weight like (fan_in, fan_out). For example, gpt-2 uses
-            `Conv1D` which stores weights like (fan_in, fan_out) and hence this should be set to `True`.
+            `Conv1D` which stores weights like (fan_in, fan_out) and hence this should be set to `True`. A wrong value
+            is corrected with a warning.
         bias (`str`):
             Bias type for SPP. Can be 'none', 'all' or 'spp_only'. If 'all' or 'spp_only', the corresponding biases
             will be updated during training. Be aware that this means that, even when disabling the adapters, the model
@@ -72,8 +73,8 @@ class SPPConfig(PeftConfig):
             distribution and sets B to zero, so that the adapter is a no-op before training. Passing 'positive' takes
             the absolute values of the same draws for A. A change of B then scales whole rows of the weight from the
             first step on, as in IA³. It costs nothing, and ended 0.1 to 0.5 % lower in perplexity in each of 12 pairs
-            of runs on two small models (docs/quality.md). On SmolLM2-135M it was 0.4 % lower too, but not better in
-            tasks (docs/pretrained.md), so True stays the default, as in the paper. Passing False draws B at random
+            of runs on two small models (docs/quality.md). On SmolLM2-135M it made no clear difference
+            (docs/pretrained.md), so True stays the default, as in the paper. Passing False draws B at random
             too; this is intended for debugging purposes.
         layers_to_transform (`Union[List[int], int]`):
             The layer indices to transform. If a list of ints is passed, it will apply the adapter to the layer indices
@@ -97,8 +98,8 @@ class SPPConfig(PeftConfig):
             or `trainable_token_indices` name one of them: both use the trained weight of the embedding.
             Adapters of tied `target_modules` are not tied: SPP does not adapt an embedding layer.
         check_base (`str`):
-            What to do if a saved adapter is loaded onto a base model with other masks than the one it
-            was trained on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
+            What to do if a saved adapter is loaded onto a base model that has other masks than the one it was trained
+            on, or is dense: 'warn' (default), 'error', or 'off'. A base model that is pruned in the same
             places and more, as after rounding to NF4, is accepted silently. With 'error', an adapter without a record
             of its base model is refused too.
         format_version (`int`):
