@@ -16,7 +16,9 @@ OutArgument = Annotated[Path, typer.Argument(help="The folder to write to.")]
 OverwriteOption = Annotated[
     bool,
     typer.Option(
-        "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+        "--overwrite",
+        help="Replace an existing model in the output folder, which is refused otherwise. A folder with other "
+        "files is always refused.",
     ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count without writing anything.")]
@@ -28,7 +30,8 @@ def compress(
     min_sparsity: Annotated[
         float | None,
         typer.Option(
-            help="Keep layers with fewer zeros than this share dense. By default, those that would not shrink."
+            help="Keep layers dense whose share of zeros, from 0 to 1, is smaller than this. By default, layers that "
+            "would not shrink."
         ),
     ] = None,
     exclude_modules: Annotated[

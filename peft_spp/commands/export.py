@@ -26,7 +26,8 @@ def export(
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace an existing adapter in the output folder; a folder with other files is refused.",
+            help="Replace an existing adapter in the output folder, which is refused otherwise. A folder with other "
+            "files is always refused.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check without writing anything.")] = False,

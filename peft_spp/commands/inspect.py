@@ -17,7 +17,8 @@ def inspect(
         str, typer.Argument(help="A model, an SPP adapter or a folder of safetensors: a path or a Hub id.")
     ],
     pattern: Annotated[
-        list[str] | None, typer.Option(help="A pattern to look for, such as 2:4 (repeat the option for several).")
+        list[str] | None,
+        typer.Option(help="A pattern to look for (repeat the option for several). By default, 2:4, 4:8 and 2:8."),
     ] = None,
     modules: Annotated[
         list[str] | None,
@@ -36,10 +37,17 @@ def inspect(
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.png", help="Draw a plot to this file (.png, .svg or .pdf). Needs the extra `plot`."
+            metavar="FILE.png",
+            help="Draw a plot to this file (.png, .svg or .pdf), and replace it if it exists. Needs the extra `plot`.",
         ),
     ] = None,
-    plot_module: Annotated[str | None, typer.Option(help="The layer whose weight is plotted.")] = None,
+    plot_module: Annotated[
+        str | None,
+        typer.Option(
+            help="The layer whose weight is plotted. By default, the first of a model, and the one that an adapter "
+            "changes most."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """

@@ -32,7 +32,9 @@ def merge(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+            "--overwrite",
+            help="Replace an existing model in the output folder, which is refused otherwise. A folder with other "
+            "files is always refused.",
         ),
     ] = False,
     dry_run: Annotated[

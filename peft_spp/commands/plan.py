@@ -38,27 +38,27 @@ def plan(
         str, typer.Argument(help="The model: a folder with a config.json, or the id of a repository on the Hub.")
     ],
     device_memory: Annotated[
-        str | None, typer.Option(help="What a GPU has, such as 80GB or 24GiB, to compare the total with.")
+        str | None, typer.Option(help="The memory of one GPU, such as 80GB or 24GiB, to compare the total with.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     engine: Annotated[
         Engine,
         typer.Option(help="How several GPUs share the work. fsdp2 and zero3 shard the base model."),
     ] = Engine.fsdp2,
-    sequence: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch on each GPU.")] = 1,
+    sequence: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch on each GPU.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="The dtype of the base model.")] = Dtype.bfloat16,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute the blocks again in the backward pass.")
     ] = False,
     compressed: Annotated[
-        bool, typer.Option("--compressed", help="Do not store the zeros of the base model.")
+        bool, typer.Option("--compressed", help="Plan for a compressed base model, which does not store its zeros.")
     ] = False,
     sparsity: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="The share of zeros, for --compressed.", show_default="0.5"),
     ] = None,
-    r: Annotated[int, typer.Option(min=1, help="The row blocks of A.")] = 16,
+    r: Annotated[int, typer.Option(min=1, help="Number of row blocks.")] = 16,
     target_modules: Annotated[
         list[str] | None,
         typer.Option(help="Linear layers to adapt, instead of all in the blocks: names, or one regular expression."),
@@ -72,10 +72,10 @@ def plan(
         ),
     ] = None,
     device_tflops: Annotated[
-        float, typer.Option(min=0.1, help="What a GPU can do by its data sheet, in 10^12 operations a second.")
+        float, typer.Option(min=0.1, help="The dense rate of one GPU in --dtype, from its data sheet, in TFLOP/s.")
     ] = 312.0,
     utilization: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="The share of that which training is assumed to reach.")
+        float, typer.Option(min=0.01, max=1.0, help="The share of --device-tflops that training is assumed to reach.")
     ] = 0.4,
     as_json: JsonOption = False,
 ) -> None:

@@ -56,10 +56,10 @@ def prune(
     model: Annotated[str, typer.Argument(help="The dense model: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the pruned model to.")],
     pattern: Annotated[
-        str | None, typer.Option(metavar="N:M", help="Keep N of every M weights in a row, such as 2:4.")
+        str | None, typer.Option(metavar="N:M", help="Keep N of every M consecutive weights, such as 2:4.")
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="The share of weights to prune, such as 0.5. Use this or --pattern.")
+        float | None, typer.Option(help="The share of weights to prune, such as 0.5. Give this or --pattern.")
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -87,7 +87,9 @@ def prune(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace an existing model in the output folder; a folder with other files is refused."
+            "--overwrite",
+            help="Replace an existing model in the output folder, which is refused otherwise. A folder with other "
+            "files is always refused.",
         ),
     ] = False,
     dry_run: Annotated[

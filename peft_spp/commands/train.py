@@ -20,15 +20,18 @@ from .late_options import as_options, option
 _OFTEN_SET: dict[str, tuple[type, str]] = {
     "model_name_or_path": (str, "The pruned model: a folder or a Hub id."),
     "dataset_name": (str, "The data: a file, a folder or a Hub id."),
-    "output_dir": (str, "The folder for checkpoints and the adapter."),
-    "learning_rate": (float, "The learning rate after warmup."),
-    "num_train_epochs": (float, "How many times to go through the data."),
-    "max_steps": (int, "How many steps to train, instead of epochs."),
-    "per_device_train_batch_size": (int, "Rows in a batch on each device."),
-    "gradient_accumulation_steps": (int, "Batches in a step."),
+    "output_dir": (str, "The folder for checkpoints and the adapter. An adapter in it is replaced."),
+    "learning_rate": (float, "The learning rate after warmup. TRL's default is too low for SPP: start from {rate:g}."),
+    "num_train_epochs": (float, "Number of passes over the data."),
+    "max_steps": (int, "Number of optimizer steps, instead of epochs."),
+    "per_device_train_batch_size": (int, "Rows per batch on each device."),
+    "gradient_accumulation_steps": (int, "Batches per optimizer step."),
     "load_in_4bit": (bool, "Quantize the model with bitsandbytes, as QLoRA does."),
-    "use_cpu": (bool, "Train on the CPU. Needs --bf16 false to train in float32."),
-    "resume_from_checkpoint": (str, "A checkpoint's folder, or true for the last one in the output folder."),
+    "use_cpu": (bool, "Train on the CPU. Add --bf16 false to train in float32."),
+    "resume_from_checkpoint": (
+        str,
+        "A checkpoint's folder, or true for the last one in the output folder, or auto for that one if there is one.",
+    ),
 }
 
 
@@ -50,7 +53,7 @@ class TrainingCommand(Command):
 def help_of(method: Method) -> str:
     """The text above the flags in the help of a method's command."""
     return (
-        f"{method.summary} Takes TRL's flags and YAML files, and SPP's (`--spp_r`).\n\n"
+        f"{method.summary} Takes TRL's flags and YAML files, and SPP's flags, such as `--spp_r`.\n\n"
         f"`accelerate launch -m peft_spp {method.name}` takes the same arguments and runs on several devices or "
         "machines."
     )
@@ -73,10 +76,10 @@ def train(context: typer.Context) -> None:
 
 
 def _often_set(method: Method) -> Iterator[Parameter]:
-    panel = "Flags of TRL that are often set"
+    panel = "Common TRL flags (--help-all shows all, with their defaults)"
     yield option("config", str, metavar="FILE", help="A YAML file of arguments.", rich_help_panel=panel)
     for name, (kind, text) in {**_OFTEN_SET, **method.often_set}.items():
-        yield option(name, kind, help=text, rich_help_panel=panel)
+        yield option(name, kind, help=text.format(rate=method.start_rate), rich_help_panel=panel)
 
 
 def _spp(method: Method) -> Iterator[Parameter]:
@@ -85,10 +88,10 @@ def _spp(method: Method) -> Iterator[Parameter]:
         kind, text = hints[field.name], field.metadata["help"]
         metavar = f"[{'|'.join(get_args(kind))}]" if get_origin(kind) is Literal else None
         simple = kind if kind in (bool, int, float) else str
-        yield option(field.name, simple, field.default, metavar=metavar, help=text, rich_help_panel="Flags of SPP")
+        yield option(field.name, simple, field.default, metavar=metavar, help=text, rich_help_panel="SPP flags")
 
 
 def _help(method: Method) -> Iterator[Parameter]:
     config = method.config.rpartition(":")[2]
-    yield option("help_all", bool, flag="--help-all", help=f"Show all flags, those of TRL's {config} among them.")
+    yield option("help_all", bool, flag="--help-all", help=f"Show all flags, including those of TRL's {config}.")
     yield option("help", bool, help="Show this message and exit.")

@@ -16,7 +16,7 @@ Flags = Mapping[str, tuple[type, str]]
 _MAX_LENGTH: Flags = {"max_length": (int, "Tokens after which a row is truncated.")}
 _BETA: Flags = {"beta": (float, "The weight of the divergence from the pruned model without its adapter.")}
 _ONLINE: Flags = {
-    "reward_funcs": (str, "Reward functions: names of TRL's, or import paths such as my_module.my_reward."),
+    "reward_funcs": (str, "Reward functions: names of TRL's functions, or import paths such as my_module.my_reward."),
     "reward_model_name_or_path": (str, "A reward model: a folder or a Hub id."),
     "num_generations": (int, "Completions to generate for each prompt."),
     "max_completion_length": (int, "Tokens after which a completion ends."),

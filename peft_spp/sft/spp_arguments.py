@@ -116,7 +116,8 @@ class SPPArguments:
     spp_check_base_steps: int = field(
         default=100,
         metadata={
-            "help": "How often SPPGuardCallback compares the base weights, in steps; 0 compares only when saving."
+            "help": "How often SPPGuardCallback compares the base weights, in steps; 0 compares only when saving and "
+            "at the end."
         },
     )
     dry_run: bool = field(
