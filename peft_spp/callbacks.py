@@ -34,9 +34,9 @@ class SPPGuardCallback(TrainerCallback):
     Stops a training run as soon as it goes wrong, with an error that names the module.
 
     Two things are watched: that every trained parameter stays finite, after each optimizer step; and that the weights
-    under the adapters stay what they were, zeros and values. These are compared at the start, every
+    under the adapters stay unchanged, zeros and values. The weights are compared at the start, every
     `check_base_steps` steps, before each checkpoint is saved, and at the end, and also right after a step in which
-    PyTorch counted a change in place. Nothing is saved of a step that fails.
+    PyTorch counted a change in place. A step that fails is not saved.
 
     What it costs: after each step one pass over the trained parameters and one wait for the device; for the weights
     one pass over each of them, as [`~peft_spp.sparsity.record_mask`] makes, and a sum.

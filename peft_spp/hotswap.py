@@ -33,10 +33,10 @@ def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
     """
-    Replace the weights of a loaded SPP adapter by those of a saved one, as `peft.utils.hotswap.hotswap_adapter` does.
+    Replace a loaded SPP adapter's weights with those of a saved one, as `peft.utils.hotswap.hotswap_adapter` does.
 
     The parameters stay the same tensors in the same memory, so a compiled model is not compiled again (unless the
-    scaling is another, see [`prepare_model_for_compiled_hotswap`]) and an optimizer goes on with them. The settings
+    scaling differs, see [`prepare_model_for_compiled_hotswap`]) and an optimizer goes on with them. The settings
     that the new weights need, that is the scalings and what the adapter remembers of its base model, are taken over.
 
     The new adapter may have fewer row blocks, if each of them is made up of whole blocks of the loaded one, as with an
@@ -73,7 +73,7 @@ def hotswap_adapter_from_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: SPPConfig
 ) -> None:
     """
-    Replace the weights of a loaded SPP adapter by those of a state dict. See [`hotswap_adapter`].
+    Replace the weights of a loaded SPP adapter with those of a state dict. See [`hotswap_adapter`].
 
     Args:
         model ([`PeftModel`] or a Transformers model with adapters): The model with the loaded adapter.

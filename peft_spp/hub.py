@@ -29,13 +29,13 @@ def push_to_hub(
     """
     Upload the adapters of a model to the Hub, and with them the model card that `save_pretrained` writes.
 
-    `model.push_to_hub(repo_id)` uploads the same files but the card: in Transformers 5 it puts its own card, made
-    for whole models, over the one that `save_pretrained` has written.
+    `model.push_to_hub(repo_id)` uploads the same files except the card: in Transformers 5 it replaces the one that
+    `save_pretrained` has written with its own, made for whole models.
 
     Args:
         model ([`PeftModel`]): The model with the adapters.
         repo_id (`str`): The repository, which is created if it does not exist. A card in it is kept and updated.
-        token (`bool` or `str`, *optional*): The token to use, by default the one that is stored.
+        token (`bool` or `str`, *optional*): The token to use. By default, the stored one.
         revision (`str`, *optional*): The branch to push to, which is created if it does not exist.
         private (`bool`, *optional*): Whether the repository is private, if it is created.
         commit_message (`str`, *optional*, defaults to `"Upload SPP adapter"`): The message of the commit.
@@ -43,7 +43,7 @@ def push_to_hub(
         **kwargs (`optional`): Additional keyword arguments of [`PeftModel.save_pretrained`].
 
     Returns:
-        `str`: The address of the commit.
+        `str`: The URL of the commit.
 
     Raises:
         ValueError: If `is_main_process` is `False`.

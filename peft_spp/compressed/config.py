@@ -23,8 +23,8 @@ class BitmaskConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert (`Sequence[str]`, *optional*): Linear layers and experts that stay dense, by their name,
             the end of it, or a regular expression for its beginning. By default those that Transformers leaves alone
             when it quantizes: the head and what is tied to the embeddings. `[]` compresses an untied head as well.
-        min_sparsity (`float`, *optional*): Layers with a smaller share of zeros stay dense. By default a layer is
-            compressed if that takes fewer bytes, from 1/16 zeros on at 2 bytes a value.
+        min_sparsity (`float`, *optional*): Layers with a smaller share of zeros, from 0 to 1, stay dense. By default
+            a layer is compressed if that takes fewer bytes, from 1/16 zeros on at 2 bytes a value.
         version (`int`): The version of the format.
 
     Raises:

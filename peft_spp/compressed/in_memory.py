@@ -45,8 +45,8 @@ def compress(
     Stop storing the zeros of a model's linear layers, and of the experts of a mixture.
 
     The layers become [`CompressedLinear`], and modules with stacks of experts get another class; they compute the same
-    and are frozen. A warning names those that have too few zeros. A model of Transformers is saved compressed
-    afterwards.
+    and are frozen. A warning names layers and experts with too few zeros, which stay dense. A model of Transformers is
+    then saved compressed.
 
     Args:
         module (`nn.Module`): Any module, changed in place.

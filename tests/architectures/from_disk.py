@@ -142,13 +142,13 @@ def page(table: dict[str, dict[str, Any]]) -> str:
         "",
         "Look up whether `peft-spp prune` and `peft-spp merge` work for your model type without loading the model.",
         f"The table counts the causal language models of Transformers {transformers.__version__}; a tiny model of",
-        "each was pruned and merged both ways.",
+        "each was pruned and merged from disk and in memory.",
         "",
         "```bash",
         "peft-spp prune my-dense-model my-pruned-model --method magnitude --pattern 2:4",
         "```",
         "",
-        "| From disk to disk | the bits of the way in memory | refused, with the reason below |",
+        "| From disk to disk | same bits as in memory | refused, with the reason below |",
         "|---|---|---|",
         *(
             f"| {title} | {sum(row[way] == 'agrees' for row in checked.values())} | "
