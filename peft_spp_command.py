@@ -7,6 +7,7 @@ seconds that help and shell completion do without. A command registers when it r
 """
 
 import os
+import sys
 
 
 starting = False
@@ -15,6 +16,14 @@ starting = False
 
 def main() -> None:
     """Run the command line."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        # before a command could say so, or while Python ends; as the shell has it
+        sys.exit(130)
+
+
+def _run() -> None:
     global starting
     # OpenMP reads it once, with PyTorch: threads that wait for work leave the processors to others
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +20,12 @@ from ..error_text import message
 from .terminal import make_printable, silence
 
 
-# as `diff` and `grep` do; an interrupted command ends as the shell has it
-FOUND, TROUBLE, INTERRUPTED = 1, 2, 130
+# as `diff` and `grep` do; a command that a signal stops ends as the shell has it, with 128 and the signal's number
+FOUND, TROUBLE, STOPPED = 1, 2, 128
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the command, with its number: what is not finished is removed on the way out."""
 
 
 class CommandGroup(TyperGroup):
@@ -29,7 +36,7 @@ class CommandGroup(TyperGroup):
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with errors_as_exit_codes():
+        with errors_as_exit_codes(), signals_as_errors():
             return super().invoke(ctx)
 
 
@@ -50,8 +57,9 @@ def errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _print_error("Interrupted.")
-        raise typer.Exit(code=INTERRUPTED) from error
+        number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+        _print_error("Interrupted." if number == signal.SIGINT else f"Stopped by {number.name}.")
+        raise typer.Exit(code=STOPPED + number) from error
     except BrokenPipeError as error:
         # nobody reads what is printed: `peft-spp ... | head`
         silence()
@@ -62,6 +70,57 @@ def errors_as_exit_codes() -> Iterator[None]:
             raise
         _print_error(f"Error: {message(error)}" if _is_message(error) else traceback.format_exc().rstrip())
         raise typer.Exit(code=TROUBLE) from error
+
+
+@contextmanager
+def signals_as_errors() -> Iterator[None]:
+    """
+    While active, Ctrl-C, SIGTERM (from `kill`, `timeout` or a scheduler) and SIGHUP (from a terminal that is closed)
+    raise [`Stopped`]. A signal that is ignored, as under `nohup`, or that somebody else handles is left alone.
+    """
+    names = (name for name in _SIGNALS if hasattr(signal, name))
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    process = os.getpid()
+    first: list[signal.Signals] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # of a worker that was forked
+            signal.signal(number, handlers[signal.Signals(number)])
+            signal.raise_signal(number)
+            return
+        first.append(signal.Signals(number))
+        # Python drops what is raised in a destructor or while it forks: then it is raised once more
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, lambda *_: stop(first[0], None))
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_STOP)
+        if not _is_stopping():
+            raise Stopped(first[0])
+
+    # only the main thread may set them
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [one for one, handler in handlers.items() if is_main and handler in _OF_PYTHON]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, handlers[number])
+        if first and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_OF_PYTHON = (signal.SIG_DFL, signal.default_int_handler)
+_SECONDS_TO_STOP = 1.0
+
+
+def _is_stopping() -> bool:
+    """Whether the command is on its way out, which nothing should interrupt."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
 
 
 def _is_message(error: Exception) -> bool:

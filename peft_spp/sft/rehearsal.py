@@ -65,10 +65,11 @@ def rehearse(recipe: Recipe, model: BaseModel, train_dataset: Any, eval_dataset:
 # what TRL, Transformers and templates raise of arguments and data that do not go together
 _CANNOT_TRAIN = (ValueError, TypeError, LookupError, ArithmeticError, ImportError, RuntimeError, TemplateError)
 
-# what writes to a folder or the Hub, or needs weights, and what is for loading them
+# what writes to a folder or the Hub, handles signals or needs weights, and what is for loading them
 _EFFECTS = {
     "push_to_hub": False,
     "activation_offloading": False,
+    "enable_jit_checkpoint": False,
     "precompute_ref_log_probs": False,
     "use_vllm": False,
     "model_init_kwargs": None,
