@@ -39,13 +39,18 @@ def parse_arguments(args: Sequence[str], method: Method) -> Arguments:
         "--config", metavar="FILE", help="A YAML file with arguments. Arguments on the command line override it."
     )
     words = _split_config_option(args)
-    if "--config" in words and words.index("--config") == len(words) - 1:
+    file = next(iter(words[words.index("--config") + 1 :]), None) if "--config" in words else ""
+    if file is None:
         raise InputError("--config needs the path of a YAML file.")
     try:
-        # the last is the namespace of --config, which TrlParser has taken out of the words by then
-        *parsed, _ = parser.parse_args_and_config(words)
+        # TrlParser has taken the first --config out of the words
+        *parsed, rest = parser.parse_args_and_config(words)
+    except UnicodeDecodeError as error:
+        raise InputError(f"The YAML file {file} is not text in UTF-8: {error}") from error
     except (OSError, ValueError, TypeError, ArithmeticError, ImportError, yaml.YAMLError) as error:
         raise InputError(no_gpu_hint(error) or one_line(error)) from error
+    if rest.config is not None:
+        raise InputError(f"--config {rest.config} would not be read. Pass one YAML file, with --config in full.")
     arguments = Arguments(method, *parsed)
     _check(arguments)
     return arguments
@@ -64,8 +69,13 @@ def _check(arguments: Arguments) -> None:
         )
     if (script.dataset_streaming or mixture.streaming) and arguments.training.max_steps <= 0:
         raise InputError("Streamed data has no length. Pass --max_steps.")
-    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        if (value := getattr(arguments.training, name)) < 1:
+    for name in (
+        "gradient_accumulation_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "max_length",
+    ):
+        if (value := getattr(arguments.training, name, None)) is not None and value < 1:
             raise InputError(f"--{name} {value} cannot be used: it should be 1 or more.")
     if not 0 <= (rate := arguments.training.learning_rate) < math.inf:
         raise InputError(f"--learning_rate {rate} cannot be used: it should be a number, 0 or more.")

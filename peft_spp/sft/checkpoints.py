@@ -100,10 +100,11 @@ def check_settings(checkpoint: str, config: SPPConfig) -> None:
         )
 
 
-def find_checkpoint(request: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` asks for."""
-    word = "false" if request is None else request.lower()
-    if request is None or word == "false":
+def find_checkpoint(request: str | bool | None, output_dir: str | Path) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` asks for; in a YAML file, `true` and `false` are bools."""
+    request = str(request or "false")
+    word = request.lower()
+    if word == "false":
         return None
     if word in ("true", "auto"):
         found = last_complete_checkpoint(output_dir)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from argparse import Action, ArgumentTypeError
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from trl import TrlParser
 
@@ -14,6 +18,9 @@ from .errors import InputError
 
 _RENAMED = {"--warmup_ratio": "--warmup_steps, which below 1 is a share of the steps"}
 """Flags that earlier versions of Transformers had."""
+
+_WORDS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
+"""What YAML reads as true or false if it is not in quotes."""
 
 
 class Parser(TrlParser):
@@ -28,14 +35,58 @@ class Parser(TrlParser):
             flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
             # values that follow an unknown flag are left over with it
             self.error(f"unknown flag {self._with_flags_like(flags)}" if flags else f"{rest[0]!r} is not a flag")
+        for name, value in vars(parsed).items():
+            if name.endswith("_kwargs") and value is not None:
+                self._check_object(name, value)
         return parsed, rest
+
+    def _check_object(self, name: str, value: Any) -> None:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.error(f"argument --{name}: {value!r} is not valid JSON: {error}")
+        if not isinstance(found, Mapping):
+            self.error(f"""argument --{name}: {value!r} is not a JSON object such as '{{"key": 1}}'""")
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         rest: list[str] = super().set_defaults_with_config(**kwargs)
         if rest:
             flags = [word for word in rest if word.startswith("--") and word[2:] in kwargs]
             self.error(f"unknown in the YAML file: {self._with_flags_like(flags)}")
+        hints = {name: hint for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
+        for action in self._actions:
+            if action.dest in kwargs and action.nargs != 0:
+                may_be_empty = NoneType in get_args(hints.get(action.dest))
+                value = self._as_argument(action, kwargs[action.dest], may_be_empty)
+                self.set_defaults(**{action.dest: value})
         return rest
+
+    def _as_argument(self, action: Action, value: Any, may_be_empty: bool = False) -> Any:
+        """A value of the YAML file, of the type and among the choices that the flag has on the command line."""
+        if isinstance(value, Mapping) or (value is None and may_be_empty):
+            return value
+        if action.nargs == "+":
+            return [self._as_word(action, one) for one in (value if isinstance(value, list) else [value])]
+        return self._as_word(action, value)
+
+    def _as_word(self, action: Action, value: Any) -> Any:
+        kind, choices = action.type or str, action.choices
+        # TRL wraps the types of flags that take `none`, and keeps the name
+        name = getattr(kind, "__name__", "").replace("string_to_bool", "bool")
+        # what is not a word on the command line either; and a number of rows is not a share
+        if isinstance(value, Mapping) or (isinstance(value, (list, bool)) and kind is str):
+            return value
+        if name == "float" and type(value) is int:
+            return value
+        if isinstance(value, bool) and choices is not None:
+            value = next((word for word in _WORDS[value] if word in choices), value)
+        with suppress(ValueError, TypeError, ArgumentTypeError):
+            found = kind(str(value)) if callable(kind) else value
+            if value is not None and (choices is None or found in choices):
+                return found
+        shown = "its empty value" if value is None else repr(value)
+        what = f"one of {', '.join(map(str, choices))}" if choices else f"of type {name}"
+        self.error(f"argument --{action.dest}: {shown} in the YAML file is not {what}")
 
     def _with_flags_like(self, unknown: Sequence[str]) -> str:
         # each flag has a second spelling, with dashes

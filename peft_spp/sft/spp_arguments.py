@@ -135,8 +135,6 @@ class SPPArguments:
                 flag = flag_of(one.name)
                 convert = _CONVERSIONS.get(one.name)
                 value = getattr(self, flag)
-                if isinstance(value, str) and one.name in _LISTS:
-                    value = [value]  # of a YAML file
                 settings[one.name] = value if convert is None else convert(value, f"--{flag}")
         return SPPConfig(**settings)
 
@@ -200,22 +198,10 @@ def _json(text: str, option: str) -> Any:
         raise ValueError(f"{option} is not valid JSON: {text!r}: {error}") from error
 
 
-def _init_weights(value: str | bool, option: str) -> bool | str:
-    # a YAML file has `true` as a bool, and its values are not compared with the choices
-    word = str(value).lower()
-    if word not in ("true", "false", "positive"):
-        raise ValueError(f"{option} should be true, false or positive, but it is {value!r}")
-    return word == "true" if word != "positive" else word
+def _init_weights(value: str, option: str) -> bool | str:
+    return value == "true" if value != "positive" else value
 
 
-_LISTS = (
-    "target_modules",
-    "exclude_modules",
-    "target_parameters",
-    "layers_pattern",
-    "modules_to_save",
-    "trainable_token_indices",
-)
 _CONVERSIONS: dict[str, Callable[[Any, str], Any]] = {
     "target_modules": _modules,
     "exclude_modules": _modules,

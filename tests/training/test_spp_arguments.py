@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from peft_spp import SPPConfig
+from peft_spp.sft import checkpoints
 from peft_spp.sft.arguments import parse_arguments
 from peft_spp.sft.errors import InputError
 from peft_spp.sft.methods import METHODS
@@ -126,7 +127,91 @@ def test_a_value_that_cannot_be_used_is_named(words: list[str], said: str) -> No
         config_of(*words)
 
 
-def test_a_word_of_a_yaml_file_that_is_no_choice_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("spp_init_weights: [1]\n")
-    with pytest.raises(InputError, match=r"--spp_init_weights should be true, false or positive, but it is \[1\]"):
-        config_of("--config", str(tmp_path / "run.yaml"))
+def of_yaml(text: str, tmp_path: Path) -> Any:
+    """The arguments of a YAML file."""
+    (tmp_path / "run.yaml").write_text(text)
+    return parse_arguments([*RUN, "--config", str(tmp_path / "run.yaml")], METHODS["sft"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("spp_init_weights: [1]", r"--spp_init_weights: \[1\] in the YAML file is not one of true, false, positive"),
+        ("spp_bias: no", "--spp_bias: False in the YAML file is not one of none, all, spp_only"),
+        ("lr_scheduler_type: steep", "--lr_scheduler_type: 'steep' in the YAML file is not one of linear"),
+        ("spp_r: 4.0", "--spp_r: 4.0 in the YAML file is not of type int"),
+        ("max_steps: 4.5", "--max_steps: 4.5 in the YAML file is not of type int"),
+        ("max_steps: true", "--max_steps: True in the YAML file is not of type int"),
+        ("learning_rate:", "--learning_rate: its empty value in the YAML file is not of type float"),
+        ("learning_rate: fast", "--learning_rate: 'fast' in the YAML file is not of type float"),
+        ("per_device_train_batch_size: [2]", r"--per_device_train_batch_size: \[2\] in the YAML file"),
+        ("packing: 3", "--packing: 3 in the YAML file is not of type bool"),
+        ("spp_layers_to_transform: [a]", "--spp_layers_to_transform: 'a' in the YAML file is not of type int"),
+        ("config: other.yaml", "--config other.yaml would not be read"),
+        ("max_length: -4", "--max_length -4 cannot be used"),
+        ("gradient_checkpointing_kwargs: x", "--gradient_checkpointing_kwargs: 'x' is not valid JSON"),
+        ("dataset_kwargs: [1]", r"--dataset_kwargs: \[1\] is not a JSON object"),
+    ],
+)
+def test_a_value_of_a_yaml_file_is_checked_as_on_the_command_line(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        of_yaml(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        # YAML reads `no` and `off` as false
+        ("eval_strategy: no", "eval_strategy", "no"),
+        ("learning_rate: 4e-3", "learning_rate", 4e-3),
+        ("max_length: null", "max_length", None),
+        ("max_length: none", "max_length", None),
+        ("max_steps: '5'", "max_steps", 5),
+        ("report_to: [none]", "report_to", []),
+        ("model_init_kwargs: {dtype: float32}", "model_init_kwargs", {"dtype": "float32"}),
+        ("save_steps: 1", "save_steps", 1),
+    ],
+)
+def test_a_value_of_a_yaml_file_arrives(text: str, name: str, expected: Any, tmp_path: Path) -> None:
+    assert getattr(of_yaml(text, tmp_path).training, name) == expected
+
+
+def test_other_values_of_a_yaml_file_arrive(tmp_path: Path) -> None:
+    assert of_yaml("spp_check_base: off", tmp_path).spp.to_config("CAUSAL_LM").check_base == "off"
+    assert of_yaml("spp_trainable_token_indices: 5", tmp_path).spp.to_config("CAUSAL_LM").trainable_token_indices == [
+        5
+    ]
+    # a number of rows, and not a share
+    assert of_yaml("test_split_size: 3", tmp_path).mixture.test_split_size == 3
+    assert type(of_yaml("test_split_size: 3", tmp_path).mixture.test_split_size) is int
+    (tmp_path / "mixture.yaml").write_text("datasets: [a.jsonl, {path: b.jsonl}]")
+    words = ["--model_name_or_path", "x", "--use_cpu", "--bf16", "false", "--config", str(tmp_path / "mixture.yaml")]
+    assert [one.path for one in parse_arguments(words, METHODS["sft"]).mixture.datasets] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "{yaml}", "--config", "{yaml}"], "Pass one YAML file"),
+        (["--conf", "{yaml}"], "--config .* would not be read"),
+        (["--config", "{latin}"], "The YAML file .*latin.yaml is not text in UTF-8"),
+        (["--model_init_kwargs", "{{'a': 1}}"], "--model_init_kwargs: .* is not valid JSON"),
+        (["--lr_scheduler_kwargs", "3"], "--lr_scheduler_kwargs: '3' is not a JSON object"),
+    ],
+)
+def test_a_file_that_would_not_be_read_and_objects_that_are_none_are_named(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("spp_r: 4\n")
+    (tmp_path / "latin.yaml").write_bytes("output_dir: café\n".encode("latin-1"))
+    files = {"yaml": tmp_path / "run.yaml", "latin": tmp_path / "latin.yaml"}
+    with pytest.raises(InputError, match=said):
+        config_of(*(word.format(**files) for word in words))
+
+
+@pytest.mark.parametrize(("request_", "found"), [(True, "checkpoint-3"), (False, None), (None, None)])
+def test_a_checkpoint_that_a_yaml_file_asks_for(
+    request_: bool | None, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "last_complete_checkpoint", lambda folder: "checkpoint-3")
+    assert checkpoints.find_checkpoint(request_, "out") == found
