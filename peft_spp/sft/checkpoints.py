@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft.utils.constants import CONFIG_NAME
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.safetensors_files import read_json
@@ -17,6 +22,7 @@ from ..tuner import SPPConfig
 from ..tuner.adapter_files import find_weights, named_adapters
 from ..tuner.saved_adapter import read_adapter
 from .errors import InputError
+from .processes import is_first_process
 from .spp_arguments import flag_of
 
 
@@ -120,3 +126,28 @@ def find_checkpoint(request: str | bool | None, output_dir: str | Path) -> str |
             f"Cannot resume from the checkpoint {request!r}: {lack}. Pass 'true' to resume from the last complete one."
         )
     return request
+
+
+def rate_of(checkpoint: str) -> float | None:
+    """The learning rate of a checkpoint, which a resumed run keeps; `None` if it is not in there."""
+    try:
+        scheduler: dict[str, Any] = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        return float(scheduler["base_lrs"][0])
+    except (OSError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError):
+        return None
+
+
+class AllStepsDone(Exception):
+    """The checkpoint that a run goes on from has all of its steps."""
+
+
+class StopWhenDone(TrainerCallback):
+    """Raises [`AllStepsDone`] before a step is made: Transformers would make one more than `max_steps`."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            if is_first_process():
+                print(f"The checkpoint has all {state.max_steps} steps: none is left to train.", file=sys.stderr)
+            raise AllStepsDone

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from ..callbacks import SPPGuardCallback
 from ..other_libraries import without_their_future_warnings
 from .arguments import Arguments, parse_arguments
 from .base_report import SparsityCallback, sparsity_on_disk
-from .checkpoints import check_settings, find_checkpoint
+from .checkpoints import AllStepsDone, StopWhenDone, check_settings, find_checkpoint, rate_of
 from .data import check_sources, load_data
 from .machine import check_apart, check_machine
 from .methods import METHODS, load
@@ -97,10 +98,11 @@ def train(run: Run) -> None:
             eval_dataset=run.eval_dataset,
             quantization_config=get_quantization_config(model),
             peft_config=spp.to_config(method.task_type),
-            callbacks=[guard, SparsityCallback(guard)],
+            callbacks=[guard, SparsityCallback(guard), StopWhenDone()],
             **run.recipe.trainer_arguments(),
         )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    with suppress(AllStepsDone):  # the adapter is that of the checkpoint by then
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The adapter is in {training.output_dir}.", file=sys.stderr)
     if training.push_to_hub:
@@ -119,7 +121,7 @@ def _describe(run: Run) -> str:
         f"Adapter:    SPP on {len(run.model.layers)} layers, {run.model.trainable:,} trainable parameters of "
         f"{run.model.total:,}",
         f"Data:       {rows} rows",
-        *_rate_lines(arguments),
+        *_rate_lines(arguments, run.checkpoint),
         *run.recipe.lines,
         f"Checkpoint: {run.checkpoint or 'none, from the first step'}",
         f"Output:     {arguments.training.output_dir}",
@@ -129,15 +131,21 @@ def _describe(run: Run) -> str:
     return "\n".join([*lines, *(found.lines() if found else ())])
 
 
-def _rate_lines(arguments: Arguments) -> list[str]:
-    """The learning rate, and a warning if it is TRL's default, or less."""
+def _rate_lines(arguments: Arguments, checkpoint: str | None) -> list[str]:
+    """The learning rate, and a warning if it is not the one asked for, or TRL's default, or less."""
     training: Any = arguments.training
-    default = type(training).learning_rate
-    lines = [f"Rate:       {training.learning_rate:g}"]
-    if 0 < training.learning_rate <= default:
+    asked, default = training.learning_rate, type(training).learning_rate
+    kept = rate_of(checkpoint) if checkpoint is not None else None
+    rate = asked if kept is None else kept
+    lines = [f"Rate:       {rate:g}"]
+    if rate != asked:
         lines.append(
-            f"Warning: SPP learns next to nothing at a learning rate of {training.learning_rate:g} (TRL's default is "
-            f"{default:g}): its factors multiply small weights. Pass --learning_rate, {arguments.method.start_rate:g} "
-            "to start from."
+            f"Warning: --learning_rate {asked:g} has no effect: a resumed run keeps the rate of its checkpoint. Train "
+            "into another --output_dir to change it."
+        )
+    if 0 < rate <= default:
+        lines.append(
+            f"Warning: SPP learns next to nothing at a learning rate of {rate:g} (TRL's default is {default:g}): its "
+            f"factors multiply small weights. Pass --learning_rate, {arguments.method.start_rate:g} to start from."
         )
     return lines

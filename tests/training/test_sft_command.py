@@ -392,3 +392,39 @@ def test_flags_of_trl_reach_the_trainer(settings: list[str], base: str, data: st
     assert any("eval_loss" in entry for entry in history) is ("--eval_strategy" in settings)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out))
     assert_zeros_kept(model, base_weights(pruned_model()))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_finished_run_that_is_started_again_makes_no_step_more(
+    streamed: bool, base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a preemption between the last checkpoint and the end: Transformers alone trains a third step."""
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
+    arguments += ["--max_steps", "2", "--learning_rate", "1e-2", "--resume_from_checkpoint", "auto"]
+    arguments += ["--dataset_streaming"] * streamed
+    main(arguments)
+    written = (out / "adapter_model.safetensors").read_bytes()
+    (out / "adapter_model.safetensors").unlink()
+    main(arguments)
+    assert (out / "adapter_model.safetensors").read_bytes() == written
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert "The checkpoint has all 2 steps" in capsys.readouterr().err
+
+
+def test_a_resumed_run_names_the_rate_that_it_keeps(
+    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
+    arguments += ["--logging_steps", "1", "--lr_scheduler_type", "constant"]
+    main([*arguments, "--max_steps", "1", "--learning_rate", "1e-2"])
+    capsys.readouterr()
+    arguments += ["--max_steps", "2", "--resume_from_checkpoint", "true"]
+    main([*arguments, "--learning_rate", "1e-1"])
+    shown = capsys.readouterr().err
+    assert "Rate:       0.01\n" in shown and "--learning_rate 0.1 has no effect" in shown
+    history = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [0.01, 0.01]
+    main([*arguments, "--learning_rate", "1e-2", "--dry_run"])
+    assert "no effect" not in capsys.readouterr().err
