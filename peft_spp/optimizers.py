@@ -10,36 +10,56 @@ from functools import wraps
 from typing import Any
 
 from peft.optimizers import loraplus
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 
 from .tuner import SPPLayer
 
 
-def warn_in_loraplus() -> None:
-    """
-    Make `peft.optimizers.create_loraplus_optimizer` warn of a model with SPP adapters. Calling it again is a no-op.
+_FACTORS = ("spp_A", "spp_B")
 
-    Programs may have imported the function before this package, so what is wrapped is what it calls with the model.
+
+def warn_in_optimizers() -> None:
+    """
+    Make PEFT's `create_loraplus_optimizer` and `create_lorafa_optimizer` warn of a model with SPP adapters, for which
+    they do nothing of their own. Calling it again is a no-op.
+
+    Programs may have imported the functions before this package, so what is wrapped is what they call.
     """
     names = loraplus.get_parameter_names
     if not hasattr(names, "warns_of_spp"):
-        loraplus.get_parameter_names = _warning(names)
+        loraplus.get_parameter_names = _warning(
+            names,
+            lambda model, *args, **kwargs: any(isinstance(layer, SPPLayer) for layer in model.modules()),
+            "create_loraplus_optimizer looks for the names of LoRA's factors, so `loraplus_lr_ratio` has no effect on "
+            "SPP: A and B get the same learning rate. Use `peft_spp.spp_parameter_groups(model, lr, B_lr_ratio=...)`.",
+        )
+    init = LoraFAOptimizer.__init__
+    if not hasattr(init, "warns_of_spp"):
+        setattr(LoraFAOptimizer, "__init__", _warning(init, _has_factors, _LORA_FA))  # noqa: B010  (for mypy)
 
 
-def _warning(get_parameter_names: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(get_parameter_names)
-    def names_of(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(layer, SPPLayer) for layer in model.modules()):
-            warnings.warn(
-                "create_loraplus_optimizer looks for the names of LoRA's factors, so `loraplus_lr_ratio` has no "
-                "effect on SPP: A and B get the same learning rate. Use "
-                "`peft_spp.spp_parameter_groups(model, lr, B_lr_ratio=...)`.",
-                stacklevel=3,
-            )
-        return get_parameter_names(model, *args, **kwargs)
+_LORA_FA = (
+    "create_lorafa_optimizer looks for the names of LoRA's factors, so it does not freeze A of SPP, and scales no "
+    "gradient: it is AdamW here. Use `torch.optim.AdamW`."
+)
 
-    setattr(names_of, "warns_of_spp", True)  # noqa: B010  (for mypy)
-    return names_of
+
+def _has_factors(optimizer: LoraFAOptimizer, params: Any, *args: Any, **kwargs: Any) -> bool:
+    groups = [group for group in params if isinstance(group, dict)] if isinstance(params, (list, tuple)) else []
+    names = [name for group in groups for name in group.get("names", ())]
+    return any(f".{factor}." in name for name in names for factor in _FACTORS)
+
+
+def _warning(function: Callable[..., Any], is_spp: Callable[..., bool], message: str) -> Callable[..., Any]:
+    @wraps(function)
+    def warns(*args: Any, **kwargs: Any) -> Any:
+        if is_spp(*args, **kwargs):
+            warnings.warn(message, stacklevel=3)
+        return function(*args, **kwargs)
+
+    setattr(warns, "warns_of_spp", True)  # noqa: B010  (for mypy)
+    return warns
 
 
 def spp_parameter_groups(
@@ -72,7 +92,7 @@ def spp_parameter_groups(
     """
     if not 0.0 < B_lr_ratio < math.inf:
         raise ValueError(f"B_lr_ratio={B_lr_ratio!r} is not a positive number")
-    factors: dict[str, set[int]] = {"spp_A": set(), "spp_B": set()}
+    factors: dict[str, set[int]] = {name: set() for name in _FACTORS}
     for layer in model.modules():
         if isinstance(layer, SPPLayer):
             for name, found in factors.items():

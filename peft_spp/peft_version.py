@@ -39,6 +39,7 @@ _RELIED_ON = {
     "peft.config": ("PeftConfigMixin._split_kwargs", "PeftConfigMixin._get_peft_type"),
     "peft.utils.peft_types": ("register_peft_method",),
     "peft.optimizers.loraplus": ("get_parameter_names",),
+    "peft.optimizers.lorafa": ("LoraFAOptimizer.__init__",),
 }
 
 

@@ -16,7 +16,7 @@ from peft.utils.peft_types import PeftType, register_peft_method
 
 from ._version import __version__
 from .enum_extension import extend_str_enum
-from .optimizers import warn_in_loraplus
+from .optimizers import warn_in_optimizers
 from .tuner.load_checks import guard_entrances
 from .tuner.saving import save_durably
 
@@ -51,6 +51,6 @@ def register(config_cls: type, model_cls: type) -> None:
         )
     setattr(peft.PeftModel, "save_pretrained", save_durably(peft.PeftModel.save_pretrained))  # noqa: B010  (for mypy)
     guard_entrances()
-    warn_in_loraplus()
+    warn_in_optimizers()
     extend_str_enum(PeftType, MEMBER)
     register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, is_mixed_compatible=False)

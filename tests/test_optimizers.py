@@ -10,13 +10,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, lorafa
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_spp import SPPConfig, SPPLayer, spp_parameter_groups
-from peft_spp.optimizers import warn_in_loraplus
+from peft_spp.optimizers import warn_in_optimizers
 
 from helpers.tiny import randomize, tiny_llama
 from helpers.tiny_moe import tiny_moe
@@ -108,12 +108,32 @@ def test_peft_s_own_groups_have_nothing_of_spp_in_b() -> None:
 
 
 def test_peft_s_own_groups_are_silent_about_lora() -> None:
-    warn_in_loraplus()  # again
+    warn_in_optimizers()  # again
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         groups = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.5, loraplus_lr_ratio=4.0).param_groups
     assert {group["lr"] for group in groups if group["params"]} == {0.5, 2.0}
+
+
+def test_lora_fa_says_that_it_is_adamw_for_spp() -> None:
+    """When this fails, docs/training.md may send readers to PEFT's function."""
+    model = adapted()
+    with pytest.warns(UserWarning, match=r"does not freeze A of SPP.*Use `torch\.optim\.AdamW`") as seen:
+        create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.5)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if ".spp_A." in name)
+    assert [one.filename for one in seen] == [__file__]
+
+
+def test_lora_fa_is_silent_about_lora_and_takes_parameters_alone() -> None:
+    warn_in_optimizers()  # again
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    parameters = list(adapted().parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.5), lorafa.LoraFAOptimizer)
+        optimizer = lorafa.LoraFAOptimizer(iter(parameters))
+    assert len(optimizer.param_groups[0]["params"]) == len(parameters)
 
 
 def test_peft_s_rescaling_is_refused_and_layers_have_their_own() -> None:
