@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from ..architecture import find_expert_stacks
 from ..checkpoints.compressed_files import bitmask_of
 from ..checkpoints.old_compressed_files import Parts
-from ..functional.bitmask import BITS, check_compressed, count_stored
+from ..functional.bitmask import BITS, Compressed, check_compressed, count_stored
+from ..functional.compressed import decompress
 from .config import BitmaskConfig
 from .expert_converters import ExpertConverters
 from .expert_files import compress_experts, read_experts, save_as_dense
@@ -221,11 +222,14 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise ValueError(f"{name}: the checkpoint has its bitmask and no values")
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"{name}: only nn.Linear can be compressed, and {module} is a {type(layer).__name__}")
-            row_offsets = check_compressed(values, bitmask, (layer.out_features, layer.in_features), name)
+            outputs = bitmask.shape[0] if bitmask.numel() else layer.out_features
+            row_offsets = check_compressed(values, bitmask, (outputs, layer.in_features), name)
         except ValueError as error:
             # Raised here it would become a line of Transformers' report. It is raised when all is read.
             self.problems.append(str(error))
             return {}
+        if outputs != layer.out_features:  # as of a head with other labels: Transformers reports it, or ignores it
+            return {name: decompress(Compressed(values, _aligned(bitmask), row_offsets, layer.in_features))}
         return self._put(model, module, values, bitmask, row_offsets)
 
     def put_stack(

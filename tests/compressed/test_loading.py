@@ -24,7 +24,7 @@ import peft_spp
 from peft_spp import BitmaskConfig, CompressedLinear, SPPConfig
 
 from helpers.compressed_cases import IDS, pruned_llama, same_tensors, tensors_of
-from helpers.tiny import block_linears, prune_, tiny
+from helpers.tiny import LLAMA, block_linears, prune_, tiny
 
 
 pytestmark = pytest.mark.filterwarnings("error:.*stay dense")
@@ -157,6 +157,21 @@ def test_body_and_other_heads_load_from_the_same_checkpoint(dense, compressed):
     assert type(classifier.score) is torch.nn.Linear
     assert torch.isfinite(classifier(IDS).logits).all()
     assert same_tensors(classifier.dequantize().model.state_dict(), model.model.state_dict())
+
+
+def test_a_compressed_head_for_other_labels_is_replaced_as_a_dense_one_is(tmp_path):
+    model = tiny("LlamaForSequenceClassification", **{**LLAMA, "num_labels": 6, "pad_token_id": 0})
+    prune_(model.score.weight, "0.5")
+    for layer in block_linears(model).values():
+        prune_(layer.weight, "0.5")
+    peft_spp.compress(model, modules_to_not_convert=[]).save_pretrained(tmp_path)
+    cls = AutoModelForSequenceClassification
+    assert type(cls.from_pretrained(tmp_path).score) is CompressedLinear
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        cls.from_pretrained(tmp_path, num_labels=3)
+    other = cls.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert type(other.score) is torch.nn.Linear and other.score.weight.shape == (3, 32)
+    assert torch.isfinite(other(IDS).logits).all()
 
 
 def test_layers_without_zeros_stay_dense_and_are_named_once(tmp_path):
