@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..functional.bitmask import (
     Compressed,
@@ -138,6 +140,15 @@ class CompressedLinear(nn.Linear):
             `torch.Tensor`: shape `(out_features, in_features)`, a new tensor.
         """
         return decompress(self.compressed)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # which is how an attribute is set, as by torchao's quantize_: it would fail in the next forward pass
+        if name == "weight" and is_traceable_wrapper_subclass(param) and not isinstance(param, DTensor):
+            raise ValueError(
+                f"{self} is compressed, so its weight cannot become a {type(param).__name__}: quantize the dense "
+                "model (peft_spp.decompress(model)), or leave this layer out"
+            )
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         return compressed_linear(x, self.compressed, self.bias)

@@ -2,7 +2,8 @@
 """
 Makes compressed weights a quantization method of Transformers, by its own extension points.
 
-PEFT has none for the layers that its methods adapt or merge, so three of its functions are wrapped with a check.
+PEFT has none for the layers that its methods adapt or merge, so three of its functions are wrapped with a check, and
+so is the one with which Transformers resizes a vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .config import BitmaskConfig
 from .old_formats import load_old_formats
 from .other_adapters import guard_other_adapters
 from .quantizer import BitmaskHfQuantizer
+from .resizing import guard_resizing
 
 
 def register() -> None:
@@ -35,6 +37,7 @@ def register() -> None:
             f"{owner.__module__}, so peft_spp cannot register its own: import only one of the two packages"
         )
     guard_other_adapters()
+    guard_resizing()
     load_old_formats()
     if owner is not None:
         # imported once more in one process (importlib.reload, a purged sys.modules)

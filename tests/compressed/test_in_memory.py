@@ -285,6 +285,47 @@ def test_pruning_and_packing_say_that_it_is_compressed():
     assert "compressed" in skipped["model.layers.0.self_attn.q_proj"]
 
 
+def with_compressed_head(adapted: bool = False) -> nn.Module:
+    model = pruned_llama()
+    prune_(model.lm_head.weight, "0.5")
+    peft_spp.compress(model, modules_to_not_convert=["layers"])
+    return get_peft_model(model, SPPConfig(target_modules=["lm_head"])).base_model.model if adapted else model
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "adapted"])
+@pytest.mark.parametrize("arguments", [{"new_num_tokens": 70}, {"pad_to_multiple_of": 48}], ids=str)
+def test_a_vocabulary_with_a_compressed_head_is_not_half_resized(arguments, adapted):
+    model = with_compressed_head(adapted)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"since lm_head is compressed.*peft_spp\.decompress.*modules_to_not_convert"):
+        model.resize_token_embeddings(**arguments)
+    assert same_tensors(model.state_dict(), before)
+    assert model.config.vocab_size == 64
+
+
+def test_a_vocabulary_with_a_compressed_head_that_fits_or_is_made_dense_is_resized():
+    model = with_compressed_head()
+    assert model.resize_token_embeddings() is model.resize_token_embeddings(64, pad_to_multiple_of=32)
+    assert isinstance(model.lm_head, CompressedLinear)
+    model = peft_spp.decompress(model)
+    model.resize_token_embeddings(70)
+    assert model.lm_head.weight.shape == (70, 32) == model.get_input_embeddings().weight.shape
+    model = peft_spp.compress(pruned_llama())
+    model.resize_token_embeddings(70)
+    assert model(IDS).logits.shape == (*IDS.shape, 70)
+
+
+def test_quantizing_compressed_layers_is_refused_before_they_change():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = peft_spp.compress(pruned_llama())
+    expected = model(IDS).logits
+    with pytest.raises(ValueError, match=r"CompressedLinear\(in_features=32.*Int8Tensor.*peft_spp\.decompress"):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    assert torch.equal(model(IDS).logits, expected)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "lm_head")
+    assert 0 < (model(IDS).logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def _dataset():
     return [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(4)]
 
