@@ -44,13 +44,7 @@ model = {auto_class}.from_pretrained("{place}"{more})
 
 ## How to merge it
 
-The merged model is as sparse as the base model, and plain Transformers loads it. From disk to disk:
-
-```bash
-peft-spp merge {place} merged-model
-```
-
-Or in Python:
+The merged model is as sparse as the base model, and plain Transformers loads it. {merge}
 
 ```python
 model = model.merge_and_unload(safe_merge=True)
@@ -65,6 +59,14 @@ from peft_spp.sparsity import compare_sparsity, sparsity_report
 print(sparsity_report("merged-model"))
 assert compare_sparsity("path/to/base-model", "merged-model").kept  # no zero was lost
 ```"""
+
+_MERGE_FROM_DISK = """From disk to disk:
+
+```bash
+peft-spp merge {place} merged-model
+```
+
+Or in Python:"""
 
 
 class AdapterSettings(Protocol):
@@ -113,8 +115,10 @@ def update_model_card(folder: str | Path, config: AdapterSettings) -> None:
     if name == "default" or _comment("adapter default") not in card.text:
         more = "" if name == "default" else f', subfolder="{name}"'
         more += _labels(folder, config)
-        install = how_to_install(code="`")
-        usage = _USAGE.format(install=install, auto_class=_auto_class(config), place=PLACEHOLDER, more=more)
+        # the command takes a repository as a whole
+        merge = _MERGE_FROM_DISK.format(place=PLACEHOLDER) if name == "default" else "In Python:"
+        install, auto_class = how_to_install(code="`"), _auto_class(config)
+        usage = _USAGE.format(install=install, auto_class=auto_class, place=PLACEHOLDER, more=more, merge=merge)
         card.text = _put(card.text, "usage", usage)
     write_file(path, card.save)
 

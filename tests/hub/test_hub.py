@@ -107,6 +107,7 @@ def test_only_the_main_process_uploads(round_trip):
 def test_the_card_of_a_named_adapter_says_where_it_lies(round_trip):
     text = round_trip.card("someone/named").text
     assert 'subfolder="mine"' in text and "`mine`" in text
+    assert "peft-spp merge" not in text and "merge_and_unload" in text  # the command takes no subfolder
 
 
 def test_a_base_model_that_is_a_folder_is_not_named_in_the_metadata(round_trip):

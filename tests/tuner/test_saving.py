@@ -239,6 +239,9 @@ def test_the_model_card_says_how_to_load(tmp_path):
         card = (tmp_path / name / "README.md").read_text()
         assert card.count("import peft_spp") == 1
         assert "- spp" in card
+        # the command merges what is in a folder itself, and takes no part of a repository
+        assert ("peft-spp merge <this adapter> merged-model" in card) == (name == "default")
+        assert "merge_and_unload" in card
 
 
 def test_a_foreign_readme_is_left_alone(tmp_path):
