@@ -213,7 +213,14 @@ def _module_parts(model: nn.Module) -> set[str]:
 
 
 def check_can_be_saved(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to add an adapter that PEFT would not save as a whole."""
+    """Refuse to add an adapter whose name PyTorch does not take, or that PEFT would not save as a whole."""
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"The adapter name {adapter_name!r} is empty or has a dot in it. Choose another name.")
+    if hasattr(nn.ModuleDict, adapter_name) or adapter_name in vars(nn.ModuleDict()):
+        raise ValueError(
+            f"The adapter name {adapter_name!r} is also the name of an attribute of `torch.nn.ModuleDict`, in which "
+            "PEFT keeps adapters. Choose another name."
+        )
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     if adapter_name in BY_ADAPTER.union(WRAPPER_PARTS, parameters, ["base_layer"]):
         raise ValueError(

@@ -221,3 +221,25 @@ def test_an_integer_target_among_many_leaves_a_llama_unchanged():
     layer.weight = nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
     with refused(model, r"model\.layers\.1\.mlp\.down_proj"):
         get_peft_model(model, SPPConfig())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "'' is empty or has a dot"),
+        ("v1.0", "'v1.0' is empty or has a dot"),
+        ("keys", r"'keys' is also the name of an attribute of `torch\.nn\.ModuleDict`"),
+        ("training", r"'training' is also the name of an attribute"),
+        ("weight", "'weight' is also the name of a parameter"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained")
+def test_a_name_that_an_adapter_cannot_have_is_refused(name, message, first):
+    config = SPPConfig(r=2, target_modules=["q_proj"])
+    model = tiny_llama() if first else get_peft_model(tiny_llama(), config)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=rf"The adapter name {message}.*Choose another name"):
+        get_peft_model(model, config, adapter_name=name) if first else model.add_adapter(name, config)
+    assert dict(model.named_modules()) == before
+    assert first or list(model.peft_config) == ["default"]
