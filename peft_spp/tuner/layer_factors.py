@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..functional import Factors
 from .config import SPPConfig
+from .engines import is_hooked
 from .settings import check_rank
 
 
@@ -150,7 +151,23 @@ class SPPLayer(BaseTunerLayer):
         pass and in a merge, whichever order the adapters are named or merged in.
         """
         names = sorted(name for name in adapter_names if name in self.spp_A)
-        return [Factors(*self._factors(name), self.scaling[name]) for name in names]
+        factors = [Factors(*self._factors(name), self.scaling[name]) for name in names]
+        for name, (A, B, _) in zip(names, factors, strict=True):
+            # Multiplied with a tensor that has values, PyTorch gives what is in memory by chance.
+            if (
+                (A.is_meta or B.is_meta)
+                and not self._has_no_values(self.get_base_layer())
+                and not is_hooked(self.spp_A[name])  # it is offloaded
+            ):
+                raise ValueError(
+                    f"Adapter {name!r} has no values in module {self.module_name!r}: it was added with "
+                    "`low_cpu_mem_usage=True`, and its weights were not loaded. Load them, or add it without."
+                )
+        return factors
+
+    @staticmethod
+    def _has_no_values(module: nn.Module) -> bool:
+        return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
     def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return cast(nn.Linear, self.spp_A[adapter_name]).weight, cast(nn.Linear, self.spp_B[adapter_name]).weight

@@ -16,7 +16,7 @@ from torch import nn
 from ..architecture import what_computes
 from ..functional import Compressed, scaled_weight
 from ..functional.bitmask import transposed_mask
-from .engines import is_dtensor, is_sharded, is_unsharded, is_zero3, whole_parameters
+from .engines import is_dtensor, is_hooked, is_sharded, is_unsharded, is_zero3, whole_parameters
 from .layer_factors import SPPLayer
 from .weight_access import WeightAccess
 
@@ -162,8 +162,14 @@ class MergeableLayer(nn.Module, SPPLayer):
         Check that what a merge writes to the base layer's weight stays there.
 
         Raises:
-            ValueError: If something computes the weight, as `torch.nn.utils.prune` and `parametrize` do.
+            ValueError: If something computes the weight, as `torch.nn.utils.prune` and `parametrize` do, or it has no
+                values.
         """
+        if self._has_no_values(self.get_base_layer()) and not is_hooked(self.get_base_layer()):
+            raise ValueError(
+                f"Cannot merge into {self.module_name!r} or unmerge it: it is on the meta device, without values. "
+                "Load the model's weights first."
+            )
         found = what_computes(self.get_base_layer(), self.parameter_name)
         if found is not None:
             what, remedy = found

@@ -131,6 +131,7 @@ class MergingModel(BaseTuner):
             layer.follow_base_layer()
             if any(name in layer.spp_A for name in names):
                 layer.check_writable()
+                layer.get_factors(names)
         for layer in layers:
             # a weight may not survive quantizing, safe merge or not
             if safe_merge if layer.backend.is_lossless else quantized:

@@ -186,6 +186,11 @@ def _combine(layer: SPPLayer, adapters: Sequence[str], weights: Sequence[float],
     factors = []
     for name, weight in zip(adapters, weights, strict=True):
         for A, B, _ in layer.get_factors([name]):
+            if A.is_meta or B.is_meta:
+                raise ValueError(
+                    f"Adapter {name!r} has no values in memory in {layer.module_name!r}: load the model without "
+                    "offloading it."
+                )
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise ValueError(
                     f"Adapter {name!r} contains NaN or infinite values in {layer.module_name!r}. Load an earlier "

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 
 from peft_spp import SPPConfig
@@ -196,6 +197,7 @@ def snapshot(model):
         (([], [], "sum"), "Pass different adapters"),
         ((["first", "second"], [1.0, float("nan")], "sum"), "nan"),
         ((["first", "second"], [1.0, 1.0], "third"), "third"),
+        ((["first", "second"], [1.0, 1.0], "a.b"), "'a.b' is empty or has a dot"),
         ((["first", "second"], [1.0, 1.0], "sum", "linear"), "linear"),
         ((["first", "second"], [1.0, 1.0], "sum", "rank_one_svd", -1), "svd_rank"),
     ],
@@ -215,6 +217,13 @@ def test_a_broken_adapter_is_named_with_the_module():
     with torch.no_grad():
         layers(model)["lin1"].spp_A["third"].weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"(?s)third.*lin1"):
+        model.add_weighted_adapter(NAMES, WEIGHTS, "sum")
+    assert list(model.peft_config) == NAMES
+
+
+def test_an_adapter_that_is_not_in_memory_is_named_with_the_module():
+    model = cpu_offload(combined_mlp(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'first' has no values in memory in 'lin0': load the model without"):
         model.add_weighted_adapter(NAMES, WEIGHTS, "sum")
     assert list(model.peft_config) == NAMES
 

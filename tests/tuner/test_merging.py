@@ -327,3 +327,25 @@ def test_a_model_lists_the_adapters_that_its_weights_contain_however_they_were_m
     model.merge_adapter(["aa"])
     model.unmerge_adapter()
     assert listed(model.unload()) == []
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("name", ["merge_adapter", "merge_and_unload"])
+def test_what_has_no_values_is_not_merged_and_named(name, safe_merge):
+    config = SPPConfig(r=2, target_modules=["lin0", "lin1"])
+    with torch.device("meta"):
+        model = get_peft_model(MLP(), config)
+    with pytest.raises(ValueError, match=r"'lin0'.*meta device, without values\. Load"):
+        getattr(model, name)(safe_merge=safe_merge)
+    model = get_peft_model(MLP(), config, low_cpu_mem_usage=True)
+    before = {name: tensor.clone() for name, tensor in model.base_model.model.state_dict().items() if "base" in name}
+    message = r"Adapter 'default' has no values in module 'lin0'.*`low_cpu_mem_usage=True`.*Load them"
+    with pytest.raises(ValueError, match=message):
+        getattr(model, name)(safe_merge=safe_merge)
+    after = model.base_model.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # PyTorch computes with what is in memory by chance
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(2, 12))
+    with model.disable_adapter():
+        model(torch.randn(2, 12))
