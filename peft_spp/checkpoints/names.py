@@ -145,6 +145,11 @@ def names_or_expression(values: Sequence[str], option: str) -> str | list[str]:
     return expressions[0] if expressions else list(values)
 
 
+def targets_of_peft(values: Sequence[str], option: str) -> str | list[str]:
+    """The same for an adapter, for which PEFT also knows 'all-linear'."""
+    return values[0] if list(values) == ["all-linear"] else names_or_expression(values, option)
+
+
 @lru_cache
 def compiled(expression: str, option: str = "") -> re.Pattern[str]:
     """A regular expression; a `ValueError` that names the option if it is not valid."""

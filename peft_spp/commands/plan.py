@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import JsonOption, as_modules, print_report
+from ..checkpoints.names import targets_of_peft
+from .console import JsonOption, print_report
 
 
 _UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
@@ -61,7 +62,10 @@ def plan(
     r: Annotated[int, typer.Option(min=1, help="Number of row blocks.")] = 16,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Linear layers to adapt, instead of all in the blocks: names, or one regular expression."),
+        typer.Option(
+            help="Linear layers to adapt, instead of those of the blocks: names, one regular expression, or "
+            "'all-linear'."
+        ),
     ] = None,
     target_parameters: Annotated[
         list[str] | None,
@@ -96,7 +100,7 @@ def plan(
     if not math.isfinite(device_tflops):
         raise ValueError(f"--device-tflops {device_tflops} is not finite")
     memory = None if device_memory is None else _bytes(device_memory)
-    targets: Any = as_modules(target_modules, "--target-modules")
+    targets: Any = targets_of_peft(target_modules, "--target-modules") if target_modules else None
     found = plan_checkpoint(
         model,
         dtype=getattr(torch, dtype.value),

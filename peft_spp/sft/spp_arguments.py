@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoints.names import names_or_expression
+from ..checkpoints.names import targets_of_peft
 
 
 if TYPE_CHECKING:
@@ -166,9 +166,7 @@ def flag_of(setting: str) -> str:
 
 
 def _modules(values: list[str] | None, option: str) -> list[str] | str | None:
-    if values == ["all-linear"]:
-        return values[0]
-    return names_or_expression(values, option) if values else None
+    return targets_of_peft(values, option) if values else None
 
 
 def _pattern(value: Mapping[str, Any] | str | None, option: str) -> dict[str, Any]:

@@ -98,6 +98,30 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         yield name, module
 
 
+def targets_without_modules(model: nn.Module, config: SPPConfig) -> list[str]:
+    """The entries of a list of `target_modules` that no module is called by: they may be misspelled."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return []
+    names = (name for name, _ in _modules_outside_adapters(model))
+    ends = {name[start:] for name in names for start in _starts_of_parts(name)}
+    return sorted(set(targets) - ends)
+
+
+def _starts_of_parts(name: str) -> list[int]:
+    return [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+
+
+def warn_of_targets_without_modules(model: nn.Module, config: SPPConfig) -> None:
+    """Say which targets were not found. PEFT does if none was."""
+    if missing := targets_without_modules(model, config):
+        warnings.warn(
+            f"target_modules: no module of {type(model).__name__} is called {', '.join(map(repr, missing))}. The "
+            "adapter is on the others.",
+            stacklevel=2,
+        )
+
+
 def shortest_unambiguous_suffix(name: str, others: Iterable[str]) -> str | None:
     """The least of a name's last parts that none of the others ends with."""
     parts = name.split(".")

@@ -204,11 +204,25 @@ def test_the_options_of_the_command_reach_the_plan(folder: Path):
         (["--device-memory", "80"], "--device-memory 80 is not a number with one of GB, GiB, MB, MiB"),
         (["--compressed", "--gpus", "2", "--engine", "zero3"], "cannot shard compressed weights"),
         (["--target-modules", "no_such"], "no_such"),
+        (
+            ["--target-modules", "q_proj", "--target-modules", "v_porj"],
+            "target_modules: LlamaForCausalLM has no module 'v_porj'",
+        ),
     ],
 )
 def test_a_refusal_is_one_line(folder: Path, arguments, message):
     result = run(folder, *arguments)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_all_linear_is_the_shorthand_of_peft(folder: Path):
+    linear = [name for name, module in on_meta().named_modules() if isinstance(module, torch.nn.Linear)]
+    named = [one for name in linear if name != "lm_head" for one in ("--target-modules", name)]
+    short, long = (
+        run(folder, "--sequence", 64, "--json", *one) for one in (["--target-modules", "all-linear"], named)
+    )
+    assert short.exit_code == 0, short.output
+    assert json.loads(short.stdout) == json.loads(long.stdout)
 
 
 def test_models_that_are_no_dense_model_are_refused(folder: Path, tmp_path: Path):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import warnings
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peft_spp import SPPConfig
@@ -134,3 +136,21 @@ def test_a_layer_that_shares_its_inner_name_with_one_outside_is_named_in_full():
     assert transformer_block_linear_targets(Model()) == {"layers.0.proj", "layers.1.proj"}
     assert transformer_block_linear_targets(Model(), layers_to_transform=1) == {"layers.1.proj"}
     assert adapted(get_peft_model(Model(), SPPConfig(r=2, layers_to_transform=1))) == {"layers.1.proj"}
+
+
+def test_a_target_that_no_module_is_called_by_is_named_among_others(tmp_path):
+    message = r"no module of LlamaForCausalLM is called 'self_attn\.v_porj', 'up_porj'"
+    names = ["q_proj", "self_attn.v_porj", "model.layers.1.mlp.down_proj", "up_porj"]
+    with pytest.warns(UserWarning, match=message):
+        model = get_peft_model(tiny_llama(), SPPConfig(r=4, target_modules=names))
+    assert {name.rpartition(".")[2] for name in adapted(model)} == {"q_proj", "down_proj"}
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="target_modules")
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        # adapted already, left out by other settings, or not named one by one
+        model.add_adapter("second", SPPConfig(r=4, target_modules=["q_proj"]))
+        settings = {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"], "layers_to_transform": [0]}
+        model.add_adapter("third", SPPConfig(r=4, **settings))
+        for targets in (None, "all-linear", r".*\.q_proj|nothing"):
+            get_peft_model(tiny_llama(), SPPConfig(r=4, target_modules=targets))
