@@ -14,7 +14,7 @@ from typing import Any
 from .compressed_tensor import CompressedTensor, find_compressed
 from .layout import Layout
 from .old_compressed_files import sparse_format
-from .own_files import CARD, is_adapter_folder
+from .own_files import CARD
 from .safetensors_files import INDEX, SINGLE, list_folder, read_config, read_headers
 from .tensor_file import StoredTensor, TensorFile, open_tensor_file
 
@@ -85,9 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not listing.loaded:
         variants = sorted(match[1] for path in folder.iterdir() if (match := _VARIANT.match(path.name)))
         rest = "so Transformers would not load it either"
-        if is_adapter_folder(folder):
-            rest = "but an adapter: pass the model that it is for, or merge it first (peft-spp merge)"
-        elif variants:
+        if variants:
             rest = f"but a variant: load it with from_pretrained(..., variant={variants[0]!r}) and save it again"
         raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, {rest}")
     files = tuple(open_tensor_file(path, listed) for path, listed in read_headers(listing.files).items())

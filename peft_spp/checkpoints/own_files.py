@@ -134,8 +134,7 @@ def _weight_files(folder: Path) -> set[str]:
     return found
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+def _is_adapter(folder: Path) -> bool:
     return "peft_type" in _read_object(folder / CONFIG_NAME)
 
 
@@ -155,5 +154,5 @@ def _read_object(file: Path) -> dict[str, Any]:
 MODEL = FolderKind("a model", _is_model, _files_of_model)
 """A model as Transformers saves it: the names of its formats, and the shards that the index names."""
 
-ADAPTER = FolderKind("an adapter", is_adapter_folder, _files_of_adapter)
+ADAPTER = FolderKind("an adapter", _is_adapter, _files_of_adapter)
 """An adapter as PEFT saves it."""

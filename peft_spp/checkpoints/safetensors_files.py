@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .compressed_files import with_dense_weights
 from .compressed_format import check_config
 from .file_bytes import byte_ranges, read_bytes
+from .instead import MODEL_FILES, instead_of_model
 from .old_compressed_files import sparse_format, with_old_weights
 from .stored import Stored
 
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = MODEL_FILES
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -52,7 +53,6 @@ OTHER_DTYPES: dict[str, torch.dtype] = {
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _PICKLED_MODEL = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored], Mapping[str, Any]]:
@@ -61,8 +61,8 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
 
     A folder is read as Transformers loads it: the file that `transformers_weights` of `config.json` names, else
     `model.safetensors`, else all that the shards hold which `model.safetensors.index.json` names, whether or not it
-    lists the tensor. A folder that Transformers does not load is read as well: every `*.safetensors` in it. Compressed
-    weights are listed in their dense shape.
+    lists the tensor. A folder that Transformers does not load is read as well: every `*.safetensors` in it but an
+    adapter's. Compressed weights are listed in their dense shape.
 
     It returns the path, its tensors, and the model's configuration.
     """
@@ -72,6 +72,8 @@ def stored_in_files(path: str | os.PathLike[str]) -> tuple[str, Iterator[Stored]
     elif path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"only safetensors is read, and {path} is not a .safetensors file; {_FIX}")
+        if path.name == SAFETENSORS_WEIGHTS_NAME:
+            raise ValueError(f"{path} holds no model{instead_of_model(path.parent)}")
         folder, listing = path.parent, {path: None}
     else:
         raise FileNotFoundError(f"there is no file or folder {path} (models are not downloaded: give a local path)")
@@ -108,14 +110,11 @@ def list_folder(folder: Path) -> Listing:
         return Listing({folder / SINGLE: None})
     if (folder / INDEX).is_file():
         return Listing(_list_index(folder / INDEX), folder / INDEX)
-    files = sorted(folder.glob("*.safetensors"))
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED or file.name in _PICKLED_MODEL)
-    loaded_instead = [name for name in pickled if name in _PICKLED_MODEL]
-    if loaded_instead or (pickled and not files):
-        found = (loaded_instead or pickled)[0]
-        raise ValueError(f"only safetensors is read, and Transformers loads {found} from folder {folder}; {_FIX}")
+    if pickled := next((name for name in _PICKLED_MODEL if (folder / name).is_file()), None):
+        raise ValueError(f"only safetensors is read, and Transformers loads {pickled} from folder {folder}; {_FIX}")
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SAFETENSORS_WEIGHTS_NAME]
     if not files:
-        raise ValueError(f"folder {folder} holds no .safetensors file")
+        raise ValueError(f"folder {folder} holds no model in safetensors{instead_of_model(folder)}")
     return Listing(dict.fromkeys(files), loaded=False)
 
 

@@ -66,6 +66,8 @@ def inspect(
         raise ValueError(f"--plot-module {plot_module} does nothing without --plot: add it")
     chosen = as_modules(modules, "--modules")
     path = local_source(source)
+    if path.name == "adapter_model.safetensors":
+        path = path.parent  # its settings lie next to it
     found: AdapterInspection | CheckpointInspection
     if _is_adapter(path):
         if pattern or modules:
@@ -90,8 +92,10 @@ def inspect(
 
 def _is_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter and no model: Transformers can save both into one."""
+    from ..checkpoints.instead import holds_adapter
+
     others = (file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
-    return (path / "adapter_config.json").is_file() and next(others, None) is None
+    return holds_adapter(path) and next(others, None) is None
 
 
 def _check_plot(plot: Path) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from ..architecture import find_block_lists, find_expert_stacks, position_table
 from ..checkpoints.empty_model import empty_model
 from ..checkpoints.hub import local_folder
+from ..checkpoints.instead import instead_of_model
 from ..checkpoints.own_files import CONFIG
 from ..checkpoints.safetensors_files import read_json
 from ..compressed import CompressedLinear
@@ -246,7 +247,7 @@ def plan_checkpoint(
     folder = local_folder(model, allow=[CONFIG])
     file = Path(folder) / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}")
+        raise FileNotFoundError(f"{folder} has no {CONFIG}{instead_of_model(folder)}")
     content = read_json(file)
     quantization = content.get("quantization_config") or {}
     if not isinstance(quantization, dict):

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoints.instead import folders_inside, pass_one_of
 from ..checkpoints.merged import adapter_id
 from ..checkpoints.safetensors_files import read_json
 from ..checkpoints.stored import Stored, count_non_finite
@@ -111,12 +111,6 @@ def group_factors(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]
     return factors
 
 
-def _saved_by_a_run(folder: Path) -> str:
-    """Where the last adapter of an unfinished run is, for messages."""
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
-    return f". Pass {last}" if last and (Path(last) / CONFIG_NAME).is_file() else ""
-
-
 def read_settings(
     source: str | os.PathLike[str],
     *,
@@ -128,7 +122,8 @@ def read_settings(
     file = find_file(source, CONFIG_NAME, subfolder, hub)
     if file is None:
         folder = Path(source, subfolder or "")
-        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}{_saved_by_a_run(folder)}")
+        inside = folders_inside(folder, [CONFIG_NAME]) if folder.is_dir() else []
+        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}{pass_one_of(inside)}")
     method = read_json(file, strict=True).get("peft_type")
     if method != "SPP":
         raise ValueError(f"{file} has peft_type {method!r}, and only SPP adapters are supported here")

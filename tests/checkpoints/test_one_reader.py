@@ -113,3 +113,60 @@ def test_a_tensor_without_elements_is_read(model):
     for name, tensor in more.items():
         assert torch.equal(tensors[name].load(), tensor), name
     assert len(compare_sparsity(model, model)) == len(inspect_checkpoint(model)) == 21
+
+
+def of_a_run(folder: Path, *names: str) -> None:
+    for step in (8, 10, 9):
+        (folder / f"checkpoint-{step}").mkdir()
+        for name in names:
+            (folder / f"checkpoint-{step}" / name).write_text("{}")
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+ADAPTER = r", but an adapter: pass the model that it is for, or merge it first \(peft-spp merge\)$"
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (lambda folder: None, "$"),
+        (lambda folder: make(folder, "tokenizer.json", "config.json", "training_args.bin"), "$"),
+        (lambda folder: make(folder, "adapter_config.json"), ADAPTER),
+        (lambda folder: make(folder, "adapter_config.json", "adapter_model.safetensors"), ADAPTER),
+        (lambda folder: make(folder, "adapter_config.json", "adapter_model.bin"), ADAPTER),
+        (lambda folder: of_a_run(folder, "model.safetensors"), r"\. Pass .*checkpoint-10$"),
+        (
+            lambda folder: make(
+                folder, "small/model.safetensors", "large/model.safetensors.index.json", "c/config.json"
+            ),
+            r"\. Pass one of its folders: large, small$",
+        ),
+        (
+            lambda folder: of_a_run(folder, "adapter_config.json"),
+            r"\. It has adapters in its folders: checkpoint-8, checkpoint-9, checkpoint-10$",
+        ),
+        (
+            lambda folder: make(folder, *(f"{name}/adapter_config.json" for name in "abcdef")),
+            r"\. It has adapters in its folders: d, e, f and 3 more$",
+        ),
+        (lambda folder: make(folder, "model-q4.gguf"), r", but model-q4\.gguf, and only safetensors is read\. Load"),
+        (lambda folder: make(folder, "optimizer.pt", "tf_model.h5"), r", but tf_model\.h5, and only"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_by_what_it_holds(model, tmp_path, fill, message):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    fill(folder)
+    for call in (
+        lambda: sparsity_report(folder),
+        lambda: compare_sparsity(model, folder),
+        lambda: compare_sparsity(folder, model),
+        lambda: read_checkpoint(folder),
+    ):
+        with pytest.raises(ValueError, match=rf"folder {folder} holds no model in safetensors{message}"):
+            call()

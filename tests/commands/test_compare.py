@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+from peft_spp import SPPConfig
 from peft_spp.cli import app
 
 from helpers.tiny import block_linears, prune_, tiny_llama
@@ -60,6 +62,16 @@ def test_a_lost_zero_ends_with_1(tmp_path: Path, base: Path) -> None:
 def test_what_cannot_be_compared_is_not_kept(tmp_path: Path, base: Path) -> None:
     tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "short")
     assert run(base, tmp_path / "short", "--json").exit_code == 1
+
+
+def test_an_adapter_is_trouble_and_no_lost_zero(tmp_path: Path, base: Path) -> None:
+    for config in (SPPConfig(r=4), LoraConfig(target_modules=["q_proj"])):
+        adapter = tmp_path / type(config).__name__
+        get_peft_model(tiny_llama(), config).save_pretrained(adapter)
+        for arguments in ([base, adapter], [adapter, base], [base, adapter / "adapter_model.safetensors"]):
+            result = run(*arguments)
+            assert result.exit_code == 2 and result.stdout == ""
+            assert "but an adapter: pass the model that it is for, or merge it first" in result.stderr
 
 
 def test_trouble_ends_with_2(tmp_path: Path, base: Path) -> None:

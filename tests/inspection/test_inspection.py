@@ -201,6 +201,14 @@ def test_an_adapter_of_another_method_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "LORA" in result.stderr
 
 
+def test_an_adapter_is_inspected_by_its_weights_too(adapter: Path, tmp_path: Path) -> None:
+    assert run(adapter / "adapter_model.safetensors").stdout == run(adapter).stdout != ""
+    (adapter / "adapter_config.json").rename(tmp_path / "settings.json")
+    for source in (adapter, adapter / "adapter_model.safetensors"):
+        result = run(source)
+        assert result.exit_code == 2 and "is not a PEFT adapter: it has no adapter_config.json" in result.stderr
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     result = run(tmp_path / "nowhere")
     assert result.exit_code == 2 and "nowhere" in result.stderr

@@ -56,6 +56,13 @@ def test_the_last_adapter_of_an_unfinished_run_is_named(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_in_subfolders_are_named(tmp_path, case):
+    for name in ("first", "second"):
+        shutil.copytree(case.adapter, tmp_path / "named" / name)
+    with pytest.raises(FileNotFoundError, match=r"json\. Pass one of its folders: first, second$"):
+        merge_checkpoint(case.base, tmp_path / "named", tmp_path / "out")
+
+
 @pytest.mark.parametrize("which", ["base", "adapter"])
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
 def test_a_file_cut_short_is_named(tmp_path, case, which, keep):

@@ -195,3 +195,12 @@ def test_numbers_are_positive(setting, value):
 @pytest.mark.parametrize(("option", "value"), [("--device-memory", "1.2.3GB"), ("--device-tflops", "inf")])
 def test_numbers_of_the_gpu_are_numbers(folder: Path, option, value):
     refused(f"{option} {value} is not", folder, option, value)
+
+
+def test_a_folder_without_a_model_is_told_by_what_it_holds(folder: Path):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    assert "has no config.json, but an adapter: pass the model that it is for" in run(folder).stderr
+    (folder / "adapter_config.json").unlink()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").touch()
+    assert f"has no config.json. Pass {folder / 'checkpoint-5'}" in run(folder).stderr
