@@ -31,7 +31,7 @@ from ..error_text import one_line
 from ..functional.bitmask import Compressed, bitmask_bytes
 from ..reports import PlainData, plain_table
 from ..tuner import ParamWrapper, SPPConfig
-from ..tuner.targets import targets_without_modules
+from ..tuner.targets import names_without_modules
 from .trace import trace_step
 
 
@@ -177,8 +177,8 @@ def plan_training(
         if gradient_checkpointing:
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
         adapted_parameters = {one.module_name for one in adapted.modules() if isinstance(one, ParamWrapper)}
-        if missing := targets_without_modules(model, config):
-            raise ValueError(f"target_modules: {type(model).__name__} has no module {', '.join(map(repr, missing))}")
+        for setting, missing in names_without_modules(model, config).items():
+            raise ValueError(f"{setting}: {type(model).__name__} has no module {', '.join(map(repr, missing))}")
         for name in config.target_parameters or ():
             if not any(f".{one}".endswith(f".{name}") for one in adapted_parameters):
                 raise ValueError(f"target_parameters: {type(model).__name__} has no parameter {name!r}")

@@ -41,8 +41,8 @@ from .targets import (
     tied_embeddings,
     transformer_block_linear_targets,
     warn_of_fused_experts,
+    warn_of_names_without_modules,
     warn_of_other_maps,
-    warn_of_targets_without_modules,
 )
 
 
@@ -249,7 +249,7 @@ class SPPModel(MergingModel, SeveralAdapters, AdapterStateDict):
             config.record_of_weights = config.base_record
             config.base_record = record_base(model, adapter_name)
             warn_of_dense_layers(config.base_record, model, adapter_name)
-            warn_of_targets_without_modules(model, config)
+            warn_of_names_without_modules(model, config)
             return
         config.check_base = loading.check_base or config.check_base  # type: ignore[assignment]
         check_fits(loading.saved, model, config, adapter_name, loading.ignore_shapes)

@@ -98,26 +98,33 @@ def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module
         yield name, module
 
 
-def targets_without_modules(model: nn.Module, config: SPPConfig) -> list[str]:
-    """The entries of a list of `target_modules` that no module is called by: they may be misspelled."""
+# PEFT adds all of these for tasks with a head, whichever the model has
+_HEADS_OF_TASKS = {"classifier", "score", "qa_outputs"}
+
+
+def names_without_modules(model: nn.Module, config: SPPConfig) -> dict[str, list[str]]:
+    """The entries of `target_modules` and `modules_to_save` that no module is called by, which may be misspelled."""
     targets = config.target_modules
-    if targets is None or isinstance(targets, str):
-        return []
-    names = (name for name, _ in _modules_outside_adapters(model))
-    ends = {name[start:] for name in names for start in _starts_of_parts(name)}
-    return sorted(set(targets) - ends)
+    names = [name for name, _ in _modules_outside_adapters(model)]
+    ends = {name[start:] for name in names for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))}
+    found = {
+        "target_modules": [] if targets is None or isinstance(targets, str) else sorted(set(targets) - ends),
+        # by PEFT's rule, the end of a part will do
+        "modules_to_save": [
+            one
+            for one in config.modules_to_save or ()
+            if one not in _HEADS_OF_TASKS and not any(name.endswith(one) for name in names)
+        ],
+    }
+    return {setting: missing for setting, missing in found.items() if missing}
 
 
-def _starts_of_parts(name: str) -> list[int]:
-    return [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-
-
-def warn_of_targets_without_modules(model: nn.Module, config: SPPConfig) -> None:
-    """Say which targets were not found. PEFT does if none was."""
-    if missing := targets_without_modules(model, config):
+def warn_of_names_without_modules(model: nn.Module, config: SPPConfig) -> None:
+    """Say which names of a new adapter's settings were not found. PEFT does if no target was."""
+    for setting, missing in names_without_modules(model, config).items():
         warnings.warn(
-            f"target_modules: no module of {type(model).__name__} is called {', '.join(map(repr, missing))}. The "
-            "adapter is on the others.",
+            f"{setting}: no module of {type(model).__name__} is called {', '.join(map(repr, missing))}. The adapter "
+            "has the others only.",
             stacklevel=2,
         )
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 
 from peft_spp import SPPConfig
 from peft_spp.tuner.targets import transformer_block_linear_targets
@@ -154,3 +155,16 @@ def test_a_target_that_no_module_is_called_by_is_named_among_others(tmp_path):
         model.add_adapter("third", SPPConfig(r=4, **settings))
         for targets in (None, "all-linear", r".*\.q_proj|nothing"):
             get_peft_model(tiny_llama(), SPPConfig(r=4, target_modules=targets))
+
+
+def test_a_module_to_save_that_is_not_there_is_named():
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["head", "embed_tokenz"]}
+    with pytest.warns(UserWarning, match=r"modules_to_save: no module of LlamaForCausalLM is called 'embed_tokenz'"):
+        model = get_peft_model(tiny_llama(), SPPConfig(r=4, **settings))
+    assert isinstance(model.base_model.model.lm_head, ModulesToSaveWrapper)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="modules_to_save")
+        model.add_adapter("second", SPPConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        # PEFT names several heads, of which the model has one
+        classifier = tiny("LlamaForSequenceClassification", **LLAMA)
+        get_peft_model(classifier, SPPConfig(r=4, task_type="SEQ_CLS"))
