@@ -14,13 +14,14 @@ _SHOWN = 3
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot")
 # what trainers write next to weights
 _STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
+_PARTS = re.compile(r"(\d+)").split
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def folders_inside(folder: Path, files: Iterable[str]) -> list[Path]:
     """The folders right inside of another that hold one of the files, checkpoints in the order of their steps."""
     found = [one for one in folder.iterdir() if any((one / file).is_file() for file in files)]
-    return sorted(found, key=lambda one: [part.zfill(20) for part in re.split(r"(\d+)", one.name)])
+    return sorted(found, key=lambda one: [part.zfill(20) if part.isdecimal() else part for part in _PARTS(one.name)])
 
 
 def pass_one_of(folders: list[Path]) -> str:

@@ -141,10 +141,8 @@ ADAPTER = r", but an adapter: pass the model that it is for, or merge it first \
         (lambda folder: make(folder, "adapter_config.json", "adapter_model.bin"), ADAPTER),
         (lambda folder: of_a_run(folder, "model.safetensors"), r"\. Pass .*checkpoint-10$"),
         (
-            lambda folder: make(
-                folder, "small/model.safetensors", "large/model.safetensors.index.json", "c/config.json"
-            ),
-            r"\. Pass one of its folders: large, small$",
+            lambda folder: make(folder, "v2/model.safetensors", "large/model.safetensors.index.json", "c/config.json"),
+            r"\. Pass one of its folders: large, v2$",
         ),
         (
             lambda folder: of_a_run(folder, "adapter_config.json"),
