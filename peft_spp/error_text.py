@@ -6,7 +6,9 @@ from __future__ import annotations
 
 def message(error: BaseException) -> str:
     """The message of an error on one line, or the name of the error if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    # that of a KeyError is the key alone
+    text = f"there is no {error}" if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:

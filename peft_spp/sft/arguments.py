@@ -77,6 +77,11 @@ def _check(arguments: Arguments) -> None:
     ):
         if (value := getattr(arguments.training, name, None)) is not None and value < 1:
             raise InputError(f"--{name} {value} cannot be used: it should be 1 or more.")
+    training = arguments.training
+    if training.max_steps == 0 or (training.max_steps < 0 and training.num_train_epochs <= 0):
+        raise InputError(
+            f"--max_steps {training.max_steps} and --num_train_epochs {training.num_train_epochs:g} train nothing."
+        )
     if not 0 <= (rate := arguments.training.learning_rate) < math.inf:
         raise InputError(f"--learning_rate {rate} cannot be used: it should be a number, 0 or more.")
     if arguments.spp.spp_check_base_steps < 0:

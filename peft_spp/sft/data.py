@@ -83,6 +83,16 @@ def _unreadable(error: Exception, script: ScriptArguments, mixture: DatasetMixtu
     sources = _sources(script, mixture)
     faults = (find_fault(file) for file in _local_files(script, mixture))
     reason = next((fault for fault in faults if fault), None) or one_line(error)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    place = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else None
+    if "Not enough disk space" in reason or (
+        place is not None and (place in cache.parents or cache in (place, *place.parents))
+    ):
+        reason += (
+            f". The cache of `datasets` is {str(cache)!r}: set HF_DATASETS_CACHE to a folder that can be written to"
+        )
+    elif "corresponds to no data" in reason:
+        reason = "it has no rows"
     return InputError(f"The dataset {', '.join(map(repr, sources))} cannot be loaded: {reason}")
 
 
@@ -194,13 +204,29 @@ def _check_rows(dataset: Any, split: str, columns: Sequence[tuple[str, ...]], ne
                     f"Row {number} of the split {split!r} has a {column!r} that is {found}, and training needs "
                     f"{_IN_WORDS[wanted]}. Correct the row, or remove it."
                 )
-            if wanted is list and not value:
+            if wanted is list and (lack := _lack_of(value, column)) is not None:
                 raise InputError(
-                    f"Row {number} of the split {split!r} has a {column!r} without messages. Correct the row, or "
-                    "remove it."
+                    f"Row {number} of the split {split!r} has a {column!r} {lack}. Correct the row, or remove it."
                 )
 
 
+def _lack_of(messages: list[Any], column: str) -> str | None:
+    """What a list of messages lacks. TRL takes the names of ShareGPT too, and renders what is missing as nothing."""
+    if not messages:
+        return "without messages"
+    is_sharegpt = isinstance(messages[0], dict) and {"from", "value"} <= messages[0].keys()
+    if column == "conversations" and not is_sharegpt:
+        return "whose messages have no 'from' and 'value'; those with 'role' and 'content' go into a column 'messages'"
+    role, content = ("from", "value") if is_sharegpt else ("role", "content")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get(role), str):
+            return f"whose message {number} has no {role!r}"
+        if all(message.get(name) is None for name in (content, *_INSTEAD_OF_CONTENT)):
+            return f"whose message {number} has no {content!r}"
+    return None
+
+
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _IN_WORDS = {list: "a list of messages", str: "text", bool: "true or false"}
 
 

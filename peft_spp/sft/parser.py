@@ -16,7 +16,13 @@ from trl import TrlParser
 from .errors import InputError
 
 
-_RENAMED = {"--warmup_ratio": "--warmup_steps, which below 1 is a share of the steps"}
+_RENAMED = {
+    "--warmup_ratio": "--warmup_steps, which below 1 is a share of the steps",
+    "--group_by_length": "--train_sampling_strategy group_by_length",
+    "--torch_dtype": "--dtype",
+    "--no_cuda": "--use_cpu",
+    "--use_flash_attention_2": "--attn_implementation flash_attention_2",
+}
 """Flags that earlier versions of Transformers had."""
 
 _WORDS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}

@@ -14,7 +14,7 @@ import pyarrow.compute
 from datasets import Dataset  # type: ignore[import-untyped]
 from jinja2 import TemplateError
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from ..error_text import one_line
 from .errors import InputError
@@ -26,17 +26,17 @@ from .recipe import Recipe
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")
 
 
-def rehearse(recipe: Recipe, model: BaseModel, train_dataset: Any, eval_dataset: Any | None) -> None:
+def rehearse(recipe: Recipe, model: BaseModel, train_dataset: Any, eval_dataset: Any | None) -> list[str]:
     """
     Let the trainer prepare all data and check its arguments, before the weights of the model are loaded.
 
-    `datasets` caches what was prepared from files, where the run itself finds it.
+    `datasets` caches what was prepared from files, where the run itself finds it. It returns warnings for the header.
     """
     method, training = recipe.arguments.method, recipe.arguments.training
     _check_tokenizer(model, training, next(iter(train_dataset)))
     template = getattr(training, "chat_template_path", None)
-    if template is not None and not (Path(template).is_file() and template.endswith((".jinja", ".j2"))):
-        return  # the template of another model, with which come new tokens and a larger embedding
+    if template is not None and not Path(template).is_file():
+        return []  # the template of another model, with which come new tokens and a larger embedding
     empty: Any = model.empty
     # where the model lies: the trainer does not move a model that is placed already
     empty.hf_device_map = {"": "meta"}
@@ -57,9 +57,20 @@ def rehearse(recipe: Recipe, model: BaseModel, train_dataset: Any, eval_dataset:
             )
         except _CANNOT_TRAIN as error:
             raise InputError(f"TRL cannot train with these arguments and data: {one_line(error)}") from error
-    for name, prepared in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+    warned = []
+    parts: dict[str, tuple[Any, Any]] = {
+        "train": (train_dataset, trainer.train_dataset),
+        "eval": (eval_dataset, trainer.eval_dataset),
+    }
+    for name, (given, prepared) in parts.items():
         if isinstance(prepared, Dataset):
             _check_prepared(name, prepared, empty, trainer.processing_class, training)
+            if len(prepared) < len(given) and not getattr(training, "packing", False):
+                warned.append(
+                    f"Warning: {len(given) - len(prepared)} of {len(given)} rows to {name} on are left out, as they "
+                    f"are empty or leave nothing to learn within --max_length {getattr(training, 'max_length', None)}."
+                )
+    return warned
 
 
 # what TRL, Transformers and templates raise of arguments and data that do not go together
@@ -90,8 +101,8 @@ def _check_tokenizer(model: BaseModel, training: TrainingArguments, row: dict[st
     if any(name in row for name in ("input_ids", "chosen_ids")):
         return
     template: str | None = getattr(training, "chat_template_path", None)
-    if template is not None and template.endswith((".jinja", ".jinja2", ".j2")) and not Path(template).is_file():
-        raise InputError(f"--chat_template_path {template!r} is not a file.")
+    if template is not None:
+        _check_template(template, getattr(training, "trust_remote_code", False))
     is_chat = any(isinstance(row.get(name), list) for name in _TEXTS)
     if is_chat and template is None and not tokenizer.chat_template:
         fix = (
@@ -110,6 +121,22 @@ def _check_tokenizer(model: BaseModel, training: TrainingArguments, row: dict[st
             else "Save the tokenizer with an `eos_token` of its vocabulary."
         )
         raise InputError(f"The model's tokenizer has no end-of-text token to end each text with. {fix}")
+
+
+def _check_template(template: str, trust_remote_code: bool) -> None:
+    """Check that there is a chat template in a file, or in a model, as TRL tells them apart."""
+    if Path(template).is_file() or template.endswith((".jinja", ".jinja2", ".j2")):
+        if not Path(template).is_file():
+            raise InputError(f"--chat_template_path {template!r} is not a file.")
+        if not template.endswith((".jinja", ".j2")):
+            raise InputError(f"--chat_template_path {template!r}: the name of a file should end with .jinja or .j2.")
+        return
+    try:
+        found = AutoTokenizer.from_pretrained(template, trust_remote_code=trust_remote_code).chat_template
+    except (OSError, ValueError) as error:
+        raise InputError(f"--chat_template_path {template!r} cannot be loaded: {one_line(error)}") from error
+    if not found:
+        raise InputError(f"--chat_template_path {template!r} is a model without a chat template.")
 
 
 _TEXTS = ("messages", "conversations", "prompt", "chosen")
@@ -135,7 +162,12 @@ def _check_prepared(
     tokenizer = getattr(processor, "tokenizer", processor)
     # batches are filled up with the padding token
     smallest, largest, longest = 0, tokenizer.pad_token_id, 0
-    for batch in prepared.select_columns(columns).with_format("arrow").iter(10_000):
+    labels = ["labels"] if {"labels", "input_ids"} <= set(prepared.column_names) else []
+    for batch in prepared.select_columns(columns + labels).with_format("arrow").iter(10_000):
+        for column in labels:
+            counts = [pyarrow.compute.list_value_length(batch[one]) for one in (column, "input_ids")]
+            if not counts[0].equals(counts[1]):
+                raise InputError(f"The data to {name} on has rows with other numbers of 'labels' than of 'input_ids'.")
         for column in columns:
             ids = batch[column]
             ends = pyarrow.compute.min_max(pyarrow.compute.list_flatten(ids)).as_py()

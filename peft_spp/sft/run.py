@@ -36,6 +36,7 @@ class Run:
     train_dataset: datasets.Dataset | datasets.IterableDataset  # the data to train on
     eval_dataset: datasets.Dataset | datasets.IterableDataset | None  # the data to evaluate on
     checkpoint: str | None  # the folder of the checkpoint to go on from
+    warnings: Sequence[str] = ()  # what to say of the data before the run begins
 
 
 def main(args: Sequence[str], method: str = "sft") -> None:
@@ -69,8 +70,8 @@ def prepare(arguments: Arguments) -> Run:
     for dataset in (train_dataset, eval_dataset):
         if dataset is not None:
             recipe.check_data(next(iter(dataset)))
-    rehearse(recipe, model, train_dataset, eval_dataset)
-    return Run(recipe, model, train_dataset, eval_dataset, checkpoint)
+    warned = rehearse(recipe, model, train_dataset, eval_dataset)
+    return Run(recipe, model, train_dataset, eval_dataset, checkpoint, warned)
 
 
 def train(run: Run) -> None:
@@ -121,6 +122,7 @@ def _describe(run: Run) -> str:
         f"Adapter:    SPP on {len(run.model.layers)} layers, {run.model.trainable:,} trainable parameters of "
         f"{run.model.total:,}",
         f"Data:       {rows} rows",
+        *run.warnings,
         *_rate_lines(arguments, run.checkpoint),
         *run.recipe.lines,
         f"Checkpoint: {run.checkpoint or 'none, from the first step'}",

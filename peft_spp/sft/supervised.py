@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from trl import SFTConfig
 
+from .errors import InputError
 from .model import BaseModel
 from .recipe import Recipe
 from .spp_arguments import SupervisedArguments
@@ -30,6 +31,16 @@ class Supervised(Recipe):
         name, revision = self._teacher
         if name:
             check_teacher(name, self._training, model.empty.config, revision)
+
+    def check_data(self, row: dict[str, Any]) -> None:
+        labels = row.get("labels")
+        if labels is None or not self.columns:
+            return
+        if "input_ids" not in row or not isinstance(labels, list) or len(labels) != len(row["input_ids"]):
+            raise InputError(
+                "The data has a column 'labels', which TRL takes for a label of each token of 'input_ids'. Rename or "
+                "remove it."
+            )
 
     @property
     def columns(self) -> tuple[tuple[str, ...], ...]:

@@ -17,6 +17,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
@@ -234,6 +235,21 @@ def test_a_dry_run_counts_the_adapters_parameters(
         (["--learning_rate", "nan"], "--learning_rate nan"),
         (["--dataset_name", "{folder}/chat.jsonl"], "Row 2 of the split 'train' has a 'messages' without messages"),
         (["--dataset_name", "{folder}/ids.jsonl"], "token -3"),
+        (["--dataset_name", "{folder}/value.jsonl"], "message 1 has no 'content'"),
+        (
+            ["--dataset_name", "{folder}/null.jsonl"],
+            "Row 2 of the split 'train' has a 'messages' whose message 2 has no",
+        ),
+        (["--dataset_name", "{folder}/conversations.jsonl"], "go into a column 'messages'"),
+        (["--dataset_name", "{folder}/labels.jsonl"], "a column 'labels', which TRL takes"),
+        (["--dataset_name", "{folder}/short.jsonl"], "other numbers of 'labels' than of 'input_ids'"),
+        (["--dataset_name", "{folder}/header.csv"], "header.csv' cannot be loaded: it has no rows"),
+        (["--chat_template_path", "{folder}/header.csv"], "should end with .jinja or .j2"),
+        (["--chat_template_path", "{base}"], "is a model without a chat template"),
+        (["--chat_template_path", "{folder}/bare"], "/bare' cannot be loaded"),
+        (["--max_steps", "0"], "--max_steps 0 and --num_train_epochs 3 train nothing"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0 train nothing"),
+        (["--group_by_length"], "--train_sampling_strategy group_by_length"),
     ],
 )
 def test_what_cannot_be_used_is_named_and_nothing_is_written(
@@ -245,6 +261,14 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     write_jsonl(folder / "plain" / "data.jsonl")
     write_jsonl(folder / "chat.jsonl", [{"messages": [{"role": "user", "content": "a"}]}, {"messages": []}])
     write_jsonl(folder / "ids.jsonl", [{"input_ids": [1, -3, 2]}])
+    user = {"role": "user", "content": "a"}
+    write_jsonl(folder / "value.jsonl", [{"messages": [{"role": "user", "value": "a"}]}])
+    write_jsonl(folder / "null.jsonl", [{"messages": [user]}, {"messages": [user, {"role": "user", "content": None}]}])
+    write_jsonl(folder / "conversations.jsonl", [{"conversations": [user]}])
+    write_jsonl(folder / "labels.jsonl", [{"text": "a", "labels": "good"}])
+    tokens = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    write_jsonl(folder / "short.jsonl", [tokens, {**tokens, "labels": [1, 2]}])
+    (folder / "header.csv").write_text("text\n")
     shutil.copytree(base, folder / "teacher")
     (folder / "teacher" / "model.safetensors").write_bytes(b"x" * 20)
     (folder / "notes.docx").write_text("text")
@@ -404,10 +428,10 @@ def test_a_finished_run_that_is_started_again_makes_no_step_more(
     arguments += ["--max_steps", "2", "--learning_rate", "1e-2", "--resume_from_checkpoint", "auto"]
     arguments += ["--dataset_streaming"] * streamed
     main(arguments)
-    written = (out / "adapter_model.safetensors").read_bytes()
+    written = load_file(out / "adapter_model.safetensors")
     (out / "adapter_model.safetensors").unlink()
     main(arguments)
-    assert (out / "adapter_model.safetensors").read_bytes() == written
+    assert_equal(load_file(out / "adapter_model.safetensors"), written)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
     assert "The checkpoint has all 2 steps" in capsys.readouterr().err
 
@@ -428,3 +452,37 @@ def test_a_resumed_run_names_the_rate_that_it_keeps(
     assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [0.01, 0.01]
     main([*arguments, "--learning_rate", "1e-2", "--dry_run"])
     assert "no effect" not in capsys.readouterr().err
+
+
+def test_rows_that_are_left_out_are_counted(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TRL drops rows whose prompt fills the length, without a word."""
+    rows = [{"prompt": "a", "completion": "b c"}, {"prompt": "half of the rows are number 1", "completion": "b"}]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    arguments = ["--model_name_or_path", base, "--dataset_name", str(data), *SMALL, "--output_dir", "out"]
+    main([*arguments, "--max_length", "5", "--dry_run"])
+    assert "Warning: 1 of 2 rows to train on are left out" in capsys.readouterr().err
+    main([*arguments, "--dry_run"])
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_calls_of_tools_need_no_content(base: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}")
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages}])
+    arguments = ["--model_name_or_path", base, "--dataset_name", str(data), *SMALL, "--output_dir", "out"]
+    main([*arguments, "--chat_template_path", str(tmp_path / "chat.jinja"), "--dry_run"])
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "home" / "datasets"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+
+    def fails(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "home"))
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    shown = refusal("--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", "out")
+    assert f"The cache of `datasets` is {str(cache)!r}: set HF_DATASETS_CACHE" in shown
