@@ -144,7 +144,9 @@ def find_fault(file: Path, field: str | None = None) -> str | None:
                 if fault := _fault(line, field if is_lines else None):
                     return f"line {number} of the file {file} {fault}" if number else f"the file {file} {fault}"
     except READ_ERRORS as error:
-        return f"the file {file} is damaged: {one_line(error)}"
+        # those of the system have a number, and those of a damaged archive have none
+        what = "is damaged" if getattr(error, "errno", None) is None else "cannot be read"
+        return f"the file {file} {what}: {one_line(error)}"
     return None
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..functional.bitmask import Compressed, check_compressed
 from ..functional.compressed import decompress
-from .file_bytes import byte_ranges, read_bytes
+from .file_bytes import byte_ranges, open_safetensors, read_bytes
 from .stored import Stored
 
 
@@ -37,7 +37,7 @@ def columns_text(columns: Mapping[str, int]) -> str:
 
 def read_metadata(file: Path) -> dict[str, str]:
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             return dict(tensors.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or damaged): {error}") from error

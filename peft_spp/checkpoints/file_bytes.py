@@ -11,7 +11,15 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """Open a safetensors file. `safetensors` itself reports one that may not be read as missing."""
+    with path.open("rb"):
+        pass
+    return safe_open(path, framework="pt")
 
 
 def byte_ranges(path: Path) -> dict[str, tuple[int, int]]:

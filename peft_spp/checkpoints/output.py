@@ -32,6 +32,12 @@ _SHOWN = 5
 _NAME_LENGTH = 40
 
 
+def check_utf8(folder: Path) -> None:
+    """Check that `safetensors` and `tokenizers` can write to a folder: they take paths in UTF-8 only."""
+    if str(folder) != os.fsencode(folder).decode("utf-8", "replace"):
+        raise ValueError(f"the path of the output folder {folder} is not UTF-8: name another folder")
+
+
 class OutputFolder:
     """A folder that gets a new model or adapter as a whole or not at all.
 
@@ -50,8 +56,7 @@ class OutputFolder:
     def __init__(self, path: Path, overwrite: bool, kind: FolderKind) -> None:
         # the target of a link is replaced, and the link stays
         self.path = Path(os.path.realpath(path.expanduser()))
-        if str(self.path) != os.fsencode(self.path).decode("utf-8", "replace"):
-            raise ValueError(f"the path of the output folder {self.path} is not UTF-8: name another folder")
+        check_utf8(self.path)
         self._kind = kind
         self._old: dict[Path, Signature] = {}
         self._exists = self.path.exists()

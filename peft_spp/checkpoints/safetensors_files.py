@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .compressed_files import with_dense_weights
 from .compressed_format import check_config
-from .file_bytes import byte_ranges, read_bytes
+from .file_bytes import byte_ranges, open_safetensors, read_bytes
 from .instead import MODEL_FILES, instead_of_model
 from .old_compressed_files import sparse_format, with_old_weights
 from .stored import Stored
@@ -197,7 +197,7 @@ def read_header(file: Path, expected: Iterable[str] | None = None) -> list[Store
     """List the tensors of one safetensors file."""
     listed = []
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             present = set(tensors.keys())
             missing = [name for name in expected or () if name not in present]
             if missing:

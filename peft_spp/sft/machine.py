@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from transformers import PretrainedConfig, TrainingArguments
 from transformers.quantizers import AutoHfQuantizer
 from trl import ModelConfig, get_quantization_config
 
+from ..checkpoints.output import check_utf8
+from ..durable import OUT_OF_SPACE
 from ..error_text import one_line
 from .errors import InputError
 
@@ -29,11 +33,43 @@ def check_machine(training: TrainingArguments) -> None:
 
 def check_output(folder: Path) -> None:
     """Check that a folder can be written to, without making it."""
+    try:
+        check_utf8(folder.absolute())
+        if not os.path.lexists(folder):
+            folder.lstat()  # a name that is too long for the file system
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is below names it
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--output_dir {str(folder)!r} cannot be created: {reason}.") from error
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not place.is_dir():
         raise InputError(f"--output_dir {str(folder)!r} cannot be created: {place} is not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {str(folder)!r} cannot be written to: no permission for {place}.")
+
+
+@contextmanager
+def errors_of_the_disk(folder: Path) -> Iterator[None]:
+    """While active, an error of a full disk that does not say where it is gets the name of a folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE or error.filename is not None:
+            raise
+        raise _not_written(os.strerror(error.errno), folder) from error
+    except RuntimeError as error:
+        # of `torch.save`, which does not know what the system said
+        if not re.search(r"PytorchStreamWriter failed|inline_container\.cc.* unexpected pos", str(error)):
+            raise
+        raise _not_written("PyTorch could not write a file (is the disk full?)", folder) from error
+
+
+def _not_written(reason: str, folder: Path) -> OSError:
+    return OSError(
+        f"--output_dir {str(folder)!r} could not be written to: {reason}. Free space, and pass "
+        "--resume_from_checkpoint auto to go on from the last complete checkpoint."
+    )
 
 
 def check_apart(output: str, sources: Iterable[str | None]) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import datasets  # type: ignore[import-untyped]
@@ -19,7 +20,7 @@ from .arguments import Arguments, parse_arguments
 from .base_report import SparsityCallback, sparsity_on_disk
 from .checkpoints import AllStepsDone, StopWhenDone, check_settings, find_checkpoint, rate_of
 from .data import check_sources, load_data
-from .machine import check_apart, check_machine
+from .machine import check_apart, check_machine, errors_of_the_disk
 from .methods import METHODS, load
 from .model import BaseModel, check_model
 from .processes import is_first_process
@@ -102,9 +103,10 @@ def train(run: Run) -> None:
             callbacks=[guard, SparsityCallback(guard), StopWhenDone()],
             **run.recipe.trainer_arguments(),
         )
-    with suppress(AllStepsDone):  # the adapter is that of the checkpoint by then
-        trainer.train(resume_from_checkpoint=run.checkpoint)
-    trainer.save_model(training.output_dir)
+    with errors_of_the_disk(Path(training.output_dir)):
+        with suppress(AllStepsDone):  # the adapter is that of the checkpoint by then
+            trainer.train(resume_from_checkpoint=run.checkpoint)
+        trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The adapter is in {training.output_dir}.", file=sys.stderr)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

@@ -18,8 +18,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from ..checkpoints.file_bytes import open_safetensors
 from ..checkpoints.safetensors_files import read_header, read_json
 from ..checkpoints.stored import Stored
 from ..sparsity.base_masks import BASE_MASKS, WEIGHTS_ID, BaseRecord, read_base_masks, write_base_masks
@@ -134,7 +135,7 @@ def list_tensors(file: Path, pickled: bool) -> tuple[dict[str, Stored], str | No
             )
         return list_loaded(file, _unpickle(file)), None
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open_safetensors(file) as tensors:
             weights_id = (tensors.metadata() or {}).get(WEIGHTS_ID)
     except SafetensorError as error:
         raise ValueError(

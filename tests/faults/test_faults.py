@@ -13,10 +13,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from peft_spp import SPPConfig
+from peft_spp.checkpoints.compressed_files import read_metadata
+from peft_spp.checkpoints.safetensors_files import read_header
 from peft_spp.merge import merge_checkpoint
+from peft_spp.text_files import find_fault
+from peft_spp.tuner.adapter_files import list_tensors
 from peft_spp.tuner.saved_adapter import read_adapter
 
 from helpers.killing import IS_SUPPORTED
@@ -124,6 +129,21 @@ def test_a_folder_that_may_not_be_written_to_is_named_and_left_alone(public_fold
         second.save_pretrained(folder)
     folder.chmod(0o755)
     assert content(folder) == before and not list(folder.glob(".*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_file_that_may_not_be_read_is_neither_missing_nor_damaged(public_folder):
+    """`safetensors` reports one as missing."""
+    weights, texts = public_folder / "adapter_model.safetensors", public_folder / "texts.jsonl"
+    save_file({"a": torch.zeros(2)}, weights)
+    texts.write_text("{}\n")
+    for file in (weights, texts):
+        file.chmod(0)
+    with without_privileges():
+        for read in (read_header, read_metadata, lambda file: list_tensors(file, pickled=False)):
+            with pytest.raises(PermissionError):
+                read(weights)
+        assert "cannot be read: [Errno 13] Permission denied" in str(find_fault(texts))
 
 
 @contextlib.contextmanager

@@ -259,8 +259,8 @@ def test_the_header_of_a_file_is_read_once_and_not_for_each_tensor(tmp_path, mon
     tensors = {f"layers.{n}.fc.weight": torch.eye(4) for n in range(200)}
     save_file(tensors, tmp_path / "model.safetensors")
     opened = []
-    open_file = safetensors_files.safe_open
-    monkeypatch.setattr(safetensors_files, "safe_open", lambda *a, **k: opened.append(a) or open_file(*a, **k))
+    open_file = safetensors_files.open_safetensors
+    monkeypatch.setattr(safetensors_files, "open_safetensors", lambda *a, **k: opened.append(a) or open_file(*a, **k))
     for read in (sparsity_report, inspect_checkpoint):
         opened.clear()
         report = read(tmp_path)

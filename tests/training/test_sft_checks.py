@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import peft_spp.sft.run as sft_run
 from peft_spp.cli import app
 from peft_spp.sft.errors import InputError
+from peft_spp.sft.machine import errors_of_the_disk
 from peft_spp.sft.run import main
 from peft_spp.sft.trainer import carded
 
@@ -205,9 +207,50 @@ def test_the_output_folder_is_checked(base: Path, tmp_path: Path, monkeypatch: p
     for place in ("file", "file/below/it"):
         message = refused(monkeypatch, base, data, "--output_dir", str(tmp_path / place))
         assert f"{tmp_path / 'file'} is not a folder" in message
+    assert "File name too long" in refused(monkeypatch, base, data, "--output_dir", str(tmp_path / ("x" * 300)))
+    # bytes that are not UTF-8 are lone surrogates in Python
+    assert "is not UTF-8" in refused(monkeypatch, base, data, "--output_dir", str(tmp_path / "\udcff"))
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
     assert f"no permission for {tmp_path}" in refused(monkeypatch, base, data)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "said"),
+    [
+        # by `torch.save`, with all that it knows
+        (
+            "torch.save",
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            "PyTorch could not write a file (is the disk full?)",
+        ),
+        # by a write to a file that is open, without its name
+        (
+            "trl.SFTTrainer.create_model_card",
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device",
+        ),
+    ],
+)
+def test_a_disk_that_fills_up_while_training_is_named_with_what_to_do(
+    function: str, error: Exception, said: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise error
+
+    data, out = write(tmp_path / "data.jsonl", text_rows()), tmp_path / "out"
+    monkeypatch.setattr(function, full)
+    with pytest.raises(OSError, match=re.escape(said)) as found:
+        arguments = ["--model_name_or_path", str(base), "--dataset_name", str(data), *SMALL, "--max_steps", "1"]
+        main([*arguments, "--output_dir", str(out)])
+    assert str(out) in str(found.value) and "--resume_from_checkpoint auto" in str(found.value)
+
+
+def test_other_errors_while_training_stay_what_they_are() -> None:
+    for error in (RuntimeError("a bug"), OSError(errno.ENOSPC, "full", "a file"), OSError(errno.EIO, "input/output")):
+        with pytest.raises(type(error)) as found, errors_of_the_disk(Path("out")):
+            raise error
+        assert found.value is error
 
 
 def test_a_machine_without_a_gpu_names_use_cpu(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
