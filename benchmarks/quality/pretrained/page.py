@@ -24,7 +24,7 @@ from ..tables import format_kilobytes, table
 from . import prose
 from .comparison import Comparison, Entry
 from .details import copy_sentences, details
-from .findings import findings
+from .findings import findings, findings_table
 from .phrases import points, tasks_share, text_name
 from .picture import draw
 from .results import comparisons_of, machines, model_name
@@ -50,6 +50,7 @@ def write_pretrained(store: Store, page: Path) -> list[Path]:
     parts = [
         "# Quality on a pretrained model",
         paragraph(opening(store)),
+        findings_table(store, comparisons),
         bullets(findings(store, comparisons)),
         f"![Perplexity and accuracy, by pruning]({Path(os.path.relpath(picture, page.parent)).as_posix()})",
         paragraph(legend(store, comparisons[0])),
