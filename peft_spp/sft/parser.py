@@ -55,21 +55,26 @@ class Parser(TrlParser):
             self.error(f"""argument --{name}: {value!r} is not a JSON object such as '{{"key": 1}}'""")
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        hints = {name: hint for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
+        may_be_empty = {
+            action.dest
+            for action in self._actions
+            if action.default is None or NoneType in get_args(hints.get(action.dest))
+        }
         rest: list[str] = super().set_defaults_with_config(**kwargs)
         if rest:
             flags = [word for word in rest if word.startswith("--") and word[2:] in kwargs]
             self.error(f"unknown in the YAML file: {self._with_flags_like(flags)}")
-        hints = {name: hint for one in self.dataclass_types for name, hint in get_type_hints(one).items()}
         for action in self._actions:
             if action.dest in kwargs and action.nargs != 0:
-                may_be_empty = NoneType in get_args(hints.get(action.dest))
-                value = self._as_argument(action, kwargs[action.dest], may_be_empty)
-                self.set_defaults(**{action.dest: value})
+                value = kwargs[action.dest]
+                if value is not None or action.dest not in may_be_empty:
+                    self.set_defaults(**{action.dest: self._as_argument(action, value)})
         return rest
 
-    def _as_argument(self, action: Action, value: Any, may_be_empty: bool = False) -> Any:
+    def _as_argument(self, action: Action, value: Any) -> Any:
         """A value of the YAML file, of the type and among the choices that the flag has on the command line."""
-        if isinstance(value, Mapping) or (value is None and may_be_empty):
+        if isinstance(value, Mapping):
             return value
         if action.nargs == "+":
             return [self._as_word(action, one) for one in (value if isinstance(value, list) else [value])]
@@ -80,7 +85,7 @@ class Parser(TrlParser):
         # TRL wraps the types of flags that take `none`, and keeps the name
         name = getattr(kind, "__name__", "").replace("string_to_bool", "bool")
         # what is not a word on the command line either; and a number of rows is not a share
-        if isinstance(value, Mapping) or (isinstance(value, (list, bool)) and kind is str):
+        if isinstance(value, Mapping) or (isinstance(value, (list, bool)) and name in ("str", "tuple")):
             return value
         if name == "float" and type(value) is int:
             return value

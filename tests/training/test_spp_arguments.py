@@ -127,10 +127,10 @@ def test_a_value_that_cannot_be_used_is_named(words: list[str], said: str) -> No
         config_of(*words)
 
 
-def of_yaml(text: str, tmp_path: Path) -> Any:
+def of_yaml(text: str, tmp_path: Path, method: str = "sft") -> Any:
     """The arguments of a YAML file."""
     (tmp_path / "run.yaml").write_text(text)
-    return parse_arguments([*RUN, "--config", str(tmp_path / "run.yaml")], METHODS["sft"])
+    return parse_arguments([*RUN, "--config", str(tmp_path / "run.yaml")], METHODS[method])
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,8 @@ def test_a_value_of_a_yaml_file_is_checked_as_on_the_command_line(text: str, sai
         ("report_to: [none]", "report_to", []),
         ("model_init_kwargs: {dtype: float32}", "model_init_kwargs", {"dtype": "float32"}),
         ("save_steps: 1", "save_steps", 1),
+        # the default, though the type has no None
+        ("debug: null", "debug", []),
     ],
 )
 def test_a_value_of_a_yaml_file_arrives(text: str, name: str, expected: Any, tmp_path: Path) -> None:
@@ -177,6 +179,8 @@ def test_a_value_of_a_yaml_file_arrives(text: str, name: str, expected: Any, tmp
 
 
 def test_other_values_of_a_yaml_file_arrive(tmp_path: Path) -> None:
+    # a flag that the command line splits into letters
+    assert of_yaml("reward_clip_range: [-5, 5]", tmp_path, "rloo").training.reward_clip_range == [-5, 5]
     assert of_yaml("spp_check_base: off", tmp_path).spp.to_config("CAUSAL_LM").check_base == "off"
     assert of_yaml("spp_trainable_token_indices: 5", tmp_path).spp.to_config("CAUSAL_LM").trainable_token_indices == [
         5
