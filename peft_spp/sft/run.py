@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -104,8 +103,11 @@ def train(run: Run) -> None:
             **run.recipe.trainer_arguments(),
         )
     with errors_of_the_disk(Path(training.output_dir)):
-        with suppress(AllStepsDone):  # the adapter is that of the checkpoint by then
+        try:
             trainer.train(resume_from_checkpoint=run.checkpoint)
+        except AllStepsDone:  # the adapter is that of the checkpoint by then
+            if training.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+                trainer._load_best_model()
         trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The adapter is in {training.output_dir}.", file=sys.stderr)
     if training.push_to_hub:

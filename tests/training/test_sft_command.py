@@ -436,6 +436,20 @@ def test_a_finished_run_that_is_started_again_makes_no_step_more(
     assert "The checkpoint has all 2 steps" in capsys.readouterr().err
 
 
+def test_a_finished_run_that_is_started_again_keeps_the_best_adapter(base: str, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
+    arguments += ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "1", "--eval_strategy", "steps"]
+    # the best is the one of the highest loss, so it is not the last
+    arguments += ["--dataset_test_split", "train", "--load_best_model_at_end", "--greater_is_better", "true"]
+    arguments += ["--learning_rate", "1e-1", "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "auto"]
+    for _ in range(2):
+        main(arguments)
+        saved = load_file(out / "adapter_model.safetensors")
+        assert_equal(saved, load_file(out / "checkpoint-1" / "adapter_model.safetensors"))
+        (out / "adapter_model.safetensors").unlink()
+
+
 def test_a_resumed_run_names_the_rate_that_it_keeps(
     base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
