@@ -161,7 +161,8 @@ class SPPLayer(BaseTunerLayer):
             ):
                 raise ValueError(
                     f"Adapter {name!r} has no values in module {self.module_name!r}: it was added with "
-                    "`low_cpu_mem_usage=True`, and its weights were not loaded. Load them, or add it without."
+                    "`low_cpu_mem_usage=True`, or to a layer that was offloaded, and its weights were not loaded. "
+                    "Load them, or add it to a model in memory without `low_cpu_mem_usage`."
                 )
         return factors
 

@@ -168,7 +168,7 @@ class MergeableLayer(nn.Module, SPPLayer):
         if self._has_no_values(self.get_base_layer()) and not is_hooked(self.get_base_layer()):
             raise ValueError(
                 f"Cannot merge into {self.module_name!r} or unmerge it: it is on the meta device, without values. "
-                "Load the model's weights first."
+                "Load the model's weights into memory first."
             )
         found = what_computes(self.get_base_layer(), self.parameter_name)
         if found is not None:

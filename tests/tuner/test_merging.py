@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -348,4 +349,10 @@ def test_what_has_no_values_is_not_merged_and_named(name, safe_merge):
     with pytest.raises(ValueError, match=message):
         model(torch.randn(2, 12))
     with model.disable_adapter():
+        model(torch.randn(2, 12))
+
+
+def test_an_adapter_that_was_added_to_offloaded_layers_is_refused_with_the_reason():
+    model = get_peft_model(cpu_offload(MLP(), torch.device("cpu")), SPPConfig(r=2, target_modules=["lin0"]))
+    with pytest.raises(ValueError, match=r"no values in module 'lin0'.*to a layer that was offloaded"):
         model(torch.randn(2, 12))
