@@ -222,7 +222,7 @@ class BitmaskHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise ValueError(f"{name}: the checkpoint has its bitmask and no values")
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"{name}: only nn.Linear can be compressed, and {module} is a {type(layer).__name__}")
-            outputs = bitmask.shape[0] if bitmask.numel() else layer.out_features
+            outputs = len(bitmask) if bitmask.ndim == 2 and bitmask.numel() else layer.out_features
             row_offsets = check_compressed(values, bitmask, (outputs, layer.in_features), name)
         except ValueError as error:
             # Raised here it would become a line of Transformers' report. It is raised when all is read.

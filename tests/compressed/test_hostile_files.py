@@ -66,6 +66,10 @@ def flat_bitmask(tensors):
     tensors[BITMASK] = tensors[BITMASK].flatten()
 
 
+def bitmask_of_one_number(tensors):
+    tensors[BITMASK] = torch.tensor(1, dtype=torch.uint8)
+
+
 def signed_bitmask(tensors):
     tensors[BITMASK] = tensors[BITMASK].view(torch.int8)
 
@@ -92,8 +96,8 @@ def bitmask_of_an_embedding(tensors):
 
 DAMAGES = [
     more_values, fewer_values, no_value_at_all, one_more_bit, bit_beyond_the_last_column, fewer_rows, fewer_columns,
-    flat_bitmask, signed_bitmask, floating_bitmask, integer_values, values_as_a_matrix, dense_weight_and_a_bitmask,
-    bitmask_of_an_embedding,
+    flat_bitmask, bitmask_of_one_number, signed_bitmask, floating_bitmask, integer_values, values_as_a_matrix,
+    dense_weight_and_a_bitmask, bitmask_of_an_embedding,
 ]  # fmt: skip
 
 
@@ -104,8 +108,10 @@ def test_damage_is_found_and_the_tensor_named(saved, damage, settings):
     damage(tensors)
     rewrite(folder, tensors)
     name = "model.embed_tokens.weight" if damage is bitmask_of_an_embedding else WEIGHT
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
         AutoModelForCausalLM.from_pretrained(folder, **settings)
+    if damage in (flat_bitmask, bitmask_of_one_number):
+        assert "a weight of shape (32, 48)" in str(error.value)
 
 
 def test_two_damaged_tensors_are_counted(saved):
