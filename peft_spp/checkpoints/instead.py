@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,8 @@ MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 def folders_inside(folder: Path, files: Iterable[str]) -> list[Path]:
     """The folders right inside of another that hold one of the files, checkpoints in the order of their steps."""
-    found = [one for one in folder.iterdir() if any((one / file).is_file() for file in files)]
+    # Path.is_file would raise of a folder that cannot be read, as lost+found
+    found = [one for one in folder.iterdir() if any(os.path.isfile(one / file) for file in files)]
     return sorted(found, key=lambda one: [part.zfill(20) if part.isdecimal() else part for part in _PARTS(one.name)])
 
 

@@ -2,6 +2,7 @@
 """Every tool reads of a folder what Transformers loads from it, or refuses it by name."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,19 @@ def test_a_folder_without_a_model_is_told_by_what_it_holds(model, tmp_path, fill
     ):
         with pytest.raises(ValueError, match=rf"folder {folder} holds no model in safetensors{message}"):
             call()
+
+
+def test_a_folder_inside_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    """As `lost+found`, at the root of a file system."""
+    make(tmp_path, "lost+found/model.safetensors")
+    of_a_run(tmp_path, "model.safetensors")
+    stat = os.stat
+
+    def refuses(path, *args, **kwargs):
+        if "lost+found" in Path(path).parent.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.stat", refuses)
+    with pytest.raises(ValueError, match=r"holds no model in safetensors\. Pass .*checkpoint-10$"):
+        sparsity_report(tmp_path)
