@@ -165,7 +165,8 @@ def _check_prepared(
     labels = ["labels"] if {"labels", "input_ids"} <= set(prepared.column_names) else []
     for batch in prepared.select_columns(columns + labels).with_format("arrow").iter(10_000):
         for column in labels:
-            counts = [pyarrow.compute.list_value_length(batch[one]) for one in (column, "input_ids")]
+            # those of a large list are of another type
+            counts = [pyarrow.compute.list_value_length(batch[one]).cast("int64") for one in (column, "input_ids")]
             if not counts[0].equals(counts[1]):
                 raise InputError(f"The data to {name} on has rows with other numbers of 'labels' than of 'input_ids'.")
         for column in columns:

@@ -33,9 +33,9 @@ class Supervised(Recipe):
             check_teacher(name, self._training, model.empty.config, revision)
 
     def check_data(self, row: dict[str, Any]) -> None:
-        labels = row.get("labels")
-        if labels is None or not self.columns:
+        if "labels" not in row or not self.columns:
             return
+        labels = row["labels"]
         if "input_ids" not in row or not isinstance(labels, list) or len(labels) != len(row["input_ids"]):
             raise InputError(
                 "The data has a column 'labels', which TRL takes for a label of each token of 'input_ids'. Rename or "

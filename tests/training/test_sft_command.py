@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -242,6 +242,7 @@ def test_a_dry_run_counts_the_adapters_parameters(
         ),
         (["--dataset_name", "{folder}/conversations.jsonl"], "go into a column 'messages'"),
         (["--dataset_name", "{folder}/labels.jsonl"], "a column 'labels', which TRL takes"),
+        (["--dataset_name", "{folder}/no_label.jsonl"], "a column 'labels', which TRL takes"),
         (["--dataset_name", "{folder}/short.jsonl"], "other numbers of 'labels' than of 'input_ids'"),
         (["--dataset_name", "{folder}/header.csv"], "header.csv' cannot be loaded: it has no rows"),
         (["--chat_template_path", "{folder}/header.csv"], "should end with .jinja or .j2"),
@@ -266,6 +267,7 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     write_jsonl(folder / "null.jsonl", [{"messages": [user]}, {"messages": [user, {"role": "user", "content": None}]}])
     write_jsonl(folder / "conversations.jsonl", [{"conversations": [user]}])
     write_jsonl(folder / "labels.jsonl", [{"text": "a", "labels": "good"}])
+    write_jsonl(folder / "no_label.jsonl", [{"text": "a", "labels": None}, {"text": "a", "labels": "good"}])
     tokens = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
     write_jsonl(folder / "short.jsonl", [tokens, {**tokens, "labels": [1, 2]}])
     (folder / "header.csv").write_text("text\n")
@@ -477,6 +479,15 @@ def test_rows_that_are_left_out_are_counted(base: str, tmp_path: Path, capsys: p
     assert "Warning: 1 of 2 rows to train on are left out" in capsys.readouterr().err
     main([*arguments, "--dry_run"])
     assert "left out" not in capsys.readouterr().err
+
+
+def test_labels_may_be_of_another_type_of_list(base: str, tmp_path: Path) -> None:
+    """As in Parquet files of other libraries."""
+    features = Features({"input_ids": List(Value("int64")), "labels": LargeList(Value("int64"))})
+    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], features=features)
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    arguments = ["--model_name_or_path", base, "--dataset_name", str(tmp_path / "data.parquet"), *SMALL]
+    main([*arguments, "--output_dir", "out", "--dry_run"])
 
 
 def test_calls_of_tools_need_no_content(base: str, tmp_path: Path) -> None:
