@@ -80,6 +80,7 @@ def signals_as_errors() -> Iterator[None]:
     """
     names = (name for name in _SIGNALS if hasattr(signal, name))
     handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    alarm = signal.getsignal(signal.SIGALRM) if hasattr(signal, "setitimer") else None
     process = os.getpid()
     first: list[signal.Signals] = []
 
@@ -108,6 +109,7 @@ def signals_as_errors() -> Iterator[None]:
             signal.signal(number, handlers[number])
         if first and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
 
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")

@@ -321,6 +321,15 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch)
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+def test_the_alarm_is_given_back() -> None:
+    """A notebook goes on after a command that was stopped, and may use it."""
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Stopped), signals_as_errors():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
 def test_a_worker_ends_by_the_signal_and_not_as_the_command() -> None:
     with signals_as_errors():
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
