@@ -81,14 +81,9 @@ def signals_as_errors() -> Iterator[None]:
     names = (name for name in _SIGNALS if hasattr(signal, name))
     handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     alarm = signal.getsignal(signal.SIGALRM) if hasattr(signal, "setitimer") else None
-    process = os.getpid()
     first: list[signal.Signals] = []
 
     def stop(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # of a worker that was forked
-            signal.signal(number, handlers[signal.Signals(number)])
-            signal.raise_signal(number)
-            return
         first.append(signal.Signals(number))
         # Python drops what is raised in a destructor or while it forks: then it is raised once more
         if hasattr(signal, "setitimer"):
@@ -99,14 +94,16 @@ def signals_as_errors() -> Iterator[None]:
 
     # only the main thread may set them
     is_main = threading.current_thread() is threading.main_thread()
-    ours = [one for one, handler in handlers.items() if is_main and handler in _OF_PYTHON]
-    for number in ours:
+    ours = {one: handler for one, handler in handlers.items() if is_main and handler in _OF_PYTHON}
+    for number, handler in ours.items():
+        _handled[number] = stop, handler
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, handlers[number])
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+            _handled.pop(number, None)  # in a worker it is gone
         if first and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarm)
@@ -115,6 +112,35 @@ def signals_as_errors() -> Iterator[None]:
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _OF_PYTHON = (signal.SIG_DFL, signal.default_int_handler)
 _SECONDS_TO_STOP = 1.0
+
+_handled: dict[signal.Signals, tuple[Any, Any]] = {}
+"""The signals that are errors now, with their handlers and those that they had before, which workers get back."""
+
+_of_thread = threading.local()
+
+
+def _hold_signals() -> None:
+    # Python forgets a signal that reaches a forked process at its very start
+    _of_thread.held = ()
+    # either call may also run a handler, and so end with its error
+    _of_thread.held = set(_handled) - signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signal.pthread_sigmask(signal.SIG_BLOCK, _of_thread.held)
+
+
+def _take_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _of_thread.held)
+
+
+def _take_signals_in_worker() -> None:
+    for number, (ours, before) in _handled.items():
+        if signal.getsignal(number) is ours:
+            signal.signal(number, before)
+    _handled.clear()
+    _take_signals()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold_signals, after_in_parent=_take_signals, after_in_child=_take_signals_in_worker)
 
 
 def _is_stopping() -> bool:
