@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 _SHOWN = 3
@@ -16,7 +17,6 @@ _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msg
 # what trainers write next to weights
 _STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state\w*)\.(bin|pt|pth)")
 _PARTS = re.compile(r"(\d+)").split
-MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def folders_inside(folder: Path, files: Iterable[str]) -> list[Path]:
@@ -44,7 +44,7 @@ def instead_of_model(folder: Path) -> str:
     """The end of a message about a folder that holds no model: what it holds, and what to pass."""
     if holds_adapter(folder):
         return ", but an adapter: pass the model that it is for, or merge it first (peft-spp merge)"
-    if models := folders_inside(folder, MODEL_FILES):
+    if models := folders_inside(folder, [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]):
         return pass_one_of(models)
     if adapters := folders_inside(folder, [CONFIG_NAME]):
         return f". It has adapters in its folders: {_names(adapters)}"

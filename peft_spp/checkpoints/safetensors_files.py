@@ -22,12 +22,13 @@ from torch import Tensor
 from .compressed_files import with_dense_weights
 from .compressed_format import check_config
 from .file_bytes import byte_ranges, open_safetensors, read_bytes
-from .instead import MODEL_FILES, instead_of_model
+from .instead import instead_of_model
 from .old_compressed_files import sparse_format, with_old_weights
 from .stored import Stored
 
 
-SINGLE, INDEX = MODEL_FILES
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
