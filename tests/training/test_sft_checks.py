@@ -172,9 +172,9 @@ def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path: Path,
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda file: file.unlink(), "no .safetensors file"),
+        (lambda file: file.unlink(), "no model in safetensors"),
         (lambda file: file.write_bytes(file.read_bytes()[:-8]), "not a readable safetensors file"),
-        (lambda file: file.rename(file.with_name("pytorch_model.pkl")), "no .safetensors file"),
+        (lambda file: file.rename(file.with_name("pytorch_model.pkl")), "no model in safetensors"),
         (
             lambda file: file.rename(file.with_name("model.safetensors.index.json")).write_text(
                 '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'

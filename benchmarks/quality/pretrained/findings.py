@@ -43,7 +43,7 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     if not told:
         return []
     return [
-        _zeros_sentence(told, comparisons),
+        _zeros_sentence(store, told, comparisons),
         _regained_sentence(told),
         *_standing_sentence(told),
         _text_sentence(store, told),
@@ -51,14 +51,26 @@ def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     ]
 
 
-def _zeros_sentence(told: Told, comparisons: Sequence[Comparison]) -> str:
-    """That SPP keeps the zeros."""
+def _zeros_sentence(store: Store, told: Told, comparisons: Sequence[Comparison]) -> str:
+    """That SPP keeps the zeros, and what becomes of a LoRA."""
     models = [deployed for one in comparisons for entry in one.spp_entries for deployed in entry.deployed]
     zeros = sum(one["zeros_lost"] or 0 for one in models)
-    kept = f"lost {zeros:,} zeros" if zeros else "kept every zero"
+    said = f"SPP's {len(models)} tuned models {f'lost {zeros:,} zeros' if zeros else 'kept every zero'}"
     loras = [lora for one, _ in told if (lora := one.find("lora")) is not None]
-    lost = f"; merging a LoRA lost {loras[0].zeros_lost:,}" if loras else ""
-    return f"SPP's {len(models)} tuned models {kept}{lost}."
+    if loras:
+        said += f"; merging a LoRA lost {loras[0].zeros_lost:,}"
+    behind = [
+        (one.won_back(spp, MAIN_TEXT), one.won_back(lora, MAIN_TEXT), one.pruning.label)
+        for one, spp in told
+        if (lora := one.find("lora", "remasked")) is not None
+    ]
+    own, remasked, label = max(behind, key=lambda pair: pair[0] - pair[1], default=(0.0, 0.0, ""))
+    if own > remasked:
+        said += (
+            f", and masked again it falls behind most at {label}, with {remasked:.0%} of the log-perplexity on "
+            f"{text_name(store, MAIN_TEXT)} won back where SPP wins back {own:.0%}"
+        )
+    return f"{said}."
 
 
 def _regained_sentence(told: Told) -> str:
