@@ -19,7 +19,7 @@ from .results import machines, model_name
 
 def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
     """
-    Draw perplexity and accuracy by pruning, all contenders.
+    Draw perplexity and accuracy by pruning, all contenders on the first copy of each pruned model.
 
     Args:
         comparisons (`Sequence[Comparison]`): What was measured.
@@ -30,6 +30,7 @@ def draw(comparisons: Sequence[Comparison], store: Store, path: Path) -> None:
         "Each pruned model, and what tuning makes of it; dashed: the dense model. Bars: standard error of the mean "
         f"accuracy.\nHollow: distilled, or zeros lost. Each at its best rate. {machines(store, capability=False)}"
     )
+    comparisons = [one for one in comparisons if not one.copy]
     figure, ((left, middle, right),) = plots.panels(1, 3, model_name(store), note, panel_height=3.0)
     for place, one in enumerate(comparisons):
         shown = (entry for entry in one.entries if entry.deployment != "unmerged" and not entry.gave_way)
