@@ -9,32 +9,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset, DatasetDict, Features, LargeList, List, Value
+from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 import peft_spp
-from peft_spp import SPPConfig
 from peft_spp.cli import app
 from peft_spp.installing import how_to_install
 from peft_spp.sft import last_complete_checkpoint
-from peft_spp.sft.errors import InputError
 from peft_spp.sft.run import main
 from peft_spp.sft.trainer import carded
 
+from helpers.sft_cases import ROWS, refusal, write_jsonl
 from helpers.trl_cases import (
     ON_CPU,
     SMALL,
-    TEXTS,
     assert_equal,
     assert_zeros_kept,
     base_weights,
@@ -43,28 +39,6 @@ from helpers.trl_cases import (
     spp_config,
     tiny_tokenizer,
 )
-
-
-ROWS = [{"text": text} for text in TEXTS]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> str:
-    """A file of texts."""
-    return str(write_jsonl(tmp_path / "data.jsonl"))
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def refusal(*args: str) -> str:
-    """The error of a command line that is refused."""
-    with pytest.raises(InputError) as error:
-        main(args)
-    return str(error.value)
 
 
 def test_help_shows_the_flags_of_trl_and_of_spp() -> None:
@@ -118,51 +92,6 @@ def test_trains_from_yaml_and_command_line_and_resumes(base: str, data: str, tmp
     result = CliRunner().invoke(app, [*arguments, "--resume_from_checkpoint", "auto"])
     assert result.exit_code == 0 and "checkpoint-2" in result.output
     assert_equal(factors(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out))), expected)
-
-
-@pytest.mark.parametrize(
-    "kind", ["json", "jsonl", "jsonl.gz", "parquet", "csv", "folder", "split folder", "saved", "streamed", "mixture"]
-)
-def test_reads_local_files_and_folders(
-    kind: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dataset, extra = Dataset.from_list(ROWS), []
-    path = tmp_path / f"texts.{kind}"
-    if kind == "json":
-        path.write_text(json.dumps(ROWS))
-    elif kind.startswith("jsonl"):
-        dataset.to_json(path, compression="gzip" if kind.endswith("gz") else None)
-    elif kind == "parquet":
-        dataset.to_parquet(path)
-    elif kind == "csv":
-        dataset.to_csv(path)
-    elif kind == "folder":
-        dataset.to_parquet(path / "part.parquet")
-        extra = ["--eval_strategy", "epoch", "--test_split_size", "0.2"]
-    elif kind == "split folder":
-        write_jsonl(path / "train.jsonl")
-        write_jsonl(path / "test.jsonl", ROWS[:4])
-        extra = ["--eval_strategy", "epoch"]
-    elif kind == "saved":
-        DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(path)
-        extra = ["--eval_strategy", "epoch"]
-    elif kind == "streamed":
-        dataset.to_json(path.with_suffix(".jsonl"))
-        path, extra = path.with_suffix(".jsonl"), ["--dataset_streaming", "--max_steps", "2"]
-    if kind == "mixture":
-        files = [write_jsonl(tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", ROWS[:5])]
-        path = tmp_path / "config.yaml"
-        path.write_text(
-            yaml.safe_dump({"datasets": [{"path": str(files[0])}, {"path": "json", "data_files": str(files[1])}]})
-        )
-        source = ["--config", str(path)]
-    else:
-        source = ["--dataset_name", str(path)]
-    out = tmp_path / "out"
-    main(["--model_name_or_path", base, *source, *SMALL, "--output_dir", str(out), "--dry_run", *extra])
-    rows = {"folder": 16, "mixture": 25, "streamed": "streamed"}.get(kind, 20)
-    assert f"{rows} rows" in capsys.readouterr().err
-    assert not out.exists()
 
 
 def test_the_card_that_is_pushed_says_how_to_load_the_adapter(tmp_path: Path) -> None:
@@ -291,27 +220,6 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "changed, shown",
-    [
-        (["--spp_r", "2"], "--spp_r 4, and this run 2"),
-        (["--spp_alpha", "8"], "--spp_alpha 32, and this run 8.0"),
-        (["--spp_bias", "all"], "--spp_bias none, and this run all"),
-    ],
-)
-def test_a_run_does_not_go_on_with_other_settings(
-    changed: list[str], shown: str, base: str, data: str, tmp_path: Path
-) -> None:
-    checkpoint = tmp_path / "out" / "checkpoint-1"
-    config = SPPConfig(task_type="CAUSAL_LM", r=4, target_modules=["down_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(checkpoint)
-    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
-    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(tmp_path / "out")]
-    arguments += ["--spp_r", "4", "--spp_target_modules", "down_proj", "--resume_from_checkpoint", "true"]
-    main([*arguments, "--dry-run"])
-    assert shown in refusal(*arguments, *changed, "--dry-run")
-
-
 @pytest.mark.parametrize("missing, culprit", [("model", "--model_name_or_path"), ("data", "--dataset_name")])
 def test_a_model_and_one_source_of_data_are_wanted(missing: str, culprit: str, base: str, data: str) -> None:
     given = {"model": ["--model_name_or_path", base], "data": ["--dataset_name", data]}
@@ -418,96 +326,3 @@ def test_flags_of_trl_reach_the_trainer(settings: list[str], base: str, data: st
     assert any("eval_loss" in entry for entry in history) is ("--eval_strategy" in settings)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out))
     assert_zeros_kept(model, base_weights(pruned_model()))
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_finished_run_that_is_started_again_makes_no_step_more(
-    streamed: bool, base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As after a preemption between the last checkpoint and the end: Transformers alone trains a third step."""
-    out = tmp_path / "out"
-    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
-    arguments += ["--max_steps", "2", "--learning_rate", "1e-2", "--resume_from_checkpoint", "auto"]
-    arguments += ["--dataset_streaming"] * streamed
-    main(arguments)
-    written = load_file(out / "adapter_model.safetensors")
-    (out / "adapter_model.safetensors").unlink()
-    main(arguments)
-    assert_equal(load_file(out / "adapter_model.safetensors"), written)
-    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
-    assert "The checkpoint has all 2 steps" in capsys.readouterr().err
-
-
-def test_a_finished_run_that_is_started_again_keeps_the_best_adapter(base: str, data: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
-    arguments += ["--max_steps", "2", "--save_steps", "1", "--eval_steps", "1", "--eval_strategy", "steps"]
-    # the best is the one of the highest loss, so it is not the last
-    arguments += ["--dataset_test_split", "train", "--load_best_model_at_end", "--greater_is_better", "true"]
-    arguments += ["--learning_rate", "1e-1", "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "auto"]
-    for _ in range(2):
-        main(arguments)
-        saved = load_file(out / "adapter_model.safetensors")
-        assert_equal(saved, load_file(out / "checkpoint-1" / "adapter_model.safetensors"))
-        (out / "adapter_model.safetensors").unlink()
-
-
-def test_a_resumed_run_names_the_rate_that_it_keeps(
-    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    arguments = ["--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", str(out)]
-    arguments += ["--logging_steps", "1", "--lr_scheduler_type", "constant"]
-    main([*arguments, "--max_steps", "1", "--learning_rate", "1e-2"])
-    capsys.readouterr()
-    arguments += ["--max_steps", "2", "--resume_from_checkpoint", "true"]
-    main([*arguments, "--learning_rate", "1e-1"])
-    shown = capsys.readouterr().err
-    assert "Rate:       0.01\n" in shown and "--learning_rate 0.1 has no effect" in shown
-    history = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == [0.01, 0.01]
-    main([*arguments, "--learning_rate", "1e-2", "--dry_run"])
-    assert "no effect" not in capsys.readouterr().err
-
-
-def test_rows_that_are_left_out_are_counted(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TRL drops rows whose prompt fills the length, without a word."""
-    rows = [{"prompt": "a", "completion": "b c"}, {"prompt": "half of the rows are number 1", "completion": "b"}]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
-    arguments = ["--model_name_or_path", base, "--dataset_name", str(data), *SMALL, "--output_dir", "out"]
-    main([*arguments, "--max_length", "5", "--dry_run"])
-    assert "Warning: 1 of 2 rows to train on are left out" in capsys.readouterr().err
-    main([*arguments, "--dry_run"])
-    assert "left out" not in capsys.readouterr().err
-
-
-def test_labels_may_be_of_another_type_of_list(base: str, tmp_path: Path) -> None:
-    """As in Parquet files of other libraries."""
-    features = Features({"input_ids": List(Value("int64")), "labels": LargeList(Value("int64"))})
-    rows = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], features=features)
-    rows.to_parquet(str(tmp_path / "data.parquet"))
-    arguments = ["--model_name_or_path", base, "--dataset_name", str(tmp_path / "data.parquet"), *SMALL]
-    main([*arguments, "--output_dir", "out", "--dry_run"])
-
-
-def test_calls_of_tools_need_no_content(base: str, tmp_path: Path) -> None:
-    (tmp_path / "chat.jinja").write_text("{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}")
-    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
-    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages}])
-    arguments = ["--model_name_or_path", base, "--dataset_name", str(data), *SMALL, "--output_dir", "out"]
-    main([*arguments, "--chat_template_path", str(tmp_path / "chat.jinja"), "--dry_run"])
-
-
-def test_a_cache_that_cannot_be_written_to_is_named(
-    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "home" / "datasets"
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-
-    def fails(*args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "home"))
-
-    monkeypatch.setattr("datasets.load_dataset", fails)
-    shown = refusal("--model_name_or_path", base, "--dataset_name", data, *SMALL, "--output_dir", "out")
-    assert f"The cache of `datasets` is {str(cache)!r}: set HF_DATASETS_CACHE" in shown
