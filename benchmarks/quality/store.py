@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,7 +158,13 @@ class Store:
             "environments": self.environments,
             "records": [vars(record) for record in self.records],
         }
-        write_text(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=1, allow_nan=False)
+        # a list of numbers, as of the questions of a task, is a line
+        text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+        write_text(self.path, text + "\n")
+
+
+_NUMBERS = re.compile(r"\[\n\s+([-+.,\de\s]+?)\n\s+\]")
 
 
 def key_of(kind: str, settings: Mapping[str, Any]) -> str:

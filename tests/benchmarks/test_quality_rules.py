@@ -256,6 +256,15 @@ def test_the_finding_ranks_the_methods_and_tells_what_was_won_back(tmp_path):
     assert places == sorted(places) and "SPP lost 0 zeros in 3 models" in said
 
 
+def test_a_list_of_numbers_is_a_line_of_the_file(tmp_path):
+    store = Store("small", tmp_path / "quality-small.json")
+    measured = {"few": [1e-05, -2, 0.5], "none": [], "deep": [[1], ["2"]]}
+    store.begin({}, {})
+    store.add("tune", {"a": "[\n 1\n]"}, measured)
+    assert '"few": [1e-05, -2, 0.5],' in store.path.read_text()
+    assert Store.open(store.path, "small").find("tune", {"a": "[\n 1\n]"}) == measured
+
+
 def test_the_store_finds_what_it_has_by_its_settings_alone(tmp_path):
     store = Store("small", tmp_path / "deep" / "quality-small.json")
     store.begin({}, {})
