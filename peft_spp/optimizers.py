@@ -22,7 +22,7 @@ _FACTORS = ("spp_A", "spp_B")
 def warn_in_optimizers() -> None:
     """
     Make PEFT's `create_loraplus_optimizer` and `create_lorafa_optimizer` warn of a model with SPP adapters, for which
-    they do nothing of their own. Calling it again is a no-op.
+    they have no special rule. Calling it again is a no-op.
 
     Programs may have imported the functions before this package, so what is wrapped is what they call.
     """

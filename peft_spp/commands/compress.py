@@ -8,19 +8,11 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, print_report, progress_bar
+from .console import JsonOption, OverwriteModelOption, print_report, progress_bar
 
 
 ModelArgument = Annotated[str, typer.Argument(help="The model: a folder, or the id of a repository on the Hub.")]
 OutArgument = Annotated[Path, typer.Argument(help="The folder to write to.")]
-OverwriteOption = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace an existing model in the output folder, which is refused otherwise. A folder with other "
-        "files is always refused.",
-    ),
-]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count without writing anything.")]
 
 
@@ -40,7 +32,7 @@ def compress(
             help="Layers to keep dense, instead of the head: names or suffixes (repeat the option for several)."
         ),
     ] = None,
-    overwrite: OverwriteOption = False,
+    overwrite: OverwriteModelOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,7 +59,7 @@ def compress(
 def decompress(
     model: ModelArgument,
     out: OutArgument,
-    overwrite: OverwriteOption = False,
+    overwrite: OverwriteModelOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -26,6 +26,15 @@ TargetModulesOption = Annotated[
 ExcludeModulesOption = Annotated[list[str] | None, typer.Option(help="Layers to skip, in the same format.")]
 
 
+def _overwrite_option(what: str) -> Any:
+    otherwise = "which is refused otherwise. A folder with other files is always refused."
+    return typer.Option("--overwrite", help=f"Replace an existing {what} in the output folder, {otherwise}")
+
+
+OverwriteModelOption = Annotated[bool, _overwrite_option("model")]
+OverwriteAdapterOption = Annotated[bool, _overwrite_option("adapter")]
+
+
 class Report(Protocol):
     """What a command prints."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, print_report
+from .console import JsonOption, OverwriteAdapterOption, print_report
 
 
 def convert(
@@ -20,14 +20,7 @@ def convert(
             help="The base model to record in the adapter. By default, the one that the authors' adapter names."
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an existing adapter in the output folder, which is refused otherwise. A folder with other "
-            "files is always refused.",
-        ),
-    ] = False,
+    overwrite: OverwriteAdapterOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check without writing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:

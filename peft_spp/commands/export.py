@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, print_report
+from .console import JsonOption, OverwriteAdapterOption, print_report
 
 
 class ExportTarget(StrEnum):
@@ -22,14 +22,7 @@ def export(
     adapter: Annotated[str, typer.Argument(help="The SPP adapter: a folder, or the id of a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write the exported adapter to.")],
     to: Annotated[ExportTarget, typer.Option(help="The PEFT method to export to.")] = ExportTarget.hira,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an existing adapter in the output folder, which is refused otherwise. A folder with other "
-            "files is always refused.",
-        ),
-    ] = False,
+    overwrite: OverwriteAdapterOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check without writing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, print_report, progress_bar
+from .console import JsonOption, OverwriteModelOption, print_report, progress_bar
 
 
 class CheckBase(StrEnum):
@@ -29,14 +29,7 @@ def merge(
         CheckBase,
         typer.Option(help="What to do if the base model's masks differ from those that the adapter was trained on."),
     ] = CheckBase.warn,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an existing model in the output folder, which is refused otherwise. A folder with other "
-            "files is always refused.",
-        ),
-    ] = False,
+    overwrite: OverwriteModelOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Merge, check and count without writing anything.")
     ] = False,

@@ -16,6 +16,7 @@ from ..pruning.options import OPTIONS
 from .console import (
     ExcludeModulesOption,
     JsonOption,
+    OverwriteModelOption,
     TargetModulesOption,
     as_modules,
     print_report,
@@ -84,14 +85,7 @@ def prune(
     compress: Annotated[
         bool, typer.Option("--compress", help="Write compressed weights, without the zeros; see `peft-spp compress`.")
     ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an existing model in the output folder, which is refused otherwise. A folder with other "
-            "files is always refused.",
-        ),
-    ] = False,
+    overwrite: OverwriteModelOption = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything and report what would be pruned, without writing anything."),

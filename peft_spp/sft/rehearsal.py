@@ -125,8 +125,9 @@ def _check_tokenizer(model: BaseModel, training: TrainingArguments, row: dict[st
 
 def _check_template(template: str, trust_remote_code: bool) -> None:
     """Check that there is a chat template in a file, or in a model, as TRL tells them apart."""
-    if Path(template).is_file() or template.endswith((".jinja", ".jinja2", ".j2")):
-        if not Path(template).is_file():
+    is_file = Path(template).is_file()
+    if is_file or template.endswith((".jinja", ".jinja2", ".j2")):
+        if not is_file:
             raise InputError(f"--chat_template_path {template!r} is not a file.")
         if not template.endswith((".jinja", ".j2")):
             raise InputError(f"--chat_template_path {template!r}: the name of a file should end with .jinja or .j2.")

@@ -64,7 +64,7 @@ def test_reads_local_files_and_folders(
 
 
 def test_rows_that_are_left_out_are_counted(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TRL drops rows whose prompt fills the length, without a word."""
+    """TRL silently drops rows whose prompt fills the length."""
     rows = [{"prompt": "a", "completion": "b c"}, {"prompt": "half of the rows are number 1", "completion": "b"}]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     arguments = ["--model_name_or_path", base, "--dataset_name", str(data), *SMALL, "--output_dir", "out"]

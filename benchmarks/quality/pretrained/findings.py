@@ -16,14 +16,14 @@ Told = Sequence[tuple[Comparison, Entry]]
 """Of each pruning the first copy, and SPP on it."""
 
 
-def tell(comparisons: Sequence[Comparison]) -> Told:
+def _tell(comparisons: Sequence[Comparison]) -> Told:
     """What the first table and the sentences are of."""
     return [(one, spp) for one in comparisons if not one.copy and (spp := one.spp) is not None]
 
 
 def findings_table(store: Store, comparisons: Sequence[Comparison]) -> str:
     """What pruning took and SPP won back, a row for each pruning."""
-    told = tell(comparisons)
+    told = _tell(comparisons)
     if not told:
         return ""
     won_back = [f"{text_name(store, text)} won back" for text in (MAIN_TEXT, UNLIKE)]
@@ -39,7 +39,7 @@ def findings_table(store: Store, comparisons: Sequence[Comparison]) -> str:
 
 def findings(store: Store, comparisons: Sequence[Comparison]) -> list[str]:
     """What the table means for a user, in five sentences."""
-    told = tell(comparisons)
+    told = _tell(comparisons)
     if not told:
         return []
     return [
